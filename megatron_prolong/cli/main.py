@@ -1,0 +1,30 @@
+"""The `prolong` command: registers one thin file per command and turns UserError into exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from megatron_prolong.errors import UserError
+
+app = typer.Typer(
+    name="prolong",
+    help="Long-context continued training of Llama models on Megatron-Core.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def run() -> None:
+    """Console entry point. `--debug` anywhere on the line keeps the traceback of a user error."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) != len(sys.argv) - 1
+    try:
+        app(args=arguments, prog_name="prolong")
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

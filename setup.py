@@ -1,0 +1,58 @@
+"""Package metadata. Tool settings (ruff, mypy, pytest) live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# Every range below is one the test suite has run against; CPU-only Python 3.11 installs all of it.
+CORE = [
+    "torch>=2.11,<2.14",
+    "megatron-core>=0.16.1,<0.17",
+    "psutil>=5.9,<8",  # megatron-core needs it to write a checkpoint and does not declare it
+    "numpy>=1.26,<3",
+    "einops>=0.8,<0.9",
+    "safetensors>=0.5,<0.9",
+    "tokenizers>=0.22,<0.24",
+    "transformers>=4.57,<6",
+    "pydantic>=2.10,<3",
+    "pyyaml>=6,<7",
+    "typer>=0.15,<0.30",
+    "rich>=13,<16",
+    "tensorboard>=2.18,<3",
+    "matplotlib>=3.9,<4",
+    "zstandard>=0.22,<0.26",
+    "xxhash>=3.4,<5",
+    "nltk>=3.9,<4",
+]
+EXTRAS = {
+    # GPU-only packages are imported lazily and come with NVIDIA's PyTorch image.
+    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    "eval": ["lm-eval>=0.4.9,<0.5"],
+    "dev": [
+        "pytest>=8,<10",
+        "pytest-xdist>=3.6,<4",
+        "hypothesis>=6.100,<7",
+        "ruff>=0.9,<0.18",
+        "mypy>=1.14,<3",
+        "types-PyYAML",
+    ],
+}
+
+setup(
+    name="megatron-prolong",
+    version="0.1.0",
+    description="Long-context continued training of Llama models on Megatron-Core",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8")
+    if (ROOT / "README.md").exists()
+    else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_prolong*"]),
+    package_data={"megatron_prolong": ["**/*.yaml", "**/*.json", "**/*.jinja", "**/*.txt"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["prolong=megatron_prolong.cli.main:run"]},
+)
