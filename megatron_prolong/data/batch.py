@@ -1,0 +1,116 @@
+"""From packed sequences to the tensors of one micro-batch.
+
+A micro-batch is any bag of documents laid end to end, so that a rank may take whole packed sequences
+(`collate`) or documents balanced by cost (`collate_pieces`). The labels do not depend on that choice:
+
+- the label of a token is the next token of the same document;
+- the last token of each document has none, so no loss is taken across a boundary, the first token of a
+  document is never a target, and a document of one token gives no loss;
+- a target whose mask is 0 has none, nor has padding.
+
+ProLong's collator marks the first token of each span and lets the model shift; that is the same set of
+(input, target) pairs. Padding is a document of its own, so it is attended by nothing but itself.
+
+Shape suffixes: T tokens of the micro-batch. D documents, padding counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_prolong.data.packed import PackedSequence, Piece
+from megatron_prolong.errors import UserError
+
+NO_LABEL = -100
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """T tokens of D documents.
+
+    tokens_T: int64. labels_T: int64, NO_LABEL (-100) where no loss is taken.
+    positions_T: int64, restarting at 0 in each document. cu_seqlens: int32 [D+1] from 0 to T.
+    """
+
+    tokens_T: Tensor
+    labels_T: Tensor
+    positions_T: Tensor
+    cu_seqlens: Tensor
+
+    def __post_init__(self) -> None:
+        shape = self.tokens_T.shape
+        assert len(shape) == 1 and self.labels_T.shape == shape and self.positions_T.shape == shape
+        assert self.cu_seqlens.dtype == torch.int32 and self.cu_seqlens.ndim == 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens_T)
+
+    @cached_property
+    def max_document_tokens(self) -> int:
+        return int(self.cu_seqlens.diff().max())
+
+    @cached_property
+    def num_targets(self) -> int:
+        """How many tokens carry loss: what the losses of a global batch are averaged over."""
+        return int((self.labels_T != NO_LABEL).sum())
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on a device; the two counts are taken along, so that asking costs no device sync."""
+        moved = PackedBatch(
+            tokens_T=self.tokens_T.to(device, non_blocking=True),
+            labels_T=self.labels_T.to(device, non_blocking=True),
+            positions_T=self.positions_T.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+        )
+        moved.__dict__.update(max_document_tokens=self.max_document_tokens, num_targets=self.num_targets)
+        return moved
+
+
+def collate(sequence: PackedSequence, sequence_length: int) -> PackedBatch:
+    """One packed sequence, padded to sequence_length tokens.
+
+    Raises UserError when it is longer: a stage reads packs of its own length and never splits them.
+    """
+    if sequence.num_tokens > sequence_length:
+        raise UserError(
+            f"{sequence.identity}: {sequence.num_tokens} tokens do not fit the stage's sequence length of "
+            f"{sequence_length}; pack the source with `prolong data pack --length {sequence_length}`"
+        )
+    return collate_pieces(sequence.pieces(), sequence_length)
+
+
+def collate_pieces(pieces: Iterable[Piece], num_tokens: int | None = None) -> PackedBatch:
+    """A bag of documents laid end to end, padded to num_tokens when given.
+
+    No document at all with num_tokens given is all padding: what an idle rank computes.
+    """
+    pieces = [piece for piece in pieces if len(piece.tokens)]
+    used = sum(len(piece.tokens) for piece in pieces)
+    total = used if num_tokens is None else num_tokens
+    assert total > 0 and used <= total, f"{used} tokens of documents do not fit {num_tokens}"
+
+    lengths = np.array([len(piece.tokens) for piece in pieces] + [total - used] * (total > used), np.int64)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    tokens = np.zeros(total, np.int64)
+    is_target = np.zeros(total, bool)
+    for piece, start, end in zip(pieces, starts[: len(pieces)], ends[: len(pieces)], strict=True):
+        tokens[start:end] = piece.tokens
+        is_target[start:end] = True if piece.mask is None else piece.mask != 0
+    is_target[starts] = False
+
+    labels = np.full(total, NO_LABEL, np.int64)
+    labels[:-1] = np.where(is_target[1:], tokens[1:], NO_LABEL)
+    return PackedBatch(
+        tokens_T=torch.from_numpy(tokens),
+        labels_T=torch.from_numpy(labels),
+        positions_T=torch.from_numpy(np.arange(total) - np.repeat(starts, lengths)),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+    )

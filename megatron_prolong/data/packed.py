@@ -1,0 +1,137 @@
+"""A packed sequence: a fixed number of tokens holding whole or cut documents, with their boundaries.
+
+On disk it is one MDS sample with the columns of ProLong's published data: `input_ids` uint32 [S],
+`indices` uint32 [D, 2] (start and end of every document, in order, without gaps; absent means one
+document) and, for instruction data, `mask` uint8 [S] (1 = this token is a training target).
+Only numpy lives here; `data/batch.py` turns packed sequences into the tensors of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.errors import UserError
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Where a sample lies: the data set's directory, the shard's file name, the sample's number in it all."""
+
+    domain: str
+    shard: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.domain}, shard {self.shard}, sample {self.index}"
+
+
+class Piece(NamedTuple):
+    """The part of one document that lies in one packed sequence.
+
+    tokens: uint32 [n]. mask: uint8 [n], 1 where the token may be a training target; None means everywhere.
+    """
+
+    tokens: NDArray[np.uint32]
+    mask: NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSequence:
+    """S tokens of D documents.
+
+    tokens: uint32 [S]. boundaries: int64 [D+1], strictly increasing from 0 to S (cu_seqlens).
+    mask: uint8 [S] of zeros and ones, or None when every token may be a target.
+    Raises UserError naming the sample when these do not hold: the values come from files.
+    """
+
+    tokens: NDArray[np.uint32]
+    boundaries: NDArray[np.int64]
+    mask: NDArray[np.uint8] | None
+    identity: Identity
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 1 or self.tokens.dtype != np.uint32:
+            self._refuse(f"input_ids must be uint32 [S], found {self.tokens.dtype} {list(self.tokens.shape)}")
+        if not len(self.tokens):
+            self._refuse("input_ids is empty; pack the data set again")
+        edges = self.boundaries
+        assert edges.ndim == 1 and edges.dtype == np.int64
+        if len(edges) < 2 or edges[0] != 0 or edges[-1] != len(self.tokens) or (np.diff(edges) <= 0).any():
+            self._refuse(f"document boundaries do not go from 0 to {len(self.tokens)} in increasing order")
+        if self.mask is not None:
+            if self.mask.dtype != np.uint8 or self.mask.shape != self.tokens.shape:
+                self._refuse(
+                    f"mask must be uint8 [{len(self.tokens)}] like input_ids, "
+                    f"found {self.mask.dtype} {list(self.mask.shape)}"
+                )
+            if self.mask.max() > 1:
+                self._refuse(f"mask holds {self.mask.max()}; only 0 and 1 are allowed")
+
+    def _refuse(self, problem: str) -> None:
+        raise UserError(f"{self.identity}: {problem}")
+
+    @classmethod
+    def from_sample(
+        cls, sample: Mapping[str, Any], identity: Identity, *, loss_mask: bool = False
+    ) -> PackedSequence:
+        """Read one MDS sample; the arrays are copied, so that nothing refers to the file afterwards.
+
+        loss_mask: read the `mask` column, which must then be there; otherwise it is ignored.
+        Raises UserError naming directory, shard and sample.
+        """
+        if "input_ids" not in sample:
+            raise UserError(f"{identity}: no column input_ids, only {', '.join(sorted(sample))}")
+        if loss_mask and "mask" not in sample:
+            raise UserError(
+                f"{identity}: no column mask, but the stage has `loss_mask: true`; "
+                "tokenize the chats with `--kind chat`, or set loss_mask: false"
+            )
+        tokens = np.array(sample["input_ids"])
+        mask = np.array(sample["mask"]) if loss_mask else None
+        boundaries = _boundaries(sample.get("indices"), len(tokens), identity)
+        return cls(tokens, boundaries, mask, identity)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.boundaries) - 1
+
+    @property
+    def document_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document in this sequence, int64 [D]."""
+        return np.diff(self.boundaries)
+
+    def pieces(self) -> Iterator[Piece]:
+        """The documents one by one, as views."""
+        for start, end in zip(self.boundaries[:-1], self.boundaries[1:], strict=True):
+            yield Piece(self.tokens[start:end], None if self.mask is None else self.mask[start:end])
+
+
+def _boundaries(indices: Any, num_tokens: int, identity: Identity) -> NDArray[np.int64]:
+    """cu_seqlens of ProLong's [start, end) spans; empty spans vanish, gaps and overlaps are refused."""
+    if indices is None:
+        return np.array([0, num_tokens], dtype=np.int64)
+    spans = np.asarray(indices)
+    if spans.ndim != 2 or spans.shape[1] != 2:
+        raise UserError(f"{identity}: indices must be [documents, 2], found {list(spans.shape)}")
+    spans = spans.astype(np.int64)
+    spans = spans[spans[:, 0] != spans[:, 1]]
+    edges = np.concatenate([[0], spans[:, 1]])
+    wrong = np.flatnonzero((spans[:, 0] != edges[:-1]) | (spans[:, 1] < spans[:, 0]))
+    if len(wrong):
+        start, end = spans[wrong[0]]
+        raise UserError(
+            f"{identity}: span [{start}, {end}) of indices does not follow on the one before, "
+            f"which ends at {edges[wrong[0]]}; documents must cover the sequence without gap or overlap"
+        )
+    if edges[-1] != num_tokens:
+        raise UserError(f"{identity}: indices end at {edges[-1]}, the sequence has {num_tokens} tokens")
+    return edges

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.errors import UserError
+
+HERE = Identity("data/books", "shard.00002.mds", 17)
+
+
+def sample(num_tokens: int, **columns: object) -> dict[str, object]:
+    return {"input_ids": np.arange(num_tokens, dtype=np.uint32), **columns}
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20))
+def test_pieces_are_the_documents_the_indices_name(lengths: list[int]) -> None:
+    ends = np.cumsum(lengths)
+    indices = np.stack([ends - lengths, ends], axis=1).astype(np.uint32)
+    mask = (np.arange(ends[-1]) % 2).astype(np.uint8)
+    packed = PackedSequence.from_sample(
+        sample(int(ends[-1]), indices=indices, mask=mask), HERE, loss_mask=True
+    )
+    assert packed.document_lengths.tolist() == lengths
+    assert packed.num_documents == len(lengths)
+    for piece, (start, end) in zip(packed.pieces(), indices, strict=True):
+        assert piece.tokens.tolist() == list(range(start, end))
+        assert piece.mask is not None and piece.mask.tolist() == [n % 2 for n in range(start, end)]
+
+
+def test_without_indices_it_is_one_document() -> None:
+    packed = PackedSequence.from_sample(sample(5), HERE)
+    assert packed.boundaries.tolist() == [0, 5] and packed.boundaries.dtype == np.int64
+    assert packed.mask is None
+
+
+def test_empty_spans_vanish() -> None:
+    indices = np.array([[0, 0], [0, 3], [3, 3], [3, 5]], np.uint32)
+    assert PackedSequence.from_sample(sample(5, indices=indices), HERE).boundaries.tolist() == [0, 3, 5]
+
+
+def test_mask_column_is_ignored_unless_asked_for() -> None:
+    assert PackedSequence.from_sample(sample(4, mask=np.zeros(4, np.uint8)), HERE).mask is None
+
+
+def test_arrays_do_not_refer_to_the_file() -> None:
+    raw = sample(4, mask=np.ones(4, np.uint8))
+    packed = PackedSequence.from_sample(raw, HERE, loss_mask=True)
+    assert packed.mask is not None
+    assert not np.shares_memory(packed.tokens, raw["input_ids"])  # type: ignore[arg-type]
+    assert not np.shares_memory(packed.mask, raw["mask"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"tokens": np.zeros(3, np.uint32)}, "no column input_ids, only tokens"),
+        ({"input_ids": np.zeros(3, np.int64)}, r"must be uint32 \[S\], found int64 \[3\]"),
+        ({"input_ids": np.zeros((3, 1), np.uint32)}, r"found uint32 \[3, 1\]"),
+        (sample(0, indices=np.zeros((0, 2), np.uint32)), "input_ids is empty"),
+        (sample(5, indices=np.array([0, 5], np.uint32)), r"must be \[documents, 2\], found \[2\]"),
+        (sample(5, indices=np.array([[0, 2], [3, 5]], np.uint32)), r"span \[3, 5\).*ends at 2"),
+        (sample(5, indices=np.array([[0, 3], [2, 5]], np.uint32)), r"span \[2, 5\).*ends at 3"),
+        (sample(5, indices=np.array([[1, 5]], np.uint32)), r"span \[1, 5\).*ends at 0"),
+        (sample(5, indices=np.array([[0, 4], [4, 2]], np.uint32)), r"span \[4, 2\)"),
+        (sample(5, indices=np.array([[0, 4]], np.uint32)), "indices end at 4, the sequence has 5"),
+        (sample(5, indices=np.array([[0, 6]], np.uint32)), "indices end at 6, the sequence has 5"),
+        (sample(5), "no column mask"),
+        (sample(5, mask=np.ones(4, np.uint8)), r"mask must be uint8 \[5\].*found uint8 \[4\]"),
+        (sample(5, mask=np.ones(5, np.int64)), r"found int64 \[5\]"),
+        (sample(5, mask=np.array([0, 1, 900, 1, 0], np.uint16).astype(np.uint8)), "mask holds 132"),
+    ],
+)
+def test_what_is_wrong_names_the_sample(raw: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        PackedSequence.from_sample(raw, HERE, loss_mask="mask" in said)
+    assert str(error.value).startswith("data/books, shard shard.00002.mds, sample 17: ")
