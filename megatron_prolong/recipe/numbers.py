@@ -1,0 +1,59 @@
+"""Numbers as people write them in recipes: 64K, 4M, 20B, 1e-5, 1.28e8.
+
+K, M and B are binary (1024, 1024², 1024³), as in the ProLong paper (footnote 2): 64K is 65,536 tokens.
+YAML 1.1 reads `1e-5` (no dot) as text, so plain numbers arrive here as text too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "B": 2**30}
+_NUMBER = re.compile(r"\s*([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([KMB]?)\s*", re.IGNORECASE)
+
+
+def parse_number(value: object) -> float | int:
+    """`value` as a number; an int wherever the number is whole. Raises ValueError with the rule."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("must be a number, such as 4, 0.1, 1e-5, 64K or 20B (K, M, B are binary)")
+    if isinstance(value, str):
+        match = _NUMBER.fullmatch(value)
+        if match is None:
+            raise ValueError("must be a number, such as 4, 0.1, 1e-5, 64K or 20B (K, M, B are binary)")
+        digits, unit = match[1].replace("_", ""), match[2].upper()
+        value = int(digits) * _UNITS[unit] if digits.lstrip("+-").isdigit() else float(digits) * _UNITS[unit]
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return int(value) if value == int(value) else value
+
+
+def parse_count(value: object) -> int:
+    """`value` as a whole number: 64K → 65536, 1e3 → 1000, 0.5M → 524288. Raises ValueError."""
+    number = parse_number(value)
+    if not isinstance(number, int):
+        raise ValueError("must be a whole number, such as 125, 64K or 4M")
+    return number
+
+
+def parse_real(value: object) -> float:
+    """`value` as a float. Raises ValueError."""
+    return float(parse_number(value))
+
+
+def format_count(count: int) -> str:
+    """The shortest exact spelling: 65536 → '64K', 125 → '125', 20·2³⁰ → '20B'."""
+    for unit in "BMK":
+        if count and count % _UNITS[unit] == 0:
+            return f"{count // _UNITS[unit]}{unit}"
+    return str(count)
+
+
+Count = Annotated[int, BeforeValidator(parse_count, json_schema_input_type=int | str)]
+"""A whole number that may be written 64K, 4M or 20B."""
+
+Real = Annotated[float, BeforeValidator(parse_real, json_schema_input_type=float | str)]
+"""A float that may be written 1e-5, 5e5 or 8M."""

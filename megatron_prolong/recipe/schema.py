@@ -1,0 +1,321 @@
+"""The recipe: what a YAML file may say, as frozen data. A stage is data, so a run is a list of them.
+
+These models hold types and single-value bounds; what needs two values, the file system or the size of the
+cluster to judge is in `validate.py`. Lengths and counts are in tokens unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+
+from megatron_prolong.recipe.numbers import Count, Real
+from megatron_prolong.recipe.shape import ModelShape
+
+Precision = Literal["fp32", "bf16", "fp8"]
+Recompute = Literal["none", "selective", "full"]
+CpExchange = Literal["all_gather", "p2p", "a2a", "a2a+p2p"]
+Schedule = Literal["cosine", "linear", "constant"]
+
+Positive = Annotated[Count, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", examples=["a-name"])]
+UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expandvars(path.expanduser())))]
+"""A path as written, relative to the working directory; ~ and $VARIABLES are expanded."""
+
+Directories = dict[UserPath, Annotated[Real, Field(gt=0, le=1)]]
+Mixture = Annotated[
+    Annotated[Directories, Tag("directories")] | Annotated[Literal["mock"], Tag("word")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "directories"),
+]
+"""Directories of MDS shards with their proportions, or the word mock."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class InitSpec(_Frozen):
+    """A Llama to initialise at random; the vocabulary size comes from the tokenizer."""
+
+    num_layers: Annotated[Positive, Field(examples=[4])]
+    """Transformer layers."""
+    hidden_size: Annotated[Positive, Field(examples=[256])]
+    """Width of the residual stream."""
+    num_heads: Annotated[Positive, Field(examples=[8])]
+    """Query heads; the head size is hidden_size / num_heads."""
+    num_kv_heads: Annotated[Positive, Field(examples=[2])]
+    """Key/value heads (groups), a divisor of num_heads."""
+    ffn_hidden_size: Annotated[Positive, Field(examples=[688])]
+    """Inner width of the gated MLP."""
+    max_length: Positive = 8192
+    """Tokens of context written to the model's config."""
+    rope_base: Annotated[Real, Field(gt=0)] = 5e5
+    """RoPE base (theta) of the first stage, unless the stage says otherwise."""
+    tie_embeddings: bool = False
+    """Share the input embedding with the output layer."""
+    norm_eps: Annotated[Real, Field(gt=0)] = 1e-5
+    """Epsilon of every RMSNorm."""
+    initializer_range: Annotated[Real, Field(gt=0)] = 0.02
+    """Standard deviation of the initial weights."""
+
+    def shape(self, vocab_size: int) -> ModelShape:
+        """The ModelShape this describes, given the size of the tokenizer's vocabulary."""
+        return ModelShape(
+            **self.model_dump(), head_dim=self.hidden_size // self.num_heads, vocab_size=vocab_size
+        )
+
+
+class ModelSpec(_Frozen):
+    """Where the weights come from: `path`, or `init` to start at random."""
+
+    path: UserPath | None = None
+    """A Hugging Face directory, or a checkpoint directory of ours (it holds prolong.json)."""
+    init: InitSpec | None = None
+    """Instead of `path`: the size of a model to initialise."""
+    tokenizer: UserPath | None = None
+    """Directory with the tokenizer; the model's own by default."""
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The directory the tokenizer is read from."""
+        return self.tokenizer or self.path
+
+
+class Layout(_Frozen):
+    """How one model is spread over ranks; data parallelism takes what is left: dp = world / (tp·pp·cp)."""
+
+    tp: Positive = 1
+    """Tensor-parallel ranks."""
+    pp: Positive = 1
+    """Pipeline-parallel ranks."""
+    virtual_pp: Positive = 1
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    cp: Positive = 1
+    """Context-parallel ranks: each holds 1/cp of every packed sequence."""
+    sequence_parallel: bool = True
+    """Split norms and residuals along the sequence over the tensor-parallel ranks; no effect at tp 1."""
+    cp_exchange: CpExchange = "all_gather"
+    """How context-parallel ranks see each other's keys and values."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over the data-parallel (× context-parallel) ranks."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that one copy of the model takes: tp·pp·cp."""
+        return self.tp * self.pp * self.cp
+
+
+class LayoutOverride(_Frozen):
+    """The fields of `layout` that one stage sets differently."""
+
+    tp: Positive | None = None
+    pp: Positive | None = None
+    virtual_pp: Positive | None = None
+    cp: Positive | None = None
+    sequence_parallel: bool | None = None
+    cp_exchange: CpExchange | None = None
+    distributed_optimizer: bool | None = None
+
+
+class OptimizerSpec(_Frozen):
+    """AdamW, with ProLong's values as defaults (paper, Table 9)."""
+
+    beta1: Annotated[Real, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[Real, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    eps: Annotated[Real, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment (ProLong leaves the Hugging Face default)."""
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.1
+    """Decoupled weight decay."""
+    clip: Annotated[Real, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    decay_norms: bool = False
+    """Decay the norm weights too, as ProLong's scripts appear to."""
+
+
+class CheckpointSpec(_Frozen):
+    """When to save, and how many to keep. Resuming is always automatic."""
+
+    every: Positive = 125
+    """Steps between checkpoints; the last step of a stage is always saved."""
+    keep: Positive = 2
+    """Newest checkpoints of a stage that stay on disk."""
+
+
+class LoggingSpec(_Frozen):
+    """What is written to metrics.jsonl, TensorBoard and the log."""
+
+    every: Positive = 1
+    """Steps between lines."""
+
+
+class Carry(_Frozen):
+    """What a stage takes from the one before; step count, schedule and data always start anew.
+
+    The first stage has `model.path` before it: its weights always, its optimizer when it is a training checkpoint.
+    """
+
+    weights: bool = True
+    """Start from the weights the previous stage ended with; otherwise from the recipe's model again."""
+    optimizer: bool = True
+    """Keep Adam's moments; otherwise they start at zero."""
+
+
+class Stage(_Frozen):
+    """One continued-training run: a sequence length, a RoPE base, a mixture, a budget and a schedule."""
+
+    name: Name
+    """Unique within the recipe; names the directory of its checkpoints."""
+    sequence_length: Annotated[Positive, Field(examples=[65536])]
+    """Tokens of one packed sequence."""
+    rope_base: Annotated[Real, Field(gt=0)] | None = None
+    """RoPE base (theta); by default what the incoming weights have."""
+    batch_tokens: Annotated[Positive, Field(examples=[65536])]
+    """Tokens of one optimizer step over all ranks; a multiple of sequence_length."""
+    steps: Positive | None = None
+    """Optimizer steps. Give this or `tokens`."""
+    tokens: Positive | None = None
+    """Token budget, rounded up to whole steps. Give this or `steps`."""
+    lr: Annotated[Real, Field(gt=0, examples=[1e-5])]
+    """Peak learning rate."""
+    min_lr_ratio: Annotated[Real, Field(ge=0, le=1)] = 0.1
+    """Final learning rate as a fraction of `lr`."""
+    warmup: Annotated[Real, Field(ge=0, lt=1)] = 0.1
+    """Fraction of the steps over which the learning rate rises linearly from zero."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after the warmup."""
+    seed: Annotated[Count, Field(ge=0)] = 42
+    """Seed of the order of the data."""
+    carry: Carry = Carry()
+    """What is taken from the stage before."""
+    mixture: Mixture = Field(examples=["mock"])
+    """Directories of MDS shards and their proportions of the sequences (sum 1), or the word mock."""
+    loss_mask: bool = False
+    """Train only on the tokens that the shards' mask column marks (SFT)."""
+    layout: LayoutOverride = LayoutOverride()
+    """Fields of the recipe's layout that this stage sets differently."""
+    precision: Precision | None = None
+    """This stage's precision, where it differs from the recipe's."""
+    recompute: Recompute | None = None
+    """This stage's recomputation, where it differs from the recipe's."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the stage."""
+        assert (self.steps is None) != (self.tokens is None), "check() refuses a stage with neither or both"
+        return self.steps if self.steps is not None else -(-(self.tokens or 0) // self.batch_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the stage trains on: whole steps."""
+        return self.num_steps * self.batch_tokens
+
+    @property
+    def batch_sequences(self) -> int:
+        """Packed sequences of one global batch."""
+        return self.batch_tokens // self.sequence_length
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warmup, rounded up (5% of 250 is 13), as transformers does."""
+        return math.ceil(round(self.warmup * self.num_steps, 6))
+
+    @property
+    def min_lr(self) -> float:
+        """Learning rate at the last step."""
+        return self.lr * self.min_lr_ratio
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written: a file and line (1-based), or an override on the command line."""
+
+    source: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where each value of a recipe was written. Not part of its meaning, so all origins are equal.
+
+    Keys are paths with stages by name: ("stages", "64k", "lr").
+    """
+
+    file: str = field(default="recipe", compare=False)
+    places: dict[tuple[str, ...], Place] = field(default_factory=dict, compare=False)
+
+    def place(self, key: tuple[str, ...]) -> Place:
+        """The place of `key`, else that of the nearest thing around it, else the file."""
+        for end in range(len(key), 0, -1):
+            if found := self.places.get(key[:end]):
+                return found
+        return Place(self.file)
+
+
+class Recipe(_Frozen):
+    """A model and the stages it goes through."""
+
+    name: Name
+    """Names the run."""
+    run_dir: UserPath = Field(default_factory=lambda known: Path("runs") / known.get("name", "run"))
+    """Directory for checkpoints, metrics and the resolved recipe; runs/<name> by default."""
+    model: ModelSpec = Field(examples=[{"path": "unknown"}])
+    """Where the weights come from."""
+    layout: Layout = Layout()
+    """How the model is spread over ranks, unless a stage says otherwise."""
+    precision: Precision = "bf16"
+    """fp32, or bf16 with fp32 main weights, or fp8 matrix products on top of bf16 (CUDA only)."""
+    recompute: Recompute = "full"
+    """Activations recomputed in the backward pass: none, attention only (selective), or whole layers (full)."""
+    loss_chunk_tokens: Positive = 2048
+    """Tokens per block of logits, so that a long sequence's logits never exist at once."""
+    optimizer: OptimizerSpec = OptimizerSpec()
+    """AdamW's settings."""
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    """When to save."""
+    logging: LoggingSpec = LoggingSpec()
+    """How often to write metrics."""
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    """The stages, in order."""
+    evaluation: dict[str, Any] | None = None
+    """Settings of the evaluation that follows training."""
+
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the values were written, for messages."""
+        return self._origin
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name. Raises KeyError."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(name)
+
+
+def layout_of(recipe: Recipe, stage: Stage) -> Layout:
+    """The layout a stage runs at: the recipe's, with the stage's own fields over it."""
+    return recipe.layout.model_copy(update=stage.layout.model_dump(exclude_none=True))
+
+
+def precision_of(recipe: Recipe, stage: Stage) -> Precision:
+    """The precision a stage runs at."""
+    return stage.precision or recipe.precision
+
+
+def recompute_of(recipe: Recipe, stage: Stage) -> Recompute:
+    """What a stage recomputes in its backward pass."""
+    return stage.recompute or recipe.recompute

@@ -1,0 +1,208 @@
+"""The shape of a Llama: what its config.json says, in one frozen dataclass.
+
+Everything that needs to know the model (planner, conversion, Megatron, export) reads this and nothing else.
+Hugging Face has two spellings of the rotary settings: transformers 4 writes `rope_theta` and `rope_scaling`,
+transformers 5 writes `rope_parameters`. Both are read, and both are written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prolong.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama-3.1's frequency scaling (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Everything about a Llama but its weights. Sizes are in elements, lengths in tokens."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_length: int
+    rope_base: float
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], where: str) -> ModelShape:
+        """The shape that a Hugging Face config.json describes; `where` names the file in messages.
+
+        Raises:
+            UserError: the model is not a plain Llama, with every reason.
+        """
+        problems = [*_not_llama(config), *_missing(config)]
+        rope_base, rope_scaling, rope_problems = _read_rope(config)
+        problems += rope_problems
+        if problems:
+            raise UserError.many(
+                f"{where} does not describe a Llama model that can be trained here:", problems
+            )
+        num_heads = int(config["num_attention_heads"])
+        return cls(
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=int(config["hidden_size"]),
+            ffn_hidden_size=int(config["intermediate_size"]),
+            num_heads=num_heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // num_heads),
+            vocab_size=int(config["vocab_size"]),
+            max_length=int(config.get("max_position_embeddings", 2048)),
+            rope_base=rope_base,
+            rope_scaling=rope_scaling,
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            initializer_range=float(config.get("initializer_range", 0.02)),
+        )
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ModelShape:
+        """The inverse of `to_dict`, as stored in a checkpoint's prolong.json."""
+        scaling = fields.get("rope_scaling")
+        return cls(**{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> ModelShape:
+        """A copy with some fields changed, e.g. `shape.replace(rope_base=8e6)`."""
+        return dataclasses.replace(self, **changes)
+
+
+def read_shape(directory: Path | str) -> ModelShape:
+    """The shape of a model directory: a Hugging Face one (config.json) or a checkpoint of ours (prolong.json).
+
+    Raises:
+        UserError: there is no such directory, neither file is in it, or the file is not readable as such.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; expected a Hugging Face model or a checkpoint")
+    if (ours := directory / "prolong.json").exists():
+        try:
+            return ModelShape.from_dict(read_json(ours)["shape"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{ours}: not a checkpoint description this version can read ({error!r})"
+            ) from error
+    if (theirs := directory / "config.json").exists():
+        return ModelShape.from_hf(read_json(theirs), str(theirs))
+    raise UserError(f"{directory}: holds neither config.json (Hugging Face) nor prolong.json (checkpoint)")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError naming the file when it is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def to_hf_config(shape: ModelShape, source: dict[str, Any] | None = None) -> dict[str, Any]:
+    """config.json for `shape`; whatever else `source` (the original config) says is kept.
+
+    The rotary settings are written as transformers 4 and as transformers 5 read them.
+    """
+    config: dict[str, Any] = dict(
+        source or {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": "bfloat16"}
+    )
+    scaling: dict[str, Any] | None = None
+    if shape.rope_scaling is not None:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": shape.rope_scaling.factor,
+            "low_freq_factor": shape.rope_scaling.low_freq_factor,
+            "high_freq_factor": shape.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": shape.rope_scaling.original_max_length,
+        }
+    config.update(
+        model_type="llama",
+        attention_bias=False,
+        mlp_bias=False,
+        num_hidden_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=shape.max_length,
+        tie_word_embeddings=shape.tie_embeddings,
+        rms_norm_eps=shape.norm_eps,
+        initializer_range=shape.initializer_range,
+        rope_theta=shape.rope_base,
+        rope_scaling=scaling,
+        rope_parameters={"rope_type": "default", **(scaling or {}), "rope_theta": shape.rope_base},
+    )
+    return config
+
+
+def _not_llama(config: dict[str, Any]) -> list[str]:
+    """Every way in which the config leaves plain Llama."""
+    rules: list[tuple[str, Any, Any]] = [
+        ("model_type", "llama", config.get("model_type")),
+        ("hidden_act", "silu", config.get("hidden_act", "silu")),
+        ("attention_bias", False, bool(config.get("attention_bias", False))),
+        ("mlp_bias", False, bool(config.get("mlp_bias", False))),
+        ("partial_rotary_factor", 1.0, config.get("partial_rotary_factor") or 1.0),
+    ]
+    problems = [
+        f"{key} is {found!r}; only {wanted!r} is supported" for key, wanted, found in rules if found != wanted
+    ]
+    if config.get("quantization_config"):
+        problems.append("quantization_config is set; give the unquantised weights")
+    return problems
+
+
+def _missing(config: dict[str, Any]) -> list[str]:
+    required = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    return [
+        f"{key} is {config.get(key)!r}; a positive whole number is needed"
+        for key in required
+        if not isinstance(config.get(key), int) or config[key] <= 0
+    ]
+
+
+def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None, list[str]]:
+    """RoPE base, Llama-3.1 scaling and problems, from either spelling."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    base = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return base, None, []
+    if kind != "llama3":
+        return base, None, [f"rope type is {kind!r}; only 'default' and 'llama3' (Llama-3.1) are supported"]
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [name for name in names if name not in scaling]:
+        return base, None, [f"rope type llama3 lacks {', '.join(missing)}"]
+    factor, low, high = (float(scaling[name]) for name in names[:3])
+    length = int(scaling[names[3]])
+    return (
+        base,
+        RopeScaling(factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_length=length),
+        [],
+    )
