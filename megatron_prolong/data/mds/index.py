@@ -1,0 +1,149 @@
+"""index.json: which shards a data set has, with their columns, sizes and hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from megatron_prolong.errors import UserError
+
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class File:
+    """One file as the index describes it. basename: relative to the data set, with forward slashes."""
+
+    basename: str
+    num_bytes: int
+    hashes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard: its file as it is read (raw) and, if compressed, as it was delivered (packed).
+
+    first: number of its first sample in the data set. columns: name to encoding, in the order of the file.
+    """
+
+    directory: Path
+    first: int
+    num_samples: int
+    columns: Mapping[str, str]
+    compression: str | None
+    raw: File
+    packed: File | None
+
+    @property
+    def path(self) -> Path:
+        """The uncompressed file (which need not exist yet if the shard is compressed)."""
+        return self.directory / self.raw.basename
+
+    @property
+    def delivered(self) -> tuple[Path, File]:
+        """The file that came with the data set: the compressed one if there is one."""
+        file = self.packed or self.raw
+        return self.directory / file.basename, file
+
+
+def read_index(directory: Path) -> list[Shard]:
+    """Parse and check `directory/index.json`.
+
+    Raises UserError naming the file when it is missing, not JSON, of another version or format, or when
+    the shards' columns differ.
+    """
+    path = Path(directory) / INDEX
+    try:
+        entries = json.loads(path.read_bytes())["shards"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(_missing(Path(directory))) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not the index of an MDS data set ({error}); fetch or write it again"
+        ) from None
+    shards: list[Shard] = []
+    first = 0
+    for number, entry in enumerate(entries):
+        try:
+            shard = _parse(Path(directory), first, entry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}, shard {number}: {error!r}; fetch or write the index again") from None
+        if shards and shard.columns != shards[0].columns:
+            raise UserError(
+                f"{path}: shard {shard.raw.basename} has the columns {_show(shard.columns)}, "
+                f"but {shards[0].raw.basename} has {_show(shards[0].columns)}; keep such data sets apart"
+            )
+        shards.append(shard)
+        first += shard.num_samples
+    return shards
+
+
+def _show(columns: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+
+
+def _missing(directory: Path) -> str:
+    if not directory.exists():
+        return f"{directory}: no such directory; expected an MDS data set (a directory with {INDEX})"
+    parts = sorted(path.parent.name for path in directory.glob(f"*/{INDEX}")) if directory.is_dir() else []
+    if parts:
+        shown = ", ".join(parts[:3]) + (", …" if len(parts) > 3 else "")
+        return (
+            f"{directory}: no {INDEX}, but {len(parts)} subdirectories have one ({shown}); "
+            f"name one of them, or join them with `prolong data merge {directory}`"
+        )
+    return f"{directory}: not an MDS data set, there is no {INDEX}"
+
+
+def _parse(directory: Path, first: int, entry: Mapping[str, Any]) -> Shard:
+    if entry["version"] != 2 or entry["format"] != "mds":
+        raise ValueError(f"format {entry['format']!r} version {entry['version']}, expected 'mds' version 2")
+    raw, packed = _file(entry["raw_data"]), entry.get("zip_data")
+    return Shard(
+        directory=directory,
+        first=first,
+        num_samples=int(entry["samples"]),
+        columns=dict(zip(entry["column_names"], entry["column_encodings"], strict=True)),
+        compression=entry["compression"],
+        raw=raw,
+        packed=_file(packed) if packed else None,
+    )
+
+
+def _file(entry: Mapping[str, Any]) -> File:
+    name = PurePosixPath(entry["basename"])
+    if name.is_absolute() or ".." in name.parts:
+        raise ValueError(f"file {name} lies outside the data set")
+    return File(str(name), int(entry["bytes"]), dict(entry.get("hashes") or {}))
+
+
+def hasher(algorithm: str) -> Any:
+    """A fresh hash object with update() and hexdigest(): xxhash's algorithms and hashlib's.
+
+    Raises UserError for an unknown algorithm.
+    """
+    if algorithm in xxhash.algorithms_available:
+        return getattr(xxhash, algorithm)()
+    if algorithm in hashlib.algorithms_available and not algorithm.startswith("shake_"):
+        return hashlib.new(algorithm)
+    raise UserError(f"unknown hash {algorithm!r}; known: xxh64, xxh128, sha1, sha256, … (xxhash, hashlib)")
+
+
+def check_hashes(path: Path, expected: Mapping[str, str], parts: Iterable[bytes]) -> None:
+    """Compare the hashes of a file, given as parts, with the index. Raises UserError naming file and hash."""
+    hashers = {algorithm: hasher(algorithm) for algorithm in expected}
+    for part in parts:
+        for each in hashers.values():
+            each.update(part)
+    for algorithm, each in hashers.items():
+        if each.hexdigest() != expected[algorithm]:
+            raise UserError(
+                f"{path}: its {algorithm} is {each.hexdigest()}, {INDEX} says {expected[algorithm]}; "
+                "the file is damaged, fetch or write it again"
+            )

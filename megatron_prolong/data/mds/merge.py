@@ -1,0 +1,62 @@
+"""Joining data sets that lie in subdirectories under one index, without touching their shards."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_prolong.data.mds.index import INDEX, read_index
+from megatron_prolong.errors import UserError
+
+
+def merge_indexes(directories: Sequence[Path], out: Path) -> int:
+    """Write `out/index.json` naming the shards of `directories`, in this order; returns the sample count.
+
+    Every directory must lie below `out`, since shards are named relative to it. Raises UserError when one
+    does not, has no valid index, or has other columns than the first.
+    """
+    entries: list[dict[str, Any]] = []
+    for directory in directories:
+        try:
+            relative = Path(directory).resolve().relative_to(Path(out).resolve())
+        except ValueError:
+            raise UserError(f"{directory} does not lie below {out}; move it there to merge it") from None
+        read_index(directory)
+        for entry in json.loads((Path(directory) / INDEX).read_bytes())["shards"]:
+            for key in ("raw_data", "zip_data"):
+                if entry.get(key):
+                    entry[key]["basename"] = (relative / entry[key]["basename"]).as_posix()
+            entries.append(entry)
+    path = Path(out) / INDEX
+    temporary = path.with_name(f"{INDEX}.tmp-{os.getpid()}")
+    previous = path.read_bytes() if path.exists() else None
+    try:
+        temporary.write_text(json.dumps({"version": 2, "shards": entries}, sort_keys=True))
+        temporary.replace(path)
+        return sum(shard.num_samples for shard in read_index(out))  # also compares the columns
+    except BaseException:
+        if previous is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(previous)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def merge_tree(root: Path) -> int:
+    """Merge all data sets below `root` (at any depth, in the order of their paths) into `root/index.json`.
+
+    An index that is itself a merger of directories below it is not counted twice: only directories that
+    hold shard files are taken. Returns the sample count. Raises UserError when there is none.
+    """
+    holders = sorted(
+        {path.parent for path in Path(root).rglob(INDEX) if any(path.parent.glob("shard.*.mds*"))}
+        - {Path(root)}
+    )
+    if not holders:
+        raise UserError(f"{root}: no data set in its subdirectories (no {INDEX} beside shard files)")
+    return merge_indexes(holders, Path(root))

@@ -1,0 +1,216 @@
+"""Random access to the samples of an MDS data set through memory maps.
+
+Opening reads index.json only. A shard is mapped when one of its samples is first asked for and stays mapped
+(it costs address space, not memory); arrays are views of the map. A compressed shard is unpacked once,
+beside the compressed file as the format's own reader does, or into an unnamed temporary file when the
+directory is read-only.
+"""
+
+from __future__ import annotations
+
+import mmap
+import operator
+import os
+import struct
+import tempfile
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import zstandard
+
+from megatron_prolong.data.mds.compression import open_compressed, parse_compression
+from megatron_prolong.data.mds.encodings import Encoding, encoding
+from megatron_prolong.data.mds.index import Shard, check_hashes, read_index
+from megatron_prolong.errors import UserError
+
+_PAIR = struct.Struct("<II")
+_CHUNK_BYTES = 1 << 22
+
+
+class MDSReader(Sequence[dict[str, Any]]):
+    """`reader[i]` is sample i as {column: value}; arrays are read-only views, copy them to keep or change.
+
+    path: directory with index.json. columns: read only these (default all). check_hashes: compare every
+    shard with the hashes in the index when it is first used (reads it once; compressed shards are always
+    checked, since they are read anyway).
+    Raises UserError naming file, sample and column for a missing or damaged file.
+    """
+
+    def __init__(
+        self, path: Path | str, *, columns: Iterable[str] | None = None, check_hashes: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self.shards = read_index(self.path)
+        self._check_hashes = check_hashes
+        self._starts = [shard.first for shard in self.shards]
+        self._length = sum(shard.num_samples for shard in self.shards)
+        self._maps: dict[int, mmap.mmap] = {}
+        stored = dict(self.shards[0].columns) if self.shards else {}
+        wanted = sorted(stored if columns is None else columns)
+        if self.shards and (absent := [name for name in wanted if name not in stored]):
+            raise UserError(f"{self.path}: no column {', '.join(absent)}, only {', '.join(stored)}")
+        self.columns: dict[str, str] = {name: stored[name] for name in wanted if name in stored}
+        self._layout = self._plan(stored)
+        self._sizes = struct.Struct(f"<{sum(size is None for _, size, _ in self._layout)}I")
+
+    def _plan(self, stored: Mapping[str, str]) -> list[tuple[str, int | None, Encoding | None]]:
+        """(name, fixed size, decoder or None to skip) of every stored column, in the order of the file."""
+        layout: list[tuple[str, int | None, Encoding | None]] = []
+        for name, kind in stored.items():
+            try:
+                known = encoding(kind)
+            except UserError as error:
+                if name in self.columns:
+                    others = [other for other in stored if other != name]
+                    raise UserError(
+                        f"{self.path}, column {name}: {error} (other columns: {others})"
+                    ) from None
+                layout.append((name, None, None))
+                continue
+            layout.append((name, known.size, known if name in self.columns else None))
+        return layout
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, tuple(self.columns), self._check_hashes)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number, shard in enumerate(self.shards):
+            for sample in range(shard.num_samples):
+                yield self._read(number, sample)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Sample `index` (negative counts from the end). Raises IndexError beyond the end."""
+        wanted = operator.index(index)
+        position = wanted + self._length if wanted < 0 else wanted
+        if not 0 <= position < self._length:
+            raise IndexError(f"{self.path}: sample {wanted} of {self._length}")
+        number = bisect_right(self._starts, position) - 1
+        return self._read(number, position - self._starts[number])
+
+    def shard_of(self, index: int) -> Shard:
+        """The shard that holds sample `index` >= 0."""
+        return self.shards[bisect_right(self._starts, index) - 1]
+
+    def _read(self, number: int, sample: int) -> dict[str, Any]:
+        data = self._maps.get(number)
+        if data is None:
+            data = self._map(number)
+        try:
+            begin, end = _PAIR.unpack_from(data, 4 + 4 * sample)
+            sizes = iter(self._sizes.unpack_from(data, begin))
+            at = begin + self._sizes.size
+            values: dict[str, Any] = {}
+            column = ""
+            for column, fixed, decoder in self._layout:
+                size = next(sizes) if fixed is None else fixed
+                if at + size > end:
+                    raise ValueError("it reaches beyond the end of the sample")
+                if decoder is not None:
+                    values[column] = decoder.decode(data, at, size)
+                at += size
+            if at != end or end > len(data):
+                raise ValueError(f"columns end at byte {at}, the sample at {end}, the file at {len(data)}")
+        except (ValueError, KeyError, IndexError, struct.error) as error:
+            shard = self.shards[number]
+            raise UserError(
+                f"{shard.path}, sample {sample} (number {shard.first + sample} of {self.path}), "
+                f"column {column or 'sizes'}: {error}; the shard is damaged, fetch or write it again"
+            ) from None
+        return values
+
+    def _map(self, number: int) -> mmap.mmap:
+        shard = self.shards[number]
+        if shard.packed is not None and not _has_size(shard.path, shard.raw.num_bytes):
+            file = _unpack(shard)
+        else:
+            if self._check_hashes:
+                _check_file(shard.path, shard.raw.num_bytes)
+                check_hashes(shard.path, shard.raw.hashes, _parts(shard.path))
+            _check_file(shard.path, shard.raw.num_bytes)
+            file = shard.path.open("rb")
+        with file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if int.from_bytes(data[:4], "little") != shard.num_samples:
+            raise UserError(
+                f"{shard.path} holds {int.from_bytes(data[:4], 'little')} samples, index.json says "
+                f"{shard.num_samples}; fetch or write the data set again"
+            )
+        self._maps[number] = data
+        return data
+
+    def verify(self, number: int) -> None:
+        """Check shard `number` completely: size, hashes, and that every sample decodes. Raises UserError."""
+        shard = self.shards[number]
+        path, file = shard.delivered
+        _check_file(path, file.num_bytes)
+        check_hashes(path, file.hashes, _parts(path))
+        for sample in range(shard.num_samples):
+            self._read(number, sample)
+
+
+def _reopen(path: Path, columns: Sequence[str], check: bool) -> MDSReader:
+    return MDSReader(path, columns=columns, check_hashes=check)
+
+
+def _has_size(path: Path, num_bytes: int) -> bool:
+    return path.exists() and path.stat().st_size == num_bytes
+
+
+def _check_file(path: Path, num_bytes: int) -> None:
+    if not path.exists():
+        raise UserError(f"{path}: this shard is missing; fetch or write the data set again")
+    found = path.stat().st_size
+    if found != num_bytes:
+        what = "truncated" if found < num_bytes else "too long"
+        raise UserError(
+            f"{path}: {what}, {found} bytes where index.json says {num_bytes}; fetch or write it again"
+        )
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while part := file.read(_CHUNK_BYTES):
+            yield part
+
+
+def _unpack(shard: Shard) -> IO[bytes]:
+    """Decompress a shard, check both files against the index, return the raw file opened for reading."""
+    path, file = shard.delivered
+    _check_file(path, file.num_bytes)
+    check_hashes(path, file.hashes, _parts(path))
+    temporary = shard.path.with_name(f"{shard.path.name}.tmp-{os.getpid()}")
+    try:
+        raw: IO[bytes] = temporary.open("w+b")
+    except OSError:
+        # A read-only place: unpack into a file that vanishes with this process.
+        raw = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+        _decompress(shard, raw)
+        return raw
+    try:
+        _decompress(shard, raw)
+        temporary.replace(shard.path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return raw
+
+
+def _decompress(shard: Shard, raw: IO[bytes]) -> None:
+    path, _ = shard.delivered
+    algorithm, _ = parse_compression(shard.compression or "")
+    try:
+        with open_compressed(path, algorithm) as stream:
+            while part := stream.read(_CHUNK_BYTES):
+                raw.write(part)
+    except (EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
+        raise UserError(f"{path}: cannot be unpacked ({error}); fetch or write it again") from None
+    raw.flush()
+    if raw.tell() != shard.raw.num_bytes:
+        raise UserError(f"{path} unpacks to {raw.tell()} bytes, index.json says {shard.raw.num_bytes}")
+    raw.seek(0)
+    check_hashes(shard.path, shard.raw.hashes, iter(lambda: raw.read(_CHUNK_BYTES), b""))

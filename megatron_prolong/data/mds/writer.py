@@ -1,0 +1,211 @@
+"""Writing an MDS data set, atomically: it appears under its name only when it is complete.
+
+Given the same samples and options the shard files are byte for byte those of the format's own writer
+(except compressed ones, which only unpack to the same bytes). At most one shard is held in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from megatron_prolong.data.mds.compression import compressed_writer, parse_compression
+from megatron_prolong.data.mds.encodings import encoding
+from megatron_prolong.data.mds.index import INDEX, hasher
+from megatron_prolong.errors import UserError
+
+SHARD_BYTES = 1 << 26
+"""Default size limit of a shard, 64 MiB, as in the data ProLong published."""
+_MAX_SHARD_BYTES = (1 << 32) - 1  # offsets are uint32
+
+
+class MDSWriter:
+    """Use as a context manager; leaving it without an exception renames the finished directory into place.
+
+    columns: name to MDS encoding. size_limit: bytes of an uncompressed shard; a single larger sample gets
+    a shard of its own. compression: None, `zstd[:level]`, `gz[:level]`, `bz2[:level]`. hashes: names such as
+    `xxh64` or `sha1`, recorded for every file.
+    Raises UserError when `path` exists and is not an empty directory, when a value does not fit its column
+    (naming column and sample), when a sample exceeds the format's 4 GiB, and when the disk is full.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        columns: Mapping[str, str],
+        *,
+        size_limit: int = SHARD_BYTES,
+        compression: str | None = None,
+        hashes: Sequence[str] = (),
+    ) -> None:
+        self.path = Path(path)
+        self.num_samples = 0
+        refuse_existing(self.path)
+        if not 0 < size_limit <= _MAX_SHARD_BYTES:
+            raise UserError(f"shard size limit {size_limit} is not within 1 and {_MAX_SHARD_BYTES} bytes")
+        self._encodings = {name: encoding(columns[name]) for name in sorted(columns)}
+        self._extension = f".{parse_compression(compression)[0]}" if compression else ""
+        for algorithm in hashes:
+            hasher(algorithm)
+        self._settings: dict[str, Any] = {
+            "version": 2,
+            "format": "mds",
+            "compression": compression,
+            "hashes": sorted(hashes),
+            "size_limit": size_limit,
+            "column_names": list(self._encodings),
+            "column_encodings": [each.name for each in self._encodings.values()],
+            "column_sizes": [each.size for each in self._encodings.values()],
+        }
+        self._head = json.dumps(self._settings, sort_keys=True).encode()
+        self._limit = size_limit
+        self._shards: list[dict[str, Any]] = []
+        self._clear()
+        self._temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+
+    def _clear(self) -> None:
+        self._samples: list[bytes] = []
+        self._num_bytes = 8 + len(self._head)
+
+    def write(self, sample: Mapping[str, Any]) -> None:
+        """Append one sample; its keys must be exactly the columns."""
+        if sample.keys() != self._encodings.keys():
+            raise UserError(
+                f"{self.path}, sample {self.num_samples}: has the columns {sorted(sample)}, "
+                f"expected {sorted(self._encodings)}"
+            )
+        data = self._encode(sample)
+        if self._num_bytes + len(data) + 4 > self._limit and self._samples:
+            self._flush()
+        if self._num_bytes + len(data) + 4 > _MAX_SHARD_BYTES:
+            raise UserError(
+                f"{self.path}, sample {self.num_samples}: {len(data)} bytes do not fit into the MDS format's "
+                "4 GiB shards; split the document"
+            )
+        self._samples.append(data)
+        self._num_bytes += len(data) + 4
+        self.num_samples += 1
+
+    def _encode(self, sample: Mapping[str, Any]) -> bytes:
+        sizes: list[int] = []
+        values: list[bytes] = []
+        for name, each in self._encodings.items():
+            try:
+                value = each.encode(sample[name])
+            except (TypeError, ValueError, OverflowError, KeyError) as error:
+                raise UserError(
+                    f"{self.path}, sample {self.num_samples}, column {name} ({each.name}): {error}"
+                ) from None
+            values.append(value)
+            if each.size is None:
+                sizes.append(len(value))
+        return b"".join([np.array(sizes, "<u4").tobytes(), *values])
+
+    def _shard_parts(self) -> Iterator[bytes]:
+        count = len(self._samples)
+        ends = np.cumsum([0, *map(len, self._samples)])
+        yield np.array([count], "<u4").tobytes()
+        yield (ends + 4 + 4 * (count + 1) + len(self._head)).astype("<u4").tobytes()
+        yield self._head
+        yield from self._samples
+
+    def _flush(self) -> None:
+        raw_name = f"shard.{len(self._shards):05}.mds"
+        name = raw_name + self._extension
+        hashers = {algorithm: hasher(algorithm) for algorithm in self._settings["hashes"]}
+        path = self._temporary / name
+        with disk_full_is_users(self.path), path.open("wb") as file:
+            if self._extension:
+                stream = compressed_writer(file, self._settings["compression"], self._num_bytes)
+                with stream as packer:
+                    _write_all(packer, self._shard_parts(), hashers)
+            else:
+                _write_all(file, self._shard_parts(), hashers)
+        raw = _file_entry(raw_name, self._num_bytes, hashers)
+        packed = None
+        if self._extension:
+            hashers = {algorithm: hasher(algorithm) for algorithm in self._settings["hashes"]}
+            with path.open("rb") as file:
+                while part := file.read(1 << 22):
+                    for each in hashers.values():
+                        each.update(part)
+            packed = _file_entry(name, path.stat().st_size, hashers)
+        self._shards.append(
+            self._settings | {"samples": len(self._samples), "raw_data": raw, "zip_data": packed}
+        )
+        self._clear()
+
+    def finish(self) -> None:
+        """Write what is left and the index, then move the directory to its name."""
+        if self._samples:
+            self._flush()
+        with disk_full_is_users(self.path):
+            text = json.dumps({"version": 2, "shards": self._shards}, sort_keys=True)
+            (self._temporary / INDEX).write_text(text)
+        self._temporary.replace(self.path)
+
+    def discard(self) -> None:
+        """Give up: remove everything written so far."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.discard()
+            return
+        try:
+            self.finish()
+        except BaseException:
+            self.discard()
+            raise
+
+
+class disk_full_is_users:  # noqa: N801 - reads as a phrase in `with`
+    """Turns "no space left on device" into a UserError that names the data set."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{self.path}: the disk is full; what was unfinished has been removed. Free space "
+                "(or choose another place) and run the same command again"
+            ) from None
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise UserError if `path` is anything but absent or an empty directory."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already; remove it or choose another name")
+
+
+def _write_all(stream: Any, parts: Iterator[bytes], hashers: Mapping[str, Any]) -> None:
+    for part in parts:
+        stream.write(part)
+        for each in hashers.values():
+            each.update(part)
+
+
+def _file_entry(name: str, num_bytes: int, hashers: Mapping[str, Any]) -> dict[str, Any]:
+    digests = {algorithm: each.hexdigest() for algorithm, each in hashers.items()}
+    return {"basename": name, "bytes": num_bytes, "hashes": digests}
