@@ -1,0 +1,93 @@
+"""Where the samples of one domain of a mixture come from: a directory of MDS shards, or random tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megatron_prolong.data.mds import MDSReader
+from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.data.permutation import mix
+from megatron_prolong.errors import UserError
+
+
+class Domain(Protocol):
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> PackedSequence: ...
+
+
+class ShardedDomain:
+    """Packed sequences of at most sequence_length tokens in a directory of MDS shards.
+
+    vocab_size: tokens at or above it are refused; None reads them unchecked.
+    Raises UserError for a missing or empty directory, and for what its first sample shows: wrong columns,
+    wrong length, tokens of another tokenizer. Later samples are checked as they are read.
+    """
+
+    def __init__(
+        self, directory: Path, *, sequence_length: int, vocab_size: int | None, loss_mask: bool
+    ) -> None:
+        self.name = str(directory)
+        self._sequence_length = sequence_length
+        self._vocab_size = vocab_size
+        self._loss_mask = loss_mask
+        self._reader = MDSReader(directory)
+        if not len(self._reader):
+            raise UserError(f"{directory}: no samples; pack a source into it, or leave it out of the mixture")
+        self.read(0)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def read(self, index: int) -> PackedSequence:
+        """Sample `index` of the directory, copied out of its shard."""
+        identity = Identity(self.name, self._reader.shard_of(index).raw.basename, index)
+        sequence = PackedSequence.from_sample(self._reader[index], identity, loss_mask=self._loss_mask)
+        if sequence.num_tokens > self._sequence_length:
+            raise UserError(
+                f"{identity}: {sequence.num_tokens} tokens, but the stage's sequence_length is "
+                f"{self._sequence_length}; a stage reads packs of its own length, so pack the source again "
+                f"with `prolong data pack --length {self._sequence_length}`"
+            )
+        if self._vocab_size is not None:
+            check_vocabulary(sequence, self._vocab_size)
+        return sequence
+
+
+def check_vocabulary(sequence: PackedSequence, vocab_size: int) -> None:
+    """Refuse tokens the model has no embedding for."""
+    if sequence.tokens.max() >= vocab_size:
+        position = int(np.argmax(sequence.tokens >= vocab_size))
+        raise UserError(
+            f"{sequence.identity}: token {sequence.tokens[position]} at position {position} is not in the "
+            f"vocabulary of {vocab_size}; tokenize the data with the model's own tokenizer"
+        )
+
+
+class MockDomain:
+    """One document of random tokens per sample, for speed tests. Only the word `mock` asks for it."""
+
+    name = "mock"
+
+    def __init__(self, size: int, *, sequence_length: int, vocab_size: int, seed: int) -> None:
+        self._size = size
+        self._sequence_length = sequence_length
+        self._vocab_size = vocab_size
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, index: int) -> PackedSequence:
+        generator = np.random.default_rng(mix(self._seed, index))
+        return PackedSequence(
+            tokens=generator.integers(self._vocab_size, size=self._sequence_length, dtype=np.uint32),
+            boundaries=np.array([0, self._sequence_length], np.int64),
+            mask=None,
+            identity=Identity(self.name, "-", index),
+        )

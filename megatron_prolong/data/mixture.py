@@ -1,0 +1,166 @@
+"""Domains mixed in fixed proportions: which samples make up the global batch of every step.
+
+`Mixture.batch(step)` is a pure function of (proportions, sizes of the domains, seed, step). It does not
+know of ranks, workers or earlier steps, so resuming at any step or changing the data-parallel size
+continues the same stream, and costs O(batch).
+
+- Which domain: `data/interleave.py` keeps every prefix of the run within one sample of the proportions.
+  Only the order inside a global batch is shuffled, so this holds after every step.
+- Which sample: the n-th draw from a domain of m samples is the (n mod m)-th of epoch n // m, and every
+  epoch is its own permutation. Nothing is seen twice before all has been seen once.
+- Domains are told apart by their place in the recipe, not by their path: moving data to another disk
+  keeps the stream. `fingerprint` tells whether two mixtures have the same stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_prolong.data.domain import Domain, MockDomain, ShardedDomain
+from megatron_prolong.data.interleave import Interleave
+from megatron_prolong.data.packed import PackedSequence
+from megatron_prolong.data.permutation import Permutation
+from megatron_prolong.errors import UserError
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """One sequence of a global batch: number of its domain, sample in the domain, epoch of the domain."""
+
+    domain: int
+    index: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class DomainUse:
+    """What a run takes from one domain. epochs: how often each of its samples is seen on average."""
+
+    name: str
+    proportion: float
+    num_samples: int
+    num_draws: int
+
+    @property
+    def epochs(self) -> float:
+        return self.num_draws / self.num_samples
+
+
+class Mixture:
+    """The stream of global batches of one stage.
+
+    domains: directory of MDS shards → proportion, in any unit; or the word "mock" for random tokens.
+    sequence_length: tokens of a packed sequence. batch_sequences: sequences of a global batch.
+    loss_mask: read the mask column (instruction data). vocab_size: of the model; needed for "mock", and
+    otherwise lets tokens beyond it be refused as they are read.
+    Raises UserError naming every domain that cannot be used.
+    """
+
+    def __init__(
+        self,
+        domains: Mapping[Path, float] | Mapping[str, float] | Literal["mock"],
+        *,
+        sequence_length: int,
+        batch_sequences: int,
+        seed: int,
+        num_steps: int,
+        loss_mask: bool = False,
+        vocab_size: int | None = None,
+    ) -> None:
+        assert batch_sequences > 0 and num_steps > 0
+        self.sequence_length = sequence_length
+        self.batch_sequences = batch_sequences
+        self.num_steps = num_steps
+        self.seed = seed
+        num_slots = batch_sequences * num_steps
+        self._domains: Sequence[Domain]
+        if domains == "mock":
+            assert vocab_size is not None, "random tokens need a vocabulary size"
+            self.proportions = [1.0]
+            self._domains = [
+                MockDomain(num_slots, sequence_length=sequence_length, vocab_size=vocab_size, seed=seed)
+            ]
+        elif isinstance(domains, str):
+            raise UserError(f"mixture: {domains!r} is neither a mapping of directories nor the word mock")
+        else:
+            self.proportions = list(domains.values())
+            self._domains = _open(domains, sequence_length, vocab_size, loss_mask)
+        self._interleave = Interleave(self.proportions, num_slots)
+
+    def batch(self, step: int) -> list[SampleRef]:
+        """The batch_sequences samples of a step, in the order in which ranks share them out."""
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of a run of {self.num_steps} steps")
+        first = step * self.batch_sequences
+        order = Permutation(self.batch_sequences, self.seed, step)
+        return [self._draw(first + order[place]) for place in range(self.batch_sequences)]
+
+    def _draw(self, slot: int) -> SampleRef:
+        domain, draw = self._interleave[slot]
+        size = len(self._domains[domain])
+        epoch, position = divmod(draw, size)
+        return SampleRef(domain, Permutation(size, self.seed, domain, epoch)[position], epoch)
+
+    def read(self, ref: SampleRef) -> PackedSequence:
+        """The sample's tokens. Raises UserError naming directory, shard and sample when they are unusable."""
+        return self._domains[ref.domain].read(ref.index)
+
+    def usage(self) -> list[DomainUse]:
+        """What the whole run draws from each domain, and so how often it repeats it."""
+        num_slots = self._interleave.num_slots
+        total = sum(self.proportions)
+        return [
+            DomainUse(domain.name, share / total, len(domain), self._interleave.count(number, num_slots))
+            for number, (domain, share) in enumerate(zip(self._domains, self.proportions, strict=True))
+        ]
+
+    def fingerprint(self) -> str:
+        """Equal for two mixtures exactly when their batches are the same references at every common step."""
+        sizes = [len(domain) for domain in self._domains]
+        shares = [str(share) for share in self._interleave.shares]
+        facts = [shares, sizes, self.batch_sequences, self.seed]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _open(
+    domains: Mapping[Path, float] | Mapping[str, float],
+    sequence_length: int,
+    vocab_size: int | None,
+    loss_mask: bool,
+) -> list[ShardedDomain]:
+    """Open every domain, and report all that cannot be used at once."""
+    opened, problems = [], []
+    for directory, proportion in domains.items():
+        if proportion <= 0:
+            problems.append(f"{directory}: proportion {proportion} must be above 0; leave the domain out")
+            continue
+        try:
+            domain = ShardedDomain(
+                Path(directory), sequence_length=sequence_length, vocab_size=vocab_size, loss_mask=loss_mask
+            )
+            opened.append(domain)
+        except UserError as error:
+            problems.append(str(error))
+    if not domains:
+        problems.append("it names no directory")
+    if problems:
+        raise UserError.many("the mixture cannot be read:", problems)
+    return opened
+
+
+def rank_share(refs: Sequence[SampleRef], rank: int, num_ranks: int) -> list[SampleRef]:
+    """The part of a global batch that falls to one data-parallel rank: every num_ranks-th sequence.
+
+    Raises UserError when the ranks do not divide the batch.
+    """
+    if len(refs) % num_ranks:
+        raise UserError(
+            f"a global batch of {len(refs)} sequences cannot be shared by {num_ranks} data-parallel ranks; "
+            "choose batch_tokens so that the ranks divide the number of sequences"
+        )
+    return list(refs[rank::num_ranks])

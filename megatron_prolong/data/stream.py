@@ -1,0 +1,38 @@
+"""Reads global batches ahead of training in a background thread, so that a step never waits for a disk."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from megatron_prolong.data.mixture import Mixture, SampleRef
+from megatron_prolong.data.packed import PackedSequence
+
+_STEPS_AHEAD = 2  # one being read while one waits; 8M tokens of a step are 32 MiB
+
+Share = Callable[[Sequence[SampleRef]], Sequence[SampleRef]]
+
+
+def stream(mixture: Mixture, first_step: int, share: Share) -> Iterator[tuple[int, list[PackedSequence]]]:
+    """(step, this rank's sequences) for every step from first_step to the end of the run.
+
+    share: picks this rank's sequences of a global batch, as `mixture.rank_share` does.
+    The thread reads and decompresses with numpy only, and lets go of the interpreter while doing so. An error
+    in it is raised here at the step it belongs to. Closing the generator (or dropping it) ends the thread.
+    """
+
+    def read(step: int) -> list[PackedSequence]:
+        return [mixture.read(ref) for ref in share(mixture.batch(step))]
+
+    waiting: deque[Future[list[PackedSequence]]] = deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    try:
+        submitted = first_step
+        for step in range(first_step, mixture.num_steps):
+            while submitted < min(step + 1 + _STEPS_AHEAD, mixture.num_steps):
+                waiting.append(pool.submit(read, submitted))
+                submitted += 1
+            yield step, waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

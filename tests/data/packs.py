@@ -1,0 +1,52 @@
+"""Small packed data sets for the tests of this room."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_prolong.data.mds import MDSWriter
+
+COLUMNS = {"input_ids": "ndarray:uint32", "indices": "ndarray:uint32", "domain": "str", "length": "int"}
+
+
+def write_packs(
+    directory: Path,
+    packs: Sequence[Sequence[Sequence[int]]],
+    *,
+    masks: Sequence[Sequence[Sequence[int]]] | None = None,
+    domain: str = "test",
+    size_limit: int = 1 << 26,
+    compression: str | None = None,
+    hashes: Sequence[str] = (),
+) -> Path:
+    """One sample per pack, each a list of documents, each a list of token ids (masks likewise)."""
+    columns = COLUMNS | ({"mask": "ndarray:uint8"} if masks is not None else {})
+    with MDSWriter(
+        directory, columns, size_limit=size_limit, compression=compression, hashes=hashes
+    ) as writer:
+        for number, documents in enumerate(packs):
+            tokens = np.array([token for document in documents for token in document], np.uint32)
+            ends = np.cumsum([len(document) for document in documents])
+            starts = ends - [len(document) for document in documents]
+            sample = {
+                "input_ids": tokens,
+                "indices": np.stack([starts, ends], axis=1).astype(np.uint32),
+                "domain": domain,
+                "length": len(tokens),
+            }
+            if masks is not None:
+                sample["mask"] = np.array([bit for mask in masks[number] for bit in mask], np.uint8)
+            writer.write(sample)
+    return directory
+
+
+def numbered_packs(count: int, sequence_length: int = 8, first: int = 0) -> list[list[list[int]]]:
+    """`count` packs whose first token is their number, so that a sample can be recognised."""
+    return [
+        [
+            [first + number, *range(1, sequence_length // 2)],
+            list(range(sequence_length - sequence_length // 2)),
+        ]
+        for number in range(count)
+    ]

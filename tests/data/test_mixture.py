@@ -1,0 +1,212 @@
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packs import numbered_packs, write_packs
+
+from megatron_prolong.data.mds import MDSWriter
+from megatron_prolong.data.mixture import Mixture, SampleRef, rank_share
+from megatron_prolong.errors import UserError
+
+SIZES = {"code": 7, "books": 40, "wiki": 1}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sources")
+    for number, (name, size) in enumerate(SIZES.items()):
+        write_packs(root / name, numbered_packs(size, first=1000 * number), size_limit=300)
+    return root
+
+
+def mixture(root: Path, shares: dict[str, float] | None = None, **changes: object) -> Mixture:
+    shares = shares or {"code": 0.3, "books": 0.6, "wiki": 0.1}
+    settings = {"sequence_length": 8, "batch_sequences": 8, "seed": 42, "num_steps": 12} | changes
+    return Mixture({root / name: share for name, share in shares.items()}, **settings)  # type: ignore[arg-type]
+
+
+shares_of_three = st.lists(st.floats(0.01, 1), min_size=3, max_size=3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shares=shares_of_three, batch=st.integers(1, 16), steps=st.integers(1, 12), seed=st.integers(0, 2**32))
+def test_proportions_hold_within_one_sample_after_every_step(
+    sources: Path, shares: list[float], batch: int, steps: int, seed: int
+) -> None:
+    mixed = mixture(
+        sources,
+        dict(zip(SIZES, shares, strict=True)),
+        batch_sequences=batch,
+        num_steps=steps,
+        seed=seed,
+    )
+    seen: Counter[int] = Counter()
+    for step in range(steps):
+        seen.update(ref.domain for ref in mixed.batch(step))
+        for number, share in enumerate(shares):
+            assert abs(seen[number] - share / sum(shares) * batch * (step + 1)) < 1
+    assert [use.num_draws for use in mixed.usage()] == [seen[number] for number in range(3)]
+
+
+@settings(deadline=None, max_examples=40)
+@given(start=st.integers(0, 11), seed=st.integers(0, 1000))
+def test_starting_at_any_step_equals_no_stop(sources: Path, start: int, seed: int) -> None:
+    uninterrupted = mixture(sources, seed=seed)
+    expected = [uninterrupted.batch(step) for step in range(12)]
+    resumed = mixture(sources, seed=seed)
+    assert [resumed.batch(step) for step in range(start, 12)] == expected[start:]
+    assert [resumed.batch(step) for step in reversed(range(12))] == expected[::-1]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_the_ranks_together_consume_the_same_global_batches(sources: Path, num_ranks: int) -> None:
+    def key(ref: SampleRef) -> tuple[int, int, int]:
+        return ref.domain, ref.index, ref.epoch
+
+    mixed = mixture(sources)
+    for step in range(mixed.num_steps):
+        parts = [rank_share(mixture(sources).batch(step), rank, num_ranks) for rank in range(num_ranks)]
+        assert {len(part) for part in parts} == {8 // num_ranks}
+        assert sorted((ref for part in parts for ref in part), key=key) == sorted(mixed.batch(step), key=key)
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused(sources: Path) -> None:
+    with pytest.raises(UserError, match="8 sequences cannot be shared by 3"):
+        rank_share(mixture(sources).batch(0), 0, 3)
+
+
+def test_nothing_is_seen_twice_before_all_is_seen_once(sources: Path) -> None:
+    mixed = mixture(sources, num_steps=60)
+    for number, size in enumerate(SIZES.values()):
+        draws = [ref for step in range(60) for ref in mixed.batch(step) if ref.domain == number]
+        by_epoch: dict[int, list[int]] = {}
+        for ref in draws:
+            by_epoch.setdefault(ref.epoch, []).append(ref.index)
+        full = [sorted(indices) for epoch, indices in by_epoch.items() if epoch < max(by_epoch)]
+        assert len(by_epoch) == -(-len(draws) // size)
+        assert all(indices == list(range(size)) for indices in full)
+        assert len(set(by_epoch[max(by_epoch)])) == len(by_epoch[max(by_epoch)])
+    orders = [tuple(r.index for s in range(60) for r in mixed.batch(s) if r.domain == 0 and r.epoch == e)
+              for e in range(10)]  # fmt: skip
+    assert len(set(orders)) > 1, "every epoch has its own order"
+
+
+def test_the_seed_changes_the_stream_and_a_longer_run_does_not(sources: Path) -> None:
+    first = [mixture(sources).batch(step) for step in range(12)]
+    assert first != [mixture(sources, seed=43).batch(step) for step in range(12)]
+    assert first == [mixture(sources, num_steps=500).batch(step) for step in range(12)]
+
+
+def test_order_within_a_batch_is_shuffled(sources: Path) -> None:
+    """Without it the domains would take turns, and every rank would always get the same ones."""
+    mixed = mixture(sources, num_steps=40, batch_sequences=10)
+    places = [[ref.domain for ref in mixed.batch(step)].index(2) for step in range(40)]
+    assert len(set(places)) > 5
+
+
+def test_reading_gives_the_sample_and_says_where_it_lies(sources: Path) -> None:
+    mixed = mixture(sources)
+    for ref in mixed.batch(3):
+        packed = mixed.read(ref)
+        assert packed.tokens[0] == 1000 * ref.domain + ref.index
+        assert packed.document_lengths.tolist() == [4, 4]
+        assert packed.identity.domain == str(sources / list(SIZES)[ref.domain])
+        assert packed.identity.index == ref.index
+    assert mixed.read(SampleRef(1, 39, 0)).identity.shard == "shard.00039.mds"  # one to a shard
+
+
+def test_usage_reports_how_often_a_domain_repeats(sources: Path) -> None:
+    uses = {Path(use.name).name: use for use in mixture(sources, num_steps=10).usage()}
+    assert uses["code"].num_draws == 24 and uses["code"].epochs == 24 / 7
+    assert uses["wiki"].num_draws == 8 and uses["wiki"].epochs == 8
+    assert uses["books"].num_draws == 48 and uses["books"].proportion == pytest.approx(0.6)
+
+
+def test_the_fingerprint_is_that_of_the_stream(sources: Path, tmp_path: Path) -> None:
+    base = mixture(sources).fingerprint()
+    assert mixture(sources, {"code": 3, "books": 6, "wiki": 1}, num_steps=99).fingerprint() == base
+    moved = tmp_path / "elsewhere"
+    for number, (name, size) in enumerate(SIZES.items()):
+        write_packs(moved / name, numbered_packs(size, first=1000 * number))
+    assert mixture(moved).fingerprint() == base
+    write_packs(tmp_path / "grown" / "code", numbered_packs(8))
+    grown = Mixture(
+        {tmp_path / "grown" / "code": 0.3, sources / "books": 0.6, sources / "wiki": 0.1},
+        sequence_length=8, batch_sequences=8, seed=42, num_steps=12,
+    )  # fmt: skip
+    others = [grown, mixture(sources, seed=1), mixture(sources, batch_sequences=4),
+              mixture(sources, {"code": 0.4, "books": 0.5, "wiki": 0.1})]  # fmt: skip
+    assert base not in {other.fingerprint() for other in others}
+
+
+def test_mock_only_by_its_name() -> None:
+    mock = Mixture("mock", sequence_length=16, batch_sequences=2, seed=1, num_steps=3, vocab_size=50)
+    packs = [mock.read(ref).tokens for step in range(3) for ref in mock.batch(step)]
+    assert all(tokens.max() < 50 and len(tokens) == 16 for tokens in packs)
+    assert len({tokens.tobytes() for tokens in packs}) == 6
+    again = mock.read(mock.batch(0)[0]).tokens
+    assert np.array_equal(again, packs[0])
+    with pytest.raises(UserError, match="neither a mapping of directories nor the word mock"):
+        Mixture("Mock", sequence_length=16, batch_sequences=2, seed=1, num_steps=3, vocab_size=50)  # type: ignore[arg-type]
+
+
+def test_every_domain_that_cannot_be_used_is_named(tmp_path: Path, sources: Path) -> None:
+    with MDSWriter(tmp_path / "empty", {"input_ids": "ndarray:uint32"}):
+        pass
+    with MDSWriter(tmp_path / "text", {"text": "str"}) as writer:
+        writer.write({"text": "not tokenized"})
+    write_packs(tmp_path / "long", numbered_packs(1, sequence_length=16))
+    write_packs(tmp_path / "other_tokenizer", [[[1, 2, 99_999, 4, 5, 6, 7, 8]]])
+    with pytest.raises(UserError) as error:
+        Mixture(
+            {
+                tmp_path / "absent": 1,
+                tmp_path / "empty": 1,
+                tmp_path / "text": 1,
+                tmp_path / "long": 1,
+                tmp_path / "other_tokenizer": 1,
+                sources / "books": 0,
+                sources / "code": 1,
+            },
+            sequence_length=8, batch_sequences=4, seed=0, num_steps=1, vocab_size=50_000,
+        )  # fmt: skip
+    lines = str(error.value).splitlines()
+    assert len(lines) == 7 and lines[0] == "the mixture cannot be read:"
+    for line, (name, said) in zip(
+        lines[1:],
+        [
+            ("absent", "no such directory"),
+            ("empty", "no samples"),
+            ("text", "shard shard.00000.mds, sample 0: no column input_ids"),
+            ("long", "sample 0: 16 tokens, but the stage's sequence_length is 8"),
+            ("other_tokenizer", "token 99999 at position 2 is not in the vocabulary of 50000"),
+            ("books", "proportion 0 must be above 0"),
+        ],
+        strict=True,
+    ):
+        assert name in line and said in line
+
+
+def test_a_later_bad_sample_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    write_packs(tmp_path / "d", [*numbered_packs(3), [[7] * 9]])
+    mixed = mixture(tmp_path, {"d": 1.0})
+    assert mixed.read(SampleRef(0, 2, 0)).num_tokens == 8
+    with pytest.raises(UserError, match=r"d, shard shard\.00000\.mds, sample 3: 9 tokens"):
+        mixed.read(SampleRef(0, 3, 0))
+
+
+def test_a_stage_with_loss_mask_needs_the_column(tmp_path: Path, sources: Path) -> None:
+    with pytest.raises(UserError, match=r"code, shard shard\.00000\.mds, sample 0: no column mask"):
+        mixture(sources, {"code": 1.0}, loss_mask=True)
+    write_packs(tmp_path / "chat", [[[1, 2, 3]]], masks=[[[0, 1, 1]]])
+    masked = mixture(tmp_path, {"chat": 1.0}, loss_mask=True).read(SampleRef(0, 0, 0))
+    assert masked.mask is not None and masked.mask.tolist() == [0, 1, 1]
+
+
+def test_beyond_the_run_there_is_no_batch(sources: Path) -> None:
+    for step in (-1, 12):
+        with pytest.raises(IndexError):
+            mixture(sources).batch(step)
