@@ -1,0 +1,84 @@
+"""Causal self-attention of packed documents, and attention of new tokens over a key/value cache.
+
+A packed sequence holds documents one after another; `cu_seqlens` are their starts and the end of the last. No
+token sees another document, no score matrix or mask is ever built, and the backward is exact. Under tensor
+parallelism the heads are this rank's; context parallelism is context_parallel.py.
+
+Axes: T tokens (queries), S cached keys, N query heads, G key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_prolong.model.flash import Block, attend, attend_backward
+
+
+def packed_attention(
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    cu_seqlens: Sequence[int] | Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention that is causal inside each document and blind across documents.
+
+    Args:
+        q_TND, k_TGD, v_TGD: one packed sequence, N a multiple of G. Autograd flows to all three.
+        cu_seqlens: document starts and the end of the last, on CPU (a CUDA tensor would stall the stream).
+            Empty documents are allowed. Tokens behind the last document are padding: they get 0, see nothing.
+        scale: of the scores; default D ** -0.5.
+
+    Returns:
+        out_TND in q's dtype.
+    """
+    blocks = document_blocks(tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens))
+    return BlockAttention.apply(q_TND, k_TGD, v_TGD, blocks, True, _scale(q_TND, scale))
+
+
+@torch.no_grad()
+def cached_attention(
+    q_TND: Tensor, k_cache_SGD: Tensor, v_cache_SGD: Tensor, num_cached: int, scale: float | None = None
+) -> Tensor:
+    """Attention of the newest T of `num_cached` tokens of one document, for chunked prefill and decoding.
+
+    The caches may be longer than `num_cached`: only their first `num_cached` rows (the T new ones included,
+    already written) are read. Query i sees keys 0 … num_cached-T+i. No gradient. Returns out_TND.
+    """
+    blocks = (Block(0, len(q_TND), 0, num_cached),)
+    out_TND, _ = attend(q_TND, k_cache_SGD, v_cache_SGD, blocks, causal=True, scale=_scale(q_TND, scale))
+    return out_TND
+
+
+@lru_cache(maxsize=64)
+def document_blocks(cu_seqlens: tuple[int, ...]) -> tuple[Block, ...]:
+    """One square block per document. Cached: every layer asks for the same pack."""
+    return tuple(Block(start, stop, start, stop) for start, stop in pairwise(cu_seqlens))
+
+
+class BlockAttention(torch.autograd.Function):
+    """`flash.attend` with its backward; saves q, k, v, the output and one number per head and token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...], causal: bool, scale: float
+    ) -> Tensor:
+        out, lse = attend(q, k, v, blocks, causal, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.arguments = blocks, causal, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return *attend_backward(dout, *ctx.saved_tensors, *ctx.arguments), None, None, None
+
+
+def _scale(q_TND: Tensor, scale: float | None) -> float:
+    return q_TND.shape[-1] ** -0.5 if scale is None else scale

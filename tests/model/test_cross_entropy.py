@@ -1,0 +1,131 @@
+"""Chunked loss against PyTorch's dense cross entropy, values and gradients; tensor parallelism is in
+tests/distributed/test_cross_entropy.py.
+
+Tolerance 1e-5 in fp32: the same sums in another order. bf16: both sides are compared with fp32 arithmetic on
+the same bf16 numbers; logits of size 3 round at 2**-8 * 3 = 0.012, and a loss or gradient moves by about that.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_prolong.model.cross_entropy import chunked_cross_entropy
+
+
+def example(num_tokens, real_vocab, padded_vocab, dtype=torch.float32, seed=0, masked=0.3):
+    """hidden, weight (its padding rows far from zero: they must not count), labels, gradient per token."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, 12, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(padded_vocab, 12, generator=generator)
+    weight[real_vocab:] += 50.0
+    weight = weight.to(dtype).requires_grad_()
+    labels = torch.randint(real_vocab, (num_tokens,), generator=generator)
+    labels[torch.rand(num_tokens, generator=generator) < masked] = -100
+    return hidden, weight, labels, torch.randn(num_tokens, generator=generator)
+
+
+def dense(hidden, weight, labels, real_vocab):
+    logits = (hidden @ weight[:real_vocab].T).float()
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def with_gradients(losses, hidden, weight, dlosses):
+    return losses.detach(), *torch.autograd.grad(losses, (hidden, weight), dlosses)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_tokens=st.integers(0, 40),
+    chunk_tokens=st.integers(1, 50),
+    real_vocab=st.integers(1, 30),
+    padding=st.integers(0, 5),
+    masked=st.sampled_from([0.0, 0.4, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_equals_dense(num_tokens, chunk_tokens, real_vocab, padding, masked, seed):
+    hidden, weight, labels, dlosses = example(
+        num_tokens, real_vocab, real_vocab + padding, seed=seed, masked=masked
+    )
+    losses = chunked_cross_entropy(hidden, weight, labels, 0, real_vocab, chunk_tokens)
+    assert losses.dtype == torch.float32
+    ours = with_gradients(losses, hidden, weight, dlosses)
+    plain = with_gradients(dense(hidden, weight, labels, real_vocab), hidden, weight, dlosses)
+    for chunked, whole in zip(ours, plain, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
+    assert not ours[2][real_vocab:].any(), "padding rows got a gradient"
+
+
+def test_a_chunk_without_labels_is_zero_not_nan():
+    hidden, weight, labels, dlosses = example(24, 17, 20)
+    labels[8:16] = -100  # the whole second chunk
+    with torch.no_grad():
+        hidden[8:16] *= 1e6
+    losses = chunked_cross_entropy(hidden, weight, labels, 0, 17, 8)
+    grads = torch.autograd.grad(losses, (hidden, weight), dlosses)
+    assert torch.equal(losses[8:16], torch.zeros(8))
+    assert losses[16:].any() and torch.isfinite(losses).all()
+    assert not grads[0][8:16].any() and all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_chunk_size_changes_nothing_and_large_logits_do_not_overflow():
+    hidden, weight, labels, dlosses = example(30, 19, 19)
+    with torch.no_grad():
+        hidden *= 300
+    results = [
+        with_gradients(chunked_cross_entropy(hidden, weight, labels, 0, 19, chunk), hidden, weight, dlosses)
+        for chunk in (1, 7, 30, 64)
+    ]
+    plain = with_gradients(dense(hidden, weight, labels, 19), hidden, weight, dlosses)
+    for result in results:
+        for chunked, whole in zip(result, plain, strict=True):
+            torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-3)  # sums of terms of size 300
+
+
+def test_bfloat16_weight_gradient_is_summed_in_fp32():
+    """512 chunks of one token: in bf16 a total of equal parts stops growing at 256 of them."""
+    hidden = torch.ones(512, 4, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(2, 4, dtype=torch.bfloat16, requires_grad=True)
+    losses = chunked_cross_entropy(hidden, weight, torch.zeros(512, dtype=torch.int64), 0, 2, 1)
+    (dweight,) = torch.autograd.grad(losses.sum(), weight)
+    assert dweight.dtype == torch.bfloat16
+    assert torch.equal(dweight, torch.tensor([[-256.0] * 4, [256.0] * 4], dtype=torch.bfloat16))
+
+
+def test_bfloat16_stays_within_its_rounding():
+    hidden, weight, labels, dlosses = example(64, 50, 56, dtype=torch.bfloat16)
+    ours = with_gradients(chunked_cross_entropy(hidden, weight, labels, 0, 50, 16), hidden, weight, dlosses)
+    exact = with_gradients(dense(hidden.float(), weight.float(), labels, 50), hidden, weight, dlosses)
+    for low, high in zip(ours, exact, strict=True):
+        torch.testing.assert_close(low.float(), high.float(), rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_side_gets_no_gradient(frozen):
+    inputs = example(10, 7, 7)
+    inputs[frozen].requires_grad_(False)
+    losses = chunked_cross_entropy(*inputs[:3], 0, 7, 4)
+    losses.backward(inputs[3])
+    assert inputs[frozen].grad is None and inputs[1 - frozen].grad.any()
+
+
+def test_never_holds_more_than_one_chunk_of_logits():
+    """The largest tensor made, forward or backward, is one chunk of logits or hidden's gradient."""
+    num_tokens, vocab, chunk = 2048, 512, 64
+    hidden, weight, labels, dlosses = example(num_tokens, vocab, vocab, masked=0.0)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes())
+            return result
+
+    with Watch():
+        chunked_cross_entropy(hidden, weight, labels, 0, vocab, chunk).backward(dlosses)
+    assert hidden.grad is not None and largest == max(chunk * vocab, num_tokens * 12) * 4
