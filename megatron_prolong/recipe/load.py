@@ -13,9 +13,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.recipe.source import Key, Source, key_text, read_source
+from megatron_prolong.recipe.validate import find_problems, problems_error
 
 _RULES = {
     "missing": "required, but not given",
@@ -42,18 +42,10 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     recipe, problems, doubtful = parse(source)
     if problems:
         if recipe is not None:
-            from megatron_prolong.recipe.validate import find_problems
-
             problems += find_problems(recipe, doubtful=doubtful).errors
         raise problems_error(source.origin.file, problems)
     assert recipe is not None, "no problem, so there is a recipe"
     return recipe
-
-
-def problems_error(file: str, problems: Sequence[str]) -> UserError:
-    """The error that lists every problem of a recipe file."""
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return UserError.many(f"{file}: the recipe has {count}:", problems)
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -90,13 +90,26 @@ class ModelShape:
         return dataclasses.replace(self, **changes)
 
 
-def read_shape(directory: Path | str) -> ModelShape:
-    """The shape of a model directory: a Hugging Face one (config.json) or a checkpoint of ours (prolong.json).
+def model_directory(path: Path | str) -> Path:
+    """The directory a model's path means: a run's stage directory stands for its newest checkpoint.
+
+    Training writes RUN/STAGE/latest, a file that names the newest of RUN/STAGE/step_*.
+    """
+    path = Path(path)
+    pointer = path if path.name == "latest" else path / "latest"
+    if pointer.is_file():
+        return pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    return path
+
+
+def read_shape(path: Path | str) -> ModelShape:
+    """The shape of a model: a Hugging Face directory (config.json), a checkpoint of ours (prolong.json), or
+    the stage directory of a run.
 
     Raises:
         UserError: there is no such directory, neither file is in it, or the file is not readable as such.
     """
-    directory = Path(directory)
+    directory = model_directory(path)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; expected a Hugging Face model or a checkpoint")
     if (ours := directory / "prolong.json").exists():

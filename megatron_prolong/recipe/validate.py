@@ -2,29 +2,274 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from megatron_prolong.recipe.schema import Recipe
-from megatron_prolong.recipe.source import Key
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.inputs import (
+    mixture_problems,
+    model_problems,
+    tokenizer_problems,
+    vocabulary_size,
+)
+from megatron_prolong.recipe.layout_rules import StageSize, layout_problems
+from megatron_prolong.recipe.schema import InitSpec, Recipe, Stage, layout_of, precision_of
+from megatron_prolong.recipe.shape import ModelShape, model_directory, read_json, read_shape
+from megatron_prolong.recipe.source import Key, key_text
+
+# A run directory holds these beside its stages' directories.
+_RESERVED_STAGE_NAMES = ("initial", "export", "tensorboard")
 
 
 @dataclass
 class Findings:
-    """Problems that stop a run, and things worth saying that do not."""
+    """What `find_problems` found: errors stop a run, warnings are worth reading before it starts."""
 
+    recipe: Recipe
+    doubtful: Collection[Key] = ()
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    def error(self, key: Key, message: str, *, uses: Collection[Key] = ()) -> None:
+        """Note a problem of `key`, unless a value it was derived from is a stand-in for a wrong one."""
+        self._note(self.errors, key, message, uses)
 
-def find_problems(recipe: Recipe, world_size: int | None = None, doubtful: Collection[Key] = ()) -> Findings:
-    """Every problem of a recipe."""
-    return Findings()
+    def warn(self, key: Key, message: str, *, uses: Collection[Key] = ()) -> None:
+        """The same, for something that does not stop the run."""
+        self._note(self.warnings, key, message, uses)
+
+    def _note(self, notes: list[str], key: Key, message: str, uses: Collection[Key]) -> None:
+        if any(self.is_doubtful(used) for used in (key, *uses)):
+            return
+        line = f"{self.recipe.origin.place(key)}: {key_text(key)}: {message}"
+        if line not in notes:
+            notes.append(line)
+
+    def is_doubtful(self, key: Key) -> bool:
+        """True when `key`, or something around it, could not be read."""
+        return any(key[:end] in self.doubtful for end in range(1, len(key) + 1))
 
 
-def check(recipe: Recipe, world_size: int | None = None) -> None:
-    """Raises UserError with every problem."""
-    from megatron_prolong.recipe.load import problems_error
+def check(recipe: Recipe, world_size: int | None = None, *, on_cpu: bool = False) -> None:
+    """Judge everything about a recipe that can be judged without torch: values, files, layouts.
 
-    if errors := find_problems(recipe, world_size).errors:
+    Args:
+        world_size: number of ranks of the job; None skips what depends on it.
+        on_cpu: the job will run without CUDA.
+
+    Raises:
+        UserError: with every problem.
+    """
+    if errors := find_problems(recipe, world_size, on_cpu=on_cpu).errors:
         raise problems_error(recipe.origin.file, errors)
+
+
+def problems_error(file: str, problems: Collection[str]) -> UserError:
+    """The error that lists every problem of a recipe file."""
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return UserError.many(f"{file}: the recipe has {count}:", problems)
+
+
+def find_problems(
+    recipe: Recipe, world_size: int | None = None, *, on_cpu: bool = False, doubtful: Collection[Key] = ()
+) -> Findings:
+    """Every problem of a recipe. Keys in `doubtful` hold stand-in values and are not judged."""
+    findings = Findings(recipe, doubtful)
+    shape = _model(findings)
+    _run_directory(findings)
+    _chain(findings, shape)
+    for stage in recipe.stages:
+        _stage(findings, stage)
+        _mixture(findings, stage)
+        _layout(findings, stage, shape, world_size)
+        if on_cpu and precision_of(recipe, stage) == "fp8":
+            key = ("stages", stage.name, "precision") if stage.precision else ("precision",)
+            findings.error(key, "found fp8; it needs CUDA, and this machine has none: use bf16 or fp32")
+    return findings
+
+
+def incoming_shape(recipe: Recipe) -> ModelShape:
+    """The shape of the model before the first stage: read from model.path, or as model.init describes.
+
+    Raises:
+        UserError: the model or the tokenizer cannot be read.
+    """
+    model = recipe.model
+    if model.init is None:
+        assert model.path is not None, "check() refuses a model with neither path nor init"
+        return read_shape(model.path)
+    assert model.tokenizer is not None, "check() refuses init without a tokenizer"
+    return model.init.shape(vocabulary_size(model.tokenizer))
+
+
+def _model(findings: Findings) -> ModelShape | None:
+    """Judge model and tokenizer; the shape, where it can be known."""
+    model = findings.recipe.model
+    if findings.is_doubtful(("model",)):
+        return None
+    before = len(findings.errors)
+    if (model.path is None) == (model.init is None):
+        found = "neither" if model.path is None else "both"
+        findings.error(("model",), f"found {found} of path and init; give one")
+    if model.path is not None:
+        for problem in model_problems(model.path):
+            findings.error(("model", "path"), problem)
+    if model.init is not None:
+        _init(findings, model.init)
+        if model.tokenizer is None:
+            findings.error(("model", "tokenizer"), "required with init: it sets the vocabulary size")
+    if model.tokenizer is not None:
+        for problem in tokenizer_problems(model.tokenizer):
+            findings.error(("model", "tokenizer"), problem)
+    unreadable = any(findings.is_doubtful(("model", name)) for name in ("path", "init", "tokenizer"))
+    if unreadable or len(findings.errors) > before:
+        return None
+    shape = incoming_shape(findings.recipe)
+    for problem in _shape_problems(shape):
+        findings.error(("model", "path" if model.path else "init"), problem)
+    _vocabulary(findings, shape)
+    return shape
+
+
+def _init(findings: Findings, init: InitSpec) -> None:
+    if init.hidden_size % init.num_heads:
+        rule = f"found {init.num_heads}; must divide hidden_size, {init.hidden_size}"
+        findings.error(("model", "init", "num_heads"), rule, uses=[("model", "init", "hidden_size")])
+    if init.num_heads % init.num_kv_heads:
+        rule = f"found {init.num_kv_heads}; must divide num_heads, {init.num_heads}"
+        findings.error(("model", "init", "num_kv_heads"), rule, uses=[("model", "init", "num_heads")])
+
+
+def _shape_problems(shape: ModelShape) -> list[str]:
+    problems = []
+    if shape.num_heads % shape.num_kv_heads:
+        problems.append(
+            f"its {shape.num_heads} heads cannot be shared by {shape.num_kv_heads} key/value heads"
+        )
+    if shape.head_dim % 2:
+        problems.append(
+            f"its head size is {shape.head_dim}; rotary embeddings rotate pairs, so it must be even"
+        )
+    return problems
+
+
+def _vocabulary(findings: Findings, shape: ModelShape) -> None:
+    path = findings.recipe.model.tokenizer_path
+    assert path is not None, "a model with a shape has a path or a tokenizer"
+    if tokenizer_problems(path):
+        findings.warn(
+            ("model", "path"), "holds no tokenizer.json; set model.tokenizer to export and evaluate"
+        )
+    elif (size := vocabulary_size(path)) > shape.vocab_size:
+        findings.error(
+            ("model", "tokenizer"),
+            f"{path} has {size} tokens, but the model has embeddings for {shape.vocab_size}; "
+            "use the tokenizer that the model was trained with",
+        )
+
+
+def _run_directory(findings: Findings) -> None:
+    run_dir = findings.recipe.run_dir
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        findings.error(("run_dir",), f"{existing} is a file; name a directory")
+    elif not os.access(existing, os.W_OK):
+        findings.error(("run_dir",), f"{existing} is not writable; name another directory")
+
+
+def _chain(findings: Findings, shape: ModelShape | None) -> None:
+    """What concerns one stage after another: names, carry-over, RoPE bases."""
+    recipe = findings.recipe
+    for name, count in Counter(stage.name for stage in recipe.stages).items():
+        if count > 1:
+            findings.error(("stages", name), f"{count} stages have this name; names must be unique")
+        if name in _RESERVED_STAGE_NAMES:
+            reserved = ", ".join(_RESERVED_STAGE_NAMES)
+            findings.error(
+                ("stages", name, "name"), f"found {name}; reserved, as are {reserved}: choose another"
+            )
+    rope_base = shape.rope_base if shape else None
+    for index, stage in enumerate(recipe.stages):
+        key = ("stages", stage.name)
+        if not stage.carry.weights:
+            if index == 0 and recipe.model.path is not None:
+                rule = (
+                    "found false; the first stage starts from model.path: use model.init for random weights"
+                )
+                findings.error((*key, "carry", "weights"), rule)
+            elif stage.carry.optimizer:
+                rule = "found true; moments of other weights are of no use: carry both or neither"
+                findings.error((*key, "carry", "optimizer"), rule)
+        if index == 0 and "optimizer" in stage.carry.model_fields_set and stage.carry.optimizer:
+            _first_optimizer(findings, stage)
+        if stage.rope_base and rope_base and stage.rope_base < rope_base:
+            rule = f"found {stage.rope_base:g}, below the incoming {rope_base:g}; longer contexts need a larger base"
+            findings.warn((*key, "rope_base"), rule)
+        rope_base = stage.rope_base or rope_base
+
+
+def _first_optimizer(findings: Findings, stage: Stage) -> None:
+    path = findings.recipe.model.path
+    manifest = model_directory(path) / "prolong.json" if path else None
+    is_training = bool(manifest and manifest.is_file() and read_json(manifest).get("kind") == "training")
+    if not is_training:
+        key = ("stages", stage.name, "carry", "optimizer")
+        findings.warn(
+            key, "found true, but the model has no optimizer state with it: Adam's moments start at zero"
+        )
+
+
+def _stage(findings: Findings, stage: Stage) -> None:
+    key = ("stages", stage.name)
+    if (stage.steps is None) == (stage.tokens is None):
+        found = "neither" if stage.steps is None else "both"
+        findings.error(
+            key, f"found {found} of steps and tokens; give one", uses=[(*key, "steps"), (*key, "tokens")]
+        )
+    if stage.batch_tokens % stage.sequence_length:
+        findings.error(
+            (*key, "batch_tokens"),
+            f"found {stage.batch_tokens}; must be a multiple of sequence_length, {stage.sequence_length}",
+            uses=[(*key, "sequence_length")],
+        )
+
+
+def _mixture(findings: Findings, stage: Stage) -> None:
+    key = ("stages", stage.name, "mixture")
+    if findings.is_doubtful(key):
+        return
+    if stage.mixture == "mock":
+        if stage.loss_mask:
+            rule = "found true; mock data has no mask column"
+            findings.error(("stages", stage.name, "loss_mask"), rule)
+        return
+    if not stage.mixture:
+        findings.error(key, "found no directory; name at least one, or write the word mock")
+        return
+    total = math.fsum(stage.mixture.values())
+    if abs(total - 1) > 1e-6 and not any(findings.is_doubtful((*key, str(path))) for path in stage.mixture):
+        findings.error(key, f"the proportions sum to {total:.6g}; they must sum to 1")
+    for path in stage.mixture:
+        for problem in mixture_problems(path, loss_mask=stage.loss_mask):
+            findings.error((*key, str(path)), problem)
+
+
+def _layout(findings: Findings, stage: Stage, shape: ModelShape | None, world_size: int | None) -> None:
+    recipe = findings.recipe
+    own = stage.layout.model_dump(exclude_none=True)
+    key = ("stages", stage.name)
+    lengths: list[Key] = [(*key, "sequence_length"), (*key, "batch_tokens")]
+    if stage.batch_tokens % stage.sequence_length:
+        world_size = None  # said already, and nothing sensible can be said about its division
+    size = StageSize(stage.sequence_length, stage.batch_sequences, precision_of(recipe, stage))
+    layout = layout_of(recipe, stage)
+    for problem in layout_problems(layout, shape, size, world_size):
+        if problem.field == "world_size":
+            findings.error((*key, "layout"), problem.rule, uses=[*lengths, ("layout",)])
+            continue
+        where = (*key, "layout", problem.field) if problem.field in own else ("layout", problem.field)
+        found = f"found {getattr(layout, problem.field)}; "
+        findings.error(where, found + problem.rule, uses=lengths)

@@ -1,0 +1,81 @@
+"""Is what a recipe points at there: model, tokenizer, mixture directories. Only JSON files are opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.shape import model_directory, read_json, read_shape
+
+
+def model_problems(path: Path) -> list[str]:
+    """What keeps `path` from being a model to start from."""
+    try:
+        read_shape(path)
+    except UserError as error:
+        return [_one_line(error)]
+    directory = model_directory(path)
+    if (directory / "prolong.json").exists():
+        complete = (directory / ".metadata").exists()
+        return [] if complete else [f"{directory} holds no .metadata: the checkpoint is not complete"]
+    if not any(directory.glob("*.safetensors")):
+        return [
+            f"{directory} holds no *.safetensors (pickled .bin weights are not read): convert the weights"
+        ]
+    return []
+
+
+def tokenizer_problems(path: Path) -> list[str]:
+    """What keeps `path` from being a tokenizer's directory."""
+    try:
+        vocabulary_size(path)
+    except UserError as error:
+        return [_one_line(error)]
+    return []
+
+
+def vocabulary_size(path: Path) -> int:
+    """One more than the largest token id of the tokenizer in a directory (a checkpoint keeps it in hf/).
+
+    Raises:
+        UserError: there is no readable tokenizer.json.
+    """
+    directory = model_directory(path)
+    candidates = [directory / "tokenizer.json", directory / "hf" / "tokenizer.json"]
+    file = next((candidate for candidate in candidates if candidate.exists()), None)
+    if file is None:
+        raise UserError(f"{path}: no tokenizer.json there")
+    content = read_json(file)
+    try:
+        vocabulary = content["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return 1 + max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not a tokenizer of the tokenizers library ({error!r})") from error
+
+
+def mixture_problems(path: Path, *, loss_mask: bool) -> list[str]:
+    """What keeps `path` from being one domain of a mixture: a directory of MDS shards."""
+    if not path.is_dir():
+        return ["no such directory; pack it first, or correct the path (relative to the working directory)"]
+    if not (path / "index.json").is_file():
+        return ["no index.json in this directory; it holds no complete MDS shards (see prolong data pack)"]
+    try:
+        shards = read_json(path / "index.json").get("shards")
+    except UserError as error:
+        return [_one_line(error)]
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        return ["its index.json lists no shards"]
+    if not sum(int(shard.get("samples", 0)) for shard in shards):
+        return ["it is empty: its index.json lists no samples"]
+    columns = set(shards[0].get("column_names", []))
+    needed = {"input_ids", "mask"} if loss_mask else {"input_ids"}
+    reasons = {"input_ids": "the tokens", "mask": "loss_mask is true"}
+    return [
+        f"no column {name} ({reasons[name]}); its columns are {', '.join(sorted(columns))}"
+        for name in sorted(needed - columns)
+    ]
+
+
+def _one_line(error: UserError) -> str:
+    return " ".join(part.strip(" -") for part in str(error).splitlines())
