@@ -1,0 +1,141 @@
+"""Core attention behind Megatron's SelfAttention: causal within documents, split over context-parallel ranks.
+
+Megatron's own local DotProductAttention materialises the scores and refuses packed sequences and context
+parallelism. This module keeps Megatron's interface and calls the mathematics of `model/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_prolong.model.attention import cached_attention, packed_attention
+from megatron_prolong.model.context_parallel import ContextPlan, context_attention
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """How this rank takes part in the exchange of one micro-batch.
+
+    Attributes:
+        plan: which documents are split over the context-parallel ranks and which stay whole on one.
+        rank: this rank among them.
+        group: the ranks; for a2a+p2p, `subgroups` are its inner and outer level.
+        exchange: "all_gather", "p2p", "a2a" or "a2a+p2p".
+    """
+
+    plan: ContextPlan
+    rank: int
+    group: dist.ProcessGroup
+    exchange: str
+    subgroups: tuple[dist.ProcessGroup, ...] = ()
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, per layer: [S, G, D] each, grown by doubling."""
+
+    length: int = 0
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def extend(self, layer: int, key_TGD: Tensor, value_TGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append this layer's new keys and values; return all of them. The caller advances `length`."""
+        end = self.length + key_TGD.shape[0]
+        if layer not in self.layers or self.layers[layer][0].shape[0] < end:
+            capacity = max(end, 2 * self.length, 128)
+            grown = tuple(new.new_empty((capacity, *new.shape[1:])) for new in (key_TGD, value_TGD))
+            if layer in self.layers:
+                for old, new in zip(self.layers[layer], grown, strict=True):
+                    new[: self.length] = old[: self.length]
+            self.layers[layer] = grown  # type: ignore[assignment]
+        keys, values = self.layers[layer]
+        keys[self.length : end] = key_TGD
+        values[self.length : end] = value_TGD
+        return keys[:end], values[:end]
+
+
+@dataclass
+class Documents(PackedSeqParams):
+    """What the attention of one micro-batch must know; travels where Megatron passes packed_seq_params.
+
+    `qkv_format` is "sbhd", so that Megatron applies the rotary angles we give it token by token instead of
+    deriving them from cu_seqlens: positions are then right for any slice of any document.
+
+    Attributes:
+        cu_seqlens: cumulative document starts of the whole micro-batch, [D+1] int32 on CPU.
+        context: set when the micro-batch is split over context-parallel ranks.
+        cache: set when generating; the tokens then continue one document.
+    """
+
+    cu_seqlens: Tensor | None = None
+    context: ContextParallel | None = None
+    cache: KeyValueCache | None = None
+
+    def __post_init__(self) -> None:
+        self.qkv_format = "sbhd"
+
+
+class DocumentAttention(MegatronModule):
+    """softmax(q·kᵀ/√d)·v, causal within each document, without materialising scores.
+
+    Takes query [T, 1, N, D], key and value [T, 1, G, D] of this tensor-parallel rank's heads and this
+    context-parallel rank's tokens; returns [T, 1, N·D].
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.scale = softmax_scale or config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """See the class; `packed_seq_params` must be `Documents`, masks and biases are not used."""
+        assert isinstance(packed_seq_params, Documents), "DocumentAttention needs Documents"
+        documents = packed_seq_params
+        q, k, v = query[:, 0], key[:, 0], value[:, 0]
+        if documents.cache is not None:
+            keys, values = documents.cache.extend(self.layer_number, k, v)
+            out = cached_attention(q, keys, values, len(keys), self.scale)
+        elif documents.context is not None:
+            context = documents.context
+            out = context_attention(
+                q,
+                k,
+                v,
+                context.plan,
+                context.rank,
+                context.group,
+                context.exchange,
+                scale=self.scale,
+                subgroups=context.subgroups,
+            )
+        else:
+            assert documents.cu_seqlens is not None
+            out = packed_attention(q, k, v, documents.cu_seqlens, self.scale)
+        return torch.flatten(out, start_dim=1).unsqueeze(1)

@@ -1,0 +1,95 @@
+"""Build this rank's model chunks, wrapped for data parallelism."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from megatron_prolong.mcore.config import transformer_config
+from megatron_prolong.mcore.gpt import LongContextGPT
+from megatron_prolong.recipe.schema import Layout
+from megatron_prolong.recipe.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class StageModel:
+    """This rank's part of the model in one stage.
+
+    Attributes:
+        shape: the model, with the stage's RoPE base and length.
+        config: Megatron's view of it.
+        chunks: one module per virtual pipeline stage, DDP-wrapped when built for training.
+    """
+
+    shape: ModelShape
+    config: TransformerConfig
+    chunks: list[torch.nn.Module]
+
+    @property
+    def bare_chunks(self) -> list[LongContextGPT]:
+        """The GPT modules without their DDP and precision wrappers."""
+        return [unwrap(chunk) for chunk in self.chunks]
+
+
+def build_model(
+    shape: ModelShape,
+    layout: Layout,
+    *,
+    precision: str,
+    recompute: str = "none",
+    loss_chunk_tokens: int = 2048,
+    training: bool = True,
+) -> StageModel:
+    """Build the chunks this pipeline rank owns; weights are zeros until a checkpoint is loaded.
+
+    Args:
+        shape: model shape; its `rope_base` is the base used.
+        training: wrap in Megatron's DistributedDataParallel (gradients accumulate and reduce in fp32).
+    """
+    config = transformer_config(shape, layout, precision=precision, recompute=recompute)
+    chunks: list[torch.nn.Module] = []
+    for vp_stage in range(layout.virtual_pp):
+        stage = vp_stage if layout.virtual_pp > 1 else None
+        chunk = LongContextGPT(
+            config,
+            shape,
+            loss_chunk_tokens=loss_chunk_tokens,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            vp_stage=stage,
+        )
+        with torch.no_grad():
+            for param in chunk.parameters():
+                param.zero_()  # rows that pad the vocabulary are in no checkpoint and must not be garbage
+        if torch.cuda.is_available():
+            chunk.cuda(torch.cuda.current_device())
+        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+    if training:
+        chunks = [_wrap_ddp(config, layout, chunk, index) for index, chunk in enumerate(chunks)]
+    return StageModel(shape, config, chunks)
+
+
+def _wrap_ddp(
+    config: TransformerConfig, layout: Layout, chunk: torch.nn.Module, index: int
+) -> torch.nn.Module:
+    on_gpu = torch.cuda.is_available()
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=layout.distributed_optimizer,
+        overlap_grad_reduce=on_gpu,
+        overlap_param_gather=on_gpu and layout.distributed_optimizer,
+    )
+    # Megatron buckets the first chunk only: later ones have no computation left to overlap with.
+    return DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+
+
+def unwrap(chunk: torch.nn.Module) -> LongContextGPT:
+    """The GPT module inside DDP and Float16Module."""
+    while not isinstance(chunk, LongContextGPT):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk

@@ -1,0 +1,89 @@
+"""ModelShape + layout + precision -> Megatron's TransformerConfig: the one function that knows its field names."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from megatron.core.transformer import TransformerConfig
+
+from megatron_prolong.recipe.schema import Layout
+from megatron_prolong.recipe.shape import ModelShape
+
+# Megatron's own default (arguments.py --make-vocab-size-divisible-by); times tp.
+VOCAB_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Vocabulary size rounded up so that every tensor-parallel rank holds a multiple of VOCAB_MULTIPLE rows."""
+    multiple = VOCAB_MULTIPLE * tp
+    return (vocab_size + multiple - 1) // multiple * multiple
+
+
+def params_dtype(precision: str) -> torch.dtype:
+    """Dtype of weights and activations; fp8 keeps bf16 weights and casts inside the GEMMs."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def transformer_config(
+    shape: ModelShape, layout: Layout, *, precision: str, recompute: str
+) -> TransformerConfig:
+    """Build the config of one stage.
+
+    Args:
+        shape: the Llama model.
+        layout: tp, pp, cp and their options.
+        precision: "fp32", "bf16" or "fp8".
+        recompute: "none", "selective" (the MLP, whose activations are the largest) or "full" (every layer).
+    """
+    dtype = params_dtype(precision)
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Weights always come from a checkpoint, so that every layout starts from the same numbers.
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sequence_parallel and layout.tp > 1,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.virtual_pp if layout.virtual_pp > 1 else None,
+        context_parallel_size=layout.cp,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Micro-batches are bags of documents, so their lengths differ.
+        variable_seq_lengths=layout.pp > 1,
+        moe_token_dispatcher_type="alltoall",  # no experts here, but variable lengths refuse the default
+        # The loss is a sum; finalize_model_grads divides by the valid tokens of the whole global batch.
+        calculate_per_token_loss=True,
+        attention_softmax_in_fp32=True,
+        # These fusions are torch.compile'd or Apex kernels, made for CUDA.
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        **_recompute(recompute),
+    )
+
+
+def _recompute(mode: str) -> dict[str, object]:
+    if mode == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    if mode == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    return {}

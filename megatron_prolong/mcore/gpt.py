@@ -1,0 +1,97 @@
+"""GPTModel with positions of our own and a loss that never holds all logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from torch import Tensor
+
+from megatron_prolong.mcore.config import padded_vocab_size
+from megatron_prolong.mcore.specs import native_block_spec
+from megatron_prolong.model.cross_entropy import chunked_cross_entropy
+from megatron_prolong.model.rope import angles, inverse_frequencies
+from megatron_prolong.recipe.shape import ModelShape
+
+
+class LongContextGPT(GPTModel):
+    """Megatron's GPTModel for Llama shapes and packed documents.
+
+    Two things differ from the parent. Rotary angles are looked up from the position of every token, so that they
+    restart at each document and are right for any context-parallel slice. And with labels, output layer and
+    cross-entropy run together in chunks over tokens.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        shape: ModelShape,
+        *,
+        loss_chunk_tokens: int,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=native_block_spec(get_num_layers_to_build(config, vp_stage=vp_stage)),
+            vocab_size=padded_vocab_size(shape.vocab_size, config.tensor_model_parallel_size),
+            max_sequence_length=shape.max_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=shape.tie_embeddings,
+            position_embedding_type="none",
+            vp_stage=vp_stage,
+        )
+        self.real_vocab_size = shape.vocab_size
+        self.loss_chunk_tokens = loss_chunk_tokens
+        # Plain attribute, not a buffer: the base belongs to the stage, never to a checkpoint.
+        self.inverse_frequencies = inverse_frequencies(shape.head_dim, shape.rope_base, shape.rope_scaling)
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+        decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, **kwargs)
+        inverse = self.inverse_frequencies.to(position_ids.device)
+        return (decoder_input, angles(position_ids[0], inverse), *rest)
+
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Token losses [1, T] fp32 with labels, else what the parent returns (hidden states or logits).
+
+        A loss is 0 where the label is -100.
+        """
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=None, **kwargs)
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        hidden_TH = self._for_parallel_output(hidden_states)[:, 0]
+        group = self.pg_collection.tp
+        rows = weight.shape[0]
+        losses = chunked_cross_entropy(
+            hidden_TH,
+            weight,
+            labels[0],
+            vocab_start=rows * torch.distributed.get_rank(group),
+            real_vocab_size=self.real_vocab_size,
+            chunk_tokens=self.loss_chunk_tokens,
+            group=group if torch.distributed.get_world_size(group) > 1 else None,
+        )
+        return losses.unsqueeze(0)
+
+    def _for_parallel_output(self, hidden_states: Tensor) -> Tensor:
+        """All tokens on every tensor-parallel rank; backward sums the ranks' partial gradients."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp
+            )
+        return copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)

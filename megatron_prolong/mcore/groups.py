@@ -1,0 +1,90 @@
+"""Megatron's process groups for one layout: the only place where Megatron's global state is set."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_prolong.mcore.cpu import cuda_on_cpu
+from megatron_prolong.recipe.schema import Layout
+from megatron_prolong.runtime.seeding import seed_everything
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One parallel axis as this rank sees it."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This rank's place on every axis of the layout, and the groups to talk along them.
+
+    `dp_cp` spans data and context parallel ranks together: the ranks that hold different tokens of the global
+    batch and the same weights. `hierarchical_cp` are the inner and outer group of the a2a+p2p exchange.
+    """
+
+    tp: Axis
+    pp: Axis
+    cp: Axis
+    dp: Axis
+    dp_cp: Axis
+    hierarchical_cp: tuple[dist.ProcessGroup, ...] = ()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where the loss is computed: the last pipeline stage."""
+        return self.pp.rank == self.pp.size - 1
+
+
+@contextlib.contextmanager
+def megatron(layout: Layout, seed: int) -> Iterator[ParallelGroups]:
+    """Set up Megatron-Core for `layout` on the initialised default process group; undone on exit.
+
+    On a machine without CUDA this also enters the CPU compatibility layer, so everything that touches Megatron
+    must happen inside.
+    """
+    with contextlib.ExitStack() as stack:
+        if not torch.cuda.is_available():
+            stack.enter_context(cuda_on_cpu())
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.virtual_pp if layout.virtual_pp > 1 else None,
+            context_parallel_size=layout.cp,
+            hierarchical_context_parallel_sizes=_hierarchy(layout),
+            create_gloo_process_groups=False,
+        )
+        stack.callback(parallel_state.destroy_model_parallel)
+        seed_everything(seed)
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        yield ParallelGroups(
+            tp=_axis(parallel_state.get_tensor_model_parallel_group()),
+            pp=_axis(parallel_state.get_pipeline_model_parallel_group()),
+            cp=_axis(parallel_state.get_context_parallel_group()),
+            dp=_axis(parallel_state.get_data_parallel_group()),
+            dp_cp=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+            hierarchical_cp=tuple(
+                parallel_state.get_hierarchical_context_parallel_groups(check_initialized=False) or ()
+            ),
+        )
+
+
+def _hierarchy(layout: Layout) -> list[int] | None:
+    """Sizes of the inner (all-to-all, within a node) and outer (ring) level of the a2a+p2p exchange."""
+    if layout.cp_exchange != "a2a+p2p" or layout.cp == 1:
+        return None
+    return [2, layout.cp // 2]
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(rank=dist.get_rank(group), size=dist.get_world_size(group), group=group)

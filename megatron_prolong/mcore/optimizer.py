@@ -1,0 +1,56 @@
+"""AdamW over this rank's chunks: Megatron's distributed (ZeRO-1), mixed-precision or fp32 optimizer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megatron_prolong.mcore.build import StageModel
+from megatron_prolong.recipe.schema import Layout, OptimizerSpec
+
+
+def build_optimizer(model: StageModel, spec: OptimizerSpec, layout: Layout, *, lr: float) -> MegatronOptimizer:
+    """Build Megatron's optimizer for the recipe's AdamW.
+
+    Norms (all one-dimensional weights; Llama has no biases) are exempt from weight decay unless
+    `spec.decay_norms`: ProLong probably decayed them.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=lr,
+        min_lr=0.0,
+        weight_decay=spec.weight_decay,
+        adam_beta1=spec.beta1,
+        adam_beta2=spec.beta2,
+        adam_eps=spec.eps,
+        clip_grad=spec.clip,
+        bf16=model.config.bf16,
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=layout.distributed_optimizer,
+        overlap_param_gather=torch.cuda.is_available() and layout.distributed_optimizer,
+    )
+    overrides: dict | None = {} if spec.decay_norms else None
+    return get_megatron_optimizer(
+        config, model.chunks, config_overrides=overrides, use_gloo_process_groups=False
+    )
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group for the next update."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def update(optimizer: MegatronOptimizer, clip: float) -> tuple[bool, float]:
+    """Clip and apply one update; a non-finite gradient norm leaves weights and moments untouched.
+
+    Returns:
+        Whether the update was applied, and the global gradient norm before clipping.
+    """
+    found_inf = optimizer.prepare_grads()
+    grad_norm = float(optimizer.clip_grad_norm(clip)) if clip > 0 else float(optimizer.get_grad_norm())
+    if found_inf or not math.isfinite(grad_norm):
+        return False, grad_norm
+    return bool(optimizer.step_with_ready_grads()), grad_norm

@@ -1,0 +1,72 @@
+"""Forward and backward of one global batch through Megatron's pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_prolong.mcore.build import StageModel
+from megatron_prolong.mcore.groups import ParallelGroups
+from megatron_prolong.mcore.micro_batch import MicroBatch
+
+
+def forward_backward(
+    model: StageModel,
+    batches: Sequence[MicroBatch],
+    groups: ParallelGroups,
+    *,
+    forward_only: bool = False,
+) -> tuple[float, int]:
+    """Run every micro-batch; afterwards gradients are those of the mean loss over the global batch's targets.
+
+    `calculate_per_token_loss` makes Megatron sum the token losses and divide, once, by the number of targets of
+    the whole global batch, so neither micro-batches nor ranks weigh in.
+
+    Returns:
+        The mean loss and the number of targets of the global batch, the same on every rank.
+    """
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.no_sync_func = None
+    iterators: list[Iterator[MicroBatch]] = [iter(batches) for _ in model.chunks]
+    losses = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1] * groups.cp.size,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return _reduce(losses, groups, batches[0].tokens.device)
+
+
+def _forward_step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    batch = next(data)
+    output = chunk(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.documents)
+    return output, partial(_loss, batch.num_targets)
+
+
+def _loss(num_targets: int, losses_1T: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, int]]:
+    total = losses_1T.sum()
+    return total, torch.tensor(num_targets, dtype=torch.int), (total.detach(), num_targets)
+
+
+def _reduce(
+    losses: list[tuple[Tensor, int]], groups: ParallelGroups, device: torch.device
+) -> tuple[float, int]:
+    """Sum over micro-batches, then over the ranks that saw other tokens, then hand on from the last stage."""
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for loss, num_targets in losses:
+        totals += torch.tensor([float(loss), num_targets], dtype=torch.float64, device=device)
+    dist.all_reduce(totals, group=groups.dp_cp.group)
+    # Only the last pipeline stage has losses: the sum over stages is a broadcast.
+    dist.all_reduce(totals, group=groups.pp.group)
+    num_targets = int(totals[1])
+    return float(totals[0]) / max(num_targets, 1), num_targets

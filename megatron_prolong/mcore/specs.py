@@ -1,0 +1,78 @@
+"""Layer specs: which modules a transformer layer is made of. Transformer Engine on CUDA, native elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_prolong.mcore.attention import DocumentAttention
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm in fp32 (Zhang & Sennrich 2019), usable with sequence parallelism.
+
+    Megatron's WrappedTorchNorm refuses sequence parallelism; all it needs is the mark on the weight that makes
+    finalize_model_grads all-reduce its gradient over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise the last axis of `hidden` [..., H]; dtype kept."""
+        return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+def native_layer_spec() -> ModuleSpec:
+    """A Llama layer of Megatron's parallel linears with our norm and core attention: CPU, or CUDA without TE.
+
+    The norms are saved under the names of Transformer Engine's fused LayerNorm-Linear, so that one checkpoint
+    serves both specs.
+    """
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=DocumentAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def native_block_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """`num_layers` native layers (those of one pipeline stage) and the final norm."""
+    return TransformerBlockSubmodules(layer_specs=[native_layer_spec()] * num_layers, layer_norm=RMSNorm)

@@ -1,0 +1,106 @@
+"""The chain of stages: find where the run stands, and train on from there to the end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch.distributed as dist
+import yaml
+
+from megatron_prolong.convert.initial import write_initial
+from megatron_prolong.convert.to_megatron import to_megatron
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.load import load_recipe
+from megatron_prolong.recipe.schema import Recipe
+from megatron_prolong.runtime.launch import World
+from megatron_prolong.training.checkpoint import MANIFEST, Checkpoint
+from megatron_prolong.training.log import RunLog, open_log
+from megatron_prolong.training.stage import StageInput, train_stage
+from megatron_prolong.training.state import StageStatus, chain_status, refuse_changes
+
+RESOLVED_RECIPE = "recipe.yaml"
+
+
+def train(recipe: Recipe, world: World, stop_requested: Callable[[], bool]) -> Path:
+    """Train every stage that is not done yet. Collective; returns the last stage's final checkpoint.
+
+    Starting again after any interruption is the same call: finished stages are skipped, a begun one continues
+    from its newest checkpoint.
+
+    Raises:
+        UserError: the recipe changed in a way that cannot be taken up half-way, or its inputs are unusable.
+        training.stage.Preempted: asked to stop.
+    """
+    run_dir = recipe.run_dir
+    with ExitStack() as stack:
+        log = stack.enter_context(open_log(run_dir)) if world.is_main else None
+        _agree_on_recipe(recipe, log)
+        initial = _initial_checkpoint(recipe, world)
+        previous: Checkpoint | None = None
+        for status in chain_status(recipe, run_dir):
+            if status.word != "done":
+                start = _stage_input(status, previous, initial)
+                _announce(log, status, start)
+                train_stage(recipe, status.stage, start, world, log, stop_requested)
+            previous = chain_status(recipe, run_dir)[_index(recipe, status)].checkpoint
+    assert previous is not None
+    return previous.directory
+
+
+def _stage_input(status: StageStatus, previous: Checkpoint | None, initial: Checkpoint) -> StageInput:
+    """The carry-over rule of one stage."""
+    if status.checkpoint is not None:
+        return StageInput(status.checkpoint, optimizer=True, resume=True)
+    carry = status.stage.carry
+    source = (previous or initial) if carry.weights else initial
+    has_optimizer = source.manifest["kind"] == "training"
+    return StageInput(source, optimizer=carry.optimizer and has_optimizer, resume=False)
+
+
+def _announce(log: RunLog | None, status: StageStatus, start: StageInput) -> None:
+    if log:
+        what = "weights and optimizer" if start.optimizer else "weights"
+        verb = "continues from" if start.resume else f"starts with {what} of"
+        log.say(f"stage {status.stage.name} {verb} {start.checkpoint.directory}")
+
+
+def _agree_on_recipe(recipe: Recipe, log: RunLog | None) -> None:
+    """Refuse a recipe that contradicts the run so far; otherwise write the resolved one into the run."""
+    path = recipe.run_dir / RESOLVED_RECIPE
+    if path.exists():
+        notices = refuse_changes(load_recipe(path), recipe, chain_status(recipe, recipe.run_dir))
+        if log:
+            for notice in notices:
+                log.say(f"changed since the last start: {notice}")
+    dist.barrier()
+    if log:
+        dumped = recipe.model_dump(mode="json", exclude_none=True)
+        path.write_text(yaml.safe_dump(dumped, sort_keys=False))
+    dist.barrier()
+
+
+def _initial_checkpoint(recipe: Recipe, world: World) -> Checkpoint:
+    """The weights before the first stage, as a checkpoint any layout can load."""
+    path = recipe.model.path
+    if path is not None and (path / MANIFEST).exists():
+        return Checkpoint.open(path)
+    converted = recipe.run_dir / "initial"
+    if world.is_main and not (converted / MANIFEST).exists():
+        if converted.exists():
+            shutil.rmtree(converted)
+        if path is not None:
+            to_megatron(path, converted)
+        else:
+            assert recipe.model.init is not None and recipe.model.tokenizer is not None
+            write_initial(recipe.model.init, recipe.model.tokenizer, converted, seed=recipe.stages[0].seed)
+    dist.barrier()
+    if not (converted / MANIFEST).exists():
+        raise UserError(f"{converted} was not written by rank 0: is the run directory on a shared file system?")
+    return Checkpoint.open(converted)
+
+
+def _index(recipe: Recipe, status: StageStatus) -> int:
+    return [stage.name for stage in recipe.stages].index(status.stage.name)

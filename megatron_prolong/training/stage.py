@@ -1,0 +1,234 @@
+"""One stage: build the model at the stage's layout, load what it carries over, and walk its steps."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_prolong.data.mixture import Mixture
+from megatron_prolong.data.packed import PackedSequence
+from megatron_prolong.data.stream import stream
+from megatron_prolong.errors import UserError
+from megatron_prolong.mcore.build import StageModel, build_model
+from megatron_prolong.mcore.checkpoint import load_weights, load_weights_and_optimizer
+from megatron_prolong.mcore.groups import ParallelGroups, megatron
+from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
+from megatron_prolong.recipe.schema import Layout, Recipe, Stage, layout_of, precision_of, recompute_of
+from megatron_prolong.recipe.shape import ModelShape
+from megatron_prolong.runtime.launch import World
+from megatron_prolong.training.balance import micro_batches
+from megatron_prolong.training.checkpoint import Checkpoint, save_checkpoint
+from megatron_prolong.training.log import RunLog
+from megatron_prolong.training.schedule import learning_rate
+from megatron_prolong.training.state import TrainState
+from megatron_prolong.training.step import StepMetrics, train_step
+
+
+class Preempted(Exception):
+    """The run was asked to stop, has saved, and can be continued with the same command."""
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """Where a stage starts from.
+
+    Attributes:
+        checkpoint: whose weights are loaded.
+        optimizer: load Adam's moments from it too.
+        resume: it is this stage's own checkpoint, so its TrainState continues.
+    """
+
+    checkpoint: Checkpoint
+    optimizer: bool
+    resume: bool
+
+    def shape(self, stage: Stage) -> ModelShape:
+        """The model's shape in this stage: the incoming one with the stage's RoPE base and at least its length."""
+        shape = ModelShape.from_dict(self.checkpoint.manifest["shape"])
+        return shape.replace(
+            rope_base=stage.rope_base or shape.rope_base,
+            max_length=max(shape.max_length, stage.sequence_length),
+        )
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """Everything the loop of one stage works with, on this rank."""
+
+    recipe: Recipe
+    stage: Stage
+    layout: Layout
+    world: World
+    groups: ParallelGroups
+    model: StageModel
+    optimizer: MegatronOptimizer
+    mixture: Mixture
+
+
+def train_stage(
+    recipe: Recipe,
+    stage: Stage,
+    start: StageInput,
+    world: World,
+    log: RunLog | None,
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Train `stage` from `start` to its last step, saving on the way. Collective.
+
+    Raises:
+        Preempted: `stop_requested` said so; a checkpoint of the last finished step is on disk.
+        UserError: the checkpoint or the data does not fit the recipe.
+    """
+    layout = layout_of(recipe, stage)
+    with megatron(layout, stage.seed) as groups:
+        run = _prepare(recipe, stage, start, layout, world, groups)
+        state = _first_state(run, start)
+        if log:
+            log.event("stage_start", stage=stage.name, step=state.step, num_steps=stage.num_steps)
+            with log.stage(stage.name, state.step, stage.num_steps):
+                _walk(run, state, start.checkpoint.directory / "hf", log, stop_requested)
+            log.event("stage_end", stage=stage.name, step=stage.num_steps)
+        else:
+            _walk(run, state, start.checkpoint.directory / "hf", None, stop_requested)
+
+
+def _walk(
+    run: StageRun, state: TrainState, sidecar: Path, log: RunLog | None, stop_requested: Callable[[], bool]
+) -> None:
+    """The loop: next batch, step, log, checkpoint."""
+    stage, spec = run.stage, run.recipe.checkpoint
+    for step, sequences in stream(run.mixture, state.step, share=list):
+        started = time.perf_counter()
+        batches = micro_batches(sequences, run.groups, run.layout, stage.sequence_length, run.world.device)
+        metrics = train_step(
+            run.model, run.optimizer, batches, run.groups,
+            lr=learning_rate(stage, step), clip=run.recipe.optimizer.clip,
+        )  # fmt: skip
+        state = _advance(state, stage, sequences, metrics)
+        if log:
+            facts = _facts(state, metrics, stage, time.perf_counter() - started, run.world)
+            log.step(stage.name, state.step, stage.num_steps, facts, show=step % run.recipe.logging.every == 0)
+        last = state.step == stage.num_steps
+        stopping = stop_requested()
+        if last or stopping or state.step % spec.every == 0:
+            _save(run, state, sidecar)
+        if stopping and not last:
+            raise Preempted(f"stopped after step {state.step} of stage {stage.name}")
+
+
+def _prepare(
+    recipe: Recipe, stage: Stage, start: StageInput, layout: Layout, world: World, groups: ParallelGroups
+) -> StageRun:
+    """Build model, optimizer and batch stream; load what the stage starts from."""
+    shape = start.shape(stage)
+    mixture = Mixture(
+        stage.mixture,
+        sequence_length=stage.sequence_length,
+        batch_sequences=stage.batch_sequences,
+        seed=stage.seed,
+        num_steps=stage.num_steps,
+        loss_mask=stage.loss_mask,
+        vocab_size=shape.vocab_size,
+    )
+    model = build_model(
+        shape,
+        layout,
+        precision=precision_of(recipe, stage),
+        recompute=recompute_of(recipe, stage),
+        loss_chunk_tokens=recipe.loss_chunk_tokens,
+    )
+    if start.optimizer:
+        optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
+        load_weights_and_optimizer(start.checkpoint.directory, model, optimizer)
+    else:
+        # The optimizer copies its fp32 main weights from the model, so the weights come first.
+        load_weights(start.checkpoint.directory, model)
+        optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
+    return StageRun(recipe, stage, layout, world, groups, model, optimizer, mixture)
+
+
+def _first_state(run: StageRun, start: StageInput) -> TrainState:
+    """A fresh state, or the one saved with the stage's own checkpoint if the batch stream is still the same."""
+    fingerprint = run.mixture.fingerprint()
+    if not start.resume:
+        return TrainState(stage=run.stage.name, stream=fingerprint)
+    state = TrainState.from_dict(start.checkpoint.manifest["training"])
+    if state.stream != fingerprint:
+        raise UserError(
+            f"stage {run.stage.name} cannot continue from {start.checkpoint.directory}: its data has changed "
+            "(another number of samples or other proportions), so the batch stream would jump; restore the "
+            "data, or start a new run_dir"
+        )
+    return state
+
+
+def _advance(
+    state: TrainState, stage: Stage, sequences: list[PackedSequence], metrics: StepMetrics
+) -> TrainState:
+    domains = Counter(state.domain_tokens)
+    for sequence in sequences:
+        domains[Path(sequence.identity.domain).name] += sequence.num_tokens
+    return replace(
+        state,
+        step=state.step + 1,
+        tokens=state.tokens + stage.batch_tokens,
+        skipped=state.skipped + (not metrics.updated),
+        domain_tokens=dict(domains),
+    )
+
+
+def _facts(
+    state: TrainState, metrics: StepMetrics, stage: Stage, seconds: float, world: World
+) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    return {
+        "loss": metrics.loss,
+        "lr": metrics.lr,
+        "grad_norm": metrics.grad_norm,
+        "tokens": state.tokens,
+        "valid_tokens": metrics.num_targets,
+        "tokens_per_second": stage.batch_tokens / seconds,
+        "step_seconds": seconds,
+        "skipped": state.skipped,
+        "domains": state.domain_tokens,
+        "peak_memory_bytes": _peak_memory(world),
+    }
+
+
+def _peak_memory(world: World) -> int:
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _save(run: StageRun, state: TrainState, sidecar: Path) -> None:
+    manifest = {
+        "format": 1,
+        "kind": "training",
+        "shape": run.model.shape.to_dict(),
+        "dtype": str(run.model.config.params_dtype).removeprefix("torch."),
+        "stage": run.stage.name,
+        "sequence_length": run.stage.sequence_length,
+        "layout": {**run.layout.model_dump(), "dp": run.groups.dp.size},
+        "training": state.to_dict(),
+        "versions": _versions(),
+    }
+    save_checkpoint(
+        run.recipe.run_dir / run.stage.name, state.step, run.model, run.optimizer, manifest, sidecar,
+        keep=run.recipe.checkpoint.keep,
+    )  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("megatron-prolong", "megatron-core", "torch")}

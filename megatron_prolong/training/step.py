@@ -1,0 +1,54 @@
+"""One update: the micro-batches of a global batch in, new weights and the numbers worth logging out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_prolong.mcore.optimizer import MegatronOptimizer
+
+from megatron_prolong.mcore.build import StageModel
+from megatron_prolong.mcore.groups import ParallelGroups
+from megatron_prolong.mcore.micro_batch import MicroBatch
+from megatron_prolong.mcore.optimizer import set_learning_rate, update
+from megatron_prolong.mcore.schedule import forward_backward
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step did, the same on every rank.
+
+    Attributes:
+        loss: mean over the targets of the global batch, in nats.
+        grad_norm: global gradient norm before clipping; NaN when the loss was not finite.
+        num_targets: tokens of the global batch that carried loss.
+        updated: False when a non-finite loss or gradient made the step leave weights and moments alone.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    num_targets: int
+    updated: bool
+
+
+def train_step(
+    model: StageModel,
+    optimizer: MegatronOptimizer,
+    batches: Sequence[MicroBatch],
+    groups: ParallelGroups,
+    *,
+    lr: float,
+    clip: float,
+) -> StepMetrics:
+    """Accumulate the gradient of the global batch's mean loss and make one AdamW update. Collective."""
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    set_learning_rate(optimizer, lr)
+    loss, num_targets = forward_backward(model, batches, groups)
+    if not math.isfinite(loss):
+        return StepMetrics(loss, math.nan, lr, num_targets, updated=False)
+    updated, grad_norm = update(optimizer, clip)
+    return StepMetrics(loss, grad_norm, lr, num_targets, updated)
