@@ -1,8 +1,8 @@
 """How long the documents are: ProLong's mixtures as reproducible length distributions.
 
 Attention costs Σ len² over documents, so time, volume of the exchange and balance all follow from the lengths
-of the documents inside a packed sequence, never from its tokens alone. Without the real shards the lengths are
-drawn here; the draw is a pure function of (mixture, seed, step).
+of the documents inside a packed sequence, never from its tokens alone. Without the real shards the lengths
+are drawn here; the draw is a pure function of (mixture, seed, step).
 
 What is known, and from where:
 - Proportions and sequence lengths: ProLong's train_64K.sh and train_512K.sh (princeton-nlp/ProLong 907dcf4).

@@ -1,0 +1,93 @@
+"""What the planner is asked about: one stage of one model at one layout on one number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_prolong.recipe.schema import Layout, Recipe, Stage, layout_of, precision_of, recompute_of
+from megatron_prolong.recipe.shape import ModelShape
+
+VOCAB_MULTIPLE = 128  # rows per tensor-parallel rank are a multiple of this, as Megatron pads them
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage at one layout.
+
+    A micro-batch is one packed sequence, spread over the layout's context-parallel ranks.
+
+    Attributes:
+        shape: the model.
+        layout: how one copy of it is spread.
+        world_size: ranks in all; dp = world_size / (tp·pp·cp).
+        sequence_length: tokens of a packed sequence.
+        batch_sequences: packed sequences of a global batch.
+        precision: "fp32", "bf16" or "fp8" (bf16 weights, fp8 matrix products).
+        recompute: "none", "selective" (the MLP) or "full" (every layer).
+        loss_chunk_tokens: tokens whose logits exist at once.
+    """
+
+    shape: ModelShape
+    layout: Layout
+    world_size: int
+    sequence_length: int
+    batch_sequences: int
+    precision: str = "bf16"
+    recompute: str = "full"
+    loss_chunk_tokens: int = 2048
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks."""
+        return self.world_size // self.layout.model_ranks
+
+    @property
+    def micro_batches(self) -> int:
+        """Packed sequences per data-parallel rank and step, rounded up."""
+        return -(-self.batch_sequences // self.dp)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one step over all ranks."""
+        return self.batch_sequences * self.sequence_length
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one weight or activation."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens of a micro-batch that one context-parallel rank holds."""
+        return -(-self.sequence_length // self.layout.cp)
+
+    @property
+    def residual_tokens(self) -> int:
+        """Tokens of a micro-batch whose residual stream this rank holds: fewer with sequence parallelism."""
+        tp = self.layout.tp
+        return -(-self.rank_tokens // tp) if self.layout.sequence_parallel and tp > 1 else self.rank_tokens
+
+    @property
+    def chunk_layers(self) -> int:
+        """Layers of one model chunk (of which a rank has virtual_pp)."""
+        return self.shape.num_layers // (self.layout.pp * self.layout.virtual_pp)
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding (and of the output layer) on one tensor-parallel rank, padding included."""
+        multiple = VOCAB_MULTIPLE * self.layout.tp
+        return -(-self.shape.vocab_size // multiple) * multiple // self.layout.tp
+
+
+def job_of(recipe: Recipe, stage: Stage, shape: ModelShape, world_size: int) -> Job:
+    """The stage as the recipe has it."""
+    return Job(
+        shape=shape,
+        layout=layout_of(recipe, stage),
+        world_size=world_size,
+        sequence_length=stage.sequence_length,
+        batch_sequences=stage.batch_sequences,
+        precision=precision_of(recipe, stage),
+        recompute=recompute_of(recipe, stage),
+        loss_chunk_tokens=recipe.loss_chunk_tokens,
+    )

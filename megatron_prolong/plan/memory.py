@@ -1,0 +1,276 @@
+"""Bytes that each rank holds, part by part.
+
+Persistent, from the first step on (P = weights of this rank, e = bytes of a weight, D = dp·cp):
+- parameters e·P; gradients 4·P (accumulated and reduced in fp32);
+- optimizer: Adam's two fp32 moments, and an fp32 copy of the weights unless they are fp32 already: 12·P in
+  bf16, 8·P in fp32, divided by D with the distributed optimizer (ZeRO-1).
+  With it Megatron keeps weights and gradients in one buffer in which every weight starts at a multiple of 64
+  elements and the whole is padded to a multiple of lcm(D, 128): that padding is counted too.
+
+Activations, saved from forward to backward, per micro-batch in flight (see `saved_by_layer`, `in_flight`).
+Working memory: what exists only while one layer (or one chunk of the loss) runs. Exchange: buffers of
+collectives that do not overlap with the above.
+
+Everything here is what the program allocates; the caching allocator's fragmentation, the CUDA context and
+NCCL's own buffers are in the hardware table, because they belong to the machine.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from megatron_prolong.plan.job import Job
+from megatron_prolong.recipe.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank at the step's peak."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+    exchange: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Name → bytes, in the order of the fields."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which operations are one kernel that keeps no intermediate result for the backward.
+
+    Attributes:
+        swiglu: silu(gate)·up; otherwise silu(gate) is kept as well.
+        rope: rotary embedding; otherwise cos and sin are kept, for queries and for keys.
+        norm: RMSNorm; otherwise the normalised input is kept as well.
+    """
+
+    swiglu: bool = True
+    rope: bool = False
+    norm: bool = True
+
+
+GPU_KERNELS = Kernels()
+CPU_KERNELS = Kernels(swiglu=False, rope=False, norm=False)
+
+
+def rank_memory(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> RankMemory:
+    """Memory of a rank of pipeline stage `pp_rank`, the same for all its tp, cp and dp ranks."""
+    weights = stage_weights(job, pp_rank)
+    elements = buffer_elements(job, weights)
+    has_loss = pp_rank == job.layout.pp - 1
+    layer_working = _layer_working(job, kernels)
+    return RankMemory(
+        parameters=elements * job.element_bytes,
+        gradients=elements * 4,
+        optimizer=optimizer_bytes(job, elements),
+        activations=activation_bytes(job, pp_rank, kernels),
+        working=max(layer_working, _loss_working(job) if has_loss else 0),
+        exchange=_exchange_bytes(job),
+    )
+
+
+def peak_memory(job: Job, kernels: Kernels = GPU_KERNELS) -> RankMemory:
+    """Memory of the fullest pipeline stage."""
+    return max((rank_memory(job, rank, kernels) for rank in range(job.layout.pp)), key=lambda m: m.total)
+
+
+# --- weights, gradients, optimizer --------------------------------------------------------------------------
+
+
+def layer_weights(shape: ModelShape, tp: int) -> dict[str, int]:
+    """Elements of each weight of one layer on one tensor-parallel rank."""
+    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    return {
+        "norm_attention": shape.hidden_size,
+        "qkv": heads // tp * shape.hidden_size,
+        "proj": shape.num_heads * shape.head_dim // tp * shape.hidden_size,
+        "norm_mlp": shape.hidden_size,
+        "fc1": 2 * shape.ffn_hidden_size // tp * shape.hidden_size,
+        "fc2": shape.ffn_hidden_size // tp * shape.hidden_size,
+    }
+
+
+def stage_weights(job: Job, pp_rank: int) -> list[int]:
+    """Elements of every weight on a rank of pipeline stage `pp_rank`.
+
+    The first stage has the embedding, the last one the final norm and the output layer; tied embeddings are
+    held once when both are the same stage and twice otherwise.
+    """
+    shape, layout = job.shape, job.layout
+    sizes = list(layer_weights(shape, layout.tp).values()) * (shape.num_layers // layout.pp)
+    vocabulary = job.vocab_rows * shape.hidden_size
+    first, last = pp_rank == 0, pp_rank == layout.pp - 1
+    if first:
+        sizes.append(vocabulary)
+    if last:
+        sizes.append(shape.hidden_size)
+        if not (shape.tie_embeddings and first):
+            sizes.append(vocabulary)
+    return sizes
+
+
+def num_parameters(shape: ModelShape) -> int:
+    """Weights of the whole model, with the real vocabulary."""
+    vocabularies = 1 if shape.tie_embeddings else 2
+    layers = sum(layer_weights(shape, 1).values()) * shape.num_layers
+    return layers + vocabularies * shape.vocab_size * shape.hidden_size + shape.hidden_size
+
+
+def buffer_elements(job: Job, weights: list[int]) -> int:
+    """Elements of the buffer that holds a rank's weights (or gradients), with Megatron's padding."""
+    if not job.layout.distributed_optimizer:
+        return sum(weights)
+    padded = sum(_round_up(size, 64) for size in weights)
+    return _round_up(padded, math.lcm(job.dp * job.layout.cp, 128))
+
+
+def optimizer_bytes(job: Job, elements: int) -> int:
+    """Bytes of optimizer state of one rank (the largest shard) for a buffer of `elements`."""
+    per_element = 8 if job.precision == "fp32" else 12
+    shards = job.dp * job.layout.cp if job.layout.distributed_optimizer else 1
+    return elements // shards * per_element
+
+
+# --- activations --------------------------------------------------------------------------------------------
+
+
+def saved_by_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> dict[str, int]:
+    """Bytes that the backward of one layer needs, for one micro-batch, by tensor.
+
+    t tokens of the rank, s of its residual stream (t/tp with sequence parallelism), h hidden, f ffn, N query
+    and G key/value heads of size d, e bytes per element. `input` is the residual stream itself: it is what
+    remains with full recomputation. The packed projections `qkv` stay whole because the values are a view of
+    them; attention keeps rotated queries and keys, its output and one fp32 log-sum-exp per head and token,
+    never scores.
+    """
+    shape, tp, e = job.shape, job.layout.tp, job.element_bytes
+    t, s = job.rank_tokens, job.residual_tokens
+    h, f, d = shape.hidden_size, shape.ffn_hidden_size // tp, shape.head_dim
+    heads, groups = shape.num_heads // tp, shape.num_kv_heads // tp
+    saved = {
+        "input": s * h * e,
+        "norm_attention": s * h * e + s * 4,
+        "qkv": t * (heads + 2 * groups) * d * e,
+        "rotated": t * (heads + groups) * d * e,
+        "attention": t * heads * d * e + t * heads * 4,
+        "residual": s * h * e,
+        "norm_mlp": s * h * e + s * 4,
+        "fc1": t * 2 * f * e,
+        "activation": t * f * e,
+    }
+    if not kernels.rope:
+        saved["cos_sin"] = 4 * t * d * e
+    if not kernels.norm:
+        saved["normalised"] = 2 * s * h * e
+    if not kernels.swiglu:
+        saved["silu"] = t * f * e
+    return saved
+
+
+_RECOMPUTED_MLP = ("fc1", "silu", "activation")
+
+
+def kept_by_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+    """Bytes that one layer keeps from forward to backward, for one micro-batch, as `job.recompute` says."""
+    saved = saved_by_layer(job, kernels)
+    if job.recompute == "full":
+        return saved["input"]
+    if job.recompute == "selective":
+        return sum(size for name, size in saved.items() if name not in _RECOMPUTED_MLP)
+    return sum(saved.values())
+
+
+def in_flight(job: Job, pp_rank: int) -> int:
+    """Model chunks whose forward is done and backward is not, at most, on pipeline stage `pp_rank`.
+
+    1F1B: stage p runs pp-p-1 forwards ahead. Interleaved: 2·(pp-p-1) + (v-1)·pp chunks ahead
+    (megatron.core.pipeline_parallel.schedules).
+    """
+    pp, v = job.layout.pp, job.layout.virtual_pp
+    ahead = pp - pp_rank - 1 if v == 1 else 2 * (pp - pp_rank - 1) + (v - 1) * pp
+    return min(ahead + 1, job.micro_batches * v)
+
+
+def activation_bytes(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> int:
+    """Bytes saved for the backward at the peak of a step on pipeline stage `pp_rank`."""
+    chunks = in_flight(job, pp_rank)
+    per_chunk = job.chunk_layers * kept_by_layer(job, kernels) + rotary_bytes(job)
+    inputs = 3 * 8 * job.rank_tokens * job.micro_batches  # tokens, labels, positions: int64
+    return chunks * per_chunk + inputs + (loss_bytes(job, kernels) if pp_rank == job.layout.pp - 1 else 0)
+
+
+def rotary_bytes(job: Job) -> int:
+    """The fp32 angles of a micro-batch, shared by its layers."""
+    return job.rank_tokens * job.shape.head_dim * 4
+
+
+def loss_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+    """Saved by final norm, output layer and loss: no logits. The loss is one micro-batch at a time."""
+    t, s, h, e = job.rank_tokens, job.residual_tokens, job.shape.hidden_size, job.element_bytes
+    norm = s * h * e + s * 4 + (0 if kernels.norm else s * h * e)  # input and root mean square
+    gathered = t * h * e  # hidden states of all the rank's tokens, input of the output layer
+    return norm + gathered + t * 4  # and the log-sum-exp
+
+
+# --- working memory -----------------------------------------------------------------------------------------
+
+
+def _layer_working(job: Job, kernels: Kernels) -> int:
+    """While one layer runs backward: what was recomputed, and gradients of its widest part."""
+    saved = saved_by_layer(job, kernels)
+    recomputed = sum(saved.values()) - kept_by_layer(job, kernels)
+    shape, tp, e = job.shape, job.layout.tp, job.element_bytes
+    mlp_gradients = job.rank_tokens * 3 * shape.ffn_hidden_size // tp * e
+    attention_gradients = (
+        2 * job.rank_tokens * (shape.num_heads + shape.num_kv_heads) * shape.head_dim // tp * e
+    )
+    residual_gradient = job.residual_tokens * shape.hidden_size * e
+    gathered = 2 * job.rank_tokens * shape.hidden_size * e if job.residual_tokens < job.rank_tokens else 0
+    weight_gradient = max(layer_weights(shape, tp).values()) * e
+    return (
+        recomputed + max(mlp_gradients, attention_gradients) + residual_gradient + gathered + weight_gradient
+    )
+
+
+def _loss_working(job: Job) -> int:
+    """While one chunk of the loss runs backward: its logits, and gradients of hidden states and weight."""
+    chunk = min(job.loss_chunk_tokens, job.rank_tokens)
+    e, h = job.element_bytes, job.shape.hidden_size
+    logits = chunk * job.vocab_rows * (4 if job.precision == "fp32" else 4 + e)
+    weight_gradient = job.vocab_rows * h * (4 if job.precision == "fp32" else 4 + e)
+    return logits + weight_gradient + job.rank_tokens * h * e
+
+
+def _exchange_bytes(job: Job) -> int:
+    """Buffers of the context-parallel exchange of one layer's backward, and of the pipeline's hand-over.
+
+    all_gather holds keys and values of the whole sequence and their gradients; p2p two blocks of each
+    (double-buffered); a2a queries, keys, values, output and their gradients once more, by heads.
+    """
+    shape, layout, e = job.shape, job.layout, job.element_bytes
+    keys_values = 2 * shape.num_kv_heads * shape.head_dim // layout.tp * e  # per token
+    handed_over = 2 * job.residual_tokens * shape.hidden_size * e if layout.pp > 1 else 0
+    if layout.cp == 1:
+        return handed_over
+    t = job.rank_tokens
+    if layout.cp_exchange == "all_gather":
+        return handed_over + 2 * t * layout.cp * keys_values
+    if layout.cp_exchange == "p2p":
+        return handed_over + 4 * t * keys_values
+    queries_output = 2 * shape.num_heads * shape.head_dim // layout.tp * e
+    return handed_over + 2 * t * (queries_output + keys_values)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
