@@ -120,14 +120,14 @@ def _world(layout: Layout, size: StageSize, world_size: int) -> Iterator[LayoutP
     dp = world_size // ranks
     if size.batch_sequences % dp:
         rule = (
-            f"dp = {world_size} / {ranks} = {dp} must divide the global batch of {size.batch_sequences} packed "
-            "sequences; use more of tp, pp, cp, or fewer ranks"
+            f"dp = {world_size} / {ranks} = {dp} must divide the global batch of {size.batch_sequences} "
+            "packed sequences; use more of tp, pp, cp, or fewer ranks"
         )
         yield LayoutProblem("world_size", rule)
     elif layout.virtual_pp > 1 and size.batch_sequences // dp % layout.pp:
         # schedules.forward_backward_pipelining_with_interleaving
         rule = (
-            f"interleaving needs the {size.batch_sequences // dp} micro-batches of a data-parallel rank to be "
-            f"a multiple of pp = {layout.pp}"
+            f"interleaving needs the {size.batch_sequences // dp} micro-batches of a data-parallel rank "
+            f"to be a multiple of pp = {layout.pp}"
         )
         yield LayoutProblem("virtual_pp", rule)

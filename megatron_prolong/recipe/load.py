@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_prolong.recipe.schema import Recipe
-from megatron_prolong.recipe.source import Key, Source, key_text, read_source
+from megatron_prolong.recipe.schema import Recipe, Stage
+from megatron_prolong.recipe.source import Key, Source, key_text, read_source, stage_label
 from megatron_prolong.recipe.validate import find_problems, problems_error
 
 _RULES = {
@@ -35,7 +35,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     Only what the text itself can show is judged here: no model or data is touched, so `show` works anywhere.
 
     Raises:
-        UserError: the file is missing or not YAML; or unknown keys, wrong types and impossible values — all of
+        UserError: the file is missing or not YAML; or unknown keys, wrong types and impossible values, all of
             them at once, together with what `check` finds in the parts that could be read.
     """
     source = read_source(path, overrides)
@@ -71,10 +71,11 @@ def parse(source: Source) -> tuple[Recipe | None, list[str], set[Key]]:
             recipe = Recipe.model_validate(data)
         except ValidationError as error:
             details = [detail for detail in error.errors() if detail["type"] != "default_factory_not_called"]
-            if not doubtful:
+            if data is source.data:
                 problems += [_describe(detail, source) for detail in details]
-            for detail in details:
-                doubtful.add(_named(detail["loc"], source.data))
+            doubtful |= {
+                _named(one["loc"], source.data) for one in details if one["type"] != "extra_forbidden"
+            }
             data = _repaired(data, details)
             continue
         recipe._origin = source.origin
@@ -118,7 +119,7 @@ def _named(location: tuple[int | str, ...], data: dict[str, Any]) -> Key:
     for position, part in enumerate(location):
         if position == 1 and location[0] == "stages" and isinstance(part, int):
             stage = data["stages"][part]
-            key.append(str(stage.get("name", part)) if isinstance(stage, dict) else str(part))
+            key.append(stage_label(stage.get("name") if isinstance(stage, dict) else None, part))
         elif not (location[position - 1] == "mixture" and part in ("directories", "word") and position == 3):
             key.append(str(part))
     return tuple(part for part in key if part != "[key]")
@@ -156,7 +157,8 @@ def _repaired(data: dict[str, Any], details: Sequence[ErrorDetails]) -> dict[str
             inner = next(_models_in(field.annotation), None) if field else None
             last = depth == len(location) - 1
             if last or not isinstance(target[part], dict | list):
-                _replace(target, part, field.examples[0] if field and field.examples else None)
+                example = field.examples[0] if field and field.examples else None
+                _replace(target, part, str(location[1]) if model is Stage and part == "name" else example)
                 break
             model, target = inner or model, target[part]
     return copy

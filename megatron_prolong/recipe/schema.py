@@ -23,7 +23,8 @@ CpExchange = Literal["all_gather", "p2p", "a2a", "a2a+p2p"]
 Schedule = Literal["cosine", "linear", "constant"]
 
 Positive = Annotated[Count, Field(gt=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", examples=["a-name"])]
+NAME_PATTERN = r"^[A-Za-z0-9_-]+$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN, examples=["a-name"])]
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expandvars(path.expanduser())))]
 """A path as written, relative to the working directory; ~ and $VARIABLES are expanded."""
 
@@ -160,7 +161,7 @@ class LoggingSpec(_Frozen):
 class Carry(_Frozen):
     """What a stage takes from the one before; step count, schedule and data always start anew.
 
-    The first stage has `model.path` before it: its weights always, its optimizer when it is a training checkpoint.
+    Before the first stage there is `model.path`: its weights always, its optimizer where it has one.
     """
 
     weights: bool = True
@@ -277,7 +278,7 @@ class Recipe(_Frozen):
     precision: Precision = "bf16"
     """fp32, or bf16 with fp32 main weights, or fp8 matrix products on top of bf16 (CUDA only)."""
     recompute: Recompute = "full"
-    """Activations recomputed in the backward pass: none, attention only (selective), or whole layers (full)."""
+    """Activations recomputed in the backward pass: none, the MLP's (selective), or whole layers (full)."""
     loss_chunk_tokens: Positive = 2048
     """Tokens per block of logits, so that a long sequence's logits never exist at once."""
     optimizer: OptimizerSpec = OptimizerSpec()

@@ -2,11 +2,12 @@
 
 `base:` inheritance and command-line overrides happen here, before any type is checked. Merging is deep, with
 three exceptions that follow from meaning: stages merge by name, a mixture is replaced whole (proportions of
-two mixtures do not add up), and writing one of two alternatives (`steps`/`tokens`, `path`/`init`) drops the other.
+two mixtures do not add up), and one of two alternatives (`steps`/`tokens`, `path`/`init`) drops the other.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.schema import Origin, Place
+from megatron_prolong.recipe.schema import NAME_PATTERN, Origin, Place
 
 Key = tuple[str, ...]
 """Path of a value, with stages by name: ("stages", "64k", "lr")."""
@@ -43,6 +44,11 @@ def read_source(path: Path | str, overrides: Sequence[str] = ()) -> Source:
     for override in overrides:
         _apply_override(source, override)
     return source
+
+
+def stage_label(name: object, index: int) -> str:
+    """What stands for a stage in a key: its name, or its place in the list where it has no usable name."""
+    return name if isinstance(name, str) and re.fullmatch(NAME_PATTERN, name) else str(index)
 
 
 def key_text(key: Key) -> str:
@@ -126,7 +132,7 @@ def _item_name(item: yaml.Node, index: int) -> str:
     if isinstance(item, yaml.MappingNode):
         for key_node, value_node in item.value:
             if key_node.value == "name" and isinstance(value_node, yaml.ScalarNode):
-                return str(value_node.value)
+                return stage_label(value_node.value, index)
     return str(index)
 
 

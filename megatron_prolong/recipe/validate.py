@@ -1,4 +1,4 @@
-"""What is wrong with a recipe that its types alone cannot show: everything at once, before torch is imported."""
+"""What is wrong with a recipe that types alone cannot show: everything at once, before torch is imported."""
 
 from __future__ import annotations
 
@@ -51,6 +51,10 @@ class Findings:
     def is_doubtful(self, key: Key) -> bool:
         """True when `key`, or something around it, could not be read."""
         return any(key[:end] in self.doubtful for end in range(1, len(key) + 1))
+
+    def has_doubtful_part(self, key: Key) -> bool:
+        """True when `key`, or something around or within it, could not be read."""
+        return self.is_doubtful(key) or any(part[: len(key)] == key for part in self.doubtful)
 
 
 def check(recipe: Recipe, world_size: int | None = None, *, on_cpu: bool = False) -> None:
@@ -108,8 +112,6 @@ def incoming_shape(recipe: Recipe) -> ModelShape:
 def _model(findings: Findings) -> ModelShape | None:
     """Judge model and tokenizer; the shape, where it can be known."""
     model = findings.recipe.model
-    if findings.is_doubtful(("model",)):
-        return None
     before = len(findings.errors)
     if (model.path is None) == (model.init is None):
         found = "neither" if model.path is None else "both"
@@ -124,8 +126,7 @@ def _model(findings: Findings) -> ModelShape | None:
     if model.tokenizer is not None:
         for problem in tokenizer_problems(model.tokenizer):
             findings.error(("model", "tokenizer"), problem)
-    unreadable = any(findings.is_doubtful(("model", name)) for name in ("path", "init", "tokenizer"))
-    if unreadable or len(findings.errors) > before:
+    if len(findings.errors) > before or findings.has_doubtful_part(("model",)):
         return None
     shape = incoming_shape(findings.recipe)
     for problem in _shape_problems(shape):
@@ -188,9 +189,7 @@ def _chain(findings: Findings, shape: ModelShape | None) -> None:
             findings.error(("stages", name), f"{count} stages have this name; names must be unique")
         if name in _RESERVED_STAGE_NAMES:
             reserved = ", ".join(_RESERVED_STAGE_NAMES)
-            findings.error(
-                ("stages", name, "name"), f"found {name}; reserved, as are {reserved}: choose another"
-            )
+            findings.error(("stages", name, "name"), f"found {name}; {reserved} are reserved: rename it")
     rope_base = shape.rope_base if shape else None
     for index, stage in enumerate(recipe.stages):
         key = ("stages", stage.name)
@@ -206,8 +205,8 @@ def _chain(findings: Findings, shape: ModelShape | None) -> None:
         if index == 0 and "optimizer" in stage.carry.model_fields_set and stage.carry.optimizer:
             _first_optimizer(findings, stage)
         if stage.rope_base and rope_base and stage.rope_base < rope_base:
-            rule = f"found {stage.rope_base:g}, below the incoming {rope_base:g}; longer contexts need a larger base"
-            findings.warn((*key, "rope_base"), rule)
+            found = f"found {stage.rope_base:g}, below the incoming {rope_base:g}"
+            findings.warn((*key, "rope_base"), f"{found}; a longer context needs a larger base")
         rope_base = stage.rope_base or rope_base
 
 
@@ -217,9 +216,7 @@ def _first_optimizer(findings: Findings, stage: Stage) -> None:
     is_training = bool(manifest and manifest.is_file() and read_json(manifest).get("kind") == "training")
     if not is_training:
         key = ("stages", stage.name, "carry", "optimizer")
-        findings.warn(
-            key, "found true, but the model has no optimizer state with it: Adam's moments start at zero"
-        )
+        findings.warn(key, "found true, but model.path is no training checkpoint: Adam's moments start at 0")
 
 
 def _stage(findings: Findings, stage: Stage) -> None:
@@ -239,7 +236,7 @@ def _stage(findings: Findings, stage: Stage) -> None:
 
 def _mixture(findings: Findings, stage: Stage) -> None:
     key = ("stages", stage.name, "mixture")
-    if findings.is_doubtful(key):
+    if findings.has_doubtful_part(key):
         return
     if stage.mixture == "mock":
         if stage.loss_mask:
@@ -250,7 +247,7 @@ def _mixture(findings: Findings, stage: Stage) -> None:
         findings.error(key, "found no directory; name at least one, or write the word mock")
         return
     total = math.fsum(stage.mixture.values())
-    if abs(total - 1) > 1e-6 and not any(findings.is_doubtful((*key, str(path))) for path in stage.mixture):
+    if abs(total - 1) > 1e-6:
         findings.error(key, f"the proportions sum to {total:.6g}; they must sum to 1")
     for path in stage.mixture:
         for problem in mixture_problems(path, loss_mask=stage.loss_mask):

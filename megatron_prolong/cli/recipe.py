@@ -1,0 +1,60 @@
+"""`prolong recipe`: show, check and describe recipes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(help="Show, check and describe recipes.", no_args_is_help=True, rich_markup_mode=None)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 (typer reads this annotation)
+    typer.Argument(metavar="[KEY=VALUE]...", help="E.g. stage.64k.lr=2e-5 layout.tp=2."),
+]
+
+
+@app.command()
+def show(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Print the resolved recipe: bases merged, overrides applied, every default written out."""
+    from megatron_prolong.recipe.load import dump_recipe, load_recipe
+
+    print(dump_recipe(load_recipe(recipe, overrides or ())), end="")
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    world_size: Annotated[Optional[int], typer.Option(min=1, help="Ranks of the job.")] = None,  # noqa: UP045
+    cpu: Annotated[bool, typer.Option("--cpu", help="The job runs without CUDA.")] = False,
+) -> None:
+    """List everything wrong with a recipe: keys, values, layouts, missing files. Exit code 2 if anything is."""
+    from megatron_prolong.recipe.load import load_recipe
+    from megatron_prolong.recipe.validate import find_problems, problems_error
+
+    loaded = load_recipe(recipe, overrides or ())
+    findings = find_problems(loaded, world_size, on_cpu=cpu)
+    for warning in findings.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if findings.errors:
+        raise problems_error(str(recipe), findings.errors)
+    for stage in loaded.stages:
+        print(
+            f"{stage.name}: {stage.num_steps} steps of {stage.batch_sequences} × {stage.sequence_length} tokens, "
+            f"{stage.num_tokens / 2**30:.3g}B in all, lr {stage.lr:g} → {stage.min_lr:g}"
+        )
+    print(f"{recipe}: nothing wrong")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    import json
+
+    from megatron_prolong.recipe.schema import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
