@@ -1,0 +1,201 @@
+"""Chats to tokens and loss masks, through the tokenizer's own chat template.
+
+Llama-3's templates do not mark what the assistant wrote (they have no `{% generation %}`), so the spans
+are found by rendering prefixes: the text of the first i messages with the assistant's header opened, and
+the text of the first i+1. What the second adds to the first is what the model must learn to write: the
+assistant's content and the token that ends its turn. Everything else has mask 0: the beginning of text,
+system and user messages, and every header, the assistant's own included (ProLong's rule).
+
+The whole chat is tokenized once; characters become tokens through the tokenizer's offsets, so the tokens
+are those of `apply_chat_template`, and nothing is added to them: the template writes the beginning of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Message = Mapping[str, str]
+_ROLES = ("system", "user", "assistant")
+
+# Llama-3.1 and later write today's date into the system prompt; 26 Jul 2024 is their own default, and a
+# fixed one makes the same chats the same tokens on every day.
+_TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024"}
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedChat:
+    """One chat as the model reads it.
+
+    tokens: uint32 [n]. mask: uint8 [n], 1 on what the assistant wrote and on the end of its turn.
+    turn_ends: int64 [assistant turns], number of tokens up to and including each end of turn.
+    """
+
+    tokens: NDArray[np.uint32]
+    mask: NDArray[np.uint8]
+    turn_ends: NDArray[np.int64]
+
+    def cut(self, max_tokens: int) -> EncodedChat | None:
+        """The chat up to the last assistant turn that ends within max_tokens; None if not even one does.
+
+        Half an answer is never kept: it would teach the model to stop without an end of turn, or never to.
+        """
+        if len(self.tokens) <= max_tokens:
+            return self
+        fitting = self.turn_ends[self.turn_ends <= max_tokens]
+        if not len(fitting):
+            return None
+        return EncodedChat(self.tokens[: fitting[-1]], self.mask[: fitting[-1]], fitting)
+
+
+def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
+    """The messages as role and content. Raises UserError unless they are a chat the templates can render.
+
+    A chat is at most one system message, first; then user and assistant messages, a user's first.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise UserError(f"{where}: messages must be a non-empty list, found {messages!r:.80}")
+    checked = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise UserError(
+                f"{where}, message {number}: needs a role and a text as content, found {message!r:.80}"
+            )
+        if message.get("role") not in _ROLES:
+            raise UserError(
+                f"{where}, message {number}: role {message.get('role')!r} is none of {', '.join(_ROLES)}"
+            )
+        if message["role"] == "system" and number:
+            raise UserError(f"{where}, message {number}: a system message must be the first")
+        checked.append({"role": message["role"], "content": message["content"]})
+    turns = [message["role"] for message in checked if message["role"] != "system"]
+    if turns[:1] == ["assistant"]:
+        raise UserError(f"{where}: the chat begins with the assistant; a user must speak first")
+    return checked
+
+
+def render(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, where: str = "chat"
+) -> tuple[str, list[tuple[int, int]]]:
+    """The template's text of a chat and the [start, end) characters of every assistant turn in it.
+
+    Raises UserError when a message holds one of the tokenizer's control tokens as text (it would open or
+    close a turn), and when the tokenizer has no chat template, or one that rewrites earlier turns.
+    """
+    for number, message in enumerate(messages):
+        for token in tokenizer.all_special_tokens + list(tokenizer.added_tokens_encoder):
+            if token in message["content"]:
+                raise UserError(
+                    f"{where}, message {number}: its text holds the control token {token}, which would be "
+                    "read as the end or beginning of a turn; remove it from the text"
+                )
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path or ''} has no chat template; "
+            "take the tokenizer of the Instruct model"
+        )
+
+    def text_of(count: int, open_turn: bool = False) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages[:count]),
+                tokenize=False,
+                add_generation_prompt=open_turn,
+                **_TEMPLATE_VARIABLES,
+            )
+        )
+
+    text = text_of(len(messages))
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = text_of(number, open_turn=True), text_of(number + 1)
+        if not (after.startswith(before) and text.startswith(after)):
+            raise UserError(
+                f"{where}, message {number}: the chat template does not keep earlier turns as they were, "
+                "so what the assistant wrote cannot be told apart; use a template in the manner of Llama-3's "
+                "current one (tokenizer_config.json, key chat_template)"
+            )
+        spans.append((len(before), len(after)))
+    return text, spans
+
+
+def encode_batch(
+    chats: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerFast, where: Sequence[str] = ()
+) -> list[EncodedChat]:
+    """Tokens and masks of many chats, tokenized together by the Rust tokenizer.
+
+    where: names of the chats for messages of UserError (see check_messages and render).
+    """
+    names = where or [f"chat {number}" for number in range(len(chats))]
+    rendered = [
+        render(check_messages(messages, name), tokenizer, name)
+        for messages, name in zip(chats, names, strict=True)
+    ]
+    encodings = tokenizer.backend_tokenizer.encode_batch(
+        [text for text, _ in rendered], add_special_tokens=False
+    )
+    return [_mask(encoding, spans) for encoding, (_, spans) in zip(encodings, rendered, strict=True)]
+
+
+def encode(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, where: str = "chat"
+) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+    """Tokens uint32 [n] and mask uint8 [n] of one chat. Raises UserError as encode_batch does."""
+    chat = encode_batch([messages], tokenizer, [where])[0]
+    return chat.tokens, chat.mask
+
+
+def _mask(encoding: Any, spans: Sequence[tuple[int, int]]) -> EncodedChat:
+    """Mark the tokens whose characters lie in a span.
+
+    Offsets of blanks may be trimmed to nothing (post-processors with trim_offsets), so a span takes every
+    token from the first that ends inside it to the last that begins inside it. A token that begins before
+    the span holds a piece of the header, and stays out.
+    """
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    mask = np.zeros(len(offsets), np.uint8)
+    ends = []
+    for start, end in spans:
+        first = int(np.searchsorted(offsets[:, 1], start, side="right"))
+        last = int(np.searchsorted(offsets[:, 0], end, side="left"))
+        if first < last and offsets[first, 0] < start:
+            first += 1
+        mask[first:last] = 1
+        ends.append(last)
+    return EncodedChat(np.array(encoding.ids, np.uint32), mask, np.array(ends, np.int64))
+
+
+@dataclass
+class MaskTally:
+    """Counts targets over a data set, to refuse one whose masks say nothing."""
+
+    num_tokens: int = 0
+    num_targets: int = 0
+
+    def add(self, mask: NDArray[np.uint8]) -> None:
+        self.num_tokens += len(mask)
+        self.num_targets += int(mask.sum())
+
+    def check(self, where: str) -> None:
+        """Raises UserError when every mask is all zeros, or all ones."""
+        if self.num_tokens and self.num_targets == 0:
+            raise UserError(
+                f"{where}: no token of any chat is marked as the assistant's, so there is nothing to learn; "
+                "look at the messages' roles (prolong data inspect shows the masks)"
+            )
+        if self.num_tokens and self.num_targets == self.num_tokens:
+            raise UserError(
+                f"{where}: every token is marked as the assistant's, headers and users' messages too; "
+                "look at the chat template (prolong data inspect shows the masks)"
+            )
