@@ -1,0 +1,217 @@
+"""Megatron's indexed data sets (PREFIX.bin, PREFIX.idx), read and written, to and from MDS.
+
+The .bin file is tokens and nothing else. The .idx file, little-endian, is
+
+    b"MMIDIDX\\0\\0" | uint64 version 1 | uint8 dtype code | uint64 sequences | uint64 documents + 1
+    int32 tokens of each sequence | int64 byte offset of each sequence | int64 first sequence of each document
+
+A Megatron document is a run of sequences, which is just what a packed sequence is: so a pack becomes one
+Megatron document and the documents in it its sequences, and both directions keep every boundary. A
+tokenized, unpacked sample becomes a document of one sequence. The mask column has no place in the format
+and is refused; the domain is given by the user on the way back.
+(Format: megatron/core/datasets/indexed_dataset.py, the oracle of the tests.)
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.data.mds import MDSReader, MDSWriter
+from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.errors import UserError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<QBQQ")
+_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_INT32_CODE = 4
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) samples."""
+
+
+def _no_progress(done: int, total: int) -> None:
+    pass
+
+
+class IndexedWriter:
+    """Writes PREFIX.bin and PREFIX.idx; both appear only when the block ends without an exception.
+
+    Raises UserError when either exists already.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self._paths = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
+        for path in self._paths:
+            if path.exists():
+                raise UserError(f"{path} exists already; remove it or choose another prefix")
+        self._paths[0].parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = [path.with_name(f"{path.name}.tmp-{os.getpid()}") for path in self._paths]
+        self._file = self._temporary[0].open("wb")
+        self._lengths: list[NDArray[np.int32]] = []
+        self._sequences_of_documents: list[int] = []
+
+    def write(self, tokens: NDArray[np.uint32], sequence_lengths: NDArray[np.int64]) -> None:
+        """One document of tokens [S], uint32 below 2**31, made of sequences of the given lengths."""
+        assert sequence_lengths.sum() == len(tokens)
+        self._file.write(tokens.astype("<i4").tobytes())
+        self._lengths.append(sequence_lengths.astype("<i4"))
+        self._sequences_of_documents.append(len(sequence_lengths))
+
+    def _write_index(self) -> None:
+        lengths = np.concatenate([np.zeros(0, "<i4"), *self._lengths])
+        offsets = np.cumsum(lengths, dtype="<i8") * 4 - lengths.astype("<i8") * 4
+        documents = np.cumsum([0, *self._sequences_of_documents], dtype="<i8")
+        with self._temporary[1].open("wb") as file:
+            file.write(_MAGIC + _HEADER.pack(1, _INT32_CODE, len(lengths), len(documents)))
+            for column in (lengths, offsets, documents):
+                file.write(column.tobytes())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._file.close()
+            if kind is None:
+                self._write_index()
+                for temporary, path in zip(self._temporary, self._paths, strict=True):
+                    temporary.replace(path)
+        finally:
+            for temporary in self._temporary:
+                temporary.unlink(missing_ok=True)
+
+
+class IndexedReader:
+    """The documents of PREFIX.bin and PREFIX.idx, memory-mapped.
+
+    Raises UserError for missing, damaged or mismatched files and for anything but text tokens.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = Path(prefix)
+        index_path, tokens_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+        for path in (index_path, tokens_path):
+            if not path.is_file():
+                raise UserError(f"{path}: no such file; give the prefix without .bin and .idx")
+        self._read_index(index_path)
+        ends = self._offsets + self._lengths * self._dtype.itemsize
+        needed, found = int(ends.max(initial=0)), tokens_path.stat().st_size
+        if found < needed:
+            raise UserError(f"{tokens_path} has {found} bytes, its index names {needed}; copy it again")
+        self._tokens = np.memmap(tokens_path, self._dtype, "r") if found else np.zeros(0, self._dtype)
+
+    def _read_index(self, path: Path) -> None:
+        data = path.read_bytes()
+        start = len(_MAGIC) + _HEADER.size
+        if data[: len(_MAGIC)] != _MAGIC or len(data) < start:
+            raise UserError(f"{path}: not the index of a Megatron data set (wrong first bytes)")
+        version, code, num_sequences, num_edges = _HEADER.unpack_from(data, len(_MAGIC))
+        if version != 1 or code not in _DTYPES:
+            raise UserError(
+                f"{path}: version {version} with element code {code}; only integer tokens are read"
+            )
+        expected = start + 12 * num_sequences + 8 * num_edges
+        if len(data) == expected + num_sequences:
+            raise UserError(f"{path}: a multimodal data set; only text is read")
+        if len(data) != expected:
+            raise UserError(f"{path} has {len(data)} bytes, its header says {expected}; copy it again")
+        self._dtype = np.dtype(_DTYPES[code])
+        self._lengths = np.frombuffer(data, "<i4", num_sequences, start).astype(np.int64)
+        self._offsets = np.frombuffer(data, "<i8", num_sequences, start + 4 * num_sequences)
+        self._documents = np.frombuffer(data, "<i8", num_edges, start + 12 * num_sequences)
+        edges = self._documents
+        if (
+            not len(edges)
+            or edges[0] != 0
+            or edges[-1] != num_sequences
+            or (np.diff(edges) < 0).any()
+            or (self._lengths < 0).any()
+            or (self._offsets % self._dtype.itemsize).any()
+        ):
+            raise UserError(
+                f"{path}: its documents do not cover its {num_sequences} sequences; write it again"
+            )
+
+    def __len__(self) -> int:
+        return len(self._documents) - 1
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether some document is made of several sequences."""
+        return bool((np.diff(self._documents) > 1).any())
+
+    def __getitem__(self, number: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """(tokens uint32 [S], tokens of each of its sequences int64 [D]) of one document."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        span = slice(self._documents[number], self._documents[number + 1])
+        lengths = self._lengths[span]
+        starts = self._offsets[span] // self._dtype.itemsize
+        parts = [self._tokens[start : start + n] for start, n in zip(starts, lengths, strict=True)]
+        tokens = np.concatenate([np.zeros(0, self._dtype), *parts])
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < 2**32:
+            raise UserError(f"{self.prefix}.bin, document {number}: token {tokens.min()} is no token id")
+        return tokens.astype(np.uint32), lengths
+
+    def __iter__(self) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.int64]]]:
+        return (self[number] for number in range(len(self)))
+
+
+def to_megatron(directory: Path, prefix: Path, progress: Progress = _no_progress) -> int:
+    """Write the samples of an MDS directory as PREFIX.bin and PREFIX.idx; returns how many.
+
+    Raises UserError for data without tokens, with a mask column, or with tokens beyond 31 bits.
+    """
+    reader = MDSReader(directory)
+    if "input_ids" not in reader.columns:
+        raise UserError(f"{directory}: no column input_ids, so no tokens to write; tokenize it first")
+    if "mask" in reader.columns:
+        raise UserError(
+            f"{directory} has a mask column, which Megatron's format cannot hold; "
+            "without it, training would not know the assistant's tokens"
+        )
+    with IndexedWriter(prefix) as writer:
+        for number in range(len(reader)):
+            identity = Identity(str(directory), reader.shard_of(number).raw.basename, number)
+            sequence = PackedSequence.from_sample(reader[number], identity)
+            if sequence.tokens.max() >= 2**31:
+                raise UserError(f"{identity}: token {sequence.tokens.max()} does not fit the int32 of .bin")
+            writer.write(sequence.tokens, sequence.document_lengths)
+            progress(number + 1, len(reader))
+    return len(reader)
+
+
+def from_megatron(
+    prefix: Path, directory: Path, domain: str, progress: Progress = _no_progress
+) -> tuple[int, int]:
+    """Write the documents of PREFIX.bin and PREFIX.idx as an MDS directory.
+
+    Returns the number of samples and that of the empty documents left out.
+    The `indices` column is written when documents are made of several sequences. MDS has no empty arrays.
+    """
+    reader = IndexedReader(prefix)
+    columns = {"input_ids": "ndarray:uint32", "length": "int", "domain": "str"}
+    if reader.is_packed:
+        columns["indices"] = "ndarray:uint32"
+    with MDSWriter(directory, columns, hashes=("xxh64",)) as writer:
+        for number, (tokens, lengths) in enumerate(reader):
+            if len(tokens):
+                sample = {"input_ids": tokens, "length": len(tokens), "domain": domain}
+                if reader.is_packed:
+                    ends = np.cumsum(lengths)
+                    sample["indices"] = np.stack([ends - lengths, ends], axis=1)[lengths > 0].astype(
+                        np.uint32
+                    )
+                writer.write(sample)
+            progress(number + 1, len(reader))
+    return writer.num_samples, len(reader) - writer.num_samples
