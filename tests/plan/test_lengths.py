@@ -1,4 +1,4 @@
-"""Document-length distributions: they fill their sequences, are reproducible and match the facts they cite."""
+"""Document-length distributions: they fill sequences, are reproducible and match the facts they cite."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,108 @@
+"""What the GPUs of a cluster can do: the typed view of hardware.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.plan.memory import RankMemory
+
+HARDWARE_FILE = Path(__file__).with_name("hardware.yaml")
+
+
+class Efficiency(BaseModel):
+    """Shares of the peaks that good kernels reach; attention kernels as [forward, backward]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    matmul: float = Field(gt=0, le=1)
+    matmul_fp8: float = Field(ge=0, le=1)
+    flash2: tuple[float, float]
+    te: tuple[float, float]
+    memory: float = Field(gt=0, le=1)
+    network: float = Field(gt=0, le=1)
+
+
+class Gpu(BaseModel):
+    """One GPU model in its usual node. Bytes, bytes/s, FLOP/s, USD; see hardware.yaml for the sources."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    memory_bytes: float = Field(gt=0)
+    memory_bandwidth: float = Field(gt=0)
+    peak_flops: dict[str, float]
+    efficiency: Efficiency
+    gpus_per_node: int = Field(gt=0)
+    intra_node_bandwidth: float = Field(gt=0)
+    inter_node_bandwidth: float = Field(gt=0)
+    reserve_bytes: float = Field(ge=0)
+    fragmentation: float = Field(ge=0, lt=1)
+    price_per_hour: float = Field(ge=0)
+
+    def supports(self, precision: str) -> bool:
+        """Whether matrix products run in this precision."""
+        return precision in self.peak_flops
+
+    def matmul_flops(self, precision: str) -> float:
+        """FLOP/s that large matrix products reach."""
+        share = self.efficiency.matmul_fp8 if precision == "fp8" else self.efficiency.matmul
+        return self.peak_flops[precision] * share
+
+    def attention_flops(self, kernel: str, backward: bool) -> float:
+        """FLOP/s of causal attention, always in bf16: Hopper has no fp8 backward for packed documents."""
+        share: float = getattr(self.efficiency, kernel)[backward]
+        return self.peak_flops["bf16"] * share
+
+    def needed_bytes(self, memory: RankMemory) -> float:
+        """Bytes of GPU memory that a rank's `memory` takes, with fragmentation and the reserve."""
+        return memory.total * (1 + self.fragmentation) + self.reserve_bytes
+
+    def fits(self, memory: RankMemory) -> bool:
+        """Whether a rank's memory fits on this GPU."""
+        return self.needed_bytes(memory) <= self.memory_bytes
+
+    def bandwidth(self, group_size: int, stride: int) -> float:
+        """Bytes/s that each rank of a group sends (and receives) in a ring or all-gather.
+
+        Args:
+            group_size: ranks of the group.
+            stride: distance between neighbours in the global ranks.
+
+        Inside a node: NVLink. Across nodes the node's network cards are shared by the group's members in the
+        node; NCCL spreads a group's rings over the cards of all its members there.
+        """
+        if group_size * stride <= self.gpus_per_node:
+            return self.intra_node_bandwidth * self.efficiency.network
+        members_per_node = max(1, self.gpus_per_node // stride)
+        across = self.inter_node_bandwidth * min(members_per_node, group_size)
+        return min(self.intra_node_bandwidth, across) * self.efficiency.network
+
+
+def load_hardware(path: Path | None = None) -> dict[str, Gpu]:
+    """GPU name → Gpu, from hardware.yaml or a file like it.
+
+    Raises:
+        UserError: the file cannot be read or an entry is not a GPU.
+    """
+    path = path or HARDWARE_FILE
+    try:
+        content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as a hardware table: {error}") from error
+    try:
+        return {name: Gpu(name=name, **entry) for name, entry in content.items()}
+    except (ValidationError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a hardware table (see the packaged hardware.yaml): {error}") from error
+
+
+def find_gpu(name: str, path: Path | None = None) -> Gpu:
+    """The GPU of that name. Raises UserError naming the known ones."""
+    table = load_hardware(path)
+    if name not in table:
+        raise UserError(f"--gpu {name}: unknown GPU; known are {', '.join(table)} (or give --hardware FILE)")
+    return table[name]

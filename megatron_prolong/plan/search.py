@@ -1,0 +1,168 @@
+"""Every layout of a stage on a cluster: which are valid, which fit, how fast they are, and why others are not.
+
+The rules are those that Megatron and our own program enforce at start; here they cost microseconds. A layout is
+a point (tp, pp, virtual_pp, cp, exchange, recompute); the search is exhaustive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.plan.hardware import Gpu
+from megatron_prolong.plan.job import Job
+from megatron_prolong.plan.memory import RankMemory, peak_memory
+from megatron_prolong.plan.time import StepTime, mfu, step_time, tokens_per_second_per_gpu
+from megatron_prolong.recipe.schema import Layout
+
+RECOMPUTE_MODES = ("none", "selective", "full")
+EXCHANGES = ("all_gather", "p2p", "a2a")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout with its prediction.
+
+    Attributes:
+        job: the stage at this layout.
+        memory: of the fullest rank; None when the layout is invalid.
+        needed_bytes: GPU memory with fragmentation and reserve.
+        time: of a step; None when it does not run.
+        throughput: tokens per second and GPU.
+        mfu: document-aware model FLOPs over the peak.
+        reason: why it does not run; empty when it does.
+    """
+
+    job: Job
+    memory: RankMemory | None = None
+    needed_bytes: float = 0.0
+    time: StepTime | None = None
+    throughput: float = 0.0
+    mfu: float = 0.0
+    reason: str = ""
+
+    @property
+    def runs(self) -> bool:
+        """Whether the layout is valid and fits."""
+        return not self.reason
+
+    @property
+    def name(self) -> str:
+        """Short description, such as tp4 pp2 cp2 dp4 p2p full."""
+        layout = self.job.layout
+        pipeline = f"pp{layout.pp}" + (f"v{layout.virtual_pp}" if layout.virtual_pp > 1 else "")
+        exchange = f" {layout.cp_exchange}" if layout.cp > 1 else ""
+        dp = f"dp{self.job.dp}"
+        return f"tp{layout.tp} {pipeline} cp{layout.cp} {dp}{exchange}, recompute {self.job.recompute}"
+
+    def gpu_hours(self, num_steps: int) -> float:
+        """GPU-hours of a stage of that many steps."""
+        assert self.time is not None, "only a layout that runs has a time"
+        return self.time.total * num_steps * self.job.world_size / 3600
+
+
+def evaluate(job: Job, gpu: Gpu, pairs: NDArray[np.float64], *, balanced: bool = True) -> Candidate:
+    """Predict one layout. `pairs` are Σ len² of sampled batches, [steps, sequences]."""
+    if reason := invalid(job, gpu):
+        return Candidate(job, reason=reason)
+    memory = peak_memory(job)
+    needed = gpu.needed_bytes(memory)
+    if not gpu.fits(memory):
+        largest = max(memory.parts(), key=lambda part: memory.parts()[part])
+        reason = (
+            f"out of memory: needs {needed / 1e9:.0f} GB of {gpu.memory_bytes / 1e9:.0f}"
+            f" (most: {largest} {memory.parts()[largest] / 1e9:.0f} GB)"
+        )
+        return Candidate(job, memory, needed, reason=reason)
+    time = step_time(job, gpu, pairs, balanced=balanced)
+    utilisation = mfu(job, gpu, time, float(pairs.mean()))
+    return Candidate(job, memory, needed, time, tokens_per_second_per_gpu(job, time), utilisation)
+
+
+def search(
+    job: Job, gpu: Gpu, pairs: NDArray[np.float64], *, recompute: tuple[str, ...] = RECOMPUTE_MODES
+) -> list[Candidate]:
+    """Every layout of `job` (its own layout's values do not matter), fastest first, then those that fail."""
+    candidates = [evaluate(option, gpu, pairs) for option in layouts(job, gpu, recompute)]
+    return sorted(candidates, key=lambda c: (not c.runs, -c.throughput, c.job.layout.model_ranks))
+
+
+def layouts(job: Job, gpu: Gpu, recompute: tuple[str, ...] = RECOMPUTE_MODES) -> Iterator[Job]:
+    """All points of the search space, valid or not, without those that only differ where it cannot matter."""
+    world, num_layers = job.world_size, job.shape.num_layers
+    for tp in _powers(min(world, 2 * gpu.gpus_per_node)):
+        for pp in _powers(min(world // tp, num_layers)):
+            for cp in _powers(world // (tp * pp)):
+                for virtual_pp in _powers(max(1, num_layers // pp)) if pp > 1 else [1]:
+                    for exchange in EXCHANGES if cp > 1 else ["all_gather"]:
+                        layout = Layout(
+                            tp=tp,
+                            pp=pp,
+                            virtual_pp=virtual_pp,
+                            cp=cp,
+                            cp_exchange=exchange,
+                            sequence_parallel=True,
+                            distributed_optimizer=True,
+                        )
+                        for mode in recompute:
+                            yield replace(job, layout=layout, recompute=mode)
+
+
+def invalid(job: Job, gpu: Gpu) -> str:
+    """Why the layout cannot run at all, or an empty string. Memory is judged elsewhere."""
+    shape, layout = job.shape, job.layout
+    problems = (
+        (not gpu.supports(job.precision), f"{gpu.name} has no {job.precision} matrix products"),
+        (
+            job.world_size % layout.model_ranks != 0,
+            f"tp·pp·cp = {layout.model_ranks} does not divide {job.world_size} GPUs",
+        ),
+        (
+            layout.tp > gpu.gpus_per_node,
+            f"tp {layout.tp} leaves the node of {gpu.gpus_per_node} GPUs: every layer would wait for the network",
+        ),
+        (
+            shape.num_kv_heads % layout.tp != 0 or shape.num_heads % layout.tp != 0,
+            f"tp {layout.tp} does not divide {shape.num_kv_heads} key/value heads",
+        ),
+        (
+            shape.num_layers % (layout.pp * layout.virtual_pp) != 0,
+            f"pp·virtual_pp = {layout.pp * layout.virtual_pp} does not divide {shape.num_layers} layers",
+        ),
+        (
+            layout.cp > 1
+            and layout.cp_exchange == "a2a"
+            and shape.num_kv_heads // max(layout.tp, 1) % layout.cp != 0,
+            f"a2a: cp {layout.cp} does not divide the {shape.num_kv_heads // layout.tp} key/value heads of a rank",
+        ),
+        (
+            job.sequence_length % (2 * layout.cp * layout.tp) != 0,
+            f"{job.sequence_length} tokens do not split into 2·cp·tp = {2 * layout.cp * layout.tp} parts",
+        ),
+        (
+            job.batch_sequences % max(job.dp, 1) != 0,
+            f"a batch of {job.batch_sequences} sequences does not divide among {job.dp} data-parallel ranks",
+        ),
+        (
+            layout.virtual_pp > 1 and job.micro_batches % layout.pp != 0,
+            f"the interleaved schedule needs micro-batches ({job.micro_batches}) in multiples of pp {layout.pp}",
+        ),
+    )
+    return next((reason for broken, reason in problems if broken), "")
+
+
+def frontier(candidates: list[Candidate]) -> list[Candidate]:
+    """The layouts that no other one beats in both memory and throughput, by memory."""
+    best: list[Candidate] = []
+    for candidate in sorted((c for c in candidates if c.runs), key=lambda c: (c.needed_bytes, -c.throughput)):
+        if not best or candidate.throughput > best[-1].throughput:
+            best.append(candidate)
+    return best
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4, … up to `most`."""
+    return [1 << exponent for exponent in range(max(most, 1).bit_length())]

@@ -1,0 +1,249 @@
+"""Seconds of a training step, part by part.
+
+One packed sequence costs a rank `fixed + slope · Σ len²` (matrix products, elementwise kernels and exchanges
+grow with its tokens, attention with the square of its documents), so a global batch is a list of numbers. The
+step lasts as long as the data-parallel rank with the largest sum, plus the pipeline's filling and draining,
+plus what cannot hide behind computation:
+
+    matmul         executed FLOPs (flops.py) / reachable FLOP/s
+    attention      likewise, by Σ len²
+    elementwise    bytes of norms, residuals, rotary embedding and SwiGLU / reachable memory bandwidth
+    tensor         all-gathers and reduce-scatters of the residual stream, all exposed
+    context        exchange of keys and values; all_gather and a2a exposed, p2p behind attention where it fits
+    bubble         (pp-1)/virtual_pp times the longest micro-batch
+    imbalance      slowest data-parallel rank minus the mean
+    gradients      reduce-scatter of fp32 gradients and all-gather of weights, beyond the computation of the
+                   last (first) micro-batch that they overlap with
+    optimizer      bytes of Adam's update / memory bandwidth
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.plan.flops import ForwardFlops, model_flops, passes
+from megatron_prolong.plan.hardware import Gpu
+from megatron_prolong.plan.job import Job
+from megatron_prolong.plan.lengths import LengthMixture, squared_tokens
+from megatron_prolong.plan.memory import stage_weights
+
+ATTENTION_KERNEL = "te"  # Transformer Engine's (cuDNN, FlashAttention-3); "flash2" for PyTorch's own
+
+
+@dataclass(frozen=True)
+class SequenceTime:
+    """Seconds that one packed sequence occupies a rank of the slowest pipeline stage.
+
+    All but attention (and what p2p hides behind it) are the same for every sequence.
+    """
+
+    matmul: float
+    elementwise: float
+    tensor: float
+    context: float
+    attention_per_pair: float
+    hidden_context: float = 0.0
+
+    def seconds(self, pairs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Time of sequences whose Σ len² are `pairs`."""
+        attention = self.attention_per_pair * pairs
+        fixed = self.matmul + self.elementwise + self.tensor + self.context
+        return fixed + np.maximum(attention, self.hidden_context)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, as an average over the sampled batches."""
+
+    matmul: float
+    attention: float
+    elementwise: float
+    tensor: float
+    context: float
+    bubble: float
+    imbalance: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole step."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Name → seconds, in the order of the fields."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+
+def sample_pairs(
+    mixture: LengthMixture, batch_sequences: int, num_steps: int, seed: int
+) -> NDArray[np.float64]:
+    """Σ len² of every packed sequence of `num_steps` global batches: [steps, sequences]."""
+    return np.array(
+        [
+            [squared_tokens(lengths) for lengths in mixture.batch(step, batch_sequences, seed)]
+            for step in range(num_steps)
+        ],
+        dtype=np.float64,
+    )
+
+
+def sequence_time(job: Job, gpu: Gpu) -> SequenceTime:
+    """What one packed sequence costs, forward and backward, on the slowest pipeline stage."""
+    shape, layout = job.shape, job.layout
+    flops, run, t = ForwardFlops.of(shape), passes(job), job.rank_tokens
+    weight_precision = "bf16" if job.precision == "fp8" else job.precision
+    per_token = run.layers * flops.layers_per_token + run.mlp_again * flops.mlp_per_token
+    matmul = per_token * t / (layout.tp * layout.pp) / gpu.matmul_flops(job.precision)
+    # The last stage also has the output layer, and the others wait for it.
+    matmul += run.output * flops.output_per_token * t / layout.tp / gpu.matmul_flops(weight_precision)
+    attention = flops.attention_per_pair / layout.model_ranks
+    attention_per_pair = attention * (
+        run.attention_forward / gpu.attention_flops(ATTENTION_KERNEL, backward=False)
+        + run.attention_backward / gpu.attention_flops(ATTENTION_KERNEL, backward=True)
+    )
+    context = _context_seconds(job, gpu)
+    hidden = context if layout.cp_exchange == "p2p" else 0.0
+    return SequenceTime(
+        matmul=matmul,
+        elementwise=_elementwise_seconds(job, gpu),
+        tensor=_tensor_seconds(job, gpu),
+        context=context - hidden,
+        attention_per_pair=attention_per_pair,
+        hidden_context=hidden,
+    )
+
+
+def step_time(job: Job, gpu: Gpu, pairs: NDArray[np.float64], *, balanced: bool = True) -> StepTime:
+    """Time of a step, averaged over the batches in `pairs` [steps, sequences] (see `sample_pairs`).
+
+    Args:
+        balanced: sequences are given to data-parallel ranks by cost; otherwise in the order drawn.
+    """
+    one = sequence_time(job, gpu)
+    seconds_SB = one.seconds(pairs)
+    loads = [rank_loads(seconds_B, job.dp, balanced) for seconds_B in seconds_SB]
+    mean = float(np.mean([load.mean() for load in loads]))
+    slowest = float(np.mean([load.max() for load in loads]))
+    longest = float(np.mean(seconds_SB.max(axis=1)))
+    per_rank = pairs.shape[1] / job.dp  # sequences of a rank, on average
+    layout = job.layout
+    bubble = (layout.pp - 1) / layout.virtual_pp * longest
+    fixed = one.matmul + one.elementwise + one.tensor + one.context
+    return StepTime(
+        matmul=one.matmul * per_rank,
+        attention=mean - fixed * per_rank,
+        elementwise=one.elementwise * per_rank,
+        tensor=one.tensor * per_rank,
+        context=one.context * per_rank,
+        bubble=bubble,
+        imbalance=slowest - mean,
+        gradients=_gradient_seconds(job, gpu, mean / per_rank),
+        optimizer=_optimizer_seconds(job, gpu),
+    )
+
+
+def rank_loads(seconds: NDArray[np.float64], dp: int, balanced: bool) -> NDArray[np.float64]:
+    """Seconds of each data-parallel rank for one global batch: [dp].
+
+    Balanced: longest processing time first, at most ceil(sequences/dp) per rank (Graham 1969).
+    """
+    if not balanced:
+        return np.array([seconds[rank::dp].sum() for rank in range(dp)])
+    most = -(-len(seconds) // dp)
+    heap = [(0.0, rank, 0) for rank in range(dp)]
+    loads = np.zeros(dp)
+    for cost in sorted(seconds.tolist(), reverse=True):
+        load, rank, count = heapq.heappop(heap)
+        loads[rank] = load + cost
+        if count + 1 < most:
+            heapq.heappush(heap, (load + cost, rank, count + 1))
+    return loads
+
+
+def tokens_per_second_per_gpu(job: Job, time: StepTime) -> float:
+    """Training throughput."""
+    return job.batch_tokens / time.total / job.world_size
+
+
+def mfu(job: Job, gpu: Gpu, time: StepTime, mean_pairs: float) -> float:
+    """Model FLOPs (document-aware) over the bf16 (fp32 for fp32) peak of all GPUs.
+
+    Args:
+        mean_pairs: mean Σ len² of a packed sequence.
+    """
+    peak = gpu.peak_flops["fp32" if job.precision == "fp32" else "bf16"]
+    needed = model_flops(job.shape, job.batch_tokens, mean_pairs * job.batch_sequences)
+    return needed / (time.total * job.world_size * peak)
+
+
+def _elementwise_seconds(job: Job, gpu: Gpu) -> float:
+    """Norms (read, write: 2 each), residual sums (3 each), rotary embedding (about 3 passes) and SwiGLU."""
+    shape, tp, e = job.shape, job.layout.tp, job.element_bytes
+    residual = 10 * job.residual_tokens * shape.hidden_size * e
+    heads = (shape.num_heads + shape.num_kv_heads) * shape.head_dim // tp
+    rotary = 6 * job.rank_tokens * heads * e
+    swiglu = 3 * job.rank_tokens * shape.ffn_hidden_size // tp * e
+    forwards = 2 if job.recompute == "full" else 1
+    moved = (forwards + 2) * (residual + rotary + swiglu) * shape.num_layers / job.layout.pp
+    return moved / (gpu.memory_bandwidth * gpu.efficiency.memory)
+
+
+def _tensor_seconds(job: Job, gpu: Gpu) -> float:
+    """Per layer and pass, two all-gathers and two reduce-scatters (or two all-reduces: the same bytes)."""
+    tp = job.layout.tp
+    if tp == 1:
+        return 0.0
+    one = (tp - 1) / tp * job.rank_tokens * job.shape.hidden_size * job.element_bytes
+    rounds = 3 if job.recompute == "full" else 2
+    volume = 4 * rounds * one * job.shape.num_layers / job.layout.pp + 2 * one
+    return volume / gpu.bandwidth(tp, stride=1)
+
+
+def _context_seconds(job: Job, gpu: Gpu) -> float:
+    """Keys and values to all ranks in the forward, again and their gradients back in the backward; or a2a."""
+    shape, layout, t, e = job.shape, job.layout, job.rank_tokens, job.element_bytes
+    if layout.cp == 1:
+        return 0.0
+    again = 1 if job.recompute == "full" else 0
+    keys_values = 2 * shape.num_kv_heads * shape.head_dim // layout.tp * e
+    if layout.cp_exchange in ("all_gather", "p2p"):
+        volume = (3 + again) * (layout.cp - 1) * t * keys_values
+    else:
+        queries_output = 2 * shape.num_heads * shape.head_dim // layout.tp * e
+        volume = (2 + again) * (layout.cp - 1) / layout.cp * t * (queries_output + keys_values)
+    return volume * shape.num_layers / layout.pp / gpu.bandwidth(layout.cp, stride=layout.tp)
+
+
+def _gradient_seconds(job: Job, gpu: Gpu, micro_batch_seconds: float) -> float:
+    """Exposed part of the gradients' reduce-scatter (fp32) and the weights' all-gather, once per step."""
+    layout = job.layout
+    ranks = job.dp * layout.cp
+    if ranks == 1:
+        return 0.0
+    elements = max(sum(stage_weights(job, rank)) for rank in range(layout.pp))
+    bandwidth = gpu.bandwidth(ranks, stride=layout.tp)
+    share = (ranks - 1) / ranks * elements / bandwidth
+    backward = 0.6 * micro_batch_seconds  # backward takes about 2/3 of a micro-batch; the tail is exposed
+    forward = 0.3 * micro_batch_seconds
+    gather = job.element_bytes if layout.distributed_optimizer else 4  # else the all-reduce's second half
+    return max(0.0, 4 * share - backward) + max(0.0, gather * share - forward)
+
+
+def _optimizer_seconds(job: Job, gpu: Gpu) -> float:
+    """Norm and scaling of the gradients, then Adam over the shard: read 16, write 14 bytes per element."""
+    layout = job.layout
+    elements = max(sum(stage_weights(job, rank)) for rank in range(layout.pp))
+    shards = job.dp * layout.cp if layout.distributed_optimizer else 1
+    moved = 2 * 4 * elements / shards + 30 * elements / shards + 4 * elements  # zeroing the whole buffer
+    return moved / (gpu.memory_bandwidth * gpu.efficiency.memory)
+
+
+def mean_pairs(pairs: NDArray[np.float64] | Sequence[float]) -> float:
+    """Mean Σ len² of a packed sequence."""
+    return float(np.mean(pairs))
