@@ -7,6 +7,7 @@ parallelism. This module keeps Megatron's interface and calls the mathematics of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,25 +42,30 @@ class ContextParallel:
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, per layer: [S, G, D] each, grown by doubling."""
+    """Keys and values of one sequence's tokens so far, per layer: [S, G, D] each, grown by doubling."""
 
     length: int = 0
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def extend(self, layer: int, key_TGD: Tensor, value_TGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this layer's new keys and values; return all of them. The caller advances `length`."""
+        """Append this layer's new keys and values; return all of them. `advance` once every layer has."""
         end = self.length + key_TGD.shape[0]
         if layer not in self.layers or self.layers[layer][0].shape[0] < end:
-            capacity = max(end, 2 * self.length, 128)
-            grown = tuple(new.new_empty((capacity, *new.shape[1:])) for new in (key_TGD, value_TGD))
-            if layer in self.layers:
-                for old, new in zip(self.layers[layer], grown, strict=True):
-                    new[: self.length] = old[: self.length]
-            self.layers[layer] = grown  # type: ignore[assignment]
+            self.layers[layer] = (self._grown(layer, 0, key_TGD, end), self._grown(layer, 1, value_TGD, end))
         keys, values = self.layers[layer]
         keys[self.length : end] = key_TGD
         values[self.length : end] = value_TGD
         return keys[:end], values[:end]
+
+    def _grown(self, layer: int, which: int, new_TGD: Tensor, end: int) -> Tensor:
+        grown = new_TGD.new_empty((max(end, 2 * self.length), *new_TGD.shape[1:]))
+        if layer in self.layers:
+            grown[: self.length] = self.layers[layer][which][: self.length]
+        return grown
+
+    def advance(self, num_tokens: int) -> None:
+        """Count the tokens that every layer has appended."""
+        self.length += num_tokens
 
 
 @dataclass
@@ -72,12 +78,12 @@ class Documents(PackedSeqParams):
     Attributes:
         cu_seqlens: cumulative document starts of the whole micro-batch, [D+1] int32 on CPU.
         context: set when the micro-batch is split over context-parallel ranks.
-        cache: set when generating; the tokens then continue one document.
+        caches: set when generating: one per document, whose new tokens are those of this micro-batch.
     """
 
     cu_seqlens: Tensor | None = None
     context: ContextParallel | None = None
-    cache: KeyValueCache | None = None
+    caches: tuple[KeyValueCache, ...] | None = None
 
     def __post_init__(self) -> None:
         self.qkv_format = "sbhd"
@@ -119,9 +125,8 @@ class DocumentAttention(MegatronModule):
         assert isinstance(packed_seq_params, Documents), "DocumentAttention needs Documents"
         documents = packed_seq_params
         q, k, v = query[:, 0], key[:, 0], value[:, 0]
-        if documents.cache is not None:
-            keys, values = documents.cache.extend(self.layer_number, k, v)
-            out = cached_attention(q, keys, values, len(keys), self.scale)
+        if documents.caches is not None:
+            out = self._cached(q, k, v, documents)
         elif documents.context is not None:
             context = documents.context
             out = context_attention(
@@ -139,3 +144,12 @@ class DocumentAttention(MegatronModule):
             assert documents.cu_seqlens is not None
             out = packed_attention(q, k, v, documents.cu_seqlens, self.scale)
         return torch.flatten(out, start_dim=1).unsqueeze(1)
+
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        """Each document's new tokens against all of its cached ones."""
+        assert documents.caches is not None and documents.cu_seqlens is not None
+        outs = []
+        for cache, (start, end) in zip(documents.caches, pairwise(documents.cu_seqlens.tolist()), strict=True):
+            keys, values = cache.extend(self.layer_number, k[start:end], v[start:end])
+            outs.append(cached_attention(q[start:end], keys, values, len(keys), self.scale))
+        return torch.cat(outs)

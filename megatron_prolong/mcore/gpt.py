@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor
 
+from megatron_prolong.mcore.attention import Documents
 from megatron_prolong.mcore.config import padded_vocab_size
 from megatron_prolong.mcore.specs import native_block_spec
 from megatron_prolong.model.cross_entropy import chunked_cross_entropy
@@ -63,12 +64,16 @@ class LongContextGPT(GPTModel):
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """Token losses [1, T] fp32 with labels, else what the parent returns (hidden states or logits).
+        """Token losses [1, T] fp32 with labels (0 where the label is -100), else hidden states or logits.
 
-        A loss is 0 where the label is -100.
+        When generating, logits are those of each document's last token only: [1, D, V].
         """
         if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states=hidden_states, labels=None, **kwargs)
+            documents = kwargs.get("packed_seq_params")
+            if self.post_process and isinstance(documents, Documents) and documents.caches is not None:
+                assert documents.cu_seqlens is not None
+                hidden_states = hidden_states[documents.cu_seqlens[1:].long() - 1]
+            return super()._postprocess(hidden_states, labels=None, **kwargs)
         weight = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights

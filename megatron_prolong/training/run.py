@@ -16,12 +16,10 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.runtime.launch import World
-from megatron_prolong.training.checkpoint import MANIFEST, Checkpoint
+from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, Checkpoint
 from megatron_prolong.training.log import RunLog, open_log
 from megatron_prolong.training.stage import StageInput, train_stage
 from megatron_prolong.training.state import StageStatus, chain_status, refuse_changes
-
-RESOLVED_RECIPE = "recipe.yaml"
 
 
 def train(recipe: Recipe, world: World, stop_requested: Callable[[], bool]) -> Path:

@@ -24,7 +24,8 @@ from megatron_prolong.recipe.schema import Layout, Recipe, Stage, layout_of, pre
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training.balance import micro_batches
-from megatron_prolong.training.checkpoint import Checkpoint, save_checkpoint
+from megatron_prolong.training.checkpoint import save_checkpoint
+from megatron_prolong.training.run_directory import Checkpoint
 from megatron_prolong.training.log import RunLog
 from megatron_prolong.training.schedule import learning_rate
 from megatron_prolong.training.state import TrainState

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Recipe, Stage
-from megatron_prolong.training.checkpoint import Checkpoint, latest_checkpoint
+from megatron_prolong.training.run_directory import Checkpoint, latest_checkpoint
 
 
 @dataclass(frozen=True)

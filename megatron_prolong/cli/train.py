@@ -1,0 +1,107 @@
+"""`prolong train` and `prolong status`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RECIPE = Annotated[Path, typer.Argument(help="YAML recipe.")]
+OVERRIDES = Annotated[list[str] | None, typer.Argument(help="key.path=value, e.g. stage.64k.lr=2e-5")]
+
+
+def train(
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Check recipe, data and checkpoints for this many ranks; do not train."),
+    ] = False,
+    processes: Annotated[
+        int, typer.Option(help="Start this many local processes (through torchrun) instead of one.")
+    ] = 1,
+) -> None:
+    """Train every stage of a recipe that is not done yet.
+
+    Run it again after any interruption to continue. Works as it is for one process; under torchrun or srun it takes
+    its place from them. Exits with 75 when asked to stop (SIGTERM, SIGUSR1) after saving, so that a batch script
+    can requeue.
+    """
+    from megatron_prolong.recipe.load import load_recipe
+    from megatron_prolong.recipe.validate import check as check_recipe
+
+    if processes > 1:
+        _relaunch(processes)
+    resolved = load_recipe(recipe, overrides or [])
+    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    if check:
+        check_recipe(resolved, world_size)
+        print(f"{recipe}: ready for {world_size} rank(s), {len(resolved.stages)} stage(s)")
+        return
+    import torch
+
+    check_recipe(resolved, world_size, on_cpu=not torch.cuda.is_available())
+    _train(resolved)
+
+
+def _relaunch(processes: int) -> None:
+    """Replace this process by torchrun with the same command line."""
+    command = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    position = next(index for index, argument in enumerate(command) if argument.startswith("--processes"))
+    del command[position : position + (1 if "=" in command[position] else 2)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
+    os.execv(sys.executable, [*launcher, "-m", "megatron_prolong", *command])
+
+
+def _train(recipe: Recipe) -> None:  # type: ignore[name-defined]  # noqa: F821
+    from megatron_prolong.runtime.launch import distributed
+    from megatron_prolong.training.run import train as train_recipe
+    from megatron_prolong.training.stage import Preempted
+
+    with distributed() as world:
+        try:
+            final = train_recipe(recipe, world, stop_requested=lambda: False)
+        except Preempted as stop:
+            if world.is_main:
+                print(f"{stop}; continue with the same command")
+            sys.exit(75)
+        if world.is_main:
+            print(f"done: {final}")
+
+
+def status(
+    run: Annotated[Path, typer.Argument(help="Run directory (or a recipe, whose run_dir is looked at).")],
+    overrides: OVERRIDES = None,
+) -> None:
+    """Show where the chain of stages of a run stands."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_prolong.recipe.load import load_recipe
+    from megatron_prolong.training.run_directory import RESOLVED_RECIPE
+    from megatron_prolong.training.state import chain_status
+
+    recipe = load_recipe(run / RESOLVED_RECIPE if run.is_dir() else run, overrides or [])
+    table = Table(title=str(recipe.run_dir))
+    for heading in ("stage", "status", "step", "length", "RoPE base", "checkpoint"):
+        table.add_column(heading)
+    for line in chain_status(recipe, recipe.run_dir):
+        stage = line.stage
+        table.add_row(
+            stage.name,
+            line.word,
+            f"{line.step}/{stage.num_steps}",
+            f"{stage.sequence_length:,}",
+            f"{stage.rope_base:g}" if stage.rope_base else "as before",
+            str(line.checkpoint.directory) if line.checkpoint else "–",
+        )
+    Console().print(table)

@@ -1,0 +1,63 @@
+"""The checkpoints of a run on disk: found, named, pruned. Reading a run's state needs no torch.
+
+RUN/STAGE/step_00000125/ is a complete checkpoint: a directory never has that name before everything in it is on
+disk. RUN/STAGE/latest names the newest one.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prolong.errors import UserError
+
+MANIFEST = "prolong.json"
+RESOLVED_RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint directory and its manifest."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Updates made when it was saved."""
+        return int(self.manifest["step"])
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Read the manifest; raises UserError when the directory is not a checkpoint of ours."""
+        try:
+            return cls(directory, json.loads((directory / MANIFEST).read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{directory} is not a checkpoint: {error}") from error
+
+
+def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
+    """The newest complete checkpoint of a stage, or None before the first."""
+    pointer = stage_dir / "latest"
+    if not pointer.exists():
+        return None
+    return Checkpoint.open(stage_dir / pointer.read_text().strip())
+
+
+def write_pointer(stage_dir: Path, name: str) -> None:
+    """Make `latest` name a checkpoint, in one atomic step."""
+    temporary = stage_dir / "latest.partial"
+    temporary.write_text(name + "\n")
+    temporary.replace(stage_dir / "latest")
+
+
+def prune(stage_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what interrupted saves left behind."""
+    complete = sorted(path for path in stage_dir.glob("step_*") if path.suffix != ".partial")
+    for old in complete[:-keep]:
+        shutil.rmtree(old)
+    for leftover in stage_dir.glob("*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)

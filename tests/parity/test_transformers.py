@@ -1,0 +1,201 @@
+"""Our model, loss, gradients and AdamW against Hugging Face transformers, one process, fp32.
+
+Tolerances: both sides compute in fp32 with sums in another order; 1e-4 relative is some 1000 ulp, an error in
+any formula is orders of magnitude larger.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from reference import copy_weights, megatron_weights, reference_llama, shape_of
+
+from megatron_prolong.data.batch import NO_LABEL, PackedBatch, collate_pieces
+from megatron_prolong.data.packed import Piece
+from megatron_prolong.mcore.build import build_model
+from megatron_prolong.mcore.groups import ParallelGroups, megatron
+from megatron_prolong.mcore.micro_batch import MicroBatch, micro_batch
+from megatron_prolong.mcore.optimizer import build_optimizer
+from megatron_prolong.mcore.schedule import forward_backward
+from megatron_prolong.recipe.schema import Layout, OptimizerSpec
+from megatron_prolong.runtime.launch import World, distributed
+from megatron_prolong.training.step import train_step
+
+LENGTHS = (7, 1, 130, 64, 2, 300)  # crosses every boundary of interest, one document of a single token
+VARIANTS = {
+    "base-5e5": {"rope_base": 5e5},
+    "base-8e6": {"rope_base": 8e6},
+    "llama31-scaling": {"rope_base": 5e5, "scaled": True},
+    "tied": {"tied": True},
+}
+
+
+@pytest.fixture(scope="module")
+def world():
+    with distributed() as world:
+        yield world
+
+
+@pytest.fixture
+def groups(world):
+    with megatron(Layout(), seed=1) as groups:
+        yield groups
+
+
+def random_batch(seed: int, lengths=LENGTHS, vocab_size=1000) -> PackedBatch:
+    random = np.random.default_rng(seed)
+    return collate_pieces(Piece(random.integers(0, vocab_size, n).astype(np.uint32), None) for n in lengths)
+
+
+def to_micro_batch(batch: PackedBatch, groups: ParallelGroups, world: World) -> MicroBatch:
+    return micro_batch(
+        batch.tokens_T, batch.labels_T, batch.positions_T, batch.cu_seqlens,
+        groups=groups, layout=Layout(), device=world.device,
+    )  # fmt: skip
+
+
+def documents_of(batch: PackedBatch):
+    bounds = batch.cu_seqlens.tolist()
+    return [batch.tokens_T[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def reference_loss(hf, batches: list[PackedBatch]) -> torch.Tensor:
+    """Mean over all targets of all documents, each document alone through transformers."""
+    total, count = torch.zeros(()), 0
+    for batch in batches:
+        for document in documents_of(batch):
+            if len(document) < 2:
+                continue
+            logits = hf(document[None]).logits[0, :-1]
+            total = total + torch.nn.functional.cross_entropy(logits, document[1:], reduction="sum")
+            count += len(document) - 1
+    return total / count
+
+
+def ours_from(hf, recompute: str = "none", **options):
+    model = build_model(shape_of(hf), Layout(), precision="fp32", recompute=recompute, **options)
+    copy_weights(hf, model.bare_chunks[0])
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_of_packed_documents(variant, world, groups):
+    hf = reference_llama(**VARIANTS[variant])
+    model = ours_from(hf, training=False)
+    batch = to_micro_batch(packed := random_batch(1), groups, world)
+    with torch.no_grad():
+        logits = model.chunks[0](batch.tokens, batch.positions, None, packed_seq_params=batch.documents)[0]
+        expected = torch.cat([hf(document[None]).logits[0] for document in documents_of(packed)])
+    # Logits have a standard deviation of about 10; 1e-4 of the largest is the absolute error allowed.
+    torch.testing.assert_close(logits[:, :1000], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradients(variant, recompute, world, groups):
+    hf = reference_llama(**VARIANTS[variant])
+    model = ours_from(hf, recompute, loss_chunk_tokens=100)
+    batches = [random_batch(2), random_batch(3, lengths=(200, 304))]
+    loss, num_targets = forward_backward(model, [to_micro_batch(b, groups, world) for b in batches], groups)
+    expected = reference_loss(hf, batches)
+    expected.backward()
+    assert num_targets == sum(batch.num_targets for batch in batches)
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    gradients = megatron_weights(hf, gradients=True)
+    ours = dict(model.bare_chunks[0].named_parameters())
+    assert ours.keys() == gradients.keys()
+    for name, expected_gradient in gradients.items():
+        actual = ours[name].main_grad[: expected_gradient.shape[0]]
+        error = (actual - expected_gradient).norm() / expected_gradient.norm()
+        assert error < 1e-4, f"{name}: relative error {error:.1e}"
+
+
+def test_twenty_adamw_steps(world, groups):
+    """The same batches through a plain PyTorch loop over the HF model with torch.optim.AdamW."""
+    hf = reference_llama()
+    model = ours_from(hf)
+    spec = OptimizerSpec()
+    optimizer = build_optimizer(model, spec, Layout(), lr=1e-3)
+    decayed = [p for p in hf.parameters() if p.ndim > 1]
+    norms = [p for p in hf.parameters() if p.ndim == 1]
+    reference = torch.optim.AdamW(
+        [{"params": decayed}, {"params": norms, "weight_decay": 0.0}],
+        lr=1e-3, betas=(spec.beta1, spec.beta2), eps=spec.eps, weight_decay=spec.weight_decay,
+    )  # fmt: skip
+    losses, expected_losses = [], []
+    for step in range(20):
+        batches = [random_batch(100 + step), random_batch(200 + step, lengths=(504,))]
+        lr = 1e-3 * (step + 1) / 20
+        metrics = train_step(
+            model, optimizer, [to_micro_batch(b, groups, world) for b in batches], groups, lr=lr, clip=spec.clip
+        )
+        losses.append(metrics.loss)
+        for group in reference.param_groups:
+            group["lr"] = lr
+        reference.zero_grad()
+        loss = reference_loss(hf, batches)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), spec.clip)
+        reference.step()
+        expected_losses.append(float(loss))
+        # Adam divides by the root of tiny second moments and so amplifies rounding; the norm sees it first.
+        assert metrics.grad_norm == pytest.approx(float(norm), rel=1e-3)
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    # The run went somewhere, so the comparison was not of a standing model.
+    assert max(expected_losses) - min(expected_losses) > 0.5
+
+
+def test_documents_do_not_see_each_other(world, groups):
+    """Changing one document leaves every logit of the others exactly as it was."""
+    hf = reference_llama()
+    model = ours_from(hf, training=False)
+    first = random_batch(1)
+    tokens = first.tokens_T.clone()
+    start, end = first.cu_seqlens[2:4].tolist()
+    tokens[start:end] = (tokens[start:end] + 1) % 1000
+    logits = []
+    for batch_tokens in (first.tokens_T, tokens):
+        batch = micro_batch(
+            batch_tokens, first.labels_T, first.positions_T, first.cu_seqlens,
+            groups=groups, layout=Layout(), device=world.device,
+        )  # fmt: skip
+        with torch.no_grad():
+            logits.append(
+                model.chunks[0](batch.tokens, batch.positions, None, packed_seq_params=batch.documents)[0]
+            )
+    outside = torch.ones(len(tokens), dtype=torch.bool)
+    outside[start:end] = False
+    assert torch.equal(logits[0][outside], logits[1][outside])
+    assert not torch.equal(logits[0][start:end], logits[1][start:end])
+
+
+def test_loss_does_not_depend_on_the_order_of_documents(world, groups):
+    hf = reference_llama()
+    model = ours_from(hf)
+    random = np.random.default_rng(5)
+    pieces = [Piece(random.integers(0, 1000, n).astype(np.uint32), None) for n in LENGTHS]
+    losses = [
+        forward_backward(model, [to_micro_batch(collate_pieces(order), groups, world)], groups, forward_only=True)
+        for order in (pieces, pieces[::-1])
+    ]
+    assert losses[0][1] == losses[1][1]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+
+
+def test_padded_vocabulary_takes_no_probability(world, groups):
+    """1000 tokens are stored as 1024 rows; the 24 others must not enter the softmax."""
+    hf = reference_llama()
+    model = ours_from(hf)
+    chunk = model.bare_chunks[0]
+    batch = random_batch(4)
+    losses = []
+    for filler in (0.0, 50.0):
+        with torch.no_grad():
+            chunk.output_layer.weight[1000:] = filler
+        losses.append(
+            forward_backward(model, [to_micro_batch(batch, groups, world)], groups, forward_only=True)[0]
+        )
+    assert chunk.output_layer.weight.shape[0] == 1024
+    assert losses[0] == losses[1]
+    assert NO_LABEL == -100
