@@ -1,0 +1,83 @@
+"""Writing a Megatron `torch_dist` checkpoint without Megatron and without torch.distributed.
+
+The format is torch.distributed.checkpoint's (FileSystemWriter), plus `metadata.json` and `common.pt`
+(megatron.core.dist_checkpointing.core and .strategies.common): tensors are torch.save'd chunk by chunk into
+`.distcp` files, and `.metadata` says where each chunk lies. Megatron loads any layout from any chunks.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_prolong.convert.names import Tensor2D
+from megatron_prolong.convert.transfer import Chunk, RowSource, chunks, gather, split_files, write_files
+
+LARGEST_FILE = 4 * 2**30
+
+
+def write_torch_dist(directory: Path, tensors: list[tuple[Tensor2D, torch.dtype]], source: RowSource) -> None:
+    """Write the tensors (one entry per layer), read from `source`, into an empty directory."""
+    items = [chunk for tensor, dtype in tensors for chunk in chunks(tensor, dtype)]
+
+    def write(number: int, file_chunks: Iterator[Chunk]) -> list[tuple[Chunk, _StorageInfo]]:
+        name = f"__0_{number}.distcp"
+        entries = []
+        with (directory / name).open("wb") as file:
+            for chunk in file_chunks:
+                offset = file.tell()
+                torch.save(gather(chunk, source).view(_with_layer_axis(chunk, chunk.shape)), file)
+                entries.append((chunk, _StorageInfo(name, offset, file.tell() - offset)))
+        return entries
+
+    written = write_files("writing Megatron checkpoint", split_files(items, LARGEST_FILE), write)
+    entries = [entry for file in written for entry in file]
+    (directory / ".metadata").write_bytes(pickle.dumps(_table_of_contents(tensors, entries)))
+    torch.save({}, directory / "common.pt")
+    config = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    (directory / "metadata.json").write_text(json.dumps(config))
+
+
+def _table_of_contents(
+    tensors: list[tuple[Tensor2D, torch.dtype]], entries: list[tuple[Chunk, _StorageInfo]]
+) -> Metadata:
+    table: dict[str, TensorStorageMetadata] = {}
+    for tensor, dtype in tensors:
+        layers = 1 if tensor.layer is None else tensor.layer + 1
+        size = tensor.shape if tensor.layer is None else (layers, *tensor.shape)
+        table.setdefault(
+            tensor.name, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(size), [])
+        )
+        table[tensor.name].size = torch.Size(size)  # the last layer leaves the number of layers
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for chunk, info in entries:
+        tensor = chunk.tensor
+        start = (chunk.start, *(0 for _ in tensor.shape[1:]))
+        offsets = torch.Size(start if tensor.layer is None else (tensor.layer, *start))
+        stored = table[tensor.name].chunks
+        storage[MetadataIndex(tensor.name, offsets, len(stored))] = info
+        stored.append(ChunkStorageMetadata(offsets, torch.Size(_with_layer_axis(chunk, chunk.shape))))
+    return Metadata(
+        state_dict_metadata=dict(table), planner_data={}, storage_data=storage, version=CURRENT_DCP_VERSION
+    )
+
+
+def _with_layer_axis(chunk: Chunk, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if chunk.tensor.layer is None else (1, *shape)

@@ -1,0 +1,155 @@
+"""The weights of a Hugging Face directory, read row by row: safetensors, or legacy pytorch_model*.bin."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_prolong.convert.names import Rows, hf_tensors
+from megatron_prolong.convert.positioned import PositionedFiles
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.shape import ModelShape, read_json
+
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+# Buffers that old checkpoints carry and that are computed, not trained.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies: in a file at an offset, or (legacy .bin) in a memory-mapped tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+    offset: int = 0
+    mapped: Tensor | None = None
+
+
+class HFWeights:
+    """Tensors of a Hugging Face directory by name; nothing but headers is read until `read_into`.
+
+    Raises:
+        UserError: no weights, a missing or damaged shard.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files = PositionedFiles()
+        self._tensors: dict[str, _Stored] = {}
+        for path in _shards(directory):
+            stored = _read_bin(path) if path.suffix == ".bin" else _read_header(path)
+            self._tensors.update(stored)
+
+    def dtype(self, rows: Rows) -> torch.dtype:
+        """Stored dtype of the tensor the rows belong to."""
+        return self._tensors[rows.name].dtype
+
+    def read_into(self, rows: Rows, out: Tensor) -> None:
+        """Fill contiguous `out` [count, …] of the stored dtype."""
+        stored = self._tensors[rows.name]
+        if stored.mapped is not None:
+            out.copy_(stored.mapped[rows.start : rows.start + rows.count])
+            return
+        row_bytes = out[:1].numel() * out.element_size()
+        self._files.read_into(stored.path, stored.offset + rows.start * row_bytes, out)
+
+    def check(self, shape: ModelShape) -> None:
+        """Compare names, shapes and dtypes with what a model of `shape` needs.
+
+        Raises:
+            UserError: listing every missing, unexpected or misshapen tensor.
+        """
+        wanted = {tensor.name: tensor.shape for tensor in hf_tensors(shape)}
+        ignored = {"lm_head.weight"} if shape.tie_embeddings else set()
+        problems = [f"{name}: missing" for name in wanted if name not in self._tensors]
+        for name, stored in self._tensors.items():
+            if name in wanted and stored.shape != wanted[name]:
+                problems.append(
+                    f"{name}: shape {list(stored.shape)}, config.json asks for {list(wanted[name])}"
+                )
+            elif name in wanted and stored.dtype not in SAFETENSORS_DTYPES.values():
+                problems.append(f"{name}: dtype {stored.dtype}; only fp32, fp16 and bf16 are supported")
+            elif name not in wanted and name not in ignored and not name.endswith(_IGNORED_SUFFIXES):
+                problems.append(f"{name}: unexpected, not part of this Llama")
+        if problems:
+            raise UserError.many(f"{self.directory}: the weights do not match config.json:", problems)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()
+
+
+def _shards(directory: Path) -> list[Path]:
+    """The weight files, all of which exist."""
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (directory / index).exists():
+            weight_map = read_json(directory / index).get("weight_map", {})
+            paths = [directory / name for name in sorted(set(weight_map.values()))]
+            missing = [path.name for path in paths if not path.exists()]
+            if missing:
+                raise UserError.many(f"{directory}: shards named in {index} are missing:", missing)
+            return paths
+        if (directory / single).exists():
+            return [directory / single]
+    raise UserError(f"{directory}: no weights; expected model.safetensors, or its shards with their index")
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    """Parse a safetensors header: u64 little-endian length, JSON, then the data.
+
+    Offsets are checked against the file's size, so that a truncated file is found before anything is written.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            raise UserError(f"{path}: truncated or not a safetensors file")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            stored = {name: _from_header(path, 8 + length, entry) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: damaged safetensors header ({error!r})") from error
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0) + 8 + length
+    if end != size:
+        raise UserError(
+            f"{path}: {size} bytes long, but its header describes {end}; the file is truncated or damaged"
+        )
+    return stored
+
+
+def _from_header(path: Path, data_start: int, entry: dict[str, Any]) -> _Stored:
+    # Other dtypes get a placeholder: `check` complains about them, unless the tensor is ignored.
+    dtype = SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8)
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if dtype is not torch.uint8 and end - begin != torch.Size(shape).numel() * dtype.itemsize:
+        raise ValueError(f"{end - begin} bytes for a tensor of shape {list(shape)}, dtype {entry['dtype']}")
+    return _Stored(dtype, shape, path, data_start + begin)
+
+
+def _read_bin(path: Path) -> dict[str, _Stored]:
+    """Memory-map a legacy checkpoint; torch's weights-only loader runs no code from it."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (
+        Exception
+    ) as error:  # torch raises many types, all of which mean: not a weights-only zip checkpoint
+        raise UserError(
+            f"{path}: cannot be loaded as weights only ({error}); re-save it as safetensors"
+        ) from error
+    return {
+        name: _Stored(tensor.dtype, tuple(tensor.shape), path, mapped=tensor)
+        for name, tensor in content.items()
+        if isinstance(tensor, Tensor)
+    }

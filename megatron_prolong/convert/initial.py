@@ -1,0 +1,87 @@
+"""A checkpoint of random weights, to train from nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from megatron_prolong.convert.names import Rows
+from megatron_prolong.convert.sidecar import TOKENIZER_CONFIG, copy_sidecar, exported_config, write_config
+from megatron_prolong.convert.to_megatron import write_checkpoint
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.schema import InitSpec
+from megatron_prolong.recipe.shape import ModelShape, read_json
+
+
+class RandomWeights:
+    """Normal(0, initializer_range) matrices and norms of one: transformers' own initialisation, in fp32.
+
+    Every row has its own seed, so the numbers do not depend on how the rows are read.
+    """
+
+    def __init__(self, shape: ModelShape, seed: int) -> None:
+        self._std = shape.initializer_range
+        self._seed = seed
+
+    def dtype(self, rows: Rows) -> torch.dtype:
+        """Always fp32."""
+        return torch.float32
+
+    def read_into(self, rows: Rows, out: Tensor) -> None:
+        """Fill `out` [count, …] with the rows' numbers."""
+        if out.dim() == 1:
+            out.fill_(1.0)
+            return
+        generator = torch.Generator()
+        for index, row in enumerate(out, start=rows.start):
+            generator.manual_seed(_stable_hash(f"{self._seed}/{rows.name}/{index}"))
+            row.normal_(0.0, self._std, generator=generator)
+
+
+def write_initial(init: InitSpec, tokenizer: Path, out: Path, seed: int) -> None:
+    """Write a checkpoint of random weights whose vocabulary is the tokenizer's.
+
+    Args:
+        init: the model's size.
+        tokenizer: directory with tokenizer.json; its files travel along.
+        out: directory to make.
+        seed: the weights are a pure function of (init, vocabulary size, seed).
+
+    Raises:
+        UserError: no tokenizer.json, `out` exists, disk full.
+    """
+    path = tokenizer / "tokenizer.json"
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file; a model starting at random takes its vocabulary from a tokenizer"
+        )
+    loaded = Tokenizer.from_file(str(path))
+    shape = init.shape(max(loaded.get_vocab(with_added_tokens=True).values()) + 1)
+    with tempfile.TemporaryDirectory() as directory:
+        sidecar = Path(directory)
+        copy_sidecar(tokenizer, sidecar)
+        config = exported_config(shape, None, "float32")
+        write_config(sidecar, {**config, **_special_tokens(sidecar, loaded)})
+        write_checkpoint(out, shape, RandomWeights(shape, seed), torch.float32, sidecar)
+
+
+def _special_tokens(sidecar: Path, tokenizer: Tokenizer) -> dict[str, int]:
+    """bos_token_id and eos_token_id, from the names in tokenizer_config.json."""
+    path = sidecar / TOKENIZER_CONFIG
+    names = read_json(path) if path.exists() else {}
+    ids = {}
+    for role in ("bos_token", "eos_token"):
+        name = names.get(role)
+        token = name.get("content") if isinstance(name, dict) else name
+        if token is not None and (number := tokenizer.token_to_id(token)) is not None:
+            ids[f"{role}_id"] = number
+    return ids
+
+
+def _stable_hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,71 @@
+"""The files beside the weights (config, generation config, tokenizer, chat template) and how they travel."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_prolong.recipe.shape import ModelShape, read_json, to_hf_config
+
+HF_DIR = "hf"
+_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+def copy_sidecar(source: Path, target: Path) -> None:
+    """Copy what travels along from a Hugging Face directory (links are followed); missing files are fine."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted({path for pattern in _PATTERNS for path in source.glob(pattern) if path.is_file()}):
+        shutil.copyfile(path, target / path.name)
+
+
+def exported_config(shape: ModelShape, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+    """config.json of an export, readable by transformers 4 (torch_dtype) and 5 (dtype)."""
+    return {**to_hf_config(shape, source), "torch_dtype": dtype, "dtype": dtype}
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    """Write config.json."""
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def raise_tokenizer_limit(directory: Path, max_length: int) -> list[str]:
+    """Let the tokenizer accept the model's length: `model_max_length` is raised where it is lower.
+
+    Returns:
+        A line saying so, or none.
+    """
+    path = directory / TOKENIZER_CONFIG
+    if not path.exists():
+        return []
+    config = read_json(path)
+    limit = config.get("model_max_length")
+    if not isinstance(limit, int) or limit >= max_length:
+        return []
+    config["model_max_length"] = max_length
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return [f"{TOKENIZER_CONFIG}: model_max_length: {limit} -> {max_length}"]
+
+
+def config_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Field-by-field difference of two config.json, one line per field."""
+    lines = []
+    for field in sorted(old.keys() | new.keys()):
+        if field not in old:
+            lines.append(f"{field}: (absent) -> {json.dumps(new[field])}")
+        elif field not in new:
+            lines.append(f"{field}: {json.dumps(old[field])} -> (absent)")
+        elif old[field] != new[field]:
+            lines.append(f"{field}: {json.dumps(old[field])} -> {json.dumps(new[field])}")
+    return lines

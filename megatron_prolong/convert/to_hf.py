@@ -1,0 +1,100 @@
+"""Megatron -> Hugging Face: safetensors, config and tokenizer that transformers and vLLM load unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_prolong.convert.checkpoint import MegatronCheckpoint, open_weights
+from megatron_prolong.convert.dtypes import dtype_name, parse_dtype
+from megatron_prolong.convert.hf_writer import write_safetensors
+from megatron_prolong.convert.names import hf_tensors
+from megatron_prolong.convert.sidecar import (
+    config_changes,
+    copy_sidecar,
+    exported_config,
+    raise_tokenizer_limit,
+    write_config,
+)
+from megatron_prolong.convert.staging import staged_directory
+from megatron_prolong.convert.transfer import output_dtype
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.shape import ModelShape, read_json
+
+
+def to_hf(
+    checkpoint: Path | str,
+    out: Path | str,
+    rope_base: float | None = None,
+    max_length: int | None = None,
+    dtype: str | None = None,
+    *,
+    contradict: bool = False,
+    sidecar: Path | None = None,
+) -> list[str]:
+    """Export a checkpoint of ours, or a plain Megatron-LM torch_dist checkpoint of a Llama.
+
+    Args:
+        checkpoint: the directory; saved at any layout.
+        out: directory to make; appears only when complete.
+        rope_base: RoPE base to write; by default the one the checkpoint was trained with.
+        max_length: max_position_embeddings to write, in tokens; by default the checkpoint's.
+        dtype: "bf16", "fp16" or "fp32"; as stored by default.
+        contradict: write `rope_base` and `max_length` even where they differ from what was trained.
+        sidecar: Hugging Face directory to take config and tokenizer from instead of the checkpoint's hf/.
+
+    Returns:
+        What changed in config.json and tokenizer_config.json against the source's, one line per field.
+
+    Raises:
+        UserError: not such a checkpoint, damaged files, contradiction, `out` exists, disk full.
+    """
+    opened = MegatronCheckpoint.open(Path(checkpoint), sidecar)
+    shape = _exported_shape(opened, rope_base, max_length, contradict)
+    target_dtype = parse_dtype(dtype)
+    weights = open_weights(opened)
+    try:
+        tensors = [(tensor, output_dtype(tensor, weights, target_dtype)) for tensor in hf_tensors(shape)]
+        num_bytes = sum(tensor.numel * stored.itemsize for tensor, stored in tensors)
+        with staged_directory(Path(out), num_bytes) as partial:
+            changes = _write_sidecar(partial, opened.sidecar, shape, dtype_name(tensors[0][1]))
+            write_safetensors(partial, tensors, weights)
+    finally:
+        weights.close()
+    return changes
+
+
+def _exported_shape(
+    checkpoint: MegatronCheckpoint, rope_base: float | None, max_length: int | None, contradict: bool
+) -> ModelShape:
+    """The checkpoint's shape with the asked RoPE base and length, if they agree with what was trained."""
+    trained = checkpoint.shape
+    problems = []
+    if rope_base is not None and rope_base != trained.rope_base:
+        problems.append(
+            f"rope base {rope_base:g} was asked for, but the weights were trained with {trained.rope_base:g}"
+        )
+    if max_length is not None and max_length > trained.max_length:
+        problems.append(
+            f"max length {max_length} was asked for, but the weights are for at most {trained.max_length}"
+        )
+    if problems and not contradict:
+        raise UserError.many(
+            f"{checkpoint.directory}: contradicts its training (--contradict exports it anyway):",
+            problems,
+        )
+    return trained.replace(
+        rope_base=rope_base or trained.rope_base, max_length=max_length or trained.max_length
+    )
+
+
+def _write_sidecar(directory: Path, sidecar: Path | None, shape: ModelShape, dtype: str) -> list[str]:
+    """config.json, generation config, tokenizer; returns what differs from the source's."""
+    source = None
+    if sidecar is not None:
+        copy_sidecar(sidecar, directory)
+        if (sidecar / "config.json").exists():
+            source = read_json(sidecar / "config.json")
+    config = exported_config(shape, source, dtype)
+    write_config(directory, config)
+    changes = config_changes(source, config) if source is not None else []
+    return [f"config.json: {line}" for line in changes] + raise_tokenizer_limit(directory, shape.max_length)

@@ -1,0 +1,54 @@
+"""Hugging Face -> Megatron: a checkpoint directory that any layout can load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_prolong.convert.dist_writer import write_torch_dist
+from megatron_prolong.convert.dtypes import dtype_name, parse_dtype
+from megatron_prolong.convert.hf_weights import HFWeights
+from megatron_prolong.convert.manifest import write_weights_manifest
+from megatron_prolong.convert.names import megatron_tensors
+from megatron_prolong.convert.sidecar import HF_DIR, copy_sidecar
+from megatron_prolong.convert.staging import staged_directory
+from megatron_prolong.convert.transfer import RowSource, output_dtype
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.shape import ModelShape, read_json
+
+
+def to_megatron(hf_dir: Path | str, out: Path | str, dtype: str | None = None) -> None:
+    """Convert a Hugging Face Llama directory, without a GPU and without holding the model in memory.
+
+    Args:
+        hf_dir: config.json and safetensors (or legacy .bin) weights; tokenizer files travel along.
+        out: directory to make; appears only when complete.
+        dtype: "bf16", "fp16" or "fp32"; as stored by default.
+
+    Raises:
+        UserError: not a Llama, missing or damaged files, `out` exists, disk full.
+    """
+    hf_dir = Path(hf_dir)
+    if not (hf_dir / "config.json").exists():
+        raise UserError(f"{hf_dir}: no config.json; expected a Hugging Face model directory")
+    shape = ModelShape.from_hf(read_json(hf_dir / "config.json"), str(hf_dir / "config.json"))
+    weights = HFWeights(hf_dir)
+    try:
+        weights.check(shape)
+        write_checkpoint(Path(out), shape, weights, parse_dtype(dtype), hf_dir)
+    finally:
+        weights.close()
+
+
+def write_checkpoint(
+    out: Path, shape: ModelShape, source: RowSource, dtype: torch.dtype | None, sidecar: Path
+) -> None:
+    """Write a whole checkpoint directory: weights read from `source`, hf/ from `sidecar`, prolong.json."""
+    tensors = [(tensor, output_dtype(tensor, source, dtype)) for tensor in megatron_tensors(shape)]
+    num_bytes = sum(tensor.numel * stored.itemsize for tensor, stored in tensors)
+    with staged_directory(out, num_bytes) as partial:
+        copy_sidecar(sidecar, partial / HF_DIR)
+        write_torch_dist(partial, tensors, source)
+        # The embedding stands for the model: mixed files keep norms in fp32 at most.
+        write_weights_manifest(partial, shape, dtype_name(tensors[0][1]))

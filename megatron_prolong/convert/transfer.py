@@ -1,0 +1,141 @@
+"""The engine both directions share: output tensors are cut into chunks of rows, gathered and written.
+
+Memory is bounded by workers × chunk, whatever the size of the model: a chunk is a run of whole rows of one layer
+of one tensor, at most CHUNK_BYTES.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_prolong.convert.names import Rows, Tensor2D
+from megatron_prolong.convert.progress import byte_progress
+
+CHUNK_BYTES = 32 * 2**20
+# Two keep the disk reading while the other writes; more only help on parallel file systems.
+WORKERS = min(4, os.cpu_count() or 1)
+
+File = TypeVar("File")
+
+
+class RowSource(Protocol):
+    """Something rows can be read from: a Hugging Face directory, a torch_dist checkpoint, random numbers."""
+
+    def dtype(self, rows: Rows) -> torch.dtype:
+        """Stored dtype of the tensor the rows belong to."""
+
+    def read_into(self, rows: Rows, out: Tensor) -> None:
+        """Fill contiguous `out` [count, …] of the stored dtype. Called from several threads."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows start … stop of one output tensor, in the dtype they are written in."""
+
+    tensor: Tensor2D
+    start: int
+    stop: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[rows] or [rows, columns]."""
+        return (self.stop - self.start, *self.tensor.shape[1:])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the rows."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def output_dtype(tensor: Tensor2D, source: RowSource, dtype: torch.dtype | None) -> torch.dtype:
+    """`dtype`, or by default the one the tensor's first row has in the source."""
+    return dtype or source.dtype(next(tensor.sources(0, 1)))
+
+
+def chunks(tensor: Tensor2D, dtype: torch.dtype) -> list[Chunk]:
+    """Cut a tensor into runs of rows of at most CHUNK_BYTES (at least one row each)."""
+    row_bytes = (tensor.rule.columns or 1) * dtype.itemsize
+    step = max(1, CHUNK_BYTES // row_bytes)
+    return [
+        Chunk(tensor, start, min(start + step, tensor.rows), dtype) for start in range(0, tensor.rows, step)
+    ]
+
+
+def gather(chunk: Chunk, source: RowSource) -> Tensor:
+    """Read the chunk's rows out of the source, in the chunk's order, shape and dtype."""
+    out = torch.empty(chunk.shape, dtype=chunk.dtype)
+    filled = 0
+    for rows in chunk.tensor.sources(chunk.start, chunk.stop):
+        part = out[filled : filled + rows.count]
+        if (stored := source.dtype(rows)) == chunk.dtype:
+            source.read_into(rows, part)
+        else:
+            piece = torch.empty(part.shape, dtype=stored)
+            source.read_into(rows, piece)
+            part.copy_(piece)
+        filled += rows.count
+    return out
+
+
+def split_files(items: Sequence[Chunk], largest_bytes: int) -> list[list[Chunk]]:
+    """Cut a list of chunks, in order, into files of about equal size, none larger than `largest_bytes`."""
+    total = sum(chunk.num_bytes for chunk in items)
+    # One file per worker, so that they can write at once; a small model needs only one.
+    wanted = WORKERS if total > WORKERS * CHUNK_BYTES else 1
+    share = min(largest_bytes, -(-total // wanted))
+    files: list[list[Chunk]] = [[]]
+    size = 0
+    for chunk in items:
+        if files[-1] and size + chunk.num_bytes > share:
+            files.append([])
+            size = 0
+        files[-1].append(chunk)
+        size += chunk.num_bytes
+    return files
+
+
+def write_files(
+    title: str, files: Sequence[list[Chunk]], write: Callable[[int, Iterator[Chunk]], File]
+) -> list[File]:
+    """Call `write(number, chunks)` for every file, several at once; its result per file.
+
+    The chunk iterator stops the writer with an exception when another file failed or the user interrupts.
+    """
+    total = sum(chunk.num_bytes for file in files for chunk in file)
+    stop = threading.Event()
+    with (
+        byte_progress(title, total) as advance,
+        concurrent.futures.ThreadPoolExecutor(WORKERS) as pool,
+    ):
+
+        def watched(file: list[Chunk]) -> Iterator[Chunk]:
+            for chunk in file:
+                if stop.is_set():
+                    raise concurrent.futures.CancelledError
+                yield chunk
+                advance(chunk.num_bytes)
+
+        futures = [pool.submit(write, number, watched(file)) for number, file in enumerate(files)]
+        try:
+            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+            return [future.result() for future in _failed_first(futures)]
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _failed_first(futures: list[concurrent.futures.Future[File]]) -> list[concurrent.futures.Future[File]]:
+    for future in futures:
+        if future.done() and not future.cancelled() and future.exception() is not None:
+            future.result()  # raises what went wrong, not the cancellation it caused elsewhere
+    return futures

@@ -1,0 +1,112 @@
+"""Reading pickles without running anything: classes outside a short list become inert stand-ins.
+
+Megatron's checkpoints hold pickles: `.metadata` (torch.distributed.checkpoint's table of contents),
+`common.pt` (Megatron-LM's args Namespace among others) and one small pickle per tensor. They may come from
+anyone, so nothing is imported or called but the plain data classes listed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import pickle
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+
+from megatron_prolong.errors import UserError
+
+_METADATA_CLASSES = (
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "Metadata",
+    "MetadataIndex",
+    "StorageMeta",
+    "TensorProperties",
+    "TensorStorageMetadata",
+    "_MEM_FORMAT_ENCODING",
+)
+_ALLOWED: dict[tuple[str, str], Any] = {
+    **{(metadata.__name__, name): getattr(metadata, name) for name in _METADATA_CLASSES},
+    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("argparse", "Namespace"): argparse.Namespace,
+    ("builtins", "set"): set,
+}
+
+
+class Inert:
+    """Stands for an object of a class that is not on the list. Takes everything, does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def _ignore(self, *args: Any, **kwargs: Any) -> None:
+        """What pickle calls on lists, sets and dicts."""
+
+    append = extend = add = update = __setitem__ = _ignore
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """pickle.Unpickler that can only build plain containers and the classes above."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class on the list, a torch dtype, or an inert stand-in of that name."""
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        return type(name, (Inert,), {"__module__": module})
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Storages of tensors are not read: only their description is kept."""
+        return Inert(pid)
+
+
+def load_metadata(path: Path) -> metadata.Metadata:
+    """The table of contents of a torch.distributed.checkpoint directory.
+
+    Raises:
+        UserError: the file is missing, truncated or something else.
+    """
+    try:
+        with path.open("rb") as file:
+            content = SafeUnpickler(file).load()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; the checkpoint is incomplete") from error
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise UserError(f"{path}: damaged, cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(content, metadata.Metadata):
+        raise UserError(f"{path}: not the metadata of a torch.distributed.checkpoint directory")
+    return content
+
+
+def load_common(path: Path) -> dict[str, Any]:
+    """The plain values of Megatron's common.pt; tensors and unknown classes are inert stand-ins.
+
+    Raises:
+        UserError: the file is missing, truncated or holds no dict.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            content = SafeUnpickler(_entry(archive, "data.pkl")).load()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; the checkpoint is incomplete") from error
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise UserError(f"{path}: damaged, cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a dict, found {type(content).__name__}")
+    return content
+
+
+def _entry(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """torch.save puts its entries into a directory named after the file."""
+    (match,) = [entry for entry in archive.namelist() if entry.split("/", 1)[-1] == name]
+    return archive.open(match)
