@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_prolong.recipe.schema import Layout, Recipe, Stage, layout_of, precision_of, recompute_of
+from megatron_prolong.recipe.schema import (
+    Layout,
+    Precision,
+    Recipe,
+    Recompute,
+    Stage,
+    layout_of,
+    precision_of,
+    recompute_of,
+)
 from megatron_prolong.recipe.shape import ModelShape
 
 VOCAB_MULTIPLE = 128  # rows per tensor-parallel rank are a multiple of this, as Megatron pads them
@@ -32,8 +41,8 @@ class Job:
     world_size: int
     sequence_length: int
     batch_sequences: int
-    precision: str = "bf16"
-    recompute: str = "full"
+    precision: Precision = "bf16"
+    recompute: Recompute = "full"
     loss_chunk_tokens: int = 2048
 
     @property

@@ -255,21 +255,30 @@ def _loss_working(job: Job) -> int:
 def _exchange_bytes(job: Job) -> int:
     """Buffers of the context-parallel exchange of one layer's backward, and of the pipeline's hand-over.
 
-    all_gather holds keys and values of the whole sequence and their gradients; p2p two blocks of each
-    (double-buffered); a2a queries, keys, values, output and their gradients once more, by heads.
+    As `model/context_parallel.py` has them (gradients of keys and values travel in fp32):
+    - all_gather: keys and values of the whole sequence, their gradients, and those again in rank order;
+    - p2p: keys and values at hand, arriving and their gradients, at hand, sent and arriving; fp32 gradient of
+      the queries;
+    - a2a: queries, keys, values, output and the gradients of these once more, by heads.
     """
     shape, layout, e = job.shape, job.layout, job.element_bytes
-    keys_values = 2 * shape.num_kv_heads * shape.head_dim // layout.tp * e  # per token
     handed_over = 2 * job.residual_tokens * shape.hidden_size * e if layout.pp > 1 else 0
     if layout.cp == 1:
         return handed_over
     t = job.rank_tokens
+    queries = t * shape.num_heads * shape.head_dim // layout.tp
+    keys_values = 2 * t * shape.num_kv_heads * shape.head_dim // layout.tp
     if layout.cp_exchange == "all_gather":
-        return handed_over + 2 * t * layout.cp * keys_values
-    if layout.cp_exchange == "p2p":
-        return handed_over + 4 * t * keys_values
-    queries_output = 2 * shape.num_heads * shape.head_dim // layout.tp * e
-    return handed_over + 2 * t * (queries_output + keys_values)
+        return handed_over + layout.cp * keys_values * (e + 4 + 4)
+    if "p2p" in layout.cp_exchange:
+        return handed_over + keys_values * (3 * e + 3 * 4) + queries * (4 + e)
+    return handed_over + 2 * e * (2 * queries + a2a_repeats(job) * keys_values)
+
+
+def a2a_repeats(job: Job) -> int:
+    """How often key/value heads are repeated so that every rank of the all-to-all gets whole heads."""
+    heads = job.shape.num_kv_heads // job.layout.tp
+    return math.lcm(heads, job.layout.cp) // heads
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -1,7 +1,8 @@
-"""Every layout of a stage on a cluster: which are valid, which fit, how fast they are, and why others are not.
+"""Every layout of a stage on a cluster: which are valid, which fit, how fast they are, and why others not.
 
-The rules are those that Megatron and our own program enforce at start; here they cost microseconds. A layout is
-a point (tp, pp, virtual_pp, cp, exchange, recompute); the search is exhaustive.
+The rules are the ones a run is checked against (recipe/layout_rules.py), and those that the hardware sets. A
+layout is a point (tp, pp, virtual_pp, cp, exchange, recompute); all sizes are powers of two; the search is
+exhaustive.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.memory import RankMemory, peak_memory
 from megatron_prolong.plan.time import StepTime, mfu, step_time, tokens_per_second_per_gpu
-from megatron_prolong.recipe.schema import Layout
+from megatron_prolong.recipe.layout_rules import StageSize, layout_problems
+from megatron_prolong.recipe.schema import CpExchange, Layout, Recompute
 
-RECOMPUTE_MODES = ("none", "selective", "full")
-EXCHANGES = ("all_gather", "p2p", "a2a")
+RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
+EXCHANGES: tuple[CpExchange, ...] = ("all_gather", "p2p", "a2a")
+ONLY_RANK: tuple[CpExchange, ...] = ("all_gather",)
 
 
 @dataclass(frozen=True)
@@ -83,21 +86,21 @@ def evaluate(job: Job, gpu: Gpu, pairs: NDArray[np.float64], *, balanced: bool =
 
 
 def search(
-    job: Job, gpu: Gpu, pairs: NDArray[np.float64], *, recompute: tuple[str, ...] = RECOMPUTE_MODES
+    job: Job, gpu: Gpu, pairs: NDArray[np.float64], *, recompute: tuple[Recompute, ...] = RECOMPUTE_MODES
 ) -> list[Candidate]:
     """Every layout of `job` (its own layout's values do not matter), fastest first, then those that fail."""
     candidates = [evaluate(option, gpu, pairs) for option in layouts(job, gpu, recompute)]
     return sorted(candidates, key=lambda c: (not c.runs, -c.throughput, c.job.layout.model_ranks))
 
 
-def layouts(job: Job, gpu: Gpu, recompute: tuple[str, ...] = RECOMPUTE_MODES) -> Iterator[Job]:
+def layouts(job: Job, gpu: Gpu, recompute: tuple[Recompute, ...] = RECOMPUTE_MODES) -> Iterator[Job]:
     """All points of the search space, valid or not, without those that only differ where it cannot matter."""
     world, num_layers = job.world_size, job.shape.num_layers
     for tp in _powers(min(world, 2 * gpu.gpus_per_node)):
         for pp in _powers(min(world // tp, num_layers)):
             for cp in _powers(world // (tp * pp)):
                 for virtual_pp in _powers(max(1, num_layers // pp)) if pp > 1 else [1]:
-                    for exchange in EXCHANGES if cp > 1 else ["all_gather"]:
+                    for exchange in EXCHANGES if cp > 1 else ONLY_RANK:
                         layout = Layout(
                             tp=tp,
                             pp=pp,
@@ -113,45 +116,16 @@ def layouts(job: Job, gpu: Gpu, recompute: tuple[str, ...] = RECOMPUTE_MODES) ->
 
 def invalid(job: Job, gpu: Gpu) -> str:
     """Why the layout cannot run at all, or an empty string. Memory is judged elsewhere."""
-    shape, layout = job.shape, job.layout
-    problems = (
-        (not gpu.supports(job.precision), f"{gpu.name} has no {job.precision} matrix products"),
-        (
-            job.world_size % layout.model_ranks != 0,
-            f"tp·pp·cp = {layout.model_ranks} does not divide {job.world_size} GPUs",
-        ),
-        (
-            layout.tp > gpu.gpus_per_node,
-            f"tp {layout.tp} leaves the node of {gpu.gpus_per_node} GPUs: every layer would wait for the network",
-        ),
-        (
-            shape.num_kv_heads % layout.tp != 0 or shape.num_heads % layout.tp != 0,
-            f"tp {layout.tp} does not divide {shape.num_kv_heads} key/value heads",
-        ),
-        (
-            shape.num_layers % (layout.pp * layout.virtual_pp) != 0,
-            f"pp·virtual_pp = {layout.pp * layout.virtual_pp} does not divide {shape.num_layers} layers",
-        ),
-        (
-            layout.cp > 1
-            and layout.cp_exchange == "a2a"
-            and shape.num_kv_heads // max(layout.tp, 1) % layout.cp != 0,
-            f"a2a: cp {layout.cp} does not divide the {shape.num_kv_heads // layout.tp} key/value heads of a rank",
-        ),
-        (
-            job.sequence_length % (2 * layout.cp * layout.tp) != 0,
-            f"{job.sequence_length} tokens do not split into 2·cp·tp = {2 * layout.cp * layout.tp} parts",
-        ),
-        (
-            job.batch_sequences % max(job.dp, 1) != 0,
-            f"a batch of {job.batch_sequences} sequences does not divide among {job.dp} data-parallel ranks",
-        ),
-        (
-            layout.virtual_pp > 1 and job.micro_batches % layout.pp != 0,
-            f"the interleaved schedule needs micro-batches ({job.micro_batches}) in multiples of pp {layout.pp}",
-        ),
-    )
-    return next((reason for broken, reason in problems if broken), "")
+    layout = job.layout
+    if not gpu.supports(job.precision):
+        return f"{gpu.name} has no {job.precision} matrix products"
+    size = StageSize(job.sequence_length, job.batch_sequences, job.precision)
+    problems = layout_problems(layout, job.shape, size, job.world_size)
+    if problems:
+        return f"{problems[0].field}: {problems[0].rule}"
+    if layout.tp > gpu.gpus_per_node:
+        return f"tp: {layout.tp} ranks leave the node of {gpu.gpus_per_node} GPUs, at the network's speed"
+    return ""
 
 
 def frontier(candidates: list[Candidate]) -> list[Candidate]:

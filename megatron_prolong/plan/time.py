@@ -10,7 +10,8 @@ plus what cannot hide behind computation:
     elementwise    bytes of norms, residuals, rotary embedding and SwiGLU / reachable memory bandwidth
     tensor         all-gathers and reduce-scatters of the residual stream, all exposed
     context        exchange of keys and values; all_gather and a2a exposed, p2p behind attention where it fits
-    bubble         (pp-1)/virtual_pp times the longest micro-batch
+    pipeline       filling and draining, (pp-1)/virtual_pp times the longest micro-batch, and the hand-over of
+                   the residual stream from stage to stage
     imbalance      slowest data-parallel rank minus the mean
     gradients      reduce-scatter of fp32 gradients and all-gather of weights, beyond the computation of the
                    last (first) micro-batch that they overlap with
@@ -30,9 +31,12 @@ from megatron_prolong.plan.flops import ForwardFlops, model_flops, passes
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import LengthMixture, squared_tokens
-from megatron_prolong.plan.memory import stage_weights
+from megatron_prolong.plan.memory import a2a_repeats, stage_weights
 
 ATTENTION_KERNEL = "te"  # Transformer Engine's (cuDNN, FlashAttention-3); "flash2" for PyTorch's own
+# A ring attends in cp pieces and merges them: 90% of the speed of one call (zigzag, 8 GPUs;
+# zhuzilin/ring-flash-attention, README).
+RING_EFFICIENCY = 0.9
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class StepTime:
     elementwise: float
     tensor: float
     context: float
-    bubble: float
+    pipeline: float
     imbalance: float
     gradients: float
     optimizer: float
@@ -107,6 +111,8 @@ def sequence_time(job: Job, gpu: Gpu) -> SequenceTime:
         run.attention_forward / gpu.attention_flops(ATTENTION_KERNEL, backward=False)
         + run.attention_backward / gpu.attention_flops(ATTENTION_KERNEL, backward=True)
     )
+    if layout.cp > 1 and "p2p" in layout.cp_exchange:
+        attention_per_pair /= RING_EFFICIENCY
     context = _context_seconds(job, gpu)
     hidden = context if layout.cp_exchange == "p2p" else 0.0
     return SequenceTime(
@@ -133,7 +139,7 @@ def step_time(job: Job, gpu: Gpu, pairs: NDArray[np.float64], *, balanced: bool 
     longest = float(np.mean(seconds_SB.max(axis=1)))
     per_rank = pairs.shape[1] / job.dp  # sequences of a rank, on average
     layout = job.layout
-    bubble = (layout.pp - 1) / layout.virtual_pp * longest
+    pipeline = (layout.pp - 1) / layout.virtual_pp * longest + _hand_over_seconds(job, gpu) * per_rank
     fixed = one.matmul + one.elementwise + one.tensor + one.context
     return StepTime(
         matmul=one.matmul * per_rank,
@@ -141,7 +147,7 @@ def step_time(job: Job, gpu: Gpu, pairs: NDArray[np.float64], *, balanced: bool 
         elementwise=one.elementwise * per_rank,
         tensor=one.tensor * per_rank,
         context=one.context * per_rank,
-        bubble=bubble,
+        pipeline=pipeline,
         imbalance=slowest - mean,
         gradients=_gradient_seconds(job, gpu, mean / per_rank),
         optimizer=_optimizer_seconds(job, gpu),
@@ -206,18 +212,28 @@ def _tensor_seconds(job: Job, gpu: Gpu) -> float:
 
 
 def _context_seconds(job: Job, gpu: Gpu) -> float:
-    """Keys and values to all ranks in the forward, again and their gradients back in the backward; or a2a."""
+    """Keys and values to all ranks in the forward; in the backward again, and their fp32 gradients back."""
     shape, layout, t, e = job.shape, job.layout, job.rank_tokens, job.element_bytes
     if layout.cp == 1:
         return 0.0
     again = 1 if job.recompute == "full" else 0
-    keys_values = 2 * shape.num_kv_heads * shape.head_dim // layout.tp * e
-    if layout.cp_exchange in ("all_gather", "p2p"):
-        volume = (3 + again) * (layout.cp - 1) * t * keys_values
+    keys_values = 2 * t * shape.num_kv_heads * shape.head_dim // layout.tp
+    if layout.cp_exchange != "a2a":  # a2a+p2p is counted as the ring it mostly is
+        volume = float(((2 + again) * e + 4) * (layout.cp - 1) * keys_values)
     else:
-        queries_output = 2 * shape.num_heads * shape.head_dim // layout.tp * e
-        volume = (2 + again) * (layout.cp - 1) / layout.cp * t * (queries_output + keys_values)
+        queries_output = 2 * t * shape.num_heads * shape.head_dim // layout.tp
+        moved = queries_output + a2a_repeats(job) * keys_values
+        volume = (2 + again) * e * (layout.cp - 1) / layout.cp * moved
     return volume * shape.num_layers / layout.pp / gpu.bandwidth(layout.cp, stride=layout.tp)
+
+
+def _hand_over_seconds(job: Job, gpu: Gpu) -> float:
+    """The residual stream (and its gradient) of a micro-batch to the next stage, once per model chunk."""
+    layout = job.layout
+    if layout.pp == 1:
+        return 0.0
+    volume = 2 * layout.virtual_pp * job.residual_tokens * job.shape.hidden_size * job.element_bytes
+    return volume / gpu.bandwidth(layout.pp, stride=job.world_size // layout.pp)
 
 
 def _gradient_seconds(job: Job, gpu: Gpu, micro_batch_seconds: float) -> float:
