@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from megatron_prolong.cli import convert, recipe
+from megatron_prolong.cli import convert, recipe, train
 from megatron_prolong.errors import UserError
 
 app = typer.Typer(
@@ -16,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(train.train)
+app.command()(train.status)
 app.add_typer(convert.app, name="convert")
 app.add_typer(recipe.app, name="recipe")
 

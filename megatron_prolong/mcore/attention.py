@@ -149,7 +149,9 @@ class DocumentAttention(MegatronModule):
         """Each document's new tokens against all of its cached ones."""
         assert documents.caches is not None and documents.cu_seqlens is not None
         outs = []
-        for cache, (start, end) in zip(documents.caches, pairwise(documents.cu_seqlens.tolist()), strict=True):
+        for cache, (start, end) in zip(
+            documents.caches, pairwise(documents.cu_seqlens.tolist()), strict=True
+        ):
             keys, values = cache.extend(self.layer_number, k[start:end], v[start:end])
             outs.append(cached_attention(q[start:end], keys, values, len(keys), self.scale))
         return torch.cat(outs)

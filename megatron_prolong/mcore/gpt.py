@@ -61,9 +61,7 @@ class LongContextGPT(GPTModel):
         inverse = self.inverse_frequencies.to(position_ids.device)
         return (decoder_input, angles(position_ids[0], inverse), *rest)
 
-    def _postprocess(
-        self, hidden_states: Tensor, *, labels: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
+    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Token losses [1, T] fp32 with labels (0 where the label is -100), else hidden states or logits.
 
         When generating, logits are those of each document's last token only: [1, D, V].

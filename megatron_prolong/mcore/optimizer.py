@@ -11,7 +11,9 @@ from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.recipe.schema import Layout, OptimizerSpec
 
 
-def build_optimizer(model: StageModel, spec: OptimizerSpec, layout: Layout, *, lr: float) -> MegatronOptimizer:
+def build_optimizer(
+    model: StageModel, spec: OptimizerSpec, layout: Layout, *, lr: float
+) -> MegatronOptimizer:
     """Build Megatron's optimizer for the recipe's AdamW.
 
     Norms (all one-dimensional weights; Llama has no biases) are exempt from weight decay unless
@@ -37,10 +39,16 @@ def build_optimizer(model: StageModel, spec: OptimizerSpec, layout: Layout, *, l
     )
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group for the next update."""
+def set_hyperparameters(optimizer: MegatronOptimizer, spec: OptimizerSpec, lr: float) -> None:
+    """Set what the recipe says for the next update, whatever a loaded checkpoint had.
+
+    Megatron leaves applying `wd_mult` to its own scheduler (OptimizerParamScheduler.step), which is not used here.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
+        group["weight_decay"] = spec.weight_decay * group["wd_mult"]
+        group["betas"] = (spec.beta1, spec.beta2)
+        group["eps"] = spec.eps
 
 
 def update(optimizer: MegatronOptimizer, clip: float) -> tuple[bool, float]:

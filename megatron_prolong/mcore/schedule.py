@@ -49,7 +49,9 @@ def forward_backward(
 
 def _forward_step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(data)
-    output = chunk(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.documents)
+    output = chunk(
+        batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.documents
+    )
     return output, partial(_loss, batch.num_targets)
 
 

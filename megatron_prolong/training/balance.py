@@ -26,8 +26,13 @@ def micro_batches(
         packed = collate(sequence, sequence_length)
         batches.append(
             micro_batch(
-                packed.tokens_T, packed.labels_T, packed.positions_T, packed.cu_seqlens,
-                groups=groups, layout=layout, device=device,
+                packed.tokens_T,
+                packed.labels_T,
+                packed.positions_T,
+                packed.cu_seqlens,
+                groups=groups,
+                layout=layout,
+                device=device,
             )  # fmt: skip
         )
     return batches

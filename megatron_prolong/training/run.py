@@ -16,8 +16,8 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.runtime.launch import World
-from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, Checkpoint
 from megatron_prolong.training.log import RunLog, open_log
+from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, Checkpoint
 from megatron_prolong.training.stage import StageInput, train_stage
 from megatron_prolong.training.state import StageStatus, chain_status, refuse_changes
 
@@ -96,7 +96,9 @@ def _initial_checkpoint(recipe: Recipe, world: World) -> Checkpoint:
             write_initial(recipe.model.init, recipe.model.tokenizer, converted, seed=recipe.stages[0].seed)
     dist.barrier()
     if not (converted / MANIFEST).exists():
-        raise UserError(f"{converted} was not written by rank 0: is the run directory on a shared file system?")
+        raise UserError(
+            f"{converted} was not written by rank 0: is the run directory on a shared file system?"
+        )
     return Checkpoint.open(converted)
 
 

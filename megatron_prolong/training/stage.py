@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_prolong.data.mixture import Mixture
 from megatron_prolong.data.packed import PackedSequence
@@ -25,8 +24,8 @@ from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training.balance import micro_batches
 from megatron_prolong.training.checkpoint import save_checkpoint
-from megatron_prolong.training.run_directory import Checkpoint
 from megatron_prolong.training.log import RunLog
+from megatron_prolong.training.run_directory import Checkpoint
 from megatron_prolong.training.schedule import learning_rate
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics, train_step
@@ -110,12 +109,14 @@ def _walk(
         batches = micro_batches(sequences, run.groups, run.layout, stage.sequence_length, run.world.device)
         metrics = train_step(
             run.model, run.optimizer, batches, run.groups,
-            lr=learning_rate(stage, step), clip=run.recipe.optimizer.clip,
+            spec=run.recipe.optimizer, lr=learning_rate(stage, step),
         )  # fmt: skip
         state = _advance(state, stage, sequences, metrics)
         if log:
             facts = _facts(state, metrics, stage, time.perf_counter() - started, run.world)
-            log.step(stage.name, state.step, stage.num_steps, facts, show=step % run.recipe.logging.every == 0)
+            log.step(
+                stage.name, state.step, stage.num_steps, facts, show=step % run.recipe.logging.every == 0
+            )
         last = state.step == stage.num_steps
         stopping = stop_requested()
         if last or stopping or state.step % spec.every == 0:

@@ -6,13 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_prolong.mcore.optimizer import MegatronOptimizer
-
 from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.mcore.groups import ParallelGroups
 from megatron_prolong.mcore.micro_batch import MicroBatch
-from megatron_prolong.mcore.optimizer import set_learning_rate, update
+from megatron_prolong.mcore.optimizer import MegatronOptimizer, set_hyperparameters, update
 from megatron_prolong.mcore.schedule import forward_backward
+from megatron_prolong.recipe.schema import OptimizerSpec
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,16 @@ def train_step(
     batches: Sequence[MicroBatch],
     groups: ParallelGroups,
     *,
+    spec: OptimizerSpec,
     lr: float,
-    clip: float,
 ) -> StepMetrics:
     """Accumulate the gradient of the global batch's mean loss and make one AdamW update. Collective."""
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    set_learning_rate(optimizer, lr)
+    set_hyperparameters(optimizer, spec, lr)
     loss, num_targets = forward_backward(model, batches, groups)
     if not math.isfinite(loss):
         return StepMetrics(loss, math.nan, lr, num_targets, updated=False)
-    updated, grad_norm = update(optimizer, clip)
+    updated, grad_norm = update(optimizer, spec.clip)
     return StepMetrics(loss, grad_norm, lr, num_targets, updated)
