@@ -12,6 +12,7 @@ are those of `apply_chat_template`, and nothing is added to them: the template w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,30 +58,35 @@ class EncodedChat:
         return EncodedChat(self.tokens[: fitting[-1]], self.mask[: fitting[-1]], fitting)
 
 
-def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
-    """The messages as role and content. Raises UserError unless they are a chat the templates can render.
+def control_tokens(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
+    """Matches the tokens that only a template may write, such as <|eot_id|>."""
+    names = sorted({*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
-    A chat is at most one system message, first; then user and assistant messages, a user's first.
+
+def find_problem(messages: Any, control: re.Pattern[str]) -> str | None:
+    """Why this is not a chat to train on, or None.
+
+    A chat is a list of messages with a role and a text as content: at most one of the system, first; then
+    those of user and assistant, a user's first, an assistant's among them. A control token in a text would be
+    read as the beginning or end of a turn.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f"{where}: messages must be a non-empty list, found {messages!r:.80}")
-    checked = []
+        return f"messages must be a non-empty list, found {messages!r:.80}"
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise UserError(
-                f"{where}, message {number}: needs a role and a text as content, found {message!r:.80}"
-            )
-        if message.get("role") not in _ROLES:
-            raise UserError(
-                f"{where}, message {number}: role {message.get('role')!r} is none of {', '.join(_ROLES)}"
-            )
-        if message["role"] == "system" and number:
-            raise UserError(f"{where}, message {number}: a system message must be the first")
-        checked.append({"role": message["role"], "content": message["content"]})
-    turns = [message["role"] for message in checked if message["role"] != "system"]
+            return f"message {number} needs a role and a text as content, found {message!r:.80}"
+        role = message.get("role")
+        if role not in _ROLES:
+            return f"message {number} has the role {role!r}, which is none of {', '.join(_ROLES)}"
+        if role == "system" and number:
+            return f"message {number} is the system's, which must come first"
+        if found := control.search(message["content"]):
+            return f"message {number} holds the control token {found[0]} as text; remove it"
+    turns = [message["role"] for message in messages if message["role"] != "system"]
     if turns[:1] == ["assistant"]:
-        raise UserError(f"{where}: the chat begins with the assistant; a user must speak first")
-    return checked
+        return "the chat begins with the assistant; a user must speak first"
+    return None if "assistant" in turns else "the assistant says nothing in this chat"
 
 
 def render(
@@ -88,16 +94,8 @@ def render(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The template's text of a chat and the [start, end) characters of every assistant turn in it.
 
-    Raises UserError when a message holds one of the tokenizer's control tokens as text (it would open or
-    close a turn), and when the tokenizer has no chat template, or one that rewrites earlier turns.
+    Raises UserError when the tokenizer has no chat template, or one that rewrites earlier turns.
     """
-    for number, message in enumerate(messages):
-        for token in tokenizer.all_special_tokens + list(tokenizer.added_tokens_encoder):
-            if token in message["content"]:
-                raise UserError(
-                    f"{where}, message {number}: its text holds the control token {token}, which would be "
-                    "read as the end or beginning of a turn; remove it from the text"
-                )
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer {tokenizer.name_or_path or ''} has no chat template; "
@@ -135,13 +133,15 @@ def encode_batch(
 ) -> list[EncodedChat]:
     """Tokens and masks of many chats, tokenized together by the Rust tokenizer.
 
-    where: names of the chats for messages of UserError (see check_messages and render).
+    where: names of the chats for messages. Raises UserError as find_problem and render say.
     """
     names = where or [f"chat {number}" for number in range(len(chats))]
-    rendered = [
-        render(check_messages(messages, name), tokenizer, name)
-        for messages, name in zip(chats, names, strict=True)
-    ]
+    control = control_tokens(tokenizer)
+    rendered = []
+    for messages, name in zip(chats, names, strict=True):
+        if problem := find_problem(messages, control):
+            raise UserError(f"{name}: {problem}")
+        rendered.append(render(messages, tokenizer, name))
     encodings = tokenizer.backend_tokenizer.encode_batch(
         [text for text, _ in rendered], add_special_tokens=False
     )

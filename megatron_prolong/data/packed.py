@@ -93,7 +93,7 @@ class PackedSequence:
             )
         tokens = np.array(sample["input_ids"])
         mask = np.array(sample["mask"]) if loss_mask else None
-        boundaries = _boundaries(sample.get("indices"), len(tokens), identity)
+        boundaries = read_boundaries(sample.get("indices"), len(tokens), identity)
         return cls(tokens, boundaries, mask, identity)
 
     @property
@@ -115,8 +115,11 @@ class PackedSequence:
             yield Piece(self.tokens[start:end], None if self.mask is None else self.mask[start:end])
 
 
-def _boundaries(indices: Any, num_tokens: int, identity: Identity) -> NDArray[np.int64]:
-    """cu_seqlens of ProLong's [start, end) spans; empty spans vanish, gaps and overlaps are refused."""
+def read_boundaries(indices: Any, num_tokens: int, identity: Identity) -> NDArray[np.int64]:
+    """cu_seqlens, int64 [D+1], of ProLong's [start, end) spans; None is one document.
+
+    Empty spans vanish. Raises UserError when the spans do not cover the tokens without gap or overlap.
+    """
     if indices is None:
         return np.array([0, num_tokens], dtype=np.int64)
     spans = np.asarray(indices)
