@@ -2,7 +2,7 @@
 tests/distributed/test_cross_entropy.py.
 
 Tolerance 1e-5 in fp32: the same sums in another order. bf16: both sides are compared with fp32 arithmetic on
-the same bf16 numbers; logits of size 3 round at 2**-8 * 3 = 0.012, and a loss or gradient moves by about that.
+the same bf16 numbers; logits of size 3 round at 2**-8 * 3 = 0.012, and losses and gradients move by as much.
 """
 
 from __future__ import annotations

@@ -1,0 +1,172 @@
+"""Which context-parallel rank holds which tokens of a packed sequence: pure, and the same on every rank.
+
+Long documents are *split* over all ranks in Transformer Engine's thd layout: padded to a multiple of 2·cp and
+cut into 2·cp chunks, of which rank r holds chunks r and 2·cp-1-r (zigzag: under a causal mask every pair
+costs the same). Short documents stay *local*, whole on one rank, and need no exchange and no padding; they
+are dealt out by modelled cost, dearest first to the least loaded rank. A rank slice is
+
+    [ chunks of the split documents, in document order | local documents | padding to `multiple` ]
+
+The split part has the same length on every rank; the local part need not.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Length at which a document's attention costs as much as all else. For Llama-3-8B a layer's weights cost
+# 2 x 218M operations per token, its causal attention 2 x 4096 per token and token of length: equal at 53K.
+EQUAL_COST_TOKENS = 53_000
+
+
+class Span(NamedTuple):
+    """Tokens start:stop of the packed sequence: one document."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """The rank slices of one packed sequence. Made by `build`; hashable.
+
+    Attributes:
+        cp_size: number of context-parallel ranks.
+        multiple: every slice length is a multiple of this (tp under sequence parallelism).
+        num_tokens: tokens of the packed sequence (the end of its last document).
+        split: documents cut over all ranks.
+        local: for each rank, the documents that are whole on it.
+    """
+
+    cp_size: int
+    multiple: int
+    num_tokens: int
+    split: tuple[Span, ...]
+    local: tuple[tuple[Span, ...], ...]
+
+    @classmethod
+    def build(
+        cls,
+        cu_seqlens: Sequence[int],
+        *,
+        cp_size: int,
+        multiple: int = 1,
+        split_threshold_tokens: int = 0,
+        equal_cost_tokens: float = EQUAL_COST_TOKENS,
+    ) -> ContextPlan:
+        """Plan for documents with these boundaries (document starts and the end of the last).
+
+        Documents of at least `split_threshold_tokens` are split; 0 splits all, as Transformer Engine does.
+        With one rank every document is local. Tokens behind the last document belong to no slice.
+        """
+        spans = [Span(start, stop) for start, stop in pairwise(cu_seqlens) if stop > start]
+        is_split = [cp_size > 1 and span.stop - span.start >= split_threshold_tokens for span in spans]
+        return cls(
+            cp_size=cp_size,
+            multiple=multiple,
+            num_tokens=cu_seqlens[-1],
+            split=tuple(span for span, splits in zip(spans, is_split, strict=True) if splits),
+            local=_deal(
+                [span for span, splits in zip(spans, is_split, strict=True) if not splits],
+                cp_size,
+                equal_cost_tokens,
+            ),
+        )
+
+    @property
+    def chunk_tokens(self) -> tuple[int, ...]:
+        """Tokens of a chunk of each split document; a rank holds two chunks of each."""
+        return tuple(-(-(span.stop - span.start) // (2 * self.cp_size)) for span in self.split)
+
+    @property
+    def split_tokens(self) -> int:
+        """Tokens of the split part of a slice, the same on every rank, padding included."""
+        return 2 * sum(self.chunk_tokens)
+
+    @property
+    def cu_seqlens(self) -> tuple[int, ...]:
+        """Cumulative lengths of the split documents as Transformer Engine wants them: whole, not padded."""
+        return (0, *accumulate(span.stop - span.start for span in self.split))
+
+    @property
+    def cu_seqlens_padded(self) -> tuple[int, ...]:
+        """The same after padding to a multiple of 2·cp: the memory the documents take over all ranks."""
+        return (0, *accumulate(2 * self.cp_size * chunk for chunk in self.chunk_tokens))
+
+    def local_cu_seqlens(self, rank: int) -> tuple[int, ...]:
+        """Boundaries of `rank`'s local documents inside its slice; the first is `split_tokens`."""
+        return tuple(
+            accumulate((span.stop - span.start for span in self.local[rank]), initial=self.split_tokens)
+        )
+
+    def slice_length(self, rank: int) -> int:
+        """Tokens of `rank`'s slice, at least one `multiple` even if it holds nothing but padding."""
+        num_tokens = max(self.local_cu_seqlens(rank)[-1], 1)
+        return -(-num_tokens // self.multiple) * self.multiple
+
+    def take(self, tensor_T: Tensor, rank: int, pad_value: int | float) -> Tensor:
+        """`rank`'s slice of a tensor over the packed sequence (CPU, tokens first), `pad_value` on padding."""
+        rows = _rows(self, rank)
+        taken = tensor_T.new_full((len(rows), *tensor_T.shape[1:]), pad_value)
+        taken[rows >= 0] = tensor_T[rows[rows >= 0]]
+        return taken
+
+    def gather(self, slices: Sequence[Tensor]) -> Tensor:
+        """The tensor over the packed sequence from all ranks' slices: the inverse of `take`."""
+        whole = slices[0].new_empty((self.num_tokens, *slices[0].shape[1:]))
+        for rank, part in enumerate(slices):
+            rows = _rows(self, rank)
+            whole[rows[rows >= 0]] = part[rows >= 0]
+        return whole
+
+
+def zigzag_order(chunk_tokens: tuple[int, ...], num_ranks: int) -> Tensor:
+    """Rows that put the split parts of neighbouring ranks, one after another, into document order.
+
+    For all ranks that is the order of the padded documents. For a run of `num_ranks` of them it is again a
+    zigzag slice, of chunks `num_ranks` times as long: the layout of the ring between groups of ranks.
+    """
+    split_tokens, start, order = 2 * sum(chunk_tokens), 0, []
+    for chunk in chunk_tokens:
+        first = torch.arange(start, start + chunk)
+        order += [rank * split_tokens + first for rank in range(num_ranks)]
+        order += [rank * split_tokens + first + chunk for rank in reversed(range(num_ranks))]
+        start += 2 * chunk
+    return torch.cat(order) if order else torch.empty(0, dtype=torch.int64)
+
+
+def _deal(spans: list[Span], cp_size: int, equal_cost_tokens: float) -> tuple[tuple[Span, ...], ...]:
+    """Longest-processing-time-first: within 4/3 of the best possible maximum (Graham 1969)."""
+    hands: list[list[Span]] = [[] for _ in range(cp_size)]
+    loads = [(0.0, rank) for rank in range(cp_size)]
+    for span in sorted(spans, key=lambda span: span.start - span.stop):
+        length = span.stop - span.start
+        load, rank = loads[0]
+        hands[rank].append(span)
+        heapq.heapreplace(loads, (load + length * (1 + length / equal_cost_tokens), rank))
+    return tuple(tuple(sorted(hand)) for hand in hands)
+
+
+@lru_cache(maxsize=32)
+def _rows(plan: ContextPlan, rank: int) -> Tensor:
+    """Row of the packed sequence for each row of the slice, -1 for padding; int64. Do not write into it."""
+    rows = torch.full((plan.slice_length(rank),), -1)
+    here = 0
+    for span, chunk in zip(plan.split, plan.chunk_tokens, strict=True):
+        for index in (rank, 2 * plan.cp_size - 1 - rank):
+            start = min(span.start + index * chunk, span.stop)
+            stop = min(start + chunk, span.stop)
+            rows[here : here + stop - start] = torch.arange(start, stop)
+            here += chunk
+    for span in plan.local[rank]:
+        rows[here : here + span.stop - span.start] = torch.arange(*span)
+        here += span.stop - span.start
+    return rows

@@ -1,0 +1,94 @@
+"""Gloo ranks that stay alive between test cases, so that a property test can run hundreds of collective
+cases.
+
+The parent draws (and shrinks) examples; every rank of the pool runs the same function on them. A rank that
+raises makes the case fail in the parent with its traceback, and the pool is started anew.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT_SECONDS = 60
+
+
+class RankPool:
+    """`size` processes of one gloo world. Functions must be module-level; called as function(rank, *args)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._processes: list[Any] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Results of all ranks, in order. Return numpy arrays or plain data."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        replies = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(TIMEOUT_SECONDS):
+                self.close()
+                raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT_SECONDS} s")
+            error, result = pipe.recv()
+            if error:
+                self.close()
+                raise AssertionError(f"rank {rank} failed:\n{error}")
+            replies.append(result)
+        return replies
+
+    def close(self) -> None:
+        """Ends the processes; the next `run` starts new ones."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes = []
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        store = Path(tempfile.mkdtemp()) / "store"
+        self._pipes, ends = zip(*(context.Pipe() for _ in range(self.size)), strict=True)
+        self._processes = [
+            context.Process(target=_serve, args=(rank, self.size, str(store), end), daemon=True)
+            for rank, end in enumerate(ends)
+        ]
+        for process in self._processes:
+            process.start()
+
+
+def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=TIMEOUT_SECONDS),
+    )
+    while True:
+        function, args = pipe.recv()
+        try:
+            pipe.send((None, function(rank, *args)))
+        except Exception:
+            pipe.send((traceback.format_exc(), None))
+
+
+_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+
+def group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """The process group of these ranks, made once. Every rank of the world must ask for the same in turn."""
+    if ranks not in _groups:
+        _groups[ranks] = dist.new_group(list(ranks))
+    return _groups[ranks]
