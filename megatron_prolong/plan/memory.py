@@ -69,14 +69,13 @@ def rank_memory(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> RankM
     weights = stage_weights(job, pp_rank)
     elements = buffer_elements(job, weights)
     has_loss = pp_rank == job.layout.pp - 1
-    layer_working = _layer_working(job, kernels)
     return RankMemory(
         parameters=elements * job.element_bytes,
         gradients=elements * 4,
         optimizer=optimizer_bytes(job, elements),
         activations=activation_bytes(job, pp_rank, kernels),
-        working=max(layer_working, _loss_working(job) if has_loss else 0),
-        exchange=_exchange_bytes(job),
+        working=max(layer_working(job, kernels), loss_working(job) if has_loss else 0),
+        exchange=exchange_bytes(job),
     )
 
 
@@ -226,24 +225,34 @@ def loss_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
 # --- working memory -----------------------------------------------------------------------------------------
 
 
-def _layer_working(job: Job, kernels: Kernels) -> int:
-    """While one layer runs backward: what was recomputed, and gradients of its widest part."""
-    saved = saved_by_layer(job, kernels)
-    recomputed = sum(saved.values()) - kept_by_layer(job, kernels)
-    shape, tp, e = job.shape, job.layout.tp, job.element_bytes
-    mlp_gradients = job.rank_tokens * 3 * shape.ffn_hidden_size // tp * e
-    attention_gradients = (
-        2 * job.rank_tokens * (shape.num_heads + shape.num_kv_heads) * shape.head_dim // tp * e
-    )
-    residual_gradient = job.residual_tokens * shape.hidden_size * e
-    gathered = 2 * job.rank_tokens * shape.hidden_size * e if job.residual_tokens < job.rank_tokens else 0
-    weight_gradient = max(layer_weights(shape, tp).values()) * e
+def layer_working(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+    """While one layer runs backward: what was recomputed, and the gradients of its widest part."""
+    recomputed = sum(saved_by_layer(job, kernels).values()) - kept_by_layer(job, kernels)
+    e, h = job.element_bytes, job.shape.hidden_size
+    gathered = 2 * job.rank_tokens * h * e if job.residual_tokens < job.rank_tokens else 0
+    weight_gradient = max(layer_weights(job.shape, job.layout.tp).values()) * e
     return (
-        recomputed + max(mlp_gradients, attention_gradients) + residual_gradient + gathered + weight_gradient
+        recomputed
+        + max(mlp_gradients(job), attention_gradients(job))
+        + job.residual_tokens * h * e
+        + gathered
+        + weight_gradient
     )
 
 
-def _loss_working(job: Job) -> int:
+def mlp_gradients(job: Job) -> int:
+    """Gradients of fc1's output and of its activation."""
+    return job.rank_tokens * 3 * job.shape.ffn_hidden_size // job.layout.tp * job.element_bytes
+
+
+def attention_gradients(job: Job) -> int:
+    """Gradients of attention's output, queries, keys and values, and of the packed projections."""
+    shape, tp = job.shape, job.layout.tp
+    heads = 2 * (shape.num_heads + shape.num_kv_heads)
+    return job.rank_tokens * heads * shape.head_dim // tp * job.element_bytes
+
+
+def loss_working(job: Job) -> int:
     """While one chunk of the loss runs backward: its logits, and gradients of hidden states and weight."""
     chunk = min(job.loss_chunk_tokens, job.rank_tokens)
     e, h = job.element_bytes, job.shape.hidden_size
@@ -252,7 +261,7 @@ def _loss_working(job: Job) -> int:
     return logits + weight_gradient + job.rank_tokens * h * e
 
 
-def _exchange_bytes(job: Job) -> int:
+def exchange_bytes(job: Job) -> int:
     """Buffers of the context-parallel exchange of one layer's backward, and of the pipeline's hand-over.
 
     As `model/context_parallel.py` has them (gradients of keys and values travel in fp32):
