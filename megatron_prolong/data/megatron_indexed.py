@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,19 +26,13 @@ from numpy.typing import NDArray
 
 from megatron_prolong.data.mds import MDSReader, MDSWriter
 from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _INT32_CODE = 4
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total) samples."""
-
-
-def _no_progress(done: int, total: int) -> None:
-    pass
 
 
 class IndexedWriter:
@@ -167,7 +161,7 @@ class IndexedReader:
         return (self[number] for number in range(len(self)))
 
 
-def to_megatron(directory: Path, prefix: Path, progress: Progress = _no_progress) -> int:
+def to_megatron(directory: Path, prefix: Path) -> int:
     """Write the samples of an MDS directory as PREFIX.bin and PREFIX.idx; returns how many.
 
     Raises UserError for data without tokens, with a mask column, or with tokens beyond 31 bits.
@@ -181,19 +175,16 @@ def to_megatron(directory: Path, prefix: Path, progress: Progress = _no_progress
             "without it, training would not know the assistant's tokens"
         )
     with IndexedWriter(prefix) as writer:
-        for number in range(len(reader)):
+        for number in track(range(len(reader)), len(reader), f"{prefix}: samples"):
             identity = Identity(str(directory), reader.shard_of(number).raw.basename, number)
             sequence = PackedSequence.from_sample(reader[number], identity)
             if sequence.tokens.max() >= 2**31:
                 raise UserError(f"{identity}: token {sequence.tokens.max()} does not fit the int32 of .bin")
             writer.write(sequence.tokens, sequence.document_lengths)
-            progress(number + 1, len(reader))
     return len(reader)
 
 
-def from_megatron(
-    prefix: Path, directory: Path, domain: str, progress: Progress = _no_progress
-) -> tuple[int, int]:
+def from_megatron(prefix: Path, directory: Path, domain: str) -> tuple[int, int]:
     """Write the documents of PREFIX.bin and PREFIX.idx as an MDS directory.
 
     Returns the number of samples and that of the empty documents left out.
@@ -204,7 +195,7 @@ def from_megatron(
     if reader.is_packed:
         columns["indices"] = "ndarray:uint32"
     with MDSWriter(directory, columns, hashes=("xxh64",)) as writer:
-        for number, (tokens, lengths) in enumerate(reader):
+        for tokens, lengths in track(reader, len(reader), f"{directory}: documents"):
             if len(tokens):
                 sample = {"input_ids": tokens, "length": len(tokens), "domain": domain}
                 if reader.is_packed:
@@ -213,5 +204,4 @@ def from_megatron(
                         np.uint32
                     )
                 writer.write(sample)
-            progress(number + 1, len(reader))
     return writer.num_samples, len(reader) - writer.num_samples

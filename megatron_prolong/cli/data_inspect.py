@@ -1,0 +1,108 @@
+"""`prolong data inspect`, `verify`, `to-megatron`, `from-megatron`: look at data sets, check and convert them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from megatron_prolong.errors import UserError
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of MDS shards (index.json).")]
+Prefix = Annotated[Path, typer.Argument(metavar="PREFIX", help="Path without .bin and .idx.")]
+Tokenizer = Annotated[
+    Optional[Path],  # noqa: UP045 (typer reads this annotation)
+    typer.Option(help="Directory of the tokenizer."),
+]
+
+
+def inspect(
+    directory: Directory,
+    png: Annotated[Optional[Path], typer.Option(help="Write the histograms to this image.")] = None,  # noqa: UP045
+    sample: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(help="Show this sample as text, with boundaries and masks; may be repeated."),
+    ] = None,
+    tokenizer: Tokenizer = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens shown of each document.")] = 200,
+) -> None:
+    """Count tokens, documents and attention cost by domain and length; show samples as text."""
+    from rich.console import Console
+
+    from megatron_prolong.data.inspect import domain_table, length_table, plot, preview, survey
+
+    console = Console()
+    if sample:
+        if tokenizer is None:
+            raise UserError("--sample shows text, so it needs --tokenizer (the directory of the tokenizer)")
+        loaded = _tokenizer(tokenizer)
+        for index in sample:
+            console.print(preview(directory, index, loaded, max_tokens=max_tokens), soft_wrap=True)
+        return
+    domains = survey(directory)
+    console.print(domain_table(domains), length_table(domains))
+    if png is not None:
+        if png.suffix != ".png":
+            raise UserError(f"--png {png}: the name must end in .png")
+        temporary = png.with_name(f"{png.stem}.tmp.png")
+        plot(domains, str(directory)).savefig(temporary, dpi=120)
+        temporary.replace(png)
+        console.print(f"histograms: {png}")
+
+
+def verify(directory: Directory, tokenizer: Tokenizer = None) -> None:
+    """Read every byte of a data set and list all that is damaged. Exit code 2 if anything is.
+
+    With --tokenizer, tokens beyond its vocabulary are found too.
+    """
+    from megatron_prolong.data.verify import verify
+
+    verdict = verify(directory, None if tokenizer is None else len(_tokenizer(tokenizer)))
+    if verdict.num_unhashed:
+        print(
+            f"warning: {verdict.num_unhashed} of {verdict.num_shards} shards have no hash in the index, so a "
+            "changed token in them cannot be noticed"
+        )
+    if verdict.problems:
+        raise UserError.many(f"{directory} is damaged:", verdict.problems)
+    print(f"{directory}: {verdict.num_shards} shards, {verdict.num_samples} samples, nothing wrong")
+
+
+def to_megatron(directory: Directory, prefix: Prefix) -> None:
+    """Write a data set as Megatron's PREFIX.bin and PREFIX.idx; packs become documents of several sequences."""
+    from megatron_prolong.data.megatron_indexed import to_megatron
+
+    print(f"{prefix}.bin, {prefix}.idx: {to_megatron(directory, prefix):,} documents")
+
+
+def from_megatron(
+    prefix: Prefix,
+    directory: Annotated[Path, typer.Argument(metavar="OUT", help="New directory of MDS shards.")],
+    domain: Annotated[str, typer.Option(help="Domain of every sample; by default the prefix's name.")] = "",
+) -> None:
+    """Write Megatron's PREFIX.bin and PREFIX.idx as a data set."""
+    from megatron_prolong.data.megatron_indexed import from_megatron
+
+    num_samples, num_empty = from_megatron(prefix, directory, domain or prefix.name)
+    left_out = f" ({num_empty:,} empty documents left out)" if num_empty else ""
+    print(f"{directory}: {num_samples:,} samples{left_out}")
+
+
+def _tokenizer(directory: Path):  # type: ignore[no-untyped-def]
+    from transformers import AutoTokenizer
+
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; expected one with tokenizer.json")
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: no tokenizer can be read from it ({error})") from None
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to `prolong data`."""
+    app.command("inspect")(inspect)
+    app.command("verify")(verify)
+    app.command("to-megatron")(to_megatron)
+    app.command("from-megatron")(from_megatron)

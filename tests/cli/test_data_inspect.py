@@ -1,0 +1,74 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from llama3 import llama3_tokenizer
+from packs import numbered_packs, write_packs
+
+from megatron_prolong.cli.data_inspect import register
+from megatron_prolong.data.mds import MDSReader
+from megatron_prolong.errors import UserError
+
+
+def run(*arguments: object) -> Result:
+    app = typer.Typer()
+    register(app)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def packs(tmp_path: Path) -> Path:
+    return write_packs(tmp_path / "packs", numbered_packs(8), size_limit=300, hashes=["xxh64"])
+
+
+def test_inspect_prints_tables_and_writes_the_image(packs: Path, tmp_path: Path) -> None:
+    result = run("inspect", packs, "--png", tmp_path / "lengths.png")
+    assert result.exit_code == 0, result.output
+    assert "Domains" in result.output and "Document lengths" in result.output
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lengths.png", "packs"]
+    assert isinstance(run("inspect", packs, "--png", tmp_path / "lengths.svg").exception, UserError)
+
+
+def test_inspect_shows_samples_as_text(packs: Path, tmp_path: Path) -> None:
+    llama3_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    result = run("inspect", packs, "--sample", 2, "--sample", 5, "--tokenizer", tmp_path / "tokenizer")
+    assert result.exit_code == 0, result.output
+    assert "sample 2 ·" in result.output and "sample 5 ·" in result.output
+    assert result.output.count("── document 2 of 2 · 4 tokens ──") == 2
+    assert "needs --tokenizer" in str(run("inspect", packs, "--sample", 0).exception)
+    missing = run("inspect", packs, "--sample", 0, "--tokenizer", tmp_path / "absent").exception
+    assert isinstance(missing, UserError) and "absent: no such directory" in str(missing)
+    empty = run("inspect", packs, "--sample", 0, "--tokenizer", packs).exception
+    assert isinstance(empty, UserError) and "no tokenizer can be read" in str(empty)
+
+
+def test_verify_lists_all_damage(packs: Path) -> None:
+    assert "8 shards, 8 samples, nothing wrong" in run("verify", packs).output
+    for number in (2, 6):
+        (packs / f"shard.{number:05}.mds").unlink()
+    error = run("verify", packs).exception
+    assert isinstance(error, UserError)
+    assert "shard.00002.mds" in str(error) and "shard.00006.mds" in str(error)
+
+
+def test_verify_knows_the_vocabulary_and_admits_missing_hashes(tmp_path: Path) -> None:
+    tokenizer = llama3_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    directory = write_packs(tmp_path / "d", [[[len(tokenizer)]]])
+    assert "1 of 1 shards have no hash" in run("verify", directory).output
+    error = run("verify", directory, "--tokenizer", tmp_path / "tokenizer").exception
+    assert isinstance(error, UserError) and f"token {len(tokenizer)} at position 0" in str(error)
+
+
+def test_to_megatron_and_back(packs: Path, tmp_path: Path) -> None:
+    assert "8 documents" in run("to-megatron", packs, tmp_path / "tokens").output
+    assert "8 samples" in run("from-megatron", tmp_path / "tokens", tmp_path / "back").output
+    for one, other in zip(MDSReader(packs), MDSReader(tmp_path / "back"), strict=True):
+        assert np.array_equal(one["input_ids"], other["input_ids"])
+        assert other["domain"] == "tokens"

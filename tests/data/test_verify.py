@@ -1,0 +1,122 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packs import COLUMNS, numbered_packs, write_packs
+
+from megatron_prolong.data.mds import MDSReader, MDSWriter
+from megatron_prolong.data.verify import verify
+from megatron_prolong.errors import UserError
+
+
+def data_set(root: Path, *, hashes: tuple[str, ...] = ("xxh64",), compression: str | None = None) -> Path:
+    """Eight shards of one sample each."""
+    return write_packs(
+        root / "data", numbered_packs(8), size_limit=300, hashes=hashes, compression=compression
+    )
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_sound_data_set_has_no_problems(tmp_path: Path) -> None:
+    verdict = verify(data_set(tmp_path), vocab_size=100)
+    assert (verdict.num_shards, verdict.num_samples, verdict.num_unhashed) == (8, 8, 0)
+    assert verdict.problems == []
+
+
+def test_every_damaged_shard_is_found(tmp_path: Path) -> None:
+    directory = data_set(tmp_path)
+    shard = [directory / f"shard.{number:05}.mds" for number in range(8)]
+    flip(shard[1], -1)
+    shard[3].write_bytes(shard[3].read_bytes()[:-5])
+    shard[4].unlink()
+    shutil.copy(shard[5], shard[6])
+    problems = verify(directory).problems
+    assert len(problems) == 4
+    for problem, number in zip(problems, (1, 3, 4, 6), strict=True):
+        assert f"shard.{number:05}.mds" in problem
+
+
+@pytest.mark.parametrize("position", [0, 4, 40, -9])
+def test_any_flipped_bit_is_found_by_the_hash(tmp_path: Path, position: int) -> None:
+    directory = data_set(tmp_path)
+    flip(directory / "shard.00002.mds", position)
+    (problem,) = verify(directory).problems
+    assert "shard.00002.mds" in problem
+
+
+def test_without_hashes_damage_to_the_structure_is_found_and_the_rest_is_admitted(tmp_path: Path) -> None:
+    directory = data_set(tmp_path, hashes=())
+    flip(directory / "shard.00002.mds", 4)
+    verdict = verify(directory)
+    assert verdict.num_unhashed == 8
+    (problem,) = verdict.problems
+    assert "shard.00002.mds" in problem
+
+
+def test_a_compressed_shard_unpacked_earlier_is_checked_as_well(tmp_path: Path) -> None:
+    directory = data_set(tmp_path, compression="zstd")
+    assert verify(directory).problems == []
+    list(MDSReader(directory))
+    flip(directory / "shard.00005.mds", -1)
+    (problem,) = verify(directory).problems
+    assert "shard.00005.mds" in problem
+    flip(directory / "shard.00006.mds.zstd", 20)
+    assert len(verify(directory).problems) == 2
+
+
+@pytest.mark.parametrize("size_limit", [1, 1 << 20])
+def test_wrong_contents_are_found_in_sound_files(tmp_path: Path, size_limit: int) -> None:
+    """Listed one by one, but no more than three of a shard."""
+    good = {
+        "input_ids": np.arange(4, dtype=np.uint32),
+        "indices": np.array([[0, 4]], np.uint32),
+        "mask": np.ones(4, np.uint8),
+        "domain": "d",
+        "length": 4,
+    }
+    wrong = {
+        "indices end at 3": {"indices": np.array([[0, 3]], np.uint32)},
+        "mask must be uint8 [4]": {"mask": np.ones(3, np.uint8)},
+        "mask holds 2": {"mask": np.array([0, 1, 2, 1], np.uint8)},
+        "length 5, but 4 tokens": {"length": 5},
+        "token 50 at position 3": {"input_ids": np.array([1, 2, 3, 50], np.uint32)},
+    }
+    with MDSWriter(tmp_path / "d", COLUMNS | {"mask": "ndarray:uint8"}, size_limit=size_limit) as writer:
+        writer.write(good)
+        for change in wrong.values():
+            writer.write(good | change)
+    expected = [f"sample {number}: {said}" for number, said in enumerate(wrong, start=1)]
+    if size_limit > 1:
+        expected[3:] = ["shard.00000.mds: and 2 more samples like these"]
+    problems = verify(tmp_path / "d", vocab_size=50).problems
+    assert len(problems) == len(expected)
+    for problem, said in zip(problems, expected, strict=True):
+        assert said in problem
+    assert not any("token 50" in problem for problem in verify(tmp_path / "d").problems)
+
+
+def test_shards_the_index_does_not_know_are_found(tmp_path: Path) -> None:
+    directory = data_set(tmp_path)
+    index = json.loads((directory / "index.json").read_text())
+    index["shards"].pop(3)
+    (directory / "index.json").write_text(json.dumps(index))
+    (problem,) = verify(directory).problems
+    assert "shard.00003.mds: not named by" in problem
+
+
+def test_text_is_checked_as_far_as_it_goes(tmp_path: Path) -> None:
+    with MDSWriter(tmp_path / "text", {"text": "str"}) as writer:
+        writer.write({"text": "x"})
+    assert verify(tmp_path / "text").problems == []
+
+
+def test_without_an_index_there_is_nothing_to_verify(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no index\.json"):
+        verify(tmp_path)
