@@ -1,0 +1,42 @@
+# `make demo` and `make test` each work alone in a fresh clone: they make their own .venv.
+PYTHON ?= python3.11
+# The CPU build the tests run with; on a GPU machine: make demo TORCH=torch
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := megatron_prolong examples tools tests benchmarks setup.py
+
+.PHONY: demo test test-fast test-gpu test-slurm lint bench clean
+
+demo: $(VENV)/ready
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not gpu and not slurm" -n 2 --dist loadgroup
+
+test-fast: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not gpu and not slurm and not slow" -n 2 --dist loadgroup
+
+test-gpu: $(VENV)/ready
+	$(BIN)/python -m pytest -m gpu
+
+test-slurm: $(VENV)/ready
+	$(BIN)/python -m pytest -m slurm
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+bench: $(VENV)/ready
+	@echo "one script per measurement; each writes its JSON result beside itself:"
+	@ls benchmarks/*.py benchmarks/*/*.py
+
+$(VENV)/ready: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo runs
