@@ -22,8 +22,8 @@ import warnings
 from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
-
 from pydoc_data.topics import topics
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

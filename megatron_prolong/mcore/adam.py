@@ -1,20 +1,26 @@
-"""AdamW for CPU with the interface of Apex's and Transformer Engine's FusedAdam.
+"""AdamW of torch's fused kernels with the interface of Apex's and Transformer Engine's FusedAdam.
 
-The update itself is torch's fused CPU kernel. The one difference from torch.optim.AdamW is where the step count
-lives: in the parameter group, as Megatron's distributed optimizer expects of its Adam
-(`DistributedOptimizer._filter_and_reorder_param_groups`, `load_state_dict`).
+Used where neither of the two is installed: on CPU, and on a GPU with plain PyTorch. The one difference from
+torch.optim.AdamW is where the step count lives: in the parameter group, as in Apex and Transformer Engine.
+Megatron's distributed optimizer can reshard the moments of such an optimizer; with torch's own its state_dict
+fails before the first step and its load with KeyError 'step'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.optimizer import distrib_optimizer
+
+from megatron_prolong.mcore.replace import replaced
 
 
-class FusedAdamCPU(torch.optim.Optimizer):
-    """Decoupled-weight-decay Adam (Loshchilov & Hutter) on fp32 CPU parameters.
+class FusedAdam(torch.optim.Optimizer):
+    """Decoupled-weight-decay Adam (Loshchilov & Hutter) on fp32 parameters.
 
     Args:
         params: parameters or parameter groups.
@@ -52,7 +58,7 @@ class FusedAdamCPU(torch.optim.Optimizer):
             if not params:
                 continue
             # The fused kernel takes the count of the update being made, one tensor per parameter.
-            step = torch.tensor(float(group["step"]))
+            step = torch.tensor(float(group["step"]), device=params[0].device)
             torch._fused_adamw_(
                 params,
                 [param.grad for param in params],
@@ -68,3 +74,21 @@ class FusedAdamCPU(torch.optim.Optimizer):
                 amsgrad=False,
                 maximize=False,
             )
+
+
+@contextlib.contextmanager
+def fused_adam_in_megatron() -> Iterator[None]:
+    """Make Megatron use `FusedAdam` inside this context, if it has neither Transformer Engine nor Apex."""
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        yield
+        return
+    replacements: list[tuple[Any, str, Any]] = [
+        (megatron_optimizer, "Adam", FusedAdam),
+        (megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),
+        (distrib_optimizer, "Adam", FusedAdam),
+        # Its state_dict then reads the step from the group, where ours is.
+        (distrib_optimizer, "HAVE_APEX_OR_TE", True),
+        (distrib_optimizer, "USING_APEX_OPTIMIZER", True),
+    ]
+    with replaced(replacements):
+        yield

@@ -54,11 +54,17 @@ def load_weights_and_optimizer(directory: Path, model: StageModel, optimizer: Me
 
 def _model_state(model: StageModel) -> ShardedStateDict:
     chunks = model.bare_chunks
-    if len(chunks) == 1:
-        return {"model": chunks[0].sharded_state_dict(metadata=_METADATA)}
-    return {
-        f"model{index}": chunk.sharded_state_dict(metadata=_METADATA) for index, chunk in enumerate(chunks)
-    }
+    states = [_without_extra_state(chunk.sharded_state_dict(metadata=_METADATA)) for chunk in chunks]
+    return {_chunk_key(index, len(chunks)): state for index, state in enumerate(states)}
+
+
+def _chunk_key(index: int, num_chunks: int) -> str:
+    return "model" if num_chunks == 1 else f"model{index}"
+
+
+def _without_extra_state(state: ShardedStateDict) -> ShardedStateDict:
+    """Drop the `_extra_state` objects: empty in native layers, FP8 scaling history (soon rebuilt) in TE's."""
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
 def _read(directory: Path, state: ShardedStateDict) -> dict[str, Any]:
@@ -73,4 +79,6 @@ def _read(directory: Path, state: ShardedStateDict) -> dict[str, Any]:
 def _load_model(model: StageModel, loaded: dict[str, Any]) -> None:
     chunks = model.bare_chunks
     for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"], strict=True)
+        result = chunk.load_state_dict(loaded[_chunk_key(index, len(chunks))], strict=False)
+        missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)

@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core import optimizer as megatron_optimizer
-from megatron.core.optimizer import distrib_optimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
-from megatron_prolong.mcore.adam import FusedAdamCPU
+from megatron_prolong.mcore.replace import replaced
 
 CPU = torch.device("cpu")
 
@@ -52,16 +50,6 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.split(":")[0] == "cuda"
 
 
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, replacement)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
 def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.get_rng_state()
 
@@ -94,14 +82,6 @@ def cuda_on_cpu() -> Iterator[None]:
         (torch.cuda, "manual_seed", _manual_seed),
         (megatron_random, "_get_cuda_rng_state", _get_rng_state),
         (megatron_random, "_set_cuda_rng_state", _set_rng_state),
-        # torch.optim.AdamW keeps `step` per parameter, which the distributed optimizer's checkpoint cannot
-        # reshard; Apex and Transformer Engine keep it in the param group, and so does this one.
-        (megatron_optimizer, "Adam", FusedAdamCPU),
-        (distrib_optimizer, "Adam", FusedAdamCPU),
-        (megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),
     ]
-    with contextlib.ExitStack() as stack:
-        for owner, name, replacement in replacements:
-            stack.enter_context(_replaced(owner, name, replacement))
-        stack.enter_context(_CudaMeansCpu())
+    with replaced(replacements), _CudaMeansCpu():
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from megatron_prolong.mcore.adam import fused_adam_in_megatron
 from megatron_prolong.mcore.cpu import cuda_on_cpu
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.runtime.seeding import seed_everything
@@ -54,8 +56,10 @@ def megatron(layout: Layout, seed: int) -> Iterator[ParallelGroups]:
     must happen inside.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_known_warnings_silenced())
         if not torch.cuda.is_available():
             stack.enter_context(cuda_on_cpu())
+        stack.enter_context(fused_adam_in_megatron())
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
@@ -77,6 +81,18 @@ def megatron(layout: Layout, seed: int) -> Iterator[ParallelGroups]:
                 parallel_state.get_hierarchical_context_parallel_groups(check_initialized=False) or ()
             ),
         )
+
+
+@contextlib.contextmanager
+def _known_warnings_silenced() -> Iterator[None]:
+    """Megatron 0.16.1 uses names that newer torch calls deprecated; its users can do nothing about that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+        # The distributed optimizer looks at .grad of views into its buffers.
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+        yield
 
 
 def _hierarchy(layout: Layout) -> list[int] | None:

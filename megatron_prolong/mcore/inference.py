@@ -33,9 +33,27 @@ class InferenceModel:
     @torch.inference_mode()
     def token_logprobs(self, ids: Sequence[int]) -> Tensor:
         """Log-probability of each token given those before it: fp32 [len(ids) − 1], on CPU."""
+        return self._logprobs(ids, KeyValueCache())
+
+    @torch.inference_mode()
+    def continuation_logprobs(
+        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """Log-probability of each whole continuation after the prompt, which is read only once."""
+        cache = KeyValueCache()
+        if len(prompt) > 1:
+            self._prefill(prompt[:-1], cache)
+        totals = []
+        for continuation in continuations:
+            logprobs = self._logprobs([prompt[-1], *continuation], cache)
+            totals.append(float(logprobs.double().sum()))
+            cache.length = len(prompt) - 1
+        return totals
+
+    def _logprobs(self, ids: Sequence[int], cache: KeyValueCache) -> Tensor:
+        """Log-probabilities of ids[1:] after what the cache holds: fp32 [len(ids) − 1], on CPU."""
         tokens = torch.tensor(ids, device=self.device)
         labels = torch.cat([tokens[1:], tokens.new_full((1,), NO_LABEL)])
-        cache = KeyValueCache()
         losses = []
         for start in range(0, len(ids), PREFILL_TOKENS):
             chunk = slice(start, start + PREFILL_TOKENS)

@@ -33,6 +33,6 @@ def micro_batches(
                 groups=groups,
                 layout=layout,
                 device=device,
-            )  # fmt: skip
+            )
         )
     return batches

@@ -31,7 +31,7 @@ from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics, train_step
 
 
-class Preempted(Exception):
+class Preempted(Exception):  # noqa: N818 - an event, not an error
     """The run was asked to stop, has saved, and can be continued with the same command."""
 
 

@@ -6,6 +6,8 @@ any formula is orders of magnitude larger.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -57,7 +59,7 @@ def to_micro_batch(batch: PackedBatch, groups: ParallelGroups, world: World) -> 
 
 def documents_of(batch: PackedBatch):
     bounds = batch.cu_seqlens.tolist()
-    return [batch.tokens_T[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [batch.tokens_T[start:end] for start, end in pairwise(bounds)]
 
 
 def reference_loss(hf, batches: list[PackedBatch]) -> torch.Tensor:
