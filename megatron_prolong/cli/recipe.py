@@ -32,7 +32,7 @@ def check(
     world_size: Annotated[Optional[int], typer.Option(min=1, help="Ranks of the job.")] = None,  # noqa: UP045
     cpu: Annotated[bool, typer.Option("--cpu", help="The job runs without CUDA.")] = False,
 ) -> None:
-    """List everything wrong with a recipe: keys, values, layouts, missing files. Exit code 2 if anything is."""
+    """List everything wrong with a recipe: keys, values, layouts, missing files. Exit code 2."""
     from megatron_prolong.recipe.load import load_recipe
     from megatron_prolong.recipe.validate import find_problems, problems_error
 
@@ -44,8 +44,8 @@ def check(
         raise problems_error(str(recipe), findings.errors)
     for stage in loaded.stages:
         print(
-            f"{stage.name}: {stage.num_steps} steps of {stage.batch_sequences} × {stage.sequence_length} tokens, "
-            f"{stage.num_tokens / 2**30:.3g}B in all, lr {stage.lr:g} → {stage.min_lr:g}"
+            f"{stage.name}: {stage.num_steps} steps of {stage.batch_sequences} × {stage.sequence_length} "
+            f"tokens ({stage.num_tokens / 2**30:.3g}B), lr {stage.lr:g} → {stage.min_lr:g}"
         )
     print(f"{recipe}: nothing wrong")
 
@@ -55,6 +55,6 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     import json
 
-    from megatron_prolong.recipe.schema import Recipe
+    from megatron_prolong.recipe.schema import json_schema
 
-    print(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))

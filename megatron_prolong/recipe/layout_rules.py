@@ -55,9 +55,8 @@ def _tensor(layout: Layout, shape: ModelShape) -> Iterator[LayoutProblem]:
         "num_kv_heads": shape.num_kv_heads,
         "ffn_hidden_size": shape.ffn_hidden_size,
     }
-    for name, value in divided.items():
-        if value % layout.tp:
-            yield LayoutProblem("tp", f"must divide the model's {name}, {value}")
+    if wrong := [f"{name} {value}" for name, value in divided.items() if value % layout.tp]:
+        yield LayoutProblem("tp", f"must divide the model's {' and '.join(wrong)}")
 
 
 def _layers(layout: Layout, shape: ModelShape) -> Iterator[LayoutProblem]:

@@ -320,3 +320,14 @@ def precision_of(recipe: Recipe, stage: Stage) -> Precision:
 def recompute_of(recipe: Recipe, stage: Stage) -> Recompute:
     """What a stage recomputes in its backward pass."""
     return stage.recompute or recipe.recompute
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe file: the fields of Recipe, and `base`."""
+    schema = Recipe.model_json_schema()
+    schema["properties"]["base"] = {
+        "type": "string",
+        "description": "Another recipe, relative to this file, that this one is merged over.",
+    }
+    schema["required"] = []  # a recipe with a base may leave out anything
+    return schema

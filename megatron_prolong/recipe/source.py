@@ -179,7 +179,7 @@ def _apply_override(source: Source, override: str) -> None:
     parts = path.strip().split(".")
     key: Key = ()
     target = source.data
-    if parts[0] in ("stage", "stages"):
+    if parts[0] in ("stage", "stages") and path.strip() != "stages":
         stages = [stage for stage in source.data.get("stages") or [] if isinstance(stage, dict)]
         names = [str(stage.get("name")) for stage in stages]
         if len(parts) < 3 or parts[1] not in names:

@@ -202,7 +202,7 @@ def _chain(findings: Findings, shape: ModelShape | None) -> None:
             elif stage.carry.optimizer:
                 rule = "found true; moments of other weights are of no use: carry both or neither"
                 findings.error((*key, "carry", "optimizer"), rule)
-        if index == 0 and "optimizer" in stage.carry.model_fields_set and stage.carry.optimizer:
+        if index == 0 and shape and "optimizer" in stage.carry.model_fields_set and stage.carry.optimizer:
             _first_optimizer(findings, stage)
         if stage.rope_base and rope_base and stage.rope_base < rope_base:
             found = f"found {stage.rope_base:g}, below the incoming {rope_base:g}"

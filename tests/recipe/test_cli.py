@@ -1,0 +1,55 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_prolong.cli import main
+from megatron_prolong.recipe.load import load_recipe
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def prolong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple]:
+    """Runs `prolong ARGUMENTS`; returns exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["prolong", *map(str, arguments)])
+        try:
+            main.run()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_show_prints_what_loads_as_the_same_recipe(
+    prolong: Callable[..., tuple], write: Write, recipe_data: dict[str, Any]
+) -> None:
+    path = write(recipe_data)
+    code, out, _ = prolong("recipe", "show", path, "stage.one.lr=2e-5", "layout.tp=2")
+    assert code == 0
+    overridden = load_recipe(path, ["stage.one.lr=2e-5", "layout.tp=2"])
+    assert load_recipe(write(out, "shown.yaml")) == overridden
+    assert yaml.safe_load(out)["stages"][0]["lr"] == 2e-5
+
+
+def test_check(prolong: Callable[..., tuple], write: Write, recipe_data: dict[str, Any]) -> None:
+    path = write(recipe_data)
+    code, out, err = prolong("recipe", "check", path, "--world-size", 8)
+    assert (code, err) == (0, "")
+    assert "two: 32 steps of 8 × 4096 tokens" in out
+    code, out, err = prolong("recipe", "check", path, "precision=fp8", "--world-size", 16, "--cpu")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: recipe.yaml: the recipe has 3 problems:")  # each stage's dp, and fp8
+
+
+def test_schema(prolong: Callable[..., tuple]) -> None:
+    code, out, _ = prolong("recipe", "schema")
+    assert code == 0 and "stages" in json.loads(out)["properties"]

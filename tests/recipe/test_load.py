@@ -1,0 +1,229 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.load import dump_recipe, load_recipe
+from megatron_prolong.recipe.schema import json_schema, layout_of, precision_of, recompute_of
+
+Write = Callable[..., Path]
+
+
+def test_a_short_recipe_gets_prolongs_defaults(write: Write, recipe_data: dict[str, Any]) -> None:
+    recipe = load_recipe(write(recipe_data))
+    one, two = recipe.stages
+    assert recipe.run_dir == Path("runs/tiny")
+    assert (recipe.precision, recipe.recompute, recipe.loss_chunk_tokens) == ("bf16", "full", 2048)
+    assert (recipe.optimizer.beta2, recipe.optimizer.weight_decay, recipe.optimizer.clip) == (0.95, 0.1, 1.0)
+    assert (one.batch_sequences, one.num_steps, one.warmup_steps) == (8, 10, 1)
+    assert (two.num_steps, two.num_tokens) == (32, 2**20)
+    assert (one.lr, one.min_lr, one.seed) == (1e-5, pytest.approx(1e-6), 42)
+    assert one.mixture == {Path("books"): 0.25, Path("code"): 0.75}
+
+
+def test_a_token_budget_is_rounded_up_and_so_is_the_warmup(write: Write, recipe_data: dict[str, Any]) -> None:
+    recipe_data["stages"][1] |= {"tokens": 2**20 + 1, "warmup": 0.05}
+    recipe_data["stages"][0] |= {"steps": 250, "warmup": 0.05}
+    one, two = load_recipe(write(recipe_data)).stages
+    assert two.num_steps == 33
+    assert one.warmup_steps == 13  # as transformers: ceil(12.5)
+    recipe_data["stages"][0] |= {"steps": 100, "warmup": 0.07}
+    assert load_recipe(write(recipe_data)).stages[0].warmup_steps == 7  # although 0.07 · 100 > 7 in floats
+
+
+def test_stage_overrides_of_layout_and_precision(write: Write, recipe_data: dict[str, Any]) -> None:
+    recipe_data["layout"] = {"tp": 2, "cp_exchange": "p2p"}
+    recipe_data["stages"][1] |= {"layout": {"cp": 4}, "precision": "fp32", "recompute": "none"}
+    recipe = load_recipe(write(recipe_data))
+    one, two = recipe.stages
+    assert layout_of(recipe, one) == recipe.layout
+    merged = layout_of(recipe, two)
+    assert (merged.tp, merged.cp, merged.cp_exchange, merged.model_ranks) == (2, 4, "p2p", 8)
+    assert (precision_of(recipe, one), precision_of(recipe, two)) == ("bf16", "fp32")
+    assert (recompute_of(recipe, one), recompute_of(recipe, two)) == ("full", "none")
+
+
+def test_a_recipe_cannot_be_changed(write: Write, recipe_data: dict[str, Any]) -> None:
+    recipe = load_recipe(write(recipe_data))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.stages[0].lr = 1.0  # type: ignore[misc]
+
+
+def test_overrides(write: Write, recipe_data: dict[str, Any]) -> None:
+    overrides = [
+        "stage.one.lr=2e-5",
+        "stage.two.steps=7",
+        "layout.tp=2",
+        "optimizer.clip=0.5",
+        "run_dir=/tmp/elsewhere",
+        "stage.one.layout.cp=2",
+        "stage.one.mixture.books=0.5",
+        "stage.one.mixture.data/v1.5/code=0.5",
+        "stage.two.mixture=mock",
+        "model.init={num_layers: 2, hidden_size: 8, num_heads: 2, num_kv_heads: 1, ffn_hidden_size: 16}",
+    ]
+    recipe = load_recipe(write(recipe_data), overrides)
+    one, two = recipe.stages
+    assert one.lr == 2e-5
+    assert (two.steps, two.tokens, two.num_steps) == (7, None, 7)
+    assert (recipe.layout.tp, recipe.optimizer.clip, recipe.run_dir) == (2, 0.5, Path("/tmp/elsewhere"))
+    assert layout_of(recipe, one).cp == 2
+    assert one.mixture == {Path("books"): 0.5, Path("code"): 0.75, Path("data/v1.5/code"): 0.5}
+    assert two.mixture == "mock"
+    assert recipe.model.path is None
+    assert recipe.model.init is not None and recipe.model.init.num_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("layout.tp", "must look like key.path=value"),
+        ("=3", "must look like key.path=value"),
+        ("stage.on.lr=1", "did you mean stage.one?"),
+        ("stage.zzz.lr=1", "the stages are one, two"),
+        ("stage.one=1", "must name a stage and a key"),
+        ("layout.tpp=2", "layout.tpp: unknown key; did you mean layout.tp?"),
+        ("stage.one.lr=fast", "override 'stage.one.lr=fast': stages.one.lr: found 'fast'"),
+    ],
+)
+def test_bad_overrides(write: Write, recipe_data: dict[str, Any], override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(recipe_data), [override])
+    assert message in str(caught.value)
+
+
+def test_bases_merge_deeply_and_stages_by_name(write: Write, recipe_data: dict[str, Any]) -> None:
+    Path("sub").mkdir()
+    recipe_data["layout"] = {"tp": 2, "cp": 2}
+    write(recipe_data, "sub/grandparent.yaml")
+    write({"base": "grandparent.yaml", "layout": {"cp": 4}, "optimizer": {"clip": 0.5}}, "sub/parent.yaml")
+    child = {
+        "base": "sub/parent.yaml",
+        "name": "child",
+        "stages": [
+            {"name": "two", "steps": 3, "mixture": {"code": 1.0}},
+            {**recipe_data["stages"][0], "name": "three"},
+        ],
+    }
+    recipe = load_recipe(write(child))
+    assert recipe.name == "child" and recipe.run_dir == Path("runs/child")
+    assert (recipe.layout.tp, recipe.layout.cp, recipe.optimizer.clip) == (2, 4, 0.5)
+    assert [stage.name for stage in recipe.stages] == ["one", "two", "three"]
+    two = recipe.stage("two")
+    assert (two.steps, two.tokens, two.lr) == (3, None, 5e-6)  # steps replaces the base's tokens
+    assert two.mixture == {Path("code"): 1.0}  # replaced whole
+    assert str(recipe.origin.place(("stages", "two", "lr"))).startswith("sub/grandparent.yaml:")
+    assert str(recipe.origin.place(("stages", "two", "steps"))).startswith("recipe.yaml:")
+
+
+def test_an_init_replaces_the_path_of_the_base(write: Write, recipe_data: dict[str, Any]) -> None:
+    write(recipe_data, "base.yaml")
+    sizes = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 96}
+    recipe = load_recipe(write({"base": "base.yaml", "model": {"init": sizes}}))
+    assert recipe.model.path is None and recipe.model.init is not None
+    shape = recipe.model.init.shape(vocab_size=500)
+    assert (shape.head_dim, shape.vocab_size, shape.rope_base) == (16, 500, 5e5)
+
+
+def test_circles_and_missing_bases(write: Write) -> None:
+    write({"base": "b.yaml"}, "a.yaml")
+    write({"base": "a.yaml"}, "b.yaml")
+    with pytest.raises(UserError, match="goes in a circle"):
+        load_recipe("a.yaml")
+    with pytest.raises(UserError, match=r"c\.yaml:1: base: absent\.yaml: no such file"):
+        load_recipe(write({"base": "absent.yaml"}, "c.yaml"))
+    with pytest.raises(UserError, match="must be the path"):
+        load_recipe(write({"base": 3}, "d.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [", "not valid YAML"),
+        ("- a\n- b\n", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+        ("name: !!python/name:os.system x", "not valid YAML"),
+    ],
+)
+def test_what_is_not_a_recipe(write: Write, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(text))
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot read the recipe"):
+        load_recipe("nowhere.yaml")
+
+
+def test_a_key_written_twice(write: Write, recipe_data: dict[str, Any]) -> None:
+    path = write(recipe_data)
+    path.write_text(path.read_text() + "name: again\n")
+    last = path.read_text().count("\n")
+    with pytest.raises(UserError, match=rf"recipe\.yaml:{last}: name: written twice"):
+        load_recipe(path)
+
+
+def test_yaml_anchors_work(write: Write, recipe_data: dict[str, Any]) -> None:
+    text = yaml.safe_dump({**recipe_data, "stages": None}).replace("stages: null\n", "")
+    text += """stages:
+  - &first {name: one, sequence_length: 1K, batch_tokens: 8K, steps: 1, lr: 1e-5, mixture: mock}
+  - {<<: *first, name: two, lr: 2e-5}
+"""
+    one, two = load_recipe(write(text)).stages
+    assert (one.lr, two.lr, two.sequence_length) == (1e-5, 2e-5, 1024)
+
+
+def test_variables_and_home_in_paths(
+    write: Write, recipe_data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATA", "/scratch/data")
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe_data["model"]["path"] = "~/model"
+    recipe_data["stages"][0]["mixture"] = {"$DATA/books": 1.0}
+    recipe = load_recipe(write(recipe_data))
+    assert recipe.model.path == Path("/home/someone/model")
+    assert recipe.stages[0].mixture == {Path("/scratch/data/books"): 1.0}
+
+
+def test_the_dump_loads_as_the_same_recipe(write: Write, recipe_data: dict[str, Any]) -> None:
+    recipe_data |= {"layout": {"tp": 2}, "evaluation": {"lengths": [1, 2]}}
+    recipe_data["stages"][1] |= {"layout": {"cp": 2}, "carry": {"optimizer": False}, "mixture": "mock"}
+    recipe = load_recipe(write(recipe_data), ["stage.one.lr=3e-5"])
+    again = load_recipe(write(dump_recipe(recipe), "dump.yaml"))
+    assert again == recipe
+    assert dump_recipe(again) == dump_recipe(recipe)
+    assert "sequence_parallel: true" in dump_recipe(recipe)  # defaults are written out
+
+
+def test_two_recipes_differ_when_a_value_does(write: Write, recipe_data: dict[str, Any]) -> None:
+    path = write(recipe_data)
+    assert load_recipe(path) == load_recipe(path, ["layout.tp=1"])
+    assert load_recipe(path) != load_recipe(path, ["layout.tp=2"])
+
+
+def test_the_json_schema_describes_the_fields() -> None:
+    schema = json_schema()
+    assert schema["properties"]["layout"]["description"].startswith("How the model")
+    assert "base" in schema["properties"]
+    assert schema["$defs"]["Stage"]["properties"]["lr"]["description"] == "Peak learning rate."
+    json.dumps(schema)
+
+
+def test_no_torch_is_imported(write: Write, recipe_data: dict[str, Any]) -> None:
+    path = write(recipe_data)
+    program = f"""
+import sys
+from megatron_prolong.cli import main, recipe
+from megatron_prolong.recipe.load import load_recipe
+from megatron_prolong.recipe.validate import check
+check(load_recipe({str(path)!r}), world_size=8)
+heavy = {{"torch", "megatron.core", "transformers", "numpy"}} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,0 +1,61 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_prolong.recipe.numbers import format_count, parse_count, parse_number, parse_real
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("64K", 65_536),
+        ("512k", 524_288),
+        ("4M", 4_194_304),
+        ("20B", 21_474_836_480),
+        ("0.5M", 524_288),
+        ("1e3", 1000),
+        ("1_000", 1000),
+        (125, 125),
+        (4.0, 4),
+        (" 8K ", 8192),
+    ],
+)
+def test_counts(written: object, value: int) -> None:
+    assert parse_count(written) == value
+    assert isinstance(parse_count(written), int)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("1e-5", 1e-5), ("1.28e8", 1.28e8), ("5e5", 5e5), (3, 3.0), ("-.5", -0.5), ("8M", 8 * 2**20)],
+)
+def test_reals(written: object, value: float) -> None:
+    assert parse_real(written) == value
+    assert isinstance(parse_real(written), float)
+
+
+@pytest.mark.parametrize("written", ["64Q", "", "K", "1e", "4 M M", True, None, [1], "nan", "inf", "1e999"])
+def test_what_is_not_a_number_is_refused(written: object) -> None:
+    with pytest.raises(ValueError, match="number"):
+        parse_number(written)
+
+
+@pytest.mark.parametrize("written", ["0.3", 4.5, "1e-3", "1.0001K"])
+def test_counts_are_whole(written: object) -> None:
+    with pytest.raises(ValueError, match="whole number"):
+        parse_count(written)
+
+
+@given(st.integers(min_value=-(2**60), max_value=2**60))
+def test_the_short_spelling_means_the_same(count: int) -> None:
+    assert parse_count(format_count(count)) == count
+
+
+def test_the_short_spelling_is_short() -> None:
+    assert [format_count(n) for n in (65_536, 4 * 2**20, 20 * 2**30, 125, 0)] == [
+        "64K",
+        "4M",
+        "20B",
+        "125",
+        "0",
+    ]

@@ -1,0 +1,120 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.shape import ModelShape, RopeScaling, model_directory, read_shape, to_hf_config
+
+CONFIGS = Path(__file__).parent / "configs"
+SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192)
+LLAMA = ModelShape(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=128_256,
+    max_length=8192,
+    rope_base=5e5,
+)
+
+
+def test_llama_3_8b() -> None:
+    assert read_shape(CONFIGS / "llama-3-8b-instruct") == LLAMA
+
+
+def test_llama_3_70b() -> None:
+    large = LLAMA.replace(num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_heads=64)
+    assert read_shape(CONFIGS / "llama-3-70b-instruct") == large
+
+
+SHAPES = [
+    LLAMA,
+    LLAMA.replace(rope_scaling=SCALING, max_length=131_072),
+    LLAMA.replace(tie_embeddings=True, head_dim=64, rope_base=8e6, norm_eps=1e-6, initializer_range=0.01),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_config_there_and_back(shape: ModelShape) -> None:
+    assert ModelShape.from_hf(to_hf_config(shape), "config.json") == shape
+    assert ModelShape.from_dict(json.loads(json.dumps(shape.to_dict()))) == shape
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transformers_reads_and_writes_the_same_shape(shape: ModelShape, tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(shape)))
+    theirs = LlamaConfig.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "again")
+    assert read_shape(tmp_path / "again") == shape
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_spellings_of_rope_are_written(shape: ModelShape) -> None:
+    config = to_hf_config(shape)
+    old = {key: value for key, value in config.items() if key != "rope_parameters"}
+    new = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    assert ModelShape.from_hf(old, "transformers 4") == ModelShape.from_hf(new, "transformers 5") == shape
+
+
+def test_the_source_config_travels_along() -> None:
+    source = {"bos_token_id": 128_000, "rope_theta": 5e5, "max_position_embeddings": 8192}
+    config = to_hf_config(LLAMA.replace(rope_base=8e6, max_length=65_536), source)
+    assert config["bos_token_id"] == 128_000
+    assert (config["rope_theta"], config["max_position_embeddings"]) == (8e6, 65_536)
+    assert source["rope_theta"] == 5e5  # not changed
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"bits": 4}}, "unquantised"),
+        ({"vocab_size": None}, "vocab_size"),
+    ],
+)
+def test_other_models_are_refused(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=r"here/config\.json") as caught:
+        ModelShape.from_hf({**to_hf_config(LLAMA), **change}, "here/config.json")
+    assert reason in str(caught.value)
+    assert str(caught.value).count("\n") == 1  # this one reason only
+
+
+def test_every_reason_is_given_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        ModelShape.from_hf({"model_type": "qwen2", "attention_bias": True}, "config.json")
+    assert all(word in str(caught.value) for word in ("qwen2", "attention_bias", "hidden_size", "vocab_size"))
+
+
+def test_read_shape_of_a_checkpoint_and_of_a_stage_directory(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "64k" / "step_00000125"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "prolong.json").write_text(json.dumps({"format": 1, "shape": SHAPES[1].to_dict()}))
+    (tmp_path / "64k" / "latest").write_text("step_00000125\n")
+    assert model_directory(tmp_path / "64k") == checkpoint
+    for path in (checkpoint, tmp_path / "64k", tmp_path / "64k" / "latest"):
+        assert read_shape(path) == SHAPES[1]
+
+
+def test_read_shape_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        read_shape(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"neither config\.json"):
+        read_shape(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
+        read_shape(tmp_path)
+    (tmp_path / "prolong.json").write_text('{"shape": {"layers": 3}}')
+    with pytest.raises(UserError, match=r"prolong\.json: not a checkpoint description"):
+        read_shape(tmp_path)

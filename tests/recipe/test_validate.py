@@ -1,0 +1,246 @@
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.load import load_recipe
+from megatron_prolong.recipe.validate import check, find_problems, incoming_shape
+from tests.recipe.conftest import SHAPE, write_domain, write_model, write_tokenizer
+
+Write = Callable[..., Path]
+
+
+def problems_of(path: Path, overrides: list[str], world_size: int | None = None, **options: Any) -> list[str]:
+    """What is wrong, without the file names; [] when nothing is."""
+    try:
+        check(load_recipe(path, overrides), world_size, **options)
+    except UserError as error:
+        lines = str(error).splitlines()[1:]
+        return [re.sub(r"^  - (override '.*?'|[^ ]*): ", "", line) for line in lines]
+    return []
+
+
+def test_the_good_recipe_is_good(write: Write, recipe_data: dict[str, Any]) -> None:
+    findings = find_problems(load_recipe(write(recipe_data)), 8)
+    assert findings.errors == []
+    assert findings.warnings == []
+
+
+# One mistake each: overrides, world size, and what must be said about it (and nothing else).
+MISTAKES = [
+    (["stage.one.batch_tokens=9000"], None, "stages.one.batch_tokens: found 9000; must be a multiple of"),
+    (["stage.one.lr=0"], None, "stages.one.lr: found 0; must be greater than 0"),
+    (["stage.one.warmup=1"], None, "stages.one.warmup: found 1; must be less than 1"),
+    (["stage.one.warmup=-0.1"], None, "stages.one.warmup: found -0.1; must be greater than or equal to 0"),
+    (["stage.one.min_lr_ratio=1.5"], None, "stages.one.min_lr_ratio: found 1.5; must be less than or equal"),
+    (["stage.one.steps=0"], None, "stages.one.steps: found 0; must be greater than 0"),
+    (["stage.one.sequence_length=1.5"], None, "stages.one.sequence_length: found 1.5; must be a whole number"),
+    (["stage.one.schedule=cosin"], None, "stages.one.schedule: found 'cosin'"),
+    (["stage.one.seed=-1"], None, "stages.one.seed: found -1"),
+    (["precision=fp16"], None, "precision: found 'fp16'; must be 'fp32', 'bf16' or 'fp8'"),
+    (["optimizer.beta1=1"], None, "optimizer.beta1: found 1; must be less than 1"),
+    (["checkpoint.keep=0"], None, "checkpoint.keep: found 0; must be greater than 0"),
+    (["stage.one.mixture={books: 0.5, code: 0.4}"], None, "the proportions sum to 0.9; they must sum to 1"),
+    (["stage.one.mixture={}"], None, "stages.one.mixture: found no directory"),
+    (["stage.one.mixture={absent: 1}"], None, "stages.one.mixture.absent: no such directory"),
+    (["stage.one.mixture={model: 1}"], None, "stages.one.mixture.model: no index.json"),
+    (["stage.one.mixture=data"], None, "stages.one.mixture: found 'data'; must be 'mock'"),
+    (["stage.one.loss_mask=true"], None, "stages.one.mixture.code: no column mask (loss_mask is true)"),
+    (["stage.one.loss_mask=true", "stage.one.mixture=mock"], None, "stages.one.loss_mask: found true; mock"),
+    (["model.path=absent"], None, "model.path: absent: no such directory"),
+    (["model.path=books"], None, "model.path: books: holds neither config.json"),
+    (["model.path=qwen"], None, "qwen/config.json does not describe a Llama model"),
+    (["model.path=unconverted"], None, "model.path: unconverted holds no *.safetensors"),
+    (["model.path=unfinished"], None, "model.path: unfinished holds no .metadata"),
+    (["model.tokenizer=books"], None, "model.tokenizer: books: no tokenizer.json there"),
+    (["model.tokenizer=large"], None, "model.tokenizer: large has 301 tokens, but the model has"),
+    (["run_dir=recipe.yaml/run"], None, "recipe.yaml is a file; name a directory"),
+    (["layout.tp=3"], None, "layout.tp: found 3; must divide the model's num_heads 8 and num_kv_heads 4"),
+    (["layout.pp=3"], None, "layout.pp: found 3; must divide the model's 4 layers"),
+    (["layout.virtual_pp=2"], None, "layout.virtual_pp: found 2; needs pp of at least 2"),
+    (["layout.pp=2", "layout.virtual_pp=4"], None, "layout.virtual_pp: found 4; must divide the 2 layers"),
+    (["stage.one.layout.cp=3"], None, "stages.one.layout.cp: found 3; 2·cp = 6 must divide the sequence"),
+    (["layout.cp=8", "layout.cp_exchange=a2a"], None, "num_kv_heads / tp is 4; use p2p or all_gather"),
+    (["layout.cp=2", "layout.cp_exchange=a2a+p2p"], None, "needs an even cp of at least 4, not 2"),
+    (["layout.tp=2", "layout.pp=2"], 6, "6 ranks cannot be divided into copies of tp·pp·cp = 4"),
+    ([], 16, "dp = 16 / 1 = 16 must divide the global batch of 8 packed sequences"),
+    (["layout.pp=4", "layout.virtual_pp=1", "stage.one.layout.pp=2", "stage.one.layout.virtual_pp=2"], 16,
+     "interleaving needs the 1 micro-batches of a data-parallel rank to be a multiple of pp = 2"),
+    (["precision=fp8", "layout.cp=128"], None, "fp8 needs a multiple of 16 tokens on each rank, not 8"),
+    (["stage.one.carry.weights=false"], None, "stages.one.carry.weights: found false; the first stage"),
+    (["stage.two.carry.weights=false"], None, "stages.two.carry.optimizer: found true; moments of other"),
+    (["stage.one.tokens=null", "stage.one.steps=null"], None, "found neither of steps and tokens; give one"),
+    (["stages=[]"], None, "stages: found []; must not be empty"),
+    (["layout=4"], None, "layout: found 4; must be a mapping"),
+    (["name=a b"], None, "name: found 'a b'; may hold only letters"),
+    (["stage.one.seqence_length=3"], None, "unknown key; did you mean stages.one.sequence_length?"),
+    (["colour=blue"], None, "colour: unknown key; known keys: base, checkpoint, evaluation"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def inputs(workdir: Path) -> None:
+    """Directories that the mistakes point at."""
+    write_tokenizer(workdir / "large", SHAPE.vocab_size + 1)
+    write_model(workdir / "qwen")
+    config = json.loads((workdir / "qwen" / "config.json").read_text())
+    (workdir / "qwen" / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
+    write_model(workdir / "unconverted")
+    (workdir / "unconverted" / "model.safetensors").rename(workdir / "unconverted" / "pytorch_model.bin")
+    (workdir / "unfinished").mkdir()
+    (workdir / "unfinished" / "prolong.json").write_text(json.dumps({"shape": SHAPE.to_dict()}))
+
+
+@pytest.mark.usefixtures("inputs")
+@pytest.mark.parametrize(("overrides", "world_size", "message"), MISTAKES)
+def test_one_mistake_gives_one_message(
+    write: Write, recipe_data: dict[str, Any], overrides: list[str], world_size: int | None, message: str
+) -> None:
+    problems = problems_of(write(recipe_data), overrides, world_size)
+    assert any(message in problem for problem in problems), problems
+    # A field of the layout is judged once per stage and rule; anything else once.
+    keys = {problem.split(": ")[0].replace("stages.two", "stages.one") for problem in problems}
+    assert len(keys) == 1, problems
+
+
+def test_both_steps_and_tokens(write: Write, recipe_data: dict[str, Any]) -> None:
+    recipe_data["stages"][0]["tokens"] = "8K"
+    assert problems_of(write(recipe_data), []) == ["stages.one: found both of steps and tokens; give one"]
+
+
+def test_fp8_needs_cuda(write: Write, recipe_data: dict[str, Any]) -> None:
+    path = write(recipe_data)
+    assert problems_of(path, ["precision=fp8"]) == []
+    assert problems_of(path, ["precision=fp8"], on_cpu=True) == [
+        "precision: found fp8; it needs CUDA, and this machine has none: use bf16 or fp32"
+    ]
+    assert problems_of(path, ["stage.two.precision=fp8"], on_cpu=True)[0].startswith("stages.two.precision")
+
+
+def test_duplicate_and_reserved_stage_names(write: Write, recipe_data: dict[str, Any]) -> None:
+    first, second = recipe_data["stages"]
+    second["name"] = "one"
+    assert problems_of(write(recipe_data), []) == [
+        "stages.one: 2 stages have this name; names must be unique"
+    ]
+    first["name"] = "export"
+    assert "reserved" in problems_of(write(recipe_data), [])[0]
+
+
+TEN_MISTAKES = """\
+name: ten
+model: {path: model}
+layout: {tp: 16, cp_exchange: ring}        # two
+precision: fp16
+optimizer: {beta1: 1.5}
+stages:
+  - name: one
+    sequence_length: 1K
+    batch_tokens: 1500
+    steps: 10
+    tokens: 1M                             # as well as steps
+    lr: -1e-5
+    warmpu: 0.1
+    mixture: {books: 0.5, absent: 0.6}     # two
+"""
+
+
+def test_ten_mistakes_are_reported_at_once(write: Write) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(TEN_MISTAKES))
+    lines = str(caught.value).splitlines()
+    expected = [
+        "recipe.yaml:3: layout.tp: found 16; must divide the model's num_heads 8 and num_kv_heads 4",
+        "recipe.yaml:3: layout.cp_exchange: found 'ring'",
+        "recipe.yaml:4: precision: found 'fp16'",
+        "recipe.yaml:5: optimizer.beta1: found 1.5; must be less than 1",
+        "recipe.yaml:9: stages.one.batch_tokens: found 1500; must be a multiple of sequence_length, 1024",
+        "recipe.yaml:7: stages.one: found both of steps and tokens; give one",
+        "recipe.yaml:12: stages.one.lr: found '-1e-5'; must be greater than 0",
+        "recipe.yaml:13: stages.one.warmpu: unknown key; did you mean stages.one.warmup?",
+        "recipe.yaml:14: stages.one.mixture: the proportions sum to 1.1; they must sum to 1",
+        "recipe.yaml:14: stages.one.mixture.absent: no such directory",
+    ]
+    assert lines[0] == "recipe.yaml: the recipe has 10 problems:"
+    for message in expected:
+        assert sum(message in line for line in lines) == 1, message
+
+
+def test_a_misspelt_required_key_is_two_problems(write: Write, recipe_data: dict[str, Any]) -> None:
+    recipe_data["modle"] = recipe_data.pop("model")
+    assert problems_of(write(recipe_data), []) == [
+        "model: required, but not given",
+        "modle: unknown key; did you mean model?",
+    ]
+
+
+def test_warnings_do_not_stop_a_run(write: Write, recipe_data: dict[str, Any]) -> None:
+    overrides = ["stage.two.rope_base=1e4", "stage.one.carry.optimizer=true"]
+    findings = find_problems(load_recipe(write(recipe_data), overrides))
+    assert findings.errors == []
+    assert "found 10000, below the incoming 500000" in findings.warnings[1]
+    assert "no training checkpoint" in findings.warnings[0]
+    (Path("model") / "tokenizer.json").unlink()
+    findings = find_problems(load_recipe(write(recipe_data)))
+    assert findings.errors == [] and "no tokenizer.json" in findings.warnings[0]
+
+
+def test_a_stage_of_another_run_is_a_model(write: Write, recipe_data: dict[str, Any]) -> None:
+    checkpoint = Path("runs/earlier/64k/step_00000125")
+    write_tokenizer(checkpoint / "hf", SHAPE.vocab_size)
+    raised = SHAPE.replace(rope_base=8e6)
+    (checkpoint / "prolong.json").write_text(json.dumps({"kind": "training", "shape": raised.to_dict()}))
+    (checkpoint / ".metadata").touch()
+    (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
+    overrides = ["model.path=runs/earlier/64k", "stage.one.carry.optimizer=true"]
+    recipe = load_recipe(write(recipe_data), overrides)
+    findings = find_problems(recipe)
+    assert (findings.errors, findings.warnings) == ([], [])
+    assert incoming_shape(recipe) == raised
+
+
+def test_an_initial_model(write: Write, recipe_data: dict[str, Any]) -> None:
+    sizes = {"num_layers": 4, "hidden_size": 64, "num_heads": 8, "num_kv_heads": 4, "ffn_hidden_size": 128}
+    recipe_data["model"] = {"init": sizes, "tokenizer": "model"}
+    recipe = load_recipe(write(recipe_data))
+    check(recipe, 8)
+    assert incoming_shape(recipe).vocab_size == SHAPE.vocab_size
+
+    path = write(recipe_data)
+    assert problems_of(path, ["model.init.num_heads=7"]) == [
+        "model.init.num_heads: found 7; must divide hidden_size, 64",
+        "model.init.num_kv_heads: found 4; must divide num_heads, 7",
+    ]
+    assert "must be even" not in problems_of(path, [])
+    del recipe_data["model"]["tokenizer"]
+    assert problems_of(write(recipe_data), []) == [
+        "model.tokenizer: required with init: it sets the vocabulary size"
+    ]
+    recipe_data["model"]["path"] = "model"
+    assert "model: found both of path and init; give one" in problems_of(write(recipe_data), [])
+
+
+def test_an_empty_or_broken_domain(write: Write, recipe_data: dict[str, Any], workdir: Path) -> None:
+    write_domain(workdir / "empty", ["input_ids"], samples=0)
+    write_domain(workdir / "other", ["text"])
+    write_domain(workdir / "broken", ["input_ids"])
+    (workdir / "broken" / "index.json").write_text("{")
+    path = write(recipe_data)
+    for name, message in (
+        ("empty", "lists no samples"),
+        ("other", "no column input_ids"),
+        ("broken", "JSON"),
+    ):
+        (problem,) = problems_of(path, [f"stage.one.mixture={{{name}: 1.0}}"])
+        assert message in problem
+
+
+def test_checking_changes_nothing(write: Write, recipe_data: dict[str, Any]) -> None:
+    recipe = load_recipe(write(recipe_data))
+    before = recipe.model_dump()
+    check(recipe, 8)
+    assert recipe.model_dump() == before
