@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -163,7 +164,8 @@ def _mask(encoding: Any, spans: Sequence[tuple[int, int]]) -> EncodedChat:
     token from the first that ends inside it to the last that begins inside it. A token that begins before
     the span holds a piece of the header, and stays out.
     """
-    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    # fromiter is several times faster than array on a list of pairs.
+    offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(encoding)).reshape(-1, 2)
     mask = np.zeros(len(offsets), np.uint8)
     ends = []
     for start, end in spans:
