@@ -145,6 +145,11 @@ class MDSWriter:
         )
         self._clear()
 
+    def attach_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """A further file that appears together with the data set."""
+        with disk_full_is_users(self.path):
+            (self._temporary / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
     def finish(self) -> None:
         """Write what is left and the index, then move the directory to its name."""
         if self._samples:

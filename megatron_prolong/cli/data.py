@@ -1,0 +1,184 @@
+"""`prolong data`: from texts to packed sequences, step by step.
+
+The commands that look at data (inspect, verify, convert) live in cli/data_inspect.py and join this app there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megatron_prolong.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_prolong.data.executors import Executor
+
+app = typer.Typer(help="Tokenize, filter, pack and look at training data.", no_args_is_help=True)
+
+Paths = Annotated[list[str], typer.Argument(metavar="IN... OUT", help="inputs, then the directory to write")]
+Workers = Annotated[int, typer.Option(help="processes; 0 takes one per core", min=0)]
+ExecutorName = Annotated[str, typer.Option("--executor", help="local or ray")]
+SlurmArray = Annotated[
+    bool, typer.Option("--slurm-array", help="do this Slurm array job's share (SLURM_ARRAY_TASK_ID, …_COUNT)")
+]
+
+
+@app.command()
+def sources() -> None:
+    """List the kinds of sources that tokenize reads."""
+    from megatron_prolong.data.sources import SOURCES
+
+    for source in SOURCES.values():
+        typer.echo(f"{source.kind:14}{source.about}")
+    typer.echo(f"{'chat':14}JSON Lines of chats: a list of role and content in the field `messages`")
+
+
+@app.command()
+def tokenize(
+    paths: Paths,
+    tokenizer: Annotated[Path, typer.Option(help="directory with tokenizer.json, such as the model's")],
+    kind: Annotated[str | None, typer.Option(help="see `prolong data sources`; found out if absent")] = None,
+    domain: Annotated[str | None, typer.Option(help="name of the domain (default: the name of OUT)")] = None,
+    domain_field: Annotated[str | None, typer.Option(help="field of a record that names its domain")] = None,
+    text_field: Annotated[str, typer.Option(help="field that holds the text; `a.b` reaches inside")] = "text",
+    messages_field: Annotated[str, typer.Option(help="field that holds a chat's messages")] = "messages",
+    chat: Annotated[bool, typer.Option("--chat", help="records are chats, whatever their --kind")] = False,
+    max_chat_tokens: Annotated[
+        str | None, typer.Option(help="cut longer chats after the last whole assistant turn, e.g. 64K")
+    ] = None,
+    on_bad_input: Annotated[
+        str, typer.Option(help="stop at the first bad record, or skip and count")
+    ] = "stop",
+    workers: Workers = 0,
+    executor: ExecutorName = "local",
+    slurm_array: SlurmArray = False,
+) -> None:
+    """Turn texts, repositories or chats into tokenized documents."""
+    from megatron_prolong.data.tokenize import TokenizeOptions
+    from megatron_prolong.data.tokenize import tokenize as run
+
+    inputs, out = _split(paths)
+    if on_bad_input not in ("stop", "skip"):
+        raise UserError(f"--on-bad-input {on_bad_input}: must be stop or skip")
+    options = TokenizeOptions(
+        kind=kind,
+        domain=domain if domain is not None else out.name,
+        domain_field=domain_field,
+        text_field=text_field,
+        messages_field=messages_field,
+        chat=chat,
+        max_chat_tokens=_count("--max-chat-tokens", max_chat_tokens) if max_chat_tokens else None,
+        on_bad_input=on_bad_input,  # type: ignore[arg-type]
+    )
+    engine = _executor(executor, workers)
+    report = run(inputs, tokenizer, out, options, executor=engine, slurm=_slurm(slurm_array))
+    if report is None:
+        typer.echo(f"this job's share is done; {out} appears when the other jobs are done too")
+        return
+    typer.echo(f"{out}: {report.documents:,} documents, {report.tokens:,} tokens")
+    if report.targets:
+        typer.echo(f"  {report.targets:,} tokens ({report.targets / report.tokens:.1%}) are training targets")
+    if report.forced_cuts:
+        typer.echo(f"  {report.forced_cuts:,} forced cuts in texts without blanks or newlines")
+    _print_counts("left out", report.left_out)
+
+
+@app.command()
+def pack(
+    paths: Paths,
+    length: Annotated[str, typer.Option(help="tokens of a pack, e.g. 64K")],
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="single: long documents cut into whole packs; concat: one after the other, a cut document "
+            "goes on in the next pack; bestfit: no document that fits is cut"
+        ),
+    ],
+    min_length: Annotated[str, typer.Option(help="drop documents, and rests of documents, below this")] = "1",
+    lengths: Annotated[
+        str | None, typer.Option(help="single: chunk lengths, each into a subset of its own, e.g. 64K,512K")
+    ] = None,
+    overlap: Annotated[str, typer.Option(help="tokens that the next piece of a cut document repeats")] = "0",
+    intact: Annotated[bool, typer.Option("--intact", help="drop the rest of a cut document (chats)")] = False,
+    bos: Annotated[int | None, typer.Option(help="id to begin every document with (default: none)")] = None,
+    eos: Annotated[int | None, typer.Option(help="id to end every document with (default: none)")] = None,
+    shuffle_seed: Annotated[int | None, typer.Option(help="take the documents in random order")] = None,
+    domain: Annotated[str | None, typer.Option(help="name to write instead of the input's")] = None,
+    workers: Workers = 0,
+    executor: ExecutorName = "local",
+    slurm_array: SlurmArray = False,
+) -> None:
+    """Pack tokenized documents into sequences of one length, with an account of every token."""
+    from megatron_prolong.data.pack import PackOptions
+    from megatron_prolong.data.pack import pack as run
+
+    inputs, out = _split(paths)
+    options = PackOptions(
+        length=_count("--length", length),
+        mode=mode,  # type: ignore[arg-type]
+        min_length=_count("--min-length", min_length),
+        lengths=tuple(sorted({_count("--lengths", each) for each in lengths.split(",")})) if lengths else (),
+        overlap=_count("--overlap", overlap),
+        intact=intact,
+        bos=bos,
+        eos=eos,
+        shuffle_seed=shuffle_seed,
+        domain=domain,
+    )
+    report = run(inputs, out, options, executor=_executor(executor, workers), slurm=_slurm(slurm_array))
+    if report is None:
+        typer.echo(f"this job's share is done; {out} appears when the other jobs are done too")
+        return
+    for subset, count in report.packs.items():
+        typer.echo(f"{out / subset}: {count:,} packs of {options.length:,} tokens")
+    typer.echo(f"  {report.tokens:,} tokens of {report.documents:,} documents")
+    typer.echo(f"+ {report.added:,} added (bos, eos) + {report.repeated:,} repeated (overlap)")
+    typer.echo(f"= {report.packed:,} packed ({report.packed / report.capacity:.2%} of the packs' room)")
+    typer.echo(f"+ {sum(report.dropped.values()):,} dropped")
+    _print_counts("dropped tokens", report.dropped)
+
+
+@app.command()
+def merge(root: Annotated[Path, typer.Argument(help="directory with data sets somewhere below it")]) -> None:
+    """Join all data sets below a directory under one index, leaving their shards where they are."""
+    from megatron_prolong.data.mds import merge_tree
+
+    typer.echo(f"{root}: {merge_tree(root):,} samples")
+
+
+def _split(paths: list[str]) -> tuple[list[str], Path]:
+    if len(paths) < 2:
+        raise UserError("give at least one input and, last, the directory to write")
+    return paths[:-1], Path(paths[-1])
+
+
+def _count(option: str, text: str) -> int:
+    from megatron_prolong.recipe.numbers import parse_count
+
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise UserError(f"{option} {text}: {error}") from None
+
+
+def _executor(name: str, workers: int) -> Executor:
+    from megatron_prolong.data.executors import LocalProcesses, Ray
+
+    if name not in ("local", "ray"):
+        raise UserError(f"--executor {name}: must be local or ray")
+    return Ray() if name == "ray" else LocalProcesses(workers or len(os.sched_getaffinity(0)))
+
+
+def _slurm(wanted: bool) -> Mapping[str, str] | None:
+    return dict(os.environ) if wanted else None
+
+
+def _print_counts(title: str, counts: Mapping[str, Any]) -> None:
+    if counts:
+        typer.echo(f"  {title}:")
+        for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
+            typer.echo(f"    {count:>12,}  {reason}")

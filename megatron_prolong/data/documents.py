@@ -1,0 +1,123 @@
+"""The documents of tokenized MDS data sets: where each lies and how long it is, without its tokens.
+
+A sample without the column `indices` is one document. In packed data every span of `indices` is a document
+of its own, so that packing again keeps the boundaries. The table costs 26 bytes per document and is kept on
+disk, memory-mapped.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.data.mds import MDSReader
+from megatron_prolong.data.progress import track
+from megatron_prolong.errors import UserError
+
+DOCUMENT = np.dtype(
+    [("sample", "<i8"), ("start", "<i8"), ("length", "<i8"), ("bos", "?"), ("eos", "?")], align=False
+)
+"""One document: its sample (counted over all inputs), its first token in the sample, its tokens, and whether
+a beginning and an end of text must be added to it."""
+
+_BLOCK_DOCUMENTS = 1 << 16
+
+
+class TokenizedInputs:
+    """Several tokenized data sets as one sequence of samples.
+
+    Raises UserError when one has no column input_ids of uint32, or only some have a mask.
+    """
+
+    def __init__(self, directories: Sequence[str]) -> None:
+        self._directories = list(directories)
+        self._readers = [_open(directory) for directory in directories]
+        self._starts = np.cumsum([0, *map(len, self._readers)]).tolist()
+        masked = [
+            directory for directory, each in zip(directories, self._readers, strict=True) if _masked(each)
+        ]
+        if masked and len(masked) < len(directories):
+            raise UserError(f"{masked[0]} has a column mask, other inputs have none; pack them apart")
+        self.has_mask = bool(masked)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, sample: int) -> dict[str, Any]:
+        """Columns input_ids, and where they exist indices, mask and domain; arrays are views of the file."""
+        which = bisect_right(self._starts, sample) - 1
+        return self._readers[which][sample - self._starts[which]]
+
+    def name(self, sample: int) -> str:
+        """Data set, shard and sample number, for messages."""
+        which = bisect_right(self._starts, sample) - 1
+        number = sample - self._starts[which]
+        return f"{self._readers[which].shard_of(number).path}, sample {number} of {self._directories[which]}"
+
+    def scan(self, bos: int | None, eos: int | None) -> Iterator[NDArray[np.void]]:
+        """Tables of the documents of consecutive samples, DOCUMENT [n].
+
+        bos, eos: ids to be added where a document does not begin or end with them already.
+        """
+        rows: list[tuple[int, int, int, bool, bool]] = []
+        for sample in track(range(len(self)), len(self), "reading lengths"):
+            values = self.read(sample)
+            tokens = values["input_ids"]
+            for start, end in self._spans(sample, values):
+                add_bos = bos is not None and tokens[start] != bos
+                add_eos = eos is not None and tokens[end - 1] != eos
+                rows.append((sample, start, end - start, add_bos, add_eos))
+            if len(rows) >= _BLOCK_DOCUMENTS:
+                yield np.array(rows, DOCUMENT)
+                rows = []
+        yield np.array(rows, DOCUMENT)
+
+    def _spans(self, sample: int, values: dict[str, Any]) -> list[tuple[int, int]]:
+        num_tokens = len(values["input_ids"])
+        if "mask" in values and len(values["mask"]) != num_tokens:
+            raise UserError(
+                f"{self.name(sample)}: mask has {len(values['mask'])} entries for {num_tokens} tokens; "
+                "tokenize it again"
+            )
+        if "indices" not in values:
+            return [(0, num_tokens)]
+        spans = [(int(start), int(end)) for start, end in values["indices"] if end > start]
+        if [start for start, _ in spans] != [0, *(end for _, end in spans[:-1])] or spans[-1][
+            1
+        ] != num_tokens:
+            raise UserError(f"{self.name(sample)}: the spans in indices do not cover its {num_tokens} tokens")
+        return spans
+
+
+def _open(directory: str) -> MDSReader:
+    columns = MDSReader(directory).columns
+    if columns.get("input_ids") not in ("ndarray:uint32", "ndarray"):
+        raise UserError(
+            f"{directory}: no column input_ids of uint32 (columns: {', '.join(columns) or 'none'}); "
+            "expected tokenized data, as `prolong data tokenize` writes"
+        )
+    wanted = ("input_ids", "indices", "mask", "domain")
+    return MDSReader(directory, columns=[name for name in wanted if name in columns])
+
+
+def _masked(reader: MDSReader) -> bool:
+    return "mask" in reader.columns
+
+
+def write_table(path: Path, blocks: Iterator[NDArray[np.void]]) -> None:
+    """Write the blocks one after the other; read_table maps the file."""
+    with path.open("wb") as file:
+        for block in blocks:
+            block.tofile(file)
+
+
+def read_table(path: Path, dtype: np.dtype) -> NDArray[Any]:
+    """The whole table, memory-mapped read-only."""
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r")

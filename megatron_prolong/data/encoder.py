@@ -1,0 +1,148 @@
+"""Texts to token ids through the Rust tokenizer, in bounded memory and exactly as if each were encoded whole.
+
+The library's result holds some hundred bytes per token (strings, offsets), so a long document is encoded in
+segments. A segment may only end where the tokenizer's own splitting regex ends a match whatever follows:
+after a newline before a visible character, or before a single blank between two letters. That is true of
+byte-level BPE with GPT-2's or Llama-3's regex; for any other tokenizer documents are encoded whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.errors import UserError
+
+SEGMENT_CHARACTERS = 1 << 17
+_BATCH_CHARACTERS = 1 << 21
+_SAFE_CUT = re.compile(r"(?<=\n)(?=[!-~])|(?<=[A-Za-z])(?= [A-Za-z])")
+_SEARCH_CHARACTERS = 1 << 12
+
+
+class TextEncoder:
+    """directory: one with a tokenizer.json, as every Hugging Face model with a fast tokenizer has.
+
+    Nothing is added to a text: no beginning or end of text, no truncation; and the names of special tokens
+    inside a text (`<|eot_id|>`) are text like any other. Raises UserError for a missing or damaged file.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        from tokenizers import Tokenizer
+
+        self.path = tokenizer_file(directory)
+        try:
+            self._tokenizer = Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(
+                f"{self.path}: not a tokenizer the tokenizers library can read ({error})"
+            ) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.splits = _may_be_split(json.loads(self._tokenizer.to_str()))
+        self.forced_cuts = 0
+
+    def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Token ids of each text, uint32 [n]. Memory beyond texts and ids does not grow with them."""
+        pieces: list[list[NDArray[np.uint32]]] = [[] for _ in texts]
+        owners: list[int] = []
+        batch: list[str] = []
+        room = _BATCH_CHARACTERS
+        for owner, text in enumerate(texts):
+            for segment in self._segments(text):
+                owners.append(owner)
+                batch.append(segment)
+                room -= len(segment)
+                if room <= 0:
+                    self._encode_batch(batch, owners, pieces)
+                    owners, batch, room = [], [], _BATCH_CHARACTERS
+        self._encode_batch(batch, owners, pieces)
+        return [_join(parts) for parts in pieces]
+
+    def _encode_batch(
+        self, batch: list[str], owners: list[int], pieces: list[list[NDArray[np.uint32]]]
+    ) -> None:
+        encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        for owner, encoding in zip(owners, encodings, strict=True):
+            pieces[owner].append(np.array(encoding.ids, np.uint32))
+
+    def _segments(self, text: str) -> Iterator[str]:
+        if not self.splits or len(text) <= SEGMENT_CHARACTERS:
+            yield text
+            return
+        start = 0
+        while len(text) - start > SEGMENT_CHARACTERS:
+            end = start + SEGMENT_CHARACTERS
+            cut = _last_cut(text, end - _SEARCH_CHARACTERS, end) or _last_cut(text, start + 1, end)
+            if cut is None:
+                cut = end
+                self.forced_cuts += 1
+            yield text[start:cut]
+            start = cut
+        yield text[start:]
+
+
+def _last_cut(text: str, start: int, end: int) -> int | None:
+    """The last position in (start, end] where a segment may end. One character beyond `end` is looked at."""
+    last = None
+    for match in _SAFE_CUT.finditer(text, start, min(end + 2, len(text))):
+        if start < match.start() <= end:
+            last = match.start()
+    return last
+
+
+def _join(parts: list[NDArray[np.uint32]]) -> NDArray[np.uint32]:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint32)
+
+
+def _may_be_split(tokenizer: dict[str, Any]) -> bool:
+    """Byte-level BPE whose pre-tokenizer splits by regex and adds no blank in front; see the module."""
+    if tokenizer["model"]["type"] != "BPE":
+        return False
+    normalizer = tokenizer["normalizer"]
+    if normalizer is not None and normalizer["type"] != "NFC":
+        return False
+    splitter = tokenizer["pre_tokenizer"] or {"type": None}
+    steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
+    byte_level = [step for step in steps if step["type"] == "ByteLevel"]
+    regexes = [step for step in steps if step["type"] == "Split" and step["behavior"] == "Isolated"]
+    if (
+        len(byte_level) != 1
+        or len(byte_level) + len(regexes) != len(steps)
+        or byte_level[0]["add_prefix_space"]
+    ):
+        return False
+    patterns = {step["pattern"].get("Regex") for step in regexes}
+    return patterns <= _KNOWN_REGEXES and (bool(patterns) or bool(byte_level[0]["use_regex"]))
+
+
+_GPT4_STYLE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Llama-3's, Qwen-2's and GPT-2's (which ByteLevel has built in): a match never reaches from a newline into
+# a following visible character, nor from a letter over a blank.
+_KNOWN_REGEXES = {
+    _GPT4_STYLE % "{1,3}",
+    _GPT4_STYLE % "",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+}
+
+
+def tokenizer_file(directory: Path | str) -> Path:
+    """`directory/tokenizer.json`. Raises UserError when it is not there."""
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; --tokenizer takes a directory with a fast tokenizer (tokenizer.json), "
+            "such as a Hugging Face model's"
+        )
+    return path

@@ -1,0 +1,114 @@
+"""Where the tasks of a data job run: processes of this machine, a share of a Slurm array, or Ray.
+
+A job is cut into tasks by its input alone, each task writes one directory atomically (data/job.py), so it
+does not matter who runs which task, in which order, or how often it was tried.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from megatron_prolong.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Executor(Protocol):
+    def map(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        """Run work(item) for every item and yield results as they come, in any order.
+
+        work and items must be picklable. The first exception stops the job and is raised here.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LocalProcesses:
+    """`workers` processes on this machine; a single one, or a single item, runs in this process."""
+
+    workers: int
+
+    def map(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        if min(self.workers, len(items)) <= 1:
+            yield from map(work, items)
+            return
+        # spawn: forking a process in which the tokenizer's threads run can deadlock the child.
+        pool = ProcessPoolExecutor(
+            min(self.workers, len(items)),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_one_thread_each,
+        )
+        try:
+            for future in as_completed([pool.submit(work, item) for item in items]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed from outside, most often for lack of memory; take fewer "
+                "--workers. Run the same command again: finished tasks are kept"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _one_thread_each() -> None:
+    """Many processes, one thread each: the tokenizer's own thread pool would only fight over the cores."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@dataclass(frozen=True)
+class Ray:
+    """One Ray task per item. address: the cluster's; None for the environment's, or a local one."""
+
+    address: str | None = None
+
+    def map(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        try:
+            import ray
+        except ImportError:
+            raise UserError("--executor ray needs the package ray: pip install 'ray>=2.9'") from None
+        if not ray.is_initialized():
+            ray.init(address=self.address, log_to_driver=False)
+        remote = ray.remote(_with_one_thread)
+        pending = [remote.remote(work, item) for item in items]
+        try:
+            while pending:
+                finished, pending = ray.wait(pending)
+                yield from ray.get(finished)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause or error from None
+        finally:
+            for reference in pending:
+                ray.cancel(reference)
+
+
+def _with_one_thread(work: Callable[[T], R], item: T) -> R:
+    _one_thread_each()
+    return work(item)
+
+
+def array_share(items: Sequence[T], environment: Mapping[str, str]) -> list[T]:
+    """The items of this job of a Slurm array: every n-th, beginning at the job's place in the array.
+
+    Array ids may begin anywhere and have a step, as in `--array=1-31:2`. When only some ids are submitted
+    again (`--array=7`), that job takes what is left, since finished tasks are never in `items`' way.
+    Raises UserError when the variables are absent.
+    """
+    try:
+        task_id = int(environment["SLURM_ARRAY_TASK_ID"])
+        count = int(environment["SLURM_ARRAY_TASK_COUNT"])
+        first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+        step = int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
+    except KeyError as error:
+        raise UserError(
+            f"--slurm-array: {error.args[0]} is not set; submit with `sbatch --array=0-31`"
+        ) from None
+    place = (task_id - first) // max(step, 1)
+    return list(items[place % count :: count])

@@ -1,0 +1,161 @@
+"""A resumable job: named tasks that each write one data set, and a directory that appears when all are done.
+
+While it runs the job lives in `OUT.partial`: `job.json` (what was asked for) and one finished directory per
+task. Every task directory is written under a temporary name and renamed, so a job killed at any moment is
+continued by running the same command again, by any number of processes or machines at once. When no task is
+left, the indexes are merged, `report.json` is written and `OUT.partial` is renamed to `OUT`. The bytes of
+`OUT` depend on what was asked for only: not on workers, stops, or machines.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_prolong.data.executors import Executor, array_share
+from megatron_prolong.data.mds import INDEX, merge_indexes
+from megatron_prolong.data.mds.writer import disk_full_is_users, refuse_existing
+from megatron_prolong.data.progress import track
+from megatron_prolong.errors import UserError
+
+T = TypeVar("T")
+SETTINGS = "job.json"
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """out: the final directory. directory: where the work happens, `OUT.partial`."""
+
+    out: Path
+    settings: Mapping[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.partial")
+
+    @property
+    def is_finished(self) -> bool:
+        return _read(self.out / SETTINGS) == dict(self.settings)
+
+    def open(self) -> None:
+        """Begin, or continue what the same command began.
+
+        Raises UserError when OUT holds something else, or OUT.partial was begun with other settings and has
+        finished tasks.
+        """
+        refuse_existing(self.out)
+        begun = _read(self.directory / SETTINGS)
+        if begun is not None and begun != dict(self.settings) and not any(self.directory.rglob(INDEX)):
+            shutil.rmtree(self.directory)
+            begun = None
+        if begun is not None and begun != dict(self.settings):
+            keys = sorted(begun.keys() | self.settings.keys())
+            changed = [key for key in keys if begun.get(key) != self.settings.get(key)]
+            raise UserError.many(
+                f"{self.directory} was begun with other settings; remove it to start anew, or repeat them:",
+                [
+                    f"{key}: was {begun.get(key)!s:.100}, now {self.settings.get(key)!s:.100}"
+                    for key in changed
+                ],
+            )
+        with disk_full_is_users(self.out):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(self.directory / SETTINGS, dict(self.settings))
+
+    def run(
+        self,
+        tasks: Mapping[str, T],
+        work: Callable[[Path, T], None],
+        executor: Executor,
+        environment: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Run work(directory, description) for the tasks not done yet; True when none is left anywhere.
+
+        tasks: directory below `directory` to description of the task. work must create that directory
+        atomically (MDSWriter does). environment: Slurm's variables, to take only this array job's share.
+        """
+        share = list(tasks) if environment is None else array_share(list(tasks), environment)
+        pending = [(self.directory / name, tasks[name]) for name in share if not self._is_done(name)]
+        done = executor.map(partial(_run_once, work), pending)
+        for _ in track(done, len(pending), f"{self.out.name}: tasks"):
+            pass
+        return all(map(self._is_done, tasks))
+
+    def _is_done(self, task: str) -> bool:
+        return (self.directory / task / INDEX).exists()
+
+    def task_reports(self, tasks: Iterable[str]) -> list[dict[str, Any]]:
+        """What every finished task wrote as its report.json, in the order of the tasks."""
+        reports = [_read(self.directory / task / REPORT) for task in tasks]
+        assert None not in reports, "a task wrote no report"
+        return [report for report in reports if report is not None]
+
+    def finish(self, tasks: Iterable[str], report: Callable[[], Mapping[str, Any]]) -> None:
+        """Merge the indexes, write the report, give the directory its final name.
+
+        Several jobs of an array may come here at once: one does it, the others find it done.
+        """
+        try:
+            with (self.directory / SETTINGS).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not self.directory.exists():
+                    return
+                with disk_full_is_users(self.out):
+                    self._assemble(tasks, report())
+                self.directory.replace(self.out)
+        except FileNotFoundError:
+            if not self.is_finished:
+                raise
+
+    def _assemble(self, tasks: Iterable[str], report: Mapping[str, Any]) -> None:
+        parents = sorted({str(Path(task).parent) for task in tasks})
+        for parent in parents:
+            members = [self.directory / task for task in tasks if str(Path(task).parent) == parent]
+            merge_indexes(members, self.directory / parent)
+        keep = {Path(task).parts[0] for task in tasks} | {SETTINGS, REPORT, INDEX}
+        for path in self.directory.iterdir():
+            if path.name not in keep:  # plans, and temporary directories of killed workers
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self.directory.rglob("*.tmp-*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_json(self.directory / REPORT, report)
+
+
+def _run_once(work: Callable[[Path, T], None], task: tuple[Path, T]) -> None:
+    """Another process may have done the task since the list was made, or finish it first: both are good."""
+    directory, description = task
+    try:
+        if not (directory / INDEX).exists():
+            work(directory, description)
+    except (OSError, UserError):
+        if not (directory / INDEX).exists():
+            raise
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path} is damaged; remove {path.parent} and start anew") from None
+    assert isinstance(value, dict)
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write through a temporary file, so that a reader never sees half of it."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

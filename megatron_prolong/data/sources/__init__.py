@@ -1,0 +1,65 @@
+"""Where documents come from. Every source cuts its input into parts and reads records from a part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_prolong.data.sources.base import Bad, Part, Record, Source
+from megatron_prolong.data.sources.files import COMPRESSED, is_remote
+from megatron_prolong.data.sources.jsonl import JsonLines
+from megatron_prolong.data.sources.repositories import Repositories
+from megatron_prolong.data.sources.shards import Shards
+from megatron_prolong.data.sources.tables import Parquet, SavedDataset
+from megatron_prolong.data.sources.text import Text
+from megatron_prolong.errors import UserError
+
+__all__ = ["SOURCES", "Bad", "Part", "Record", "Source", "find_kind", "source_of"]
+
+SOURCES: dict[str, Source] = {
+    source.kind: source
+    for source in (Repositories(), Text(), JsonLines(), Parquet(), SavedDataset(), Shards())
+}
+
+
+def source_of(kind: str) -> Source:
+    """The source of a kind. Raises UserError naming the known ones."""
+    if kind not in SOURCES:
+        raise UserError(f"there is no source of kind {kind!r}; known: {', '.join(SOURCES)}")
+    return SOURCES[kind]
+
+
+def find_kind(path: str) -> str:
+    """What lies at `path`, told by its files' names. Raises UserError when that leaves a doubt."""
+    if is_remote(path) or Path(path).is_file():
+        kinds = _kinds([path])
+    elif (Path(path) / "index.json").exists():
+        kinds = {"mds"}
+    elif (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
+        kinds = {"hf"}
+    elif Path(path).is_dir():
+        if any(Path(path).glob("*/.git")):
+            return "repositories"
+        kinds = _kinds(str(file) for file in Path(path).rglob("*") if file.is_file())
+    else:
+        raise UserError(f"{path}: no such file or directory")
+    if len(kinds) != 1:
+        raise UserError(
+            f"{path}: cannot tell what kind of source this is ({', '.join(sorted(kinds)) or 'none known'}); "
+            f"say it with --kind {'|'.join(SOURCES)}"
+        )
+    return kinds.pop()
+
+
+def _kinds(names: object) -> set[str]:
+    from megatron_prolong.data.sources.jsonl import SUFFIXES as JSONL
+    from megatron_prolong.data.sources.text import SUFFIXES as TEXT
+
+    kinds: set[str] = set()
+    for name in names:  # type: ignore[attr-defined]
+        stem = name
+        for suffix in COMPRESSED:
+            stem = stem.removesuffix(suffix)
+        for kind, suffixes in {"text": TEXT, "jsonl": JSONL, "parquet": (".parquet",)}.items():
+            if stem.lower().endswith(suffixes):
+                kinds.add(kind)
+    return kinds

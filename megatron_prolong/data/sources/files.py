@@ -1,0 +1,95 @@
+"""Listing and opening files, here or behind a URL (`s3://`, `gs://`, `hf://`, …) through fsspec."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import zstandard
+
+from megatron_prolong.errors import UserError
+
+COMPRESSED = (".gz", ".zst", ".zstd", ".bz2")
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def list_files(path: str, suffixes: Sequence[str]) -> list[tuple[str, int]]:
+    """(path, bytes) of `path` itself if it is a file, else of all files below it with one of the suffixes
+    (a compression's suffix may follow), sorted by path. Hidden files are left out.
+
+    Raises UserError when `path` does not exist or holds no such file.
+    """
+    found = _list_remote(path) if is_remote(path) else _list_local(path)
+    if len(found) == 1 and found[0][0] == path:
+        return found
+    endings = tuple(suffix + zipped for suffix in suffixes for zipped in ("", *COMPRESSED))
+    files = [(name, size) for name, size in found if name.lower().endswith(endings)]
+    if not files:
+        raise UserError(f"{path}: no file ends in {', '.join(suffixes)} (found {len(found)} other files)")
+    return sorted(files)
+
+
+def _list_local(path: str) -> list[tuple[str, int]]:
+    root = Path(path)
+    if root.is_file():
+        return [(path, root.stat().st_size)]
+    if not root.is_dir():
+        raise UserError(f"{path}: no such file or directory")
+    return [
+        (str(file), file.stat().st_size)
+        for file in root.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
+    ]
+
+
+def _list_remote(path: str) -> list[tuple[str, int]]:
+    system, inner = _filesystem(path)
+    protocol = path.split("://", 1)[0]
+    try:
+        if system.isfile(inner):
+            return [(path, int(system.size(inner) or 0))]
+        details = system.find(inner, detail=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+    if not details:
+        raise UserError(f"{path}: nothing there")
+    return [(f"{protocol}://{name}", int(info.get("size") or 0)) for name, info in details.items()]
+
+
+def _filesystem(path: str) -> tuple[Any, str]:
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{path}: {error}; remote paths need fsspec and the protocol's driver (s3fs, gcsfs, …)"
+        ) from None
+
+
+def open_bytes(path: str) -> IO[bytes]:
+    """The file's bytes, decompressed by its suffix (.gz, .zst, .zstd, .bz2), for sequential reading."""
+    if is_remote(path):
+        system, inner = _filesystem(path)
+        raw: IO[bytes] = system.open(inner, "rb")
+    else:
+        raw = Path(path).open("rb")  # noqa: SIM115 - the caller closes it
+    if path.endswith(".gz"):
+        return gzip.open(raw)  # type: ignore[return-value]
+    if path.endswith((".zst", ".zstd")):
+        # Long-range windows up to 2 GiB occur in published JSONL.
+        stream: IO[bytes] = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(
+            raw, read_across_frames=True, closefd=True
+        )
+        return stream
+    return bz2.open(raw) if path.endswith(".bz2") else raw
+
+
+def is_compressed(path: str) -> bool:
+    return path.endswith(COMPRESSED)

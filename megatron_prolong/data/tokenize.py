@@ -1,0 +1,297 @@
+"""Sources to tokenized documents: an MDS data set with the columns of ProLong's raw data.
+
+Columns: input_ids uint32 [n], length, domain; chats also have mask uint8 [n]. No beginning or end of text is
+added to plain text (ProLong's choice); a chat's template writes its own. The input is cut into tasks by its
+content alone (some 64 MiB each), so the result does not depend on how many workers made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.data.encoder import TextEncoder, tokenizer_file
+from megatron_prolong.data.executors import Executor, LocalProcesses
+from megatron_prolong.data.job import REPORT, Job
+from megatron_prolong.data.mds import MDSWriter
+from megatron_prolong.data.sources import Bad, Part, Record, find_kind, source_of
+from megatron_prolong.errors import UserError
+
+TASK_BYTES = 1 << 26
+_BATCH_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """What the records of a source become.
+
+    kind: of the sources (SOURCES), or `chat` for JSON Lines of messages; None looks at the files.
+    domain: name written into every sample; domain_field: take it from this field of the record instead.
+    text_field, messages_field: the field of a record, dots reach into nested ones (`meta.text`).
+    chat: the records are chats (messages with role and content). max_chat_tokens: longer ones are cut after
+    the last assistant turn that fits. on_bad_input: `stop` at the first record that is no text, or `skip`
+    and count it.
+    """
+
+    kind: str | None = None
+    domain: str = ""
+    domain_field: str | None = None
+    text_field: str = "text"
+    messages_field: str = "messages"
+    chat: bool = False
+    max_chat_tokens: int | None = None
+    on_bad_input: Literal["stop", "skip"] = "stop"
+
+
+@dataclass
+class TokenizeReport:
+    """What became of the input. left_out: reason to count, of documents and (in repositories) of files.
+
+    forced_cuts: places where a text of 128K characters without any blank or newline had to be cut before
+    encoding, which may change the two tokens there. targets: tokens with mask 1, chats only.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    targets: int = 0
+    forced_cuts: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Mapping[str, Any]) -> None:
+        for name in ("documents", "tokens", "text_bytes", "targets", "forced_cuts"):
+            setattr(self, name, getattr(self, name) + other[name])
+        self.left_out.update(other["left_out"])
+
+
+def tokenize(
+    sources: Sequence[str],
+    tokenizer: Path | str,
+    out: Path | str,
+    options: TokenizeOptions | None = None,
+    *,
+    executor: Executor | None = None,
+    slurm: Mapping[str, str] | None = None,
+) -> TokenizeReport | None:
+    """Tokenize everything in `sources` into the MDS data set `out`; a stopped run is continued.
+
+    tokenizer: directory with tokenizer.json. slurm: the environment of an array job, to do its share only;
+    then None is returned while other jobs still have tasks to do.
+    Raises UserError for bad input, naming file and record.
+    """
+    options = options or TokenizeOptions()
+    if options.kind == "chat":
+        options = TokenizeOptions(**(asdict(options) | {"kind": "jsonl", "chat": True}))
+    kinds = [options.kind or find_kind(source) for source in sources]
+    parts = [
+        (kind, part)
+        for kind, source in zip(kinds, sources, strict=True)
+        for part in source_of(kind).parts(source)
+    ]
+    job = Job(Path(out), _settings(sources, tokenizer, options, parts))
+    tasks = {f"{number:05}": task for number, task in enumerate(_into_tasks(parts))}
+    if not job.is_finished:
+        job.open()
+        if not job.run(tasks, _Work(str(tokenizer), options), executor or LocalProcesses(1), slurm):
+            return None
+        job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
+    return _read_report(Path(out))
+
+
+def _settings(
+    sources: Sequence[str],
+    tokenizer: Path | str,
+    options: TokenizeOptions,
+    parts: Sequence[tuple[str, Part]],
+) -> dict[str, Any]:
+    digest = hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).hexdigest()
+    listing = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return {
+        "step": "tokenize",
+        "sources": list(sources),
+        "files": f"{len(parts)} parts, {sum(part.num_bytes for _, part in parts)} bytes, sha256 {listing}",
+        "tokenizer": f"sha256 {digest}",
+        **asdict(options),
+    }
+
+
+def _into_tasks(parts: Sequence[tuple[str, Part]]) -> list[list[tuple[str, Part]]]:
+    """Consecutive parts of about TASK_BYTES together."""
+    tasks: list[list[tuple[str, Part]]] = []
+    room = 0
+    for kind, part in parts:
+        if room <= 0:
+            tasks.append([])
+            room = TASK_BYTES
+        tasks[-1].append((kind, part))
+        room -= max(part.num_bytes, 1)
+    return tasks
+
+
+def _sum(job: Job, tasks: Iterable[str], options: TokenizeOptions) -> TokenizeReport:
+    total = TokenizeReport()
+    for report in job.task_reports(tasks):
+        total.add(report)
+    if options.chat:
+        from megatron_prolong.data.chat import MaskTally
+
+        MaskTally(total.tokens, total.targets).check(str(job.out))
+    if not total.documents:
+        shutil.rmtree(job.directory)
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(total.left_out.items()))
+        raise UserError(f"{job.out}: not a single document in the sources; left out: {reasons or 'nothing'}")
+    return total
+
+
+def _read_report(out: Path) -> TokenizeReport:
+    report = TokenizeReport()
+    report.add(json.loads((out / REPORT).read_bytes()))
+    return report
+
+
+class Tokens(Protocol):
+    """Token ids and, for chats, the loss mask; None for a chat that cannot be cut to the limit."""
+
+    def __call__(self, records: Sequence[Record]) -> list[tuple[NDArray[np.uint32], Any] | None]: ...
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One task: read its parts, encode them, write one directory. Picklable, for any process to do."""
+
+    tokenizer: str
+    options: TokenizeOptions
+
+    def __call__(self, directory: Path, parts: list[tuple[str, Part]]) -> None:
+        report = TokenizeReport()
+        encoder = None if self.options.chat else TextEncoder(self.tokenizer)
+        encode: Tokens = (
+            _chat_encoder(self.tokenizer, self.options)
+            if encoder is None
+            else partial(_encode_texts, encoder, self.options.text_field)
+        )
+        columns = {"input_ids": "ndarray:uint32", "length": "int", "domain": "str"}
+        if self.options.chat:
+            columns["mask"] = "ndarray:uint8"
+        with MDSWriter(directory, columns) as writer:
+            for batch in _batches(self._records(parts, report)):
+                for record, encoded in zip(batch, encode(batch), strict=True):
+                    self._write(writer, record, encoded, report)
+            report.forced_cuts = encoder.forced_cuts if encoder else 0
+            writer.attach_json(REPORT, vars(report))
+
+    def _records(self, parts: Sequence[tuple[str, Part]], report: TokenizeReport) -> Iterator[Record]:
+        """The usable records; the others are counted, or stop the job."""
+        for kind, part in parts:
+            for found in source_of(kind).read(part):
+                bad = found if isinstance(found, Bad) else self._problem(found)
+                if isinstance(found, Record):
+                    report.left_out.update(found.left_out)
+                if bad is not None and bad.problem and self.options.on_bad_input == "stop":
+                    raise UserError(
+                        f"{bad.name}: {bad.problem}; correct it, or leave such records out with "
+                        "--on-bad-input skip"
+                    )
+                if bad is not None:
+                    report.left_out[f"document: {bad.reason}"] += 1
+                elif isinstance(found, Record):
+                    yield found
+
+    def _problem(self, record: Record) -> Bad | None:
+        name = self.options.messages_field if self.options.chat else self.options.text_field
+        value = _get(record.fields, name)
+        if value is None:
+            known = ", ".join(record.fields)
+            return Bad(record.name, f"has no field {name!r} (fields: {known})", f"no field {name}")
+        if self.options.chat:
+            return None
+        if not isinstance(value, str):
+            return Bad(record.name, f"field {name!r} is {type(value).__name__}, not text", "not text")
+        if not value:
+            return Bad(record.name, "", "empty")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return Bad(record.name, f"has half a surrogate pair at character {error.start}", "not UTF-8")
+        return None
+
+    def _write(self, writer: MDSWriter, record: Record, encoded: Any, report: TokenizeReport) -> None:
+        if encoded is None or not len(encoded[0]):
+            reason = "empty" if encoded else "no assistant turn fits into the limit"
+            report.left_out[f"document: {reason}"] += 1
+            return
+        tokens, mask = encoded
+        domain = self.options.domain
+        if self.options.domain_field:
+            domain = str(_get(record.fields, self.options.domain_field) or domain)
+        sample = {"input_ids": tokens, "length": len(tokens), "domain": domain}
+        if mask is not None:
+            sample["mask"] = mask
+            report.targets += int(mask.sum())
+        else:
+            report.text_bytes += len(_get(record.fields, self.options.text_field).encode())
+        writer.write(sample)
+        report.documents += 1
+        report.tokens += len(tokens)
+
+
+def _get(fields: Mapping[str, Any], name: str) -> Any:
+    """fields["a.b"], or fields["a"]["b"]; None where there is no such thing."""
+    if name in fields:
+        return fields[name]
+    value: Any = fields
+    for key in name.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return value
+
+
+def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Consecutive records of about _BATCH_BYTES of text together."""
+    batch: list[Record] = []
+    room = _BATCH_BYTES
+    for record in records:
+        batch.append(record)
+        room -= sum(len(value) for value in record.fields.values() if isinstance(value, str | list))
+        if room <= 0 or len(batch) >= 4096:
+            yield batch
+            batch, room = [], _BATCH_BYTES
+    if batch:
+        yield batch
+
+
+def _encode_texts(
+    encoder: TextEncoder, name: str, records: Sequence[Record]
+) -> list[tuple[NDArray[np.uint32], Any] | None]:
+    return [(tokens, None) for tokens in encoder.encode([_get(record.fields, name) for record in records])]
+
+
+def _chat_encoder(directory: str, options: TokenizeOptions) -> Tokens:
+    """Chats through the tokenizer's template, with the mask of what the assistant wrote (data/chat.py)."""
+    from transformers import AutoTokenizer
+
+    from megatron_prolong.data.chat import encode_batch
+
+    tokenizer_file(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+
+    def encode(records: Sequence[Record]) -> list[tuple[NDArray[np.uint32], Any] | None]:
+        chats = [_get(record.fields, options.messages_field) for record in records]
+        result: list[tuple[NDArray[np.uint32], Any] | None] = []
+        for chat in encode_batch(chats, tokenizer, [record.name for record in records]):
+            kept = chat.cut(options.max_chat_tokens) if options.max_chat_tokens else chat
+            result.append((kept.tokens, kept.mask) if kept else None)
+        return result
+
+    return encode
