@@ -1,0 +1,150 @@
+"""`prolong plan`: which layout runs a recipe on a cluster, how fast, at what price."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from megatron_prolong.plan.hardware import Gpu
+    from megatron_prolong.plan.report import StagePlan
+    from megatron_prolong.plan.search import Candidate
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="E.g. model.path=DIR with config.json is enough."),
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job.")] = 8,
+    gpu: Annotated[str, typer.Option(help="GPU model of the hardware table.")] = "h100-80g",
+    stage: Annotated[str | None, typer.Option(help="Only this stage.")] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Play 64 batches of the mixture through the best layout.")
+    ] = False,
+    top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 5,
+    write: Annotated[Path | None, typer.Option(help="Write the recipe at its best layouts.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with memory bars and the frontier.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    hardware: Annotated[Path | None, typer.Option(help="A hardware table of your own.")] = None,
+) -> None:
+    """Predict memory, speed and price of every layout of each stage, and say why the others fail."""
+    import json
+
+    from megatron_prolong.errors import UserError
+    from megatron_prolong.plan.hardware import find_gpu
+    from megatron_prolong.plan.page import plan_page
+    from megatron_prolong.plan.report import plan_stage, to_json, with_best_layouts
+    from megatron_prolong.recipe.load import dump_recipe, load_recipe
+    from megatron_prolong.recipe.validate import incoming_shape
+
+    device = find_gpu(gpu, hardware)
+    loaded = load_recipe(recipe, overrides or ())
+    shape = incoming_shape(loaded)
+    names = [one.name for one in loaded.stages]
+    if stage is not None and stage not in names:
+        raise UserError(f"--stage {stage}: {recipe} has no such stage, only {', '.join(names)}")
+    plans = [
+        plan_stage(loaded, one, shape, gpus, device, simulated_steps=64 if simulate else 0)
+        for one in loaded.stages
+        if stage in (None, one.name)
+    ]
+    if json_output:
+        print(json.dumps([to_json(one, device, top) for one in plans], indent=1))
+    else:
+        for one in plans:
+            _print(one, device, top)
+        _print_total(plans, device)
+    if write is not None:
+        if missing := [one.stage.name for one in plans if one.best is None]:
+            raise UserError(f"--write: no layout runs stage {', '.join(missing)} on {gpus} × {gpu}")
+        _write(write, dump_recipe(with_best_layouts(loaded, plans)))
+    if html is not None:
+        _write(html, plan_page(loaded.name, plans, device))
+
+
+def _print(plan: StagePlan, gpu: Gpu, top: int) -> None:
+    from rich.table import Table
+
+    from megatron_prolong.cli.tables import print_table
+
+    stage, world = plan.stage, plan.written.job.world_size
+    print(
+        f"\n{stage.name}: {stage.num_steps} steps of {stage.batch_sequences} × {stage.sequence_length} tokens "
+        f"on {world} × {gpu.name}\n  document lengths: {plan.batches.source}"
+    )
+    if plan.written.runs:
+        print(f"  recipe's layout ({plan.written.name}): {_summary(plan.written, gpu, stage.num_steps)}")
+    else:
+        print(f"  recipe's layout ({plan.written.name}) does not run: {plan.written.reason}")
+    if plan.best is None:
+        print("  no layout runs.")
+    else:
+        table = Table("layout", "GB/GPU", "s/step", "tok/s/GPU", "MFU", "GPU-hours", "USD")
+        for candidate in plan.ranked(top):
+            table.add_row(candidate.name, *_numbers(candidate, gpu, stage.num_steps))
+        print_table(table)
+        memory, time = plan.best.memory, plan.best.time
+        assert memory is not None and time is not None
+        print("  best, GB: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in memory.parts().items()))
+        print("  best, seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in time.parts().items()))
+    if plan.simulation is not None:
+        spread = ", ".join(f"{name} {seconds:.1f}" for name, seconds in plan.simulation.percentiles().items())
+        print(
+            f"  {len(plan.simulation.seconds)} steps played: {spread} s; ranks busy "
+            f"{plan.simulation.utilisation:.0%}, dealt out as drawn {plan.simulation.utilisation_as_drawn:.0%}"
+        )
+    _print_reasons(plan)
+
+
+def _print_reasons(plan: StagePlan) -> None:
+    reasons = plan.reasons()
+    print(f"  {sum(count for _, count in reasons)} of {len(plan.candidates)} layouts do not run:")
+    for reason, count in reasons:
+        print(f"    {count:5d}  {reason}")
+    if (miss := plan.nearest_miss()) is not None:
+        print(f"    nearest miss: {miss.name}: {miss.reason}")
+
+
+def _print_total(plans: list[StagePlan], gpu: Gpu) -> None:
+    if len(plans) < 2 or any(plan.best is None for plan in plans):
+        return
+    hours = sum(plan.best.gpu_hours(plan.stage.num_steps) for plan in plans if plan.best is not None)
+    world = plans[0].written.job.world_size
+    print(
+        f"\nall stages at their best: {hours:,.0f} GPU-hours, {hours / world:,.0f} hours on {world} GPUs, "
+        f"USD {hours * gpu.price_per_hour:,.0f} at {gpu.price_per_hour}/h"
+    )
+
+
+def _numbers(candidate: Candidate, gpu: Gpu, num_steps: int) -> list[str]:
+    assert candidate.time is not None
+    hours = candidate.gpu_hours(num_steps)
+    return [
+        f"{candidate.needed_bytes / 1e9:.0f}",
+        f"{candidate.time.total:.1f}",
+        f"{candidate.throughput:,.0f}",
+        f"{candidate.mfu:.1%}",
+        f"{hours:,.0f}",
+        f"{hours * gpu.price_per_hour:,.0f}",
+    ]
+
+
+def _summary(candidate: Candidate, gpu: Gpu, num_steps: int) -> str:
+    memory, seconds, speed, utilisation, hours, money = _numbers(candidate, gpu, num_steps)
+    return (
+        f"{memory} GB, {seconds} s/step, {speed} tok/s/GPU, MFU {utilisation}, {hours} GPU-hours, USD {money}"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    import os
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    typer.echo(f"wrote {path}", err=True)

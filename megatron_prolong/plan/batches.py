@@ -1,0 +1,109 @@
+"""The document lengths of a stage's global batches: from its shards if they are there, else from what is known.
+
+In this order, per stage: the real mixture's batches (`data.mixture`, exactly those that training would see); the
+published distribution of a domain of that name (`lengths`); one document per sequence, the dearest there is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.data.mixture import Mixture
+from megatron_prolong.plan.lengths import (
+    PROLONG_64K,
+    PROLONG_512K,
+    PROLONG_SFT,
+    DomainLengths,
+    LengthMixture,
+    Lengths,
+    single_document,
+    squared_tokens,
+)
+from megatron_prolong.recipe.schema import Stage
+
+_KNOWN = (PROLONG_64K, PROLONG_512K, PROLONG_SFT)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Some global batches of a stage.
+
+    Attributes:
+        lengths: for every step, for every packed sequence, its documents' tokens.
+        source: where they come from, for the reader.
+    """
+
+    lengths: list[list[Lengths]]
+    source: str
+
+    @property
+    def pairs(self) -> NDArray[np.float64]:
+        """Σ len² per packed sequence: [steps, sequences]."""
+        return np.array([[squared_tokens(one) for one in step] for step in self.lengths], dtype=np.float64)
+
+    @property
+    def longest_share(self) -> float:
+        """Share of the tokens in documents that fill their whole sequence."""
+        sequences = [one for step in self.lengths for one in step]
+        return float(np.mean([len(one) == 1 for one in sequences]))
+
+
+def stage_batches(stage: Stage, num_steps: int) -> Batches:
+    """`num_steps` global batches of the stage: its first ones if the shards are there.
+
+    Raises:
+        UserError: the shards are there but cannot be read.
+    """
+    num_steps = min(num_steps, stage.num_steps)
+    if stage.mixture != "mock" and all(path.is_dir() for path in stage.mixture):
+        return Batches(_real(stage, num_steps), f"{num_steps} batches of the stage's own shards")
+    mixture, source = _assumed(stage)
+    batches = [mixture.batch(step, stage.batch_sequences, stage.seed) for step in range(num_steps)]
+    return Batches(batches, f"{num_steps} batches drawn from {source}")
+
+
+def _real(stage: Stage, num_steps: int) -> list[list[Lengths]]:
+    mixture = Mixture(
+        stage.mixture,
+        sequence_length=stage.sequence_length,
+        batch_sequences=stage.batch_sequences,
+        seed=stage.seed,
+        num_steps=stage.num_steps,
+    )
+    return [[mixture.read(ref).document_lengths for ref in mixture.batch(step)] for step in range(num_steps)]
+
+
+def _assumed(stage: Stage) -> tuple[LengthMixture, str]:
+    """Known distributions by directory name; whole sequences where the name is unknown."""
+    if stage.mixture == "mock":
+        return single_document(stage.sequence_length), "mock data: one document per sequence"
+    domains, unknown = [], []
+    for path, proportion in stage.mixture.items():
+        known = _find(path, stage.sequence_length)
+        if known is None:
+            unknown.append(path.name)
+        tokens = stage.sequence_length if known is None else known.document_tokens
+        domains.append(
+            DomainLengths(
+                path.name,
+                proportion,
+                document_tokens=tokens,
+                mean_tokens=known.mean_tokens if known else 0.0,
+                sigma=known.sigma if known else 1.0,
+                max_tokens=known.max_tokens if known else None,
+            )
+        )
+    source = "published document lengths (no shards here)"
+    if unknown:
+        source += f"; one document per sequence assumed for {', '.join(unknown)}"
+    return LengthMixture(stage.name, stage.sequence_length, tuple(domains)), source
+
+
+def _find(path: Path, sequence_length: int) -> DomainLengths | None:
+    """The published domain of that directory name, preferably of the same sequence length."""
+    by_length = sorted(_KNOWN, key=lambda mixture: mixture.sequence_length != sequence_length)
+    return next((d for mixture in by_length for d in mixture.domains if d.name == path.name), None)
