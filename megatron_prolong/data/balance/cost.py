@@ -1,0 +1,99 @@
+"""What a document costs: linear in its tokens, quadratic through attention, and an exchange when it is split.
+
+Only ratios matter to balancing; the default is in seconds of one H100 so that numbers can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.recipe.shape import ModelShape
+
+Lengths = NDArray[np.int64]
+Seconds = NDArray[np.float64]
+
+# One H100 with full recomputation, bf16. Matrix products run at 70% of 989 TFLOP/s in 4 passes (forward, again,
+# twice backward); causal attention at 539 TFLOP/s forward, twice, and 516 backward, which is 2.5 forwards
+# (arXiv 2407.08608, figures 5 and 6: cuDNN). Keys and values travel three times (gathered forward and again
+# backward, gradients reduced) at 80% of NVLink's 450 GB/s.
+_MATMUL_SECONDS = 4 / 692e12
+_ATTENTION_SECONDS = 2 / 539e12 + 2.5 / 516e12
+_EXCHANGE_SECONDS = 3 / 360e9
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Time of a step, in seconds, on one rank that does all of it.
+
+    Attributes:
+        linear: per token: everything but attention.
+        quadratic: per token² of a document: causal attention.
+        exchange: per token of a document whose keys and values travel to every rank of the context-parallel
+            group. Each rank receives (cp-1)/cp of the document, so this part does not shrink with cp.
+        fixed: per micro-batch.
+    """
+
+    linear: float
+    quadratic: float
+    exchange: float = 0.0
+    fixed: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert self.linear > 0 and min(self.quadratic, self.exchange, self.fixed) >= 0, self
+
+    @classmethod
+    def for_shape(cls, shape: ModelShape) -> CostModel:
+        """From a Llama's operations and bytes at an H100's speeds; a measured fit (`fit`) is better."""
+        heads = shape.num_heads + 2 * shape.num_kv_heads
+        attention = shape.hidden_size * shape.head_dim * (heads + shape.num_heads)
+        weights = attention + 3 * shape.hidden_size * shape.ffn_hidden_size
+        output = shape.hidden_size * shape.vocab_size
+        kv_bytes = 2 * shape.num_kv_heads * shape.head_dim * 2
+        return cls(
+            linear=2 * (shape.num_layers * weights + output) * _MATMUL_SECONDS,
+            quadratic=2 * shape.num_layers * shape.num_heads * shape.head_dim * _ATTENTION_SECONDS,
+            exchange=shape.num_layers * kv_bytes * _EXCHANGE_SECONDS,
+        )
+
+    @classmethod
+    def fit(cls, lengths: Sequence[Lengths], seconds: Sequence[float]) -> CostModel:
+        """The model closest to measured micro-batches on one rank (relative error, least squares).
+
+        Args:
+            lengths: document lengths of each measured micro-batch, at least three that differ in Σ n and Σ n².
+            seconds: how long each took. The exchange cannot be seen on one rank and is 0.
+
+        A term whose coefficient would be negative (noise) is left out.
+        """
+        measured = np.asarray(seconds, dtype=np.float64)
+        terms = np.array([[d.sum(), np.square(d, dtype=np.float64).sum(), 1.0] for d in lengths])
+        terms /= measured[:, None]  # relative error: a long micro-batch must not drown the short ones
+        scale = terms.max(axis=0)
+        kept = [0, 1, 2]
+        while True:
+            solution = np.linalg.lstsq(terms[:, kept] / scale[kept], np.ones(len(measured)), rcond=None)[0]
+            negative = [term for term, value in zip(kept, solution, strict=True) if value < 0 and term != 0]
+            if not negative:
+                break
+            kept.remove(negative[-1])
+        found = dict(zip(kept, solution / scale[kept], strict=True))
+        return cls(linear=found[0], quadratic=found.get(1, 0.0), fixed=found.get(2, 0.0))
+
+    @property
+    def equal_cost_tokens(self) -> float:
+        """Length at which a document's attention costs as much as all else (inf without a quadratic term)."""
+        return self.linear / self.quadratic if self.quadratic else float("inf")
+
+    def work(self, lengths: Lengths) -> Seconds:
+        """Time of each document whole on one rank."""
+        n = lengths.astype(np.float64)
+        return self.linear * n * (1 + n / self.equal_cost_tokens)
+
+    def exchange_time(self, tokens: Any, cp: int) -> Any:
+        """Time on every rank of exchanging documents of `tokens` tokens in all (number or array) over cp ranks."""
+        return self.exchange * tokens * (cp - 1) / cp
