@@ -25,6 +25,8 @@ CORE = [
     "zstandard>=0.22,<0.26",
     "xxhash>=3.4,<5",
     "nltk>=3.9,<4",
+    "rouge-score>=0.1.2,<0.2",
+    "wonderwords>=3,<4",  # the word lists of RULER's synthetic tasks
 ]
 EXTRAS = {
     # GPU-only packages are imported lazily and come with NVIDIA's PyTorch image.

@@ -1,0 +1,129 @@
+"""`prolong eval`: perplexity, needle in a haystack, and the long-context suites."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(help="Measure long-context ability.", no_args_is_help=True, rich_markup_mode=None)
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="[LABEL=]MODEL", help="Hugging Face directory, checkpoint or stage directory."),
+]
+Compare = Annotated[
+    Optional[list[str]],  # noqa: UP045 (typer reads this annotation)
+    typer.Option("--compare", metavar="[LABEL=]MODEL", help="Another model beside it; may be repeated."),
+]
+Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, e.g. 512,2K,8K.")]
+Out = Annotated[Path, typer.Option(help="Directory for results.")]
+Seed = Annotated[int, typer.Option(help="Chooses passages, haystacks and needles.")]
+
+
+@app.command()
+def perplexity(
+    model: Model,
+    data: Annotated[list[Path], typer.Option(help="Held-out documents: MDS directory, text file or folder.")],
+    out: Out,
+    lengths: Lengths = "512,2K,8K",
+    compare: Compare = None,
+    documents: Annotated[int, typer.Option(min=1, help="At most this many passages.")] = 16,
+    seed: Seed = 42,
+) -> None:
+    """Loss on held-out documents by position and by the context given."""
+    from megatron_prolong.evaluation.backend import open_backend
+    from megatron_prolong.evaluation.documents import read_passages
+    from megatron_prolong.evaluation.perplexity import Perplexity, measure
+    from megatron_prolong.evaluation.report import plot_perplexity, print_perplexity, write_json
+
+    sizes = _lengths(lengths)
+    results: dict[str, Perplexity] = {}
+    for label, path in _models(model, compare):
+        with open_backend(path) as backend:
+            passages = read_passages(data, backend.tokenizer, max(sizes), documents, seed)
+            results[label] = measure(backend, passages, sizes)
+    write_json(
+        out / "perplexity.json",
+        {
+            "data": [str(path) for path in data],
+            "passages": [passage.name for passage in passages],
+            "seed": seed,
+            "models": results,
+        },
+    )
+    print_perplexity(results)
+    plot_perplexity(results, out / "perplexity.png")
+    print(f"wrote {out / 'perplexity.json'} and {out / 'perplexity.png'}")
+
+
+@app.command()
+def needle(
+    model: Model,
+    out: Out,
+    lengths: Lengths = "512,2K,8K",
+    depths: Annotated[str, typer.Option(help="Depths in percent of the context.")] = "0,25,50,75,100",
+    haystack: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Text file or folder; default: RULER's noise sentences."),
+    ] = None,
+    compare: Compare = None,
+    trials: Annotated[int, typer.Option(min=1, help="Needles per length and depth.")] = 4,
+    seed: Seed = 42,
+) -> None:
+    """Needle-in-a-haystack recall over depth × length."""
+    from megatron_prolong.evaluation import needle as needles
+    from megatron_prolong.evaluation.backend import open_backend
+    from megatron_prolong.evaluation.documents import read_text
+    from megatron_prolong.evaluation.report import plot_needle, print_needle, write_json
+
+    sizes, fractions = _lengths(lengths), _depths(depths)
+    text = read_text(haystack) if haystack else needles.NOISE
+    results: dict[str, Any] = {}
+    for label, path in _models(model, compare):
+        with open_backend(path, batch_size=trials) as backend:
+            results[label] = needles.run(backend, text, sizes, fractions, trials=trials, seed=seed)
+    write_json(out / "needle.json", {"haystack": str(haystack or "noise"), "seed": seed, "models": results})
+    print_needle(results)
+    plot_needle(results, out / "needle.png")
+    print(f"wrote {out / 'needle.json'} and {out / 'needle.png'}")
+
+
+def _models(model: str, compare: list[str] | None) -> list[tuple[str, str]]:
+    """(label, path) of every model; the label defaults to the directory's name."""
+    from megatron_prolong.errors import UserError
+
+    pairs = []
+    for text in [model, *(compare or [])]:
+        label, separator, path = text.partition("=")
+        pairs.append((label, path) if separator else (Path(text).name, text))
+    labels = [label for label, _ in pairs]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise UserError(f"two models are called {', '.join(twice)}; give them names: NAME=DIRECTORY")
+    return pairs
+
+
+def _lengths(text: str) -> list[int]:
+    from megatron_prolong.errors import UserError
+    from megatron_prolong.recipe.numbers import parse_count
+
+    try:
+        lengths = sorted({parse_count(part) for part in text.split(",")})
+    except ValueError as error:
+        raise UserError(f"--lengths {text}: every length {error}") from error
+    if lengths[0] < 16:
+        raise UserError(f"--lengths {text}: a context of fewer than 16 tokens measures nothing")
+    return lengths
+
+
+def _depths(text: str) -> list[float]:
+    from megatron_prolong.errors import UserError
+
+    try:
+        depths = [float(part) / 100 for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--depths {text}: write percents between 0 and 100, e.g. 0,50,100") from error
+    if not all(0 <= depth <= 1 for depth in depths):
+        raise UserError(f"--depths {text}: must lie between 0 and 100")
+    return depths

@@ -1,0 +1,118 @@
+"""What an evaluation asks of a model: greedy text for prompts, and log-probabilities of tokens.
+
+Three programs answer: Hugging Face transformers (`hf.py`), our own checkpoints in place on Megatron-Core
+(`megatron.py`) and any OpenAI-compatible server (`openai.py`, text only).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.shape import model_directory
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given.
+
+    Attributes:
+        text: the whole prompt, or with `chat` the user's message, which the model's chat template wraps.
+        chat: apply the chat template and open the assistant's turn.
+    """
+
+    text: str
+    chat: bool = False
+
+
+class Backend(Protocol):
+    """A model that continues prompts."""
+
+    name: str
+    """Which program: hf, megatron or openai."""
+    model: str
+    """Path or served name."""
+    tokenizer: Any
+    """The model's transformers tokenizer: prompts are counted and cut with it."""
+    max_length: int
+    """Tokens the model declares it can take (max_position_embeddings)."""
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        """Greedy continuations, without the prompt, ended by the model's stop tokens or before a `stop` text."""
+        ...
+
+
+class ScoringBackend(Backend, Protocol):
+    """A model that also says how likely tokens are."""
+
+    def token_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Log-probability of each token given those before it: float32 [len(ids) − 1]."""
+        ...
+
+    def continuation_logprobs(
+        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """Log-probability of each whole continuation after the prompt, which is read once."""
+        ...
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The prompt's token ids, with the special tokens (or chat template) the model was trained with."""
+    if not prompt.chat:
+        return list(tokenizer(prompt.text)["input_ids"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; evaluate a base model with "
+            "`--chat never`, or export the model with its template"
+        )
+    messages = [{"role": "user", "content": prompt.text}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    return min((text.split(end, 1)[0] for end in stop), key=len, default=text)
+
+
+@contextmanager
+def open_backend(path: Path | str, *, batch_size: int = 1) -> Iterator[ScoringBackend]:
+    """The backend for a directory: `megatron` for a checkpoint of ours (or a run's stage), else `hf`.
+
+    A checkpoint is split by tensor parallelism over the ranks of torchrun or srun, when started by one.
+
+    Raises:
+        UserError: the directory is neither.
+    """
+    directory = model_directory(path)
+    if (directory / "prolong.json").exists():
+        from megatron_prolong.evaluation.megatron import open_megatron
+
+        with open_megatron(directory, batch_size=batch_size) as backend:
+            yield backend
+    elif (directory / "config.json").exists():
+        from megatron_prolong.evaluation.hf import HuggingFaceBackend
+
+        yield HuggingFaceBackend.open(directory, batch_size=batch_size)
+    else:
+        raise UserError(
+            f"{path}: neither a Hugging Face model (config.json) nor a checkpoint of ours (prolong.json); "
+            "give one of these, or a run's stage directory"
+        )
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer stored in a model directory, read without the network."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: no tokenizer that transformers can read: {error}") from error

@@ -1,0 +1,87 @@
+"""Held-out documents for perplexity and haystacks: MDS shards, text files, or directories of these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.data.mds import MDSReader
+from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.errors import UserError
+
+TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """The first tokens of one document: int64 [S]; `name` says which."""
+
+    name: str
+    tokens: NDArray[np.int64]
+
+
+def read_passages(data: Sequence[Path], tokenizer: Any, length: int, count: int, seed: int) -> list[Passage]:
+    """`count` passages of exactly `length` tokens, one per document that is long enough, chosen by `seed`.
+
+    Raises:
+        UserError: no document is that long (naming the longest found), or a path holds no documents.
+    """
+    longest = 0
+    found: list[Passage] = []
+    for path in data:
+        for passage in _documents(path, tokenizer):
+            longest = max(longest, len(passage.tokens))
+            if len(passage.tokens) >= length:
+                found.append(Passage(passage.name, passage.tokens[:length]))
+    if not found:
+        raise UserError(
+            f"{', '.join(map(str, data))}: no document of {length:,} tokens, the longest has {longest:,}; "
+            "give longer documents (packs of at least that length) or shorter --lengths"
+        )
+    chosen = np.random.default_rng(seed).permutation(len(found))[:count]
+    return [found[index] for index in sorted(chosen)]
+
+
+def read_text(path: Path) -> str:
+    """All text of a file or directory, for a haystack."""
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in _text_files(path)]
+    return " ".join(" ".join(texts).split())
+
+
+def _documents(path: Path, tokenizer: Any) -> Iterator[Passage]:
+    shards = sorted(path.rglob("index.json")) if path.is_dir() else []
+    if (path / "index.json") in shards:
+        shards = [path / "index.json"]  # the merged index names the shards of the folders below
+    for index in shards:
+        yield from _packed_documents(index.parent)
+    if not shards:
+        for file in _text_files(path):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            yield Passage(str(file), np.array(ids, dtype=np.int64))
+
+
+def _packed_documents(directory: Path) -> Iterator[Passage]:
+    reader = MDSReader(directory)
+    for number in range(len(reader)):
+        identity = Identity(str(directory), reader.shard_of(number).raw.basename, number)
+        sequence = PackedSequence.from_sample(reader[number], identity)
+        for piece, part in enumerate(sequence.pieces()):
+            yield Passage(f"{identity}, document {piece}", part.tokens.astype(np.int64))
+
+
+def _text_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES) if path.is_dir() else []
+    if not files:
+        kinds = ", ".join(sorted(TEXT_SUFFIXES))
+        raise UserError(
+            f"{path}: no text here; give a directory of MDS shards, a text file, or a folder of {kinds}"
+        )
+    return files

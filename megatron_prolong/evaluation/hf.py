@@ -1,0 +1,168 @@
+"""The Hugging Face backend: transformers on CPU or one GPU, with chunked prefill.
+
+Contexts are fed in chunks against a key/value cache, so logits exist for one chunk at a time and memory grows
+with the cache only. This is the reference the megatron backend is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode, load_tokenizer
+
+# Logits of one chunk: 1024 × 128K vocabulary × 4 bytes = 0.5 GiB.
+SCORE_CHUNK_TOKENS = 1024
+PREFILL_CHUNK_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class HuggingFaceBackend:
+    """A causal language model of transformers; greedy, float32 on CPU and bfloat16 on CUDA."""
+
+    module: Any
+    tokenizer: Any
+    model: str
+    max_length: int
+    stop_ids: frozenset[int]
+    batch_size: int = 1
+    name: str = "hf"
+
+    @classmethod
+    def open(
+        cls, directory: Path, *, batch_size: int = 1, device: torch.device | None = None
+    ) -> HuggingFaceBackend:
+        """Load a directory written by `save_pretrained` (or by `prolong convert to-hf`)."""
+        from transformers import AutoModelForCausalLM
+
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        try:
+            module = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{directory}: transformers cannot load this model: {error}") from error
+        return cls(
+            module=module.to(device).eval(),
+            tokenizer=load_tokenizer(directory),
+            model=str(directory),
+            max_length=int(module.config.max_position_embeddings),
+            stop_ids=stop_tokens(module.generation_config.eos_token_id),
+            batch_size=batch_size,
+        )
+
+    @torch.inference_mode()
+    def token_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """See `ScoringBackend`; the logits of at most SCORE_CHUNK_TOKENS positions exist at a time."""
+        return self._logprobs(self._tensor([ids]), _new_cache()).cpu().numpy()
+
+    @torch.inference_mode()
+    def continuation_logprobs(
+        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """See `ScoringBackend`: the prompt's keys and values serve all continuations."""
+        cache = _new_cache()
+        self._prefill(self._tensor([prompt[:-1]]), None, cache)
+        totals = []
+        for continuation in continuations:
+            ids = self._tensor([[prompt[-1], *continuation]])
+            totals.append(float(self._logprobs(ids, cache).double().sum()))
+            cache.crop(-len(continuation))
+        return totals
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        """See `Backend`; prompts of similar length share a batch, padded on the left."""
+        encoded = [encode(self.tokenizer, prompt) for prompt in prompts]
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+        texts = [""] * len(encoded)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            outputs = self._generate_batch([encoded[index] for index in batch], max_new_tokens)
+            for index, output in zip(batch, outputs, strict=True):
+                texts[index] = cut_at_stop(self.tokenizer.decode(output, skip_special_tokens=True), stop)
+        return texts
+
+    @torch.inference_mode()
+    def _generate_batch(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy tokens of prompts decoded side by side, without the stop token."""
+        width = max(map(len, prompts))
+        pad = min(self.stop_ids, default=0)  # any token: padding is masked out
+        ids_BT = self._tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask_BT = self._tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        padded = any(len(prompt) != width for prompt in prompts)
+        cache = _new_cache()
+        following = self._prefill(ids_BT, mask_BT if padded else None, cache)
+        outputs: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            tokens = following.tolist()
+            running = {row for row in running if tokens[row] not in self.stop_ids}
+            for row in running:
+                outputs[row].append(tokens[row])
+            if not running:
+                break
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(prompts), 1)], dim=1)
+            following = self._forward(following[:, None], mask_BT if padded else None, cache)
+        return outputs
+
+    def _prefill(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: Any) -> Tensor:
+        """Feed the prompts chunk by chunk; returns the most likely next token of each, [B]."""
+        for start in range(0, ids_BT.shape[1], PREFILL_CHUNK_TOKENS):
+            end = min(start + PREFILL_CHUNK_TOKENS, ids_BT.shape[1])
+            seen = None if mask_BT is None else mask_BT[:, :end]
+            following = self._forward(ids_BT[:, start:end], seen, cache)
+        return following
+
+    def _forward(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: Any) -> Tensor:
+        positions = None
+        if mask_BT is not None:  # positions count real tokens only
+            positions = (mask_BT.cumsum(1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
+        logits_B1V = self.module(
+            ids_BT,
+            attention_mask=mask_BT,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits_B1V[:, -1].argmax(-1)
+
+    def _logprobs(self, ids_1T: Tensor, cache: Any) -> Tensor:
+        """Log-probabilities of tokens 1..T−1, float32 [T−1]; the last token is not fed."""
+        targets_T = ids_1T[0, 1:]
+        pieces = []
+        for start in range(0, len(targets_T), SCORE_CHUNK_TOKENS):
+            chunk = slice(start, min(start + SCORE_CHUNK_TOKENS, len(targets_T)))
+            logits_TV = self.module(ids_1T[:, chunk], past_key_values=cache, use_cache=True).logits[0].float()
+            chosen_T = logits_TV.gather(-1, targets_T[chunk, None])[:, 0]
+            pieces.append(chosen_T - logits_TV.logsumexp(-1))
+        return torch.cat(pieces)
+
+    def _tensor(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(rows, device=self.module.device)
+
+
+def stop_tokens(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+    """The stop tokens of a generation config, which writes one number or a list."""
+    if eos_token_id is None:
+        return frozenset()
+    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+
+
+def _new_cache() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()

@@ -1,0 +1,147 @@
+"""Needle in a haystack: a sentence with a number is hidden at some depth of a long text and must be repeated.
+
+Two scores per cell of the (length × depth) grid. *recall*: the generated text contains the number. *ranking*:
+the number is more likely than every one of some made-up numbers of as many tokens; small models that cannot
+yet generate the answer show here whether they find it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_prolong.data.progress import track
+from megatron_prolong.evaluation.backend import Prompt, ScoringBackend, encode
+from megatron_prolong.evaluation.words import word_list
+
+# RULER's noise haystack (niah_single_1).
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+INTRODUCTION = "A special magic number is hidden within the following text. Make sure to memorize it.\n"
+NEEDLE = "The special magic number for {key} is {value}."
+QUESTION = (
+    "\nWhat is the special magic number for {key} mentioned in the provided text?\n"
+    "The special magic number for {key} is"
+)
+ANSWER_TOKENS = 16
+DISTRACTORS = 9
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One trial. `distractors` are made-up values of as many tokens as `value`."""
+
+    length: int
+    depth: float
+    prompt: Prompt
+    value: str
+    distractors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NeedleCell:
+    """Shares (0 to 1) over the trials of one length (tokens) and depth (0 = start, 1 = end)."""
+
+    length: int
+    depth: float
+    trials: int
+    recall: float
+    ranked_first: float
+    margin: float
+    """Mean log-probability of the number minus that of the best distractor, in nats."""
+
+
+def make_needle(tokenizer: Any, haystack: str, length: int, depth: float, seed: int) -> Needle:
+    """A prompt of at most `length` tokens (less than one sentence shorter), the answer's tokens included.
+
+    The haystack is repeated when it is too short. Same arguments, same prompt.
+    """
+    rng = random.Random(f"{seed}-{length}-{depth}")
+    key = f"{rng.choice(word_list('adjective'))}-{rng.choice(word_list('noun'))}"
+    value, distractors = _numbers(tokenizer, rng)
+    room = length - ANSWER_TOKENS
+    sentences = _sentences(haystack, rng)
+
+    def render(count: int) -> Prompt:
+        body = [sentences[index % len(sentences)] for index in range(count)]
+        body.insert(round(depth * count), NEEDLE.format(key=key, value=value))
+        return Prompt(INTRODUCTION + " ".join(body) + QUESTION.format(key=key))
+
+    count = _largest(lambda count: len(encode(tokenizer, render(count))) <= room, room)
+    return Needle(length, depth, render(count), value, distractors)
+
+
+def run(
+    backend: ScoringBackend,
+    haystack: str,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    *,
+    trials: int,
+    seed: int,
+) -> list[NeedleCell]:
+    """Fill the grid: `trials` needles per cell, one pass over each prompt for ranking and one for recall."""
+    grid = [(length, depth) for length in lengths for depth in depths]
+    cells = []
+    for length, depth in track(grid, sum(lengths) * len(depths), "needle", amount=lambda cell: cell[0]):
+        needles = [
+            make_needle(backend.tokenizer, haystack, length, depth, seed + trial) for trial in range(trials)
+        ]
+        cells.append(_score(backend, needles))
+    return cells
+
+
+def _score(backend: ScoringBackend, needles: Sequence[Needle]) -> NeedleCell:
+    outputs = backend.generate([needle.prompt for needle in needles], ANSWER_TOKENS)
+    hits = [needle.value in output for needle, output in zip(needles, outputs, strict=True)]
+    margins = [_margin(backend, needle) for needle in needles]
+    return NeedleCell(
+        length=needles[0].length,
+        depth=needles[0].depth,
+        trials=len(needles),
+        recall=sum(hits) / len(needles),
+        ranked_first=sum(margin > 0 for margin in margins) / len(needles),
+        margin=sum(margins) / len(needles),
+    )
+
+
+def _margin(backend: ScoringBackend, needle: Needle) -> float:
+    prompt = encode(backend.tokenizer, needle.prompt)
+    candidates = [_value_ids(backend.tokenizer, value) for value in (needle.value, *needle.distractors)]
+    right, *wrong = backend.continuation_logprobs(prompt, candidates)
+    return right - max(wrong)
+
+
+def _numbers(tokenizer: Any, rng: random.Random) -> tuple[str, tuple[str, ...]]:
+    """A 7-digit number and distractors that take as many tokens, so that no length is favoured."""
+    value = str(rng.randint(1_000_000, 9_999_999))
+    size = len(_value_ids(tokenizer, value))
+    distractors: list[str] = []
+    while len(distractors) < DISTRACTORS:
+        other = str(rng.randint(1_000_000, 9_999_999))
+        if other != value and other not in distractors and len(_value_ids(tokenizer, other)) == size:
+            distractors.append(other)
+    return value, tuple(distractors)
+
+
+def _value_ids(tokenizer: Any, value: str) -> list[int]:
+    return list(tokenizer(f" {value}", add_special_tokens=False)["input_ids"])
+
+
+def _sentences(haystack: str, rng: random.Random) -> list[str]:
+    """Sentences from a random starting point on, so that trials see different text."""
+    sentences = [sentence.strip() + "." for sentence in haystack.split(". ") if sentence.strip(" .")]
+    start = rng.randrange(len(sentences))
+    return sentences[start:] + sentences[:start]
+
+
+def _largest(fits: Any, upper: int) -> int:
+    """The largest count in [0, upper] that fits, which must hold up to some count and not beyond."""
+    low, high = 0, 1
+    while high < upper and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

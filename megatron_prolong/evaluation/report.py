@@ -1,0 +1,125 @@
+"""Results of an evaluation on disk and on the screen: JSON, tables, and pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_prolong.evaluation.needle import NeedleCell
+from megatron_prolong.evaluation.perplexity import Perplexity
+from megatron_prolong.recipe.numbers import format_count
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write through a temporary name, so that a file of this name is always whole. Dataclasses are allowed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, default=dataclasses.asdict) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def print_perplexity(results: dict[str, Perplexity]) -> None:
+    """Two tables, models by row: loss of the same last tokens by context, and loss by position."""
+    any_result = next(iter(results.values()))
+    contexts = Table(
+        title=f"Loss of the same last {any_result.window} tokens, by context given (nats per token)"
+    )
+    positions = Table(title="Loss by position at the longest context (nats per token)")
+    for table in (contexts, positions):
+        table.add_column("model")
+    for at in any_result.by_context:
+        contexts.add_column(format_count(at.context), justify="right")
+    for bucket in any_result.by_position:
+        positions.add_column(f"{bucket.start}–{bucket.end}", justify="right")
+    for label, result in results.items():
+        contexts.add_row(label, *(f"{at.loss:.3f}" for at in result.by_context))
+        positions.add_row(label, *(f"{bucket.loss:.3f}" for bucket in result.by_position))
+    console = Console()
+    console.print(contexts)
+    console.print(positions)
+
+
+def plot_perplexity(results: dict[str, Perplexity], path: Path) -> None:
+    """Loss by position and by context, one line per model."""
+    figure, (left, right) = _figure(2)
+    for label, result in results.items():
+        centres = [(bucket.start * bucket.end) ** 0.5 for bucket in result.by_position]
+        left.plot(centres, [bucket.loss for bucket in result.by_position], marker="o", label=label)
+        lengths = [at.context for at in result.by_context]
+        right.plot(lengths, [at.loss for at in result.by_context], marker="o", label=label)
+    left.set(xlabel="position (tokens)", ylabel="loss (nats per token)", title="Held-out loss by position")
+    right.set(
+        xlabel="context given (tokens)", ylabel="loss (nats per token)", title="Loss of the same last tokens"
+    )
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _save(figure, path)
+
+
+def print_needle(results: dict[str, Sequence[NeedleCell]]) -> None:
+    """One table per model: ranking and recall (percent) by depth and length."""
+    console = Console()
+    for label, cells in results.items():
+        lengths = sorted({cell.length for cell in cells})
+        table = Table(title=f"{label}: needle ranked first / generated (percent)")
+        table.add_column("depth", justify="right")
+        for length in lengths:
+            table.add_column(format_count(length), justify="right")
+        for depth in sorted({cell.depth for cell in cells}):
+            row = {cell.length: cell for cell in cells if cell.depth == depth}
+            table.add_row(
+                f"{100 * depth:.0f}%",
+                *(
+                    f"{100 * row[length].ranked_first:.0f} / {100 * row[length].recall:.0f}"
+                    for length in lengths
+                ),
+            )
+        console.print(table)
+
+
+def plot_needle(results: dict[str, Sequence[NeedleCell]], path: Path) -> None:
+    """Two heatmaps per model (ranking above, recall below), depth by length."""
+    figure, axes = _figure(len(results), rows=2)
+    for column, (label, cells) in enumerate(results.items()):
+        for row, score in enumerate(("ranked_first", "recall")):
+            _heatmap(axes[row * len(results) + column], cells, score, f"{label}: {score.replace('_', ' ')}")
+    _save(figure, path)
+
+
+def _heatmap(axes: Any, cells: Sequence[NeedleCell], score: str, title: str) -> None:
+    lengths = sorted({cell.length for cell in cells})
+    depths = sorted({cell.depth for cell in cells})
+    values = {(cell.depth, cell.length): getattr(cell, score) for cell in cells}
+    grid = [[values[depth, length] for length in lengths] for depth in depths]
+    axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [format_count(length) for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths])
+    for row, line in enumerate(grid):
+        for column, value in enumerate(line):
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
+    axes.set(xlabel="context (tokens)", ylabel="depth of the needle", title=title)
+
+
+def _figure(columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * columns, 4.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)
