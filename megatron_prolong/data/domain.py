@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -25,8 +26,8 @@ class ShardedDomain:
     """Packed sequences of at most sequence_length tokens in a directory of MDS shards.
 
     vocab_size: tokens at or above it are refused; None reads them unchecked.
-    Raises UserError for a missing or empty directory, and for what its first sample shows: wrong columns,
-    wrong length, tokens of another tokenizer. Later samples are checked as they are read.
+    Raises UserError for a missing or empty directory, and for what its first, middle and last sample show:
+    wrong columns, packed for another length, tokens of another tokenizer. Others are checked as they are read.
     """
 
     def __init__(
@@ -39,7 +40,18 @@ class ShardedDomain:
         self._reader = MDSReader(directory)
         if not len(self._reader):
             raise UserError(f"{directory}: no samples; pack a source into it, or leave it out of the mixture")
-        self.read(0)
+        self._refuse_other_lengths([self.read(index) for index in {0, len(self) // 2, len(self) - 1}])
+
+    def _refuse_other_lengths(self, sequences: Iterable[PackedSequence]) -> None:
+        """Packs may be somewhat shorter than the stage and are padded; but 64K packs in a 512K stage would be
+        seven eighths padding, which costs as much as tokens and shows nowhere."""
+        longest = max(sequences, key=lambda sequence: sequence.num_tokens)
+        if 2 * longest.num_tokens <= self._sequence_length:
+            raise UserError(
+                f"{longest.identity}: {longest.num_tokens} tokens, not even half of the stage's sequence_length "
+                f"{self._sequence_length}; the rest would be padding. Pack the source again with "
+                f"`prolong data pack --length {self._sequence_length}`"
+            )
 
     def __len__(self) -> int:
         return len(self._reader)

@@ -159,6 +159,7 @@ def test_every_domain_that_cannot_be_used_is_named(tmp_path: Path, sources: Path
     with MDSWriter(tmp_path / "text", {"text": "str"}) as writer:
         writer.write({"text": "not tokenized"})
     write_packs(tmp_path / "long", numbered_packs(1, sequence_length=16))
+    write_packs(tmp_path / "short", [[[1, 2], [3, 4]]] * 9)
     write_packs(tmp_path / "other_tokenizer", [[[1, 2, 99_999, 4, 5, 6, 7, 8]]])
     with pytest.raises(UserError) as error:
         Mixture(
@@ -167,6 +168,7 @@ def test_every_domain_that_cannot_be_used_is_named(tmp_path: Path, sources: Path
                 tmp_path / "empty": 1,
                 tmp_path / "text": 1,
                 tmp_path / "long": 1,
+                tmp_path / "short": 1,
                 tmp_path / "other_tokenizer": 1,
                 sources / "books": 0,
                 sources / "code": 1,
@@ -174,7 +176,7 @@ def test_every_domain_that_cannot_be_used_is_named(tmp_path: Path, sources: Path
             sequence_length=8, batch_sequences=4, seed=0, num_steps=1, vocab_size=50_000,
         )  # fmt: skip
     lines = str(error.value).splitlines()
-    assert len(lines) == 7 and lines[0] == "the mixture cannot be read:"
+    assert len(lines) == 8 and lines[0] == "the mixture cannot be read:"
     for line, (name, said) in zip(
         lines[1:],
         [
@@ -182,6 +184,7 @@ def test_every_domain_that_cannot_be_used_is_named(tmp_path: Path, sources: Path
             ("empty", "no samples"),
             ("text", "shard shard.00000.mds, sample 0: no column input_ids"),
             ("long", "sample 0: 16 tokens, but the stage's sequence_length is 8"),
+            ("short", "4 tokens, not even half of the stage's sequence_length 8"),
             ("other_tokenizer", "token 99999 at position 2 is not in the vocabulary of 50000"),
             ("books", "proportion 0 must be above 0"),
         ],
@@ -191,19 +194,24 @@ def test_every_domain_that_cannot_be_used_is_named(tmp_path: Path, sources: Path
 
 
 def test_a_later_bad_sample_is_refused_when_it_is_read(tmp_path: Path) -> None:
-    write_packs(tmp_path / "d", [*numbered_packs(3), [[7] * 9]])
-    mixed = mixture(tmp_path, {"d": 1.0})
+    write_packs(tmp_path / "d", [*numbered_packs(3), [[7] * 9], *numbered_packs(4)])
+    mixed = mixture(tmp_path, {"d": 1.0}, vocab_size=1000)
     assert mixed.read(SampleRef(0, 2, 0)).num_tokens == 8
     with pytest.raises(UserError, match=r"d, shard shard\.00000\.mds, sample 3: 9 tokens"):
         mixed.read(SampleRef(0, 3, 0))
 
 
+def test_packs_a_little_shorter_than_the_stage_are_taken(tmp_path: Path) -> None:
+    write_packs(tmp_path / "d", [[[1, 2, 3]], *numbered_packs(2), [[7]]])
+    assert mixture(tmp_path, {"d": 1.0}).read(SampleRef(0, 3, 0)).num_tokens == 1
+
+
 def test_a_stage_with_loss_mask_needs_the_column(tmp_path: Path, sources: Path) -> None:
     with pytest.raises(UserError, match=r"code, shard shard\.00000\.mds, sample 0: no column mask"):
         mixture(sources, {"code": 1.0}, loss_mask=True)
-    write_packs(tmp_path / "chat", [[[1, 2, 3]]], masks=[[[0, 1, 1]]])
+    write_packs(tmp_path / "chat", [[[1, 2, 3, 4, 5]]], masks=[[[0, 0, 0, 1, 1]]])
     masked = mixture(tmp_path, {"chat": 1.0}, loss_mask=True).read(SampleRef(0, 0, 0))
-    assert masked.mask is not None and masked.mask.tolist() == [0, 1, 1]
+    assert masked.mask is not None and masked.mask.tolist() == [0, 0, 0, 1, 1]
 
 
 def test_beyond_the_run_there_is_no_batch(sources: Path) -> None:

@@ -53,11 +53,11 @@ def test_it_reads_ahead_but_not_far(tmp_path: Path) -> None:
 
 
 def test_a_bad_sample_is_raised_at_its_step(tmp_path: Path) -> None:
-    mixture = open_mixture(write_packs(tmp_path / "d", [*numbered_packs(23), [[1] * 9]]))
-    bad_step = next(step for step in range(6) if 23 in [ref.index for ref in mixture.batch(step)])
+    mixture = open_mixture(write_packs(tmp_path / "d", [*numbered_packs(22), [[1] * 9], *numbered_packs(1)]))
+    bad_step = next(step for step in range(6) if 22 in [ref.index for ref in mixture.batch(step)])
     assert bad_step > 0
     seen = []
-    with pytest.raises(UserError, match="sample 23: 9 tokens"):
+    with pytest.raises(UserError, match="sample 22: 9 tokens"):
         for step, _ in stream(mixture, 0, list):
             seen.append(step)
     assert seen == list(range(bad_step))
