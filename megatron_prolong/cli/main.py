@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from megatron_prolong.cli import convert, data, eval, plan, recipe, train
+from megatron_prolong.cli import convert, data, data_inspect, eval, plan, recipe, train
 from megatron_prolong.errors import UserError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command()(train.train)
 app.command()(train.status)
 app.add_typer(convert.app, name="convert")
+data_inspect.register(data.app)
 app.add_typer(data.app, name="data")
 app.add_typer(eval.app, name="eval")
 app.add_typer(recipe.app, name="recipe")
