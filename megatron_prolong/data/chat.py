@@ -13,7 +13,7 @@ are those of `apply_chat_template`, and nothing is added to them: the template w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Message = Mapping[str, str]
+Rendered = tuple[str, list[tuple[int, int]]]
+"""Text of a chat, and the [start, end) characters of what the assistant wrote."""
 _ROLES = ("system", "user", "assistant")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BATCH_CHARACTERS = 1 << 20  # encoded together; the tokenizer's result holds some hundred bytes a token
 
 # Llama-3.1 and later write today's date into the system prompt; 26 Jul 2024 is their own default, and a
 # fixed one makes the same chats the same tokens on every day.
@@ -82,6 +86,8 @@ def find_problem(messages: Any, control: re.Pattern[str]) -> str | None:
             return f"message {number} has the role {role!r}, which is none of {', '.join(_ROLES)}"
         if role == "system" and number:
             return f"message {number} is the system's, which must come first"
+        if _SURROGATE.search(message["content"]):
+            return f"message {number} holds half a surrogate pair, which is no character"
         if found := control.search(message["content"]):
             return f"message {number} holds the control token {found[0]} as text; remove it"
     turns = [message["role"] for message in messages if message["role"] != "system"]
@@ -90,9 +96,7 @@ def find_problem(messages: Any, control: re.Pattern[str]) -> str | None:
     return None if "assistant" in turns else "the assistant says nothing in this chat"
 
 
-def render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, where: str = "chat"
-) -> tuple[str, list[tuple[int, int]]]:
+def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, where: str = "chat") -> Rendered:
     """The template's text of a chat and the [start, end) characters of every assistant turn in it.
 
     Raises UserError when the tokenizer has no chat template, or one that rewrites earlier turns.
@@ -138,15 +142,28 @@ def encode_batch(
     """
     names = where or [f"chat {number}" for number in range(len(chats))]
     control = control_tokens(tokenizer)
-    rendered = []
+    rendered: list[Rendered] = []
     for messages, name in zip(chats, names, strict=True):
         if problem := find_problem(messages, control):
             raise UserError(f"{name}: {problem}")
         rendered.append(render(messages, tokenizer, name))
-    encodings = tokenizer.backend_tokenizer.encode_batch(
-        [text for text, _ in rendered], add_special_tokens=False
-    )
-    return [_mask(encoding, spans) for encoding, (_, spans) in zip(encodings, rendered, strict=True)]
+    encoded: list[EncodedChat] = []
+    for batch in _batches(rendered):
+        encodings = tokenizer.backend_tokenizer.encode_batch(
+            [text for text, _ in batch], add_special_tokens=False
+        )
+        encoded += [_mask(encoding, spans) for encoding, (_, spans) in zip(encodings, batch, strict=True)]
+    return encoded
+
+
+def _batches(rendered: Sequence[Rendered]) -> Iterator[Sequence[Rendered]]:
+    """Consecutive chats of about _BATCH_CHARACTERS together."""
+    start, room = 0, _BATCH_CHARACTERS
+    for end, (text, _) in enumerate(rendered, start=1):
+        room -= len(text)
+        if room <= 0 or end == len(rendered):
+            yield rendered[start:end]
+            start, room = end, _BATCH_CHARACTERS
 
 
 def encode(

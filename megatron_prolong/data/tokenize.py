@@ -174,27 +174,26 @@ class _Work:
 
     def __call__(self, directory: Path, parts: list[tuple[str, Part]]) -> None:
         report = TokenizeReport()
-        encoder = None if self.options.chat else TextEncoder(self.tokenizer)
-        encode: Tokens = (
-            _chat_encoder(self.tokenizer, self.options)
-            if encoder is None
-            else partial(_encode_texts, encoder, self.options.text_field)
-        )
+        chats = _Chats(self.tokenizer, self.options) if self.options.chat else None
+        encoder = TextEncoder(self.tokenizer)
+        encode: Tokens = chats or partial(_encode_texts, encoder, self.options.text_field)
         columns = {"input_ids": "ndarray:uint32", "length": "int", "domain": "str"}
         if self.options.chat:
             columns["mask"] = "ndarray:uint8"
         with MDSWriter(directory, columns) as writer:
-            for batch in _batches(self._records(parts, report)):
+            for batch in _batches(self._records(parts, report, chats)):
                 for record, encoded in zip(batch, encode(batch), strict=True):
                     self._write(writer, record, encoded, report)
-            report.forced_cuts = encoder.forced_cuts if encoder else 0
+            report.forced_cuts = encoder.forced_cuts
             writer.attach_json(REPORT, vars(report))
 
-    def _records(self, parts: Sequence[tuple[str, Part]], report: TokenizeReport) -> Iterator[Record]:
+    def _records(
+        self, parts: Sequence[tuple[str, Part]], report: TokenizeReport, chats: _Chats | None
+    ) -> Iterator[Record]:
         """The usable records; the others are counted, or stop the job."""
         for kind, part in parts:
             for found in source_of(kind).read(part):
-                bad = found if isinstance(found, Bad) else self._problem(found)
+                bad = found if isinstance(found, Bad) else self._problem(found, chats)
                 if isinstance(found, Record):
                     report.left_out.update(found.left_out)
                 if bad is not None and bad.problem and self.options.on_bad_input == "stop":
@@ -207,14 +206,15 @@ class _Work:
                 elif isinstance(found, Record):
                     yield found
 
-    def _problem(self, record: Record) -> Bad | None:
+    def _problem(self, record: Record, chats: _Chats | None) -> Bad | None:
         name = self.options.messages_field if self.options.chat else self.options.text_field
         value = _get(record.fields, name)
         if value is None:
             known = ", ".join(record.fields)
             return Bad(record.name, f"has no field {name!r} (fields: {known})", f"no field {name}")
-        if self.options.chat:
-            return None
+        if chats is not None:
+            problem = chats.find_problem(value)
+            return Bad(record.name, problem, "not a chat") if problem else None
         if not isinstance(value, str):
             return Bad(record.name, f"field {name!r} is {type(value).__name__}, not text", "not text")
         if not value:
@@ -277,21 +277,32 @@ def _encode_texts(
     return [(tokens, None) for tokens in encoder.encode([_get(record.fields, name) for record in records])]
 
 
-def _chat_encoder(directory: str, options: TokenizeOptions) -> Tokens:
+class _Chats:
     """Chats through the tokenizer's template, with the mask of what the assistant wrote (data/chat.py)."""
-    from transformers import AutoTokenizer
 
-    from megatron_prolong.data.chat import encode_batch
+    def __init__(self, directory: str, options: TokenizeOptions) -> None:
+        from transformers import AutoTokenizer
 
-    tokenizer_file(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+        from megatron_prolong.data.chat import control_tokens
 
-    def encode(records: Sequence[Record]) -> list[tuple[NDArray[np.uint32], Any] | None]:
-        chats = [_get(record.fields, options.messages_field) for record in records]
+        tokenizer_file(directory)
+        self._tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._control = control_tokens(self._tokenizer)
+        self._options = options
+
+    def find_problem(self, messages: Any) -> str | None:
+        """Why this is not a chat to train on, or None."""
+        from megatron_prolong.data.chat import find_problem
+
+        return find_problem(messages, self._control)
+
+    def __call__(self, records: Sequence[Record]) -> list[tuple[NDArray[np.uint32], Any] | None]:
+        from megatron_prolong.data.chat import encode_batch
+
+        chats = [_get(record.fields, self._options.messages_field) for record in records]
+        limit = self._options.max_chat_tokens
         result: list[tuple[NDArray[np.uint32], Any] | None] = []
-        for chat in encode_batch(chats, tokenizer, [record.name for record in records]):
-            kept = chat.cut(options.max_chat_tokens) if options.max_chat_tokens else chat
+        for chat in encode_batch(chats, self._tokenizer, [record.name for record in records]):
+            kept = chat.cut(limit) if limit else chat
             result.append((kept.tokens, kept.mask) if kept else None)
         return result
-
-    return encode

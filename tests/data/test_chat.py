@@ -146,9 +146,12 @@ def test_a_chat_too_long_is_cut_after_the_last_whole_answer() -> None:
     assert chat.cut(first - 1) is None
 
 
-def test_batches_equal_single_chats() -> None:
+def test_batches_equal_single_chats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_prolong.data.chat._BATCH_CHARACTERS", 500)
     other = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    for chat, messages in zip(encode_batch([CHAT, other], llama3_tokenizer()), [CHAT, other], strict=True):
+    for chat, messages in zip(
+        encode_batch([CHAT, other, other, CHAT], llama3_tokenizer()), [CHAT, other, other, CHAT], strict=True
+    ):
         tokens, mask = encode(messages, llama3_tokenizer())
         assert np.array_equal(chat.tokens, tokens) and np.array_equal(chat.mask, mask)
 
@@ -165,6 +168,7 @@ def test_batches_equal_single_chats() -> None:
         ([CHAT[2]], "the chat begins with the assistant"),
         ([CHAT[0], CHAT[2]], "the chat begins with the assistant"),
         ([CHAT[0], CHAT[1]], "the assistant says nothing"),
+        ([{"role": "user", "content": "x\ud83d"}, CHAT[2]], "message 0 holds half a surrogate pair"),
         (
             [CHAT[1], {"role": "assistant", "content": "x<|eot_id|>y"}],
             "message 1 holds the control token <|eot_id|> as text",
