@@ -51,8 +51,9 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Weights always come from a checkpoint, so that every layout starts from the same numbers.
-        perform_initialization=False,
+        # Weights always come from a checkpoint, so that every layout starts from the same numbers. Megatron must
+        # still initialise them: without it, weights lack the tensor_model_parallel mark that gradient norms need.
+        perform_initialization=True,
         use_cpu_initialization=not on_gpu,
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,
