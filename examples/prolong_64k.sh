@@ -1,0 +1,97 @@
+#!/bin/bash
+# Trains examples/prolong_64k.yaml (64k) on a Slurm cluster, or on this machine without one.
+#
+#   sbatch examples/prolong_64k.sh
+#   sbatch -N 8 -p long examples/prolong_64k.sh      any option of sbatch; on more nodes nothing else changes
+#   bash examples/prolong_64k.sh      this machine alone: all its GPUs, or one process without any
+#
+# OVERRIDES="stage.64k.lr=2e-5 layout.cp=4" before the command changes the recipe; CONTAINER=image.sqsh (and
+# MOUNTS=/data:/data) runs it in a container, with pyxis. Start it where the recipe's relative paths begin, with
+# `prolong` on the PATH. Ten minutes before the time limit, and at a preemption, training saves and the job goes
+# back into the queue, to continue from there.
+#SBATCH --job-name=prolong-64k
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@600
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+RECIPE=examples/prolong_64k.yaml
+read -ra OVERRIDES <<<"${OVERRIDES:-}"
+
+# One torchrun on every node, one process for every GPU.
+NODES=${SLURM_JOB_NUM_NODES:-1}
+GPUS=${SLURM_GPUS_ON_NODE:-${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}}
+((GPUS > 0)) || GPUS=1
+HEAD=localhost
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+fi
+export MASTER_ADDR=${MASTER_ADDR:-$HEAD}
+export MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-$$} % 20000))
+export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron: lets sequence-parallel communication overlap with computation
+export NODES GPUS
+
+# on_nodes SRUN_OPTION... -- COMMAND...: through srun, or directly where there is no Slurm
+on_nodes() {
+    local options=()
+    while [[ $1 != -- ]]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    if [[ -z ${SLURM_JOB_ID:-} ]]; then
+        exec "$@"
+    fi
+    if [[ -n ${CONTAINER:-} ]]; then
+        options+=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}")
+        options+=(--container-workdir="$PWD")
+    fi
+    exec srun --kill-on-bad-exit=1 --cpu-bind=none "${options[@]}" "$@"
+}
+
+echo "$(date '+%F %T') $RECIPE on $NODES × $GPUS, first node $MASTER_ADDR, start ${SLURM_RESTART_COUNT:-0}"
+
+# Whatever is missing or does not fit this many GPUs ends the job here, in seconds.
+(WORLD_SIZE=$((NODES * GPUS)) on_nodes --nodes=1 --ntasks=1 -- prolong train "$RECIPE" "${OVERRIDES[@]}" --check)
+
+# The signals are for the training processes, which save and stop. torchrun would end at once, so it ignores them.
+# shellcheck disable=SC2016 # expanded on the node
+LAUNCH='trap "" USR1 TERM
+exec torchrun --nnodes="$NODES" --node-rank="${SLURM_NODEID:-0}" --nproc-per-node="$GPUS" \
+    --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --signals-to-handle=SIGINT \
+    -m megatron_prolong train "$@"'
+(on_nodes -- bash -c "$LAUNCH" launch "$RECIPE" "${OVERRIDES[@]}") &
+TRAINING=$!
+
+STOPPING=0
+# shellcheck disable=SC2317 # called by the trap
+save_and_stop() {
+    STOPPING=1
+    echo "$(date '+%F %T') asked to stop: saving"
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        kill -USR1 "$TRAINING" # srun hands it to every process on every node
+    else
+        pkill -USR1 -P "$TRAINING"
+    fi
+}
+trap save_and_stop USR1 TERM
+
+while true; do # a signal interrupts wait, not training
+    CODE=0
+    wait "$TRAINING" || CODE=$?
+    kill -0 "$TRAINING" 2>/dev/null || break
+done
+
+# Training ends with 75 after such a save, but torchrun turns every code but 0 into 1.
+if [[ -n ${SLURM_JOB_ID:-} ]] && ((CODE == 75 || (CODE != 0 && STOPPING))); then
+    echo "$(date '+%F %T') stopped, back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$CODE"

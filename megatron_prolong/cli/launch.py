@@ -1,0 +1,50 @@
+"""`prolong launch`: the batch script of a recipe, to read, keep or submit."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from megatron_prolong.cli.recipe import Overrides, RecipePath
+
+
+def launch(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each node.")] = 8,
+    output: Annotated[Optional[Path], typer.Option(help="Write the script here.")] = None,  # noqa: UP045
+    submit: Annotated[bool, typer.Option("--submit", help="Hand it to sbatch.")] = False,
+) -> None:
+    """Render the Slurm script of a recipe: printed, written to a file, or submitted.
+
+    The script is self-contained and readable; it also runs with plain bash on one machine without Slurm. With
+    --submit, anything that would make the job fail is reported here and nothing is submitted.
+    """
+    from megatron_prolong.plan.launch import render_script, submit_script, write_script
+    from megatron_prolong.recipe.load import load_recipe
+    from megatron_prolong.recipe.validate import find_problems, problems_error
+
+    loaded = load_recipe(recipe, overrides or ())
+    findings = find_problems(loaded, nodes * gpus_per_node)
+    if findings.errors and submit:
+        raise problems_error(str(recipe), findings.errors)
+    for problem in [*findings.errors, *findings.warnings]:
+        print(f"warning: {problem}", file=sys.stderr)
+    script = render_script(
+        loaded,
+        recipe,
+        overrides or (),
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        file=str(output or "script.sh"),
+    )
+    if output is not None:
+        write_script(script, output)
+    if submit:
+        print(submit_script(script))
+    elif output is None:
+        print(script, end="")

@@ -1,0 +1,81 @@
+"""The batch script of a recipe: rendered to be read, changed and kept, for Slurm or for one machine without it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.schema import Recipe
+
+
+def render_script(
+    recipe: Recipe,
+    recipe_path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    file: str = "script.sh",
+) -> str:
+    """The batch script that trains `recipe`.
+
+    Args:
+        recipe_path: where the script finds the recipe, from the directory it is started in.
+        overrides: `key.path=value` changes that the script applies unless OVERRIDES is set.
+        file: the script's own name, for the usage lines at its top.
+
+    Raises:
+        UserError: an override holds white space, which the script could not pass on.
+    """
+    if spaced := [override for override in overrides if override.split() != [override]]:
+        raise UserError(f"override {spaced[0]!r} holds white space; write it into a recipe with `base:`")
+    values = {
+        "RECIPE": shlex.quote(str(recipe_path)),
+        "STAGES": ", ".join(stage.name for stage in recipe.stages),
+        "NAME": recipe.name,
+        "NODES": "one node" if nodes == 1 else f"{nodes} nodes",
+        "NODE_COUNT": str(nodes),
+        "GPUS": str(gpus_per_node),
+        "OVERRIDES": " ".join(_inside_double_quotes(override) for override in overrides),
+        "FILE": file,
+    }
+    script = resources.files(__package__).joinpath("batch_script.txt").read_text(encoding="utf-8")
+    for name, value in values.items():
+        script = script.replace(f"@{name}@", value)
+    return script
+
+
+def write_script(script: str, path: Path) -> None:
+    """Write an executable script; nothing half-written is left under its name."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(script, encoding="utf-8")
+    temporary.chmod(0o755)
+    temporary.replace(path)
+
+
+def submit_script(script: str) -> str:
+    """Hand the script to sbatch; returns the job's number.
+
+    Raises:
+        UserError: there is no sbatch here, or it refuses the job.
+    """
+    try:
+        result = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise UserError(
+            "no sbatch on this machine; write the script with --output and submit it there"
+        ) from error
+    if result.returncode:
+        raise UserError(f"sbatch refused the job: {result.stderr.strip()}")
+    return result.stdout.strip().partition(";")[0]
+
+
+def _inside_double_quotes(text: str) -> str:
+    """`text` as it must stand within double quotes and ${…:-…} in bash."""
+    return "".join(f"\\{character}" if character in '\\"`$}' else character for character in text)

@@ -1,0 +1,176 @@
+"""The rendered batch scripts: golden files, shellcheck, and the same script run by plain bash without Slurm."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.plan.launch import render_script, submit_script, write_script
+from megatron_prolong.recipe.load import load_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """\
+name: tiny
+model: {path: model}
+stages:
+  - {name: one, sequence_length: 1K, batch_tokens: 8K, steps: 2, lr: 1e-5, mixture: mock}
+"""
+# Python, because a shell cannot take back a signal that its parent ignores, and training is Python.
+WORKER = """\
+import os, signal, sys, time
+
+signal.signal(signal.SIGUSR1, lambda *_: (print("saved", flush=True), sys.exit(75)))
+for step in range(int(os.environ.get("STEPS", "0"))):
+    print("step", flush=True)
+    time.sleep(0.1)
+"""
+
+
+def render(recipe: Path, *overrides: str, nodes: int = 1, file: str = "script.sh") -> str:
+    loaded = load_recipe(recipe, overrides)
+    return render_script(loaded, recipe, overrides, nodes=nodes, gpus_per_node=8, file=file)
+
+
+@pytest.mark.parametrize("name", ["prolong_64k", "prolong_512k", "prolong_sft"])
+def test_the_shipped_scripts_are_what_is_rendered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prolong launch examples/NAME.yaml --output examples/NAME.sh` writes them anew."""
+    monkeypatch.chdir(ROOT)
+    script = Path("examples") / f"{name}.sh"
+    assert script.read_text() == render(script.with_suffix(".yaml"), file=str(script))
+    assert os.access(script, os.X_OK)
+
+
+def test_nodes_and_overrides_are_written_into_the_script(tmp_path: Path) -> None:
+    recipe = tmp_path / "my recipe.yaml"
+    recipe.write_text(RECIPE)
+    script = render(recipe, "stage.one.lr=2e-5", "run_dir=$HOME/runs", "model.path=a}b", nodes=4)
+    assert "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=1\n#SBATCH --gres=gpu:8\n" in script
+    assert f"RECIPE='{recipe}'\n" in script
+    lines = [line for line in script.splitlines() if line.startswith(("RECIPE=", "read -ra"))]
+    show = 'printf "%s\\n" "$RECIPE" "${OVERRIDES[@]}"'
+    result = subprocess.run(
+        ["bash", "-euc", "\n".join([*lines, show])],
+        env={"PATH": os.environ["PATH"], "HOME": "/home/x"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.splitlines() == [
+        str(recipe),
+        "stage.one.lr=2e-5",
+        "run_dir=$HOME/runs",
+        "model.path=a}b",
+    ]
+
+
+def test_an_override_with_a_space_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    with pytest.raises(UserError, match="white space"):
+        render(recipe, "stage.one.mixture={a: 1}")
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize(
+    "script", sorted([*ROOT.glob("examples/*.sh"), *ROOT.glob("tools/*.sh")]), ids=lambda path: path.name
+)
+def test_shellcheck(script: Path) -> None:
+    result = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_no_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(UserError, match="no sbatch on this machine"):
+        submit_script("#!/bin/bash\n")
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for prolong, torchrun and sbatch that write their arguments to calls.log."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "worker.py").write_text(WORKER)
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    log = f'echo "$(basename "$0") $* WORLD_SIZE=${{WORLD_SIZE:-}}" >>{tmp_path}/calls.log\n'
+    bodies = {
+        "prolong": 'if [[ -n ${FAIL_CHECK:-} ]]; then echo "error: no data" >&2; exit 2; fi\n',
+        # As torchrun does: a worker that saves on USR1 and exits with 75 makes the launcher exit with 1.
+        "torchrun": f"{sys.executable} {tmp_path}/worker.py || exit 1\n",
+        "sbatch": "cat >/dev/null; echo '42;cluster'\n",
+    }
+    for name, body in bodies.items():
+        (directory / name).write_text(f"#!/bin/bash\n{log}{body}")
+        (directory / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+    for name in [name for name in os.environ if name.startswith("SLURM_")] + ["OVERRIDES", "MASTER_ADDR"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GPUS", "2")
+    write_script(render(Path("recipe.yaml"), "stage.one.steps=3"), Path("script.sh"))
+    return tmp_path / "calls.log"
+
+
+def test_without_slurm_it_checks_and_trains_on_this_machine(commands: Path) -> None:
+    result = subprocess.run(["bash", "script.sh"], capture_output=True, text=True, timeout=30)
+    assert result.returncode == 0, result.stderr
+    check, train = commands.read_text().splitlines()
+    assert check == "prolong train recipe.yaml stage.one.steps=3 --check WORLD_SIZE=2"
+    assert train.startswith("torchrun --nnodes=1 --node-rank=0 --nproc-per-node=2 --master-addr=localhost")
+    assert train.endswith("-m megatron_prolong train recipe.yaml stage.one.steps=3 WORLD_SIZE=")
+
+
+def test_the_environment_overrides_the_overrides(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OVERRIDES", "stage.one.lr=1e-4 layout.tp=2")
+    subprocess.run(["bash", "script.sh"], check=True, capture_output=True, timeout=30)
+    assert "prolong train recipe.yaml stage.one.lr=1e-4 layout.tp=2 --check" in commands.read_text()
+
+
+def test_a_failed_check_ends_the_job_before_training(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAIL_CHECK", "1")
+    result = subprocess.run(["bash", "script.sh"], capture_output=True, text=True, timeout=30)
+    assert result.returncode == 2
+    assert "error: no data" in result.stderr
+    assert "torchrun" not in commands.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_reaches_the_training_processes_and_their_save_is_waited_for(
+    commands: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPS", "300")
+    with subprocess.Popen(["bash", "script.sh"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        seen = ""
+        while "step" not in seen:
+            seen += process.stdout.readline()
+        time.sleep(0.2)
+        process.send_signal(number)
+        seen += process.stdout.read()
+        assert process.wait(timeout=30) == 1
+    assert "asked to stop: saving" in seen and "saved" in seen
+
+
+def test_submit_hands_the_script_to_sbatch(commands: Path) -> None:
+    assert submit_script(Path("script.sh").read_text()) == "42"
+    assert "sbatch --parsable" in commands.read_text()
+
+
+def test_all_stages_wait_for_each_other(commands: Path) -> None:
+    subprocess.run(
+        ["bash", ROOT / "examples" / "prolong_all.sh", "-N", "8"],
+        check=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=30,
+    )
+    first, second, third = commands.read_text().splitlines()
+    assert "--dependency" not in first and "-N 8" in first and "prolong_64k.sh" in first
+    assert "--dependency=afterok:42 -N 8" in second and "prolong_512k.sh" in second
+    assert "--dependency=afterok:42 -N 8" in third and "prolong_sft.sh" in third
