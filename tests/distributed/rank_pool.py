@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 180
 
 
 class RankPool:

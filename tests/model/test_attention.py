@@ -15,7 +15,7 @@ from dense import document_attention, random_qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prolong.model.attention import cached_attention, packed_attention
+from megatron_prolong.model.attention import BlockAttention, cached_attention, packed_attention
 from megatron_prolong.model.flash import (
     BATCHED_BELOW_TOKENS,
     Block,
@@ -61,11 +61,31 @@ def test_packed_equals_each_document_alone(lengths, kv_heads, group_size, head_d
 
 
 def test_cu_seqlens_may_be_a_tensor_and_scale_is_used():
-    cu_seqlens = [0, 3, 11]
-    q, k, v, _ = random_qkv(11, 4, 2, 8)
-    ours = packed_attention(q, k, v, torch.tensor(cu_seqlens, dtype=torch.int32), scale=0.7)
-    torch.testing.assert_close(ours, document_attention(q, k, v, cu_seqlens, 0.7), rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(ours, document_attention(q, k, v, cu_seqlens), atol=1e-2)
+    starts = torch.tensor([0, 3, 11], dtype=torch.int32)
+    q, k, v, dout = random_qkv(11, 4, 2, 8)
+    ours = gradients(lambda q, k, v: packed_attention(q, k, v, starts, scale=0.7), q, k, v, dout)
+    dense = gradients(lambda q, k, v: document_attention(q, k, v, [0, 3, 11], 0.7), q, k, v, dout)
+    for mine, plain in zip(ours, dense, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(ours[0], document_attention(q, k, v, [0, 3, 11]), atol=1e-2)
+
+
+def test_newest_queries_against_earlier_keys():
+    """Causal blocks with more keys than queries, alone (25 of 60) and two of a shape (5 of 20, run together)."""
+    q, k, v, dout = random_qkv(100, 4, 2, 8)
+    blocks = (Block(0, 25, 0, 60), Block(25, 30, 60, 80), Block(30, 35, 80, 100))
+    newest = torch.cat([torch.arange(35, 60), torch.arange(75, 80), torch.arange(95, 100)])
+
+    def rectangular(q, k, v):
+        return BlockAttention.apply(q[newest], k, v, blocks, True, 8**-0.5)
+
+    def dense(q, k, v):
+        return document_attention(q, k, v, [0, 60, 80, 100])[newest]
+
+    for ours, plain in zip(
+        gradients(rectangular, q, k, v, dout[newest]), gradients(dense, q, k, v, dout[newest]), strict=True
+    ):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_stays_within_its_rounding():
