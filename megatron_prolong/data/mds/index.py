@@ -60,7 +60,7 @@ def read_index(directory: Path) -> list[Shard]:
     """
     path = Path(directory) / INDEX
     try:
-        entries = json.loads(path.read_bytes())["shards"]
+        entries = list(json.loads(path.read_bytes())["shards"])
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(_missing(Path(directory))) from None
     except (ValueError, KeyError, TypeError) as error:

@@ -101,12 +101,12 @@ class MDSReader(Sequence[dict[str, Any]]):
         data = self._maps.get(number)
         if data is None:
             data = self._map(number)
+        column = "sizes"
         try:
             begin, end = _PAIR.unpack_from(data, 4 + 4 * sample)
             sizes = iter(self._sizes.unpack_from(data, begin))
             at = begin + self._sizes.size
             values: dict[str, Any] = {}
-            column = ""
             for column, fixed, decoder in self._layout:
                 size = next(sizes) if fixed is None else fixed
                 if at + size > end:
@@ -120,7 +120,7 @@ class MDSReader(Sequence[dict[str, Any]]):
             shard = self.shards[number]
             raise UserError(
                 f"{shard.path}, sample {sample} (number {shard.first + sample} of {self.path}), "
-                f"column {column or 'sizes'}: {error}; the shard is damaged, fetch or write it again"
+                f"column {column}: {error}; the shard is damaged, fetch or write it again"
             ) from None
         return values
 

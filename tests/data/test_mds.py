@@ -1,0 +1,287 @@
+"""MDS data sets: round trips, random access, merging, and what happens when a file is damaged.
+
+Equality with the package that defines the format is in tests/parity/test_mds_streaming.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_prolong.data.mds import MDSReader, MDSWriter, merge_indexes, merge_tree
+from megatron_prolong.data.mds.encodings import encoding
+from megatron_prolong.errors import UserError
+
+COLUMNS = {"input_ids": "ndarray:uint32", "length": "int", "domain": "str"}
+
+
+def write(path: Path, lengths: list[int], first: int = 0, **options: object) -> None:
+    with MDSWriter(path, COLUMNS, **options) as writer:  # type: ignore[arg-type]
+        for number, length in enumerate(lengths, first):
+            tokens = np.arange(length, dtype=np.uint32) + number
+            writer.write({"input_ids": tokens, "length": length, "domain": f"d{number}"})
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=30),
+    size_limit=st.integers(1, 5000),
+    compression=st.sampled_from([None, "zstd", "gz:1"]),
+)
+def test_every_sample_comes_back_whatever_the_shards(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], size_limit: int, compression: str | None
+) -> None:
+    path = tmp_path_factory.mktemp("mds") / "data"
+    write(path, lengths, size_limit=size_limit, compression=compression, hashes=["xxh64"])
+    reader = MDSReader(path)
+    assert len(reader) == len(lengths)
+    for number in [*range(len(lengths)), -1]:
+        expected = number % len(lengths)
+        np.testing.assert_array_equal(
+            reader[number]["input_ids"], np.arange(lengths[expected], dtype=np.uint32) + expected
+        )
+        assert reader[number]["domain"] == f"d{expected}"
+    shards = [reader.shard_of(number) for number in range(len(lengths))]
+    assert [shard.first for shard in shards] == sorted(shard.first for shard in shards)
+    assert all(shard.first <= number < shard.first + shard.num_samples for number, shard in enumerate(shards))
+    with pytest.raises(IndexError):
+        reader[len(lengths)]
+
+
+def test_arrays_are_views_of_the_file(tmp_path: Path) -> None:
+    write(tmp_path / "data", [1000])
+    tokens = MDSReader(tmp_path / "data")[0]["input_ids"]
+    assert not tokens.flags.owndata and not tokens.flags.writeable
+
+
+def test_columns_can_be_chosen_and_unreadable_ones_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "data", [3, 4])
+    index = tmp_path / "data" / "index.json"
+    index.write_text(index.read_text().replace('"ndarray:uint32"', '"pkl"'))
+    with pytest.raises(UserError, match=r"column input_ids: columns of type pkl are not read"):
+        MDSReader(tmp_path / "data")
+    assert MDSReader(tmp_path / "data", columns=["length", "domain"])[1] == {"length": 4, "domain": "d1"}
+    with pytest.raises(UserError, match="no column text, only domain, input_ids, length"):
+        MDSReader(tmp_path / "data", columns=["text"])
+
+
+def test_a_reader_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    write(tmp_path / "data", [3, 4])
+    reader = MDSReader(tmp_path / "data", columns=["length"])
+    assert reader[0] == {"length": 3}
+    assert pickle.loads(pickle.dumps(reader))[1] == {"length": 4}
+
+
+def test_merge_keeps_order_and_reads_nested_directories(tmp_path: Path) -> None:
+    write(tmp_path / "all" / "b" / "x", [3], first=0)
+    write(tmp_path / "all" / "a", [4, 5], first=1, compression="zstd")
+    assert merge_indexes([tmp_path / "all" / "b" / "x", tmp_path / "all" / "a"], tmp_path / "all") == 3
+    assert [each["domain"] for each in MDSReader(tmp_path / "all")] == ["d0", "d1", "d2"]
+    # by path this time, and without counting the merged index itself
+    assert merge_tree(tmp_path / "all") == merge_tree(tmp_path / "all") == 3
+    assert [each["domain"] for each in MDSReader(tmp_path / "all")] == ["d1", "d2", "d0"]
+
+
+def test_merge_refuses_other_columns_and_leaves_the_old_index(tmp_path: Path) -> None:
+    write(tmp_path / "a", [3])
+    with MDSWriter(tmp_path / "b", {"text": "str"}) as writer:
+        writer.write({"text": "x"})
+    merge_indexes([tmp_path / "a"], tmp_path)
+    with pytest.raises(UserError, match=r"b/shard.00000.mds has the columns text \(str\)"):
+        merge_indexes([tmp_path / "a", tmp_path / "b"], tmp_path)
+    assert len(MDSReader(tmp_path)) == 1
+    with pytest.raises(UserError, match="does not lie below"):
+        merge_indexes([tmp_path / "a"], tmp_path / "b")
+
+
+def test_nothing_appears_under_the_name_when_writing_fails(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), MDSWriter(tmp_path / "data", COLUMNS, size_limit=100) as writer:
+        for _ in range(10):
+            writer.write({"input_ids": np.zeros(100, np.uint32), "length": 100, "domain": "x"})
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_data_is_never_overwritten(tmp_path: Path) -> None:
+    write(tmp_path / "data", [1])
+    with pytest.raises(UserError, match="exists already"):
+        MDSWriter(tmp_path / "data", COLUMNS)
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty", [1])
+    assert len(MDSReader(tmp_path / "empty")) == 1
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"length": "3"}, r"sample 0, column length \(int\): expected one int64, found str"),
+        ({"length": 1.5}, r"column length \(int\): expected one int64, found float"),
+        ({"domain": 7}, r"column domain \(str\): expected str, found int"),
+        (
+            {"input_ids": np.zeros(3, np.int64)},
+            r"column input_ids .*expected an array of uint32, found int64",
+        ),
+        ({"input_ids": np.zeros(0, np.uint32)}, r"column input_ids .*no arrays without elements"),
+        ({"extra": 1}, r"sample 0: has the columns \['domain', 'extra', 'input_ids', 'length'\]"),
+    ],
+)
+def test_unfitting_values_name_sample_and_column(sample: dict, message: str, tmp_path: Path) -> None:
+    good = {"input_ids": np.zeros(3, np.uint32), "length": 3, "domain": "x"}
+    with pytest.raises(UserError, match=message), MDSWriter(tmp_path / "data", COLUMNS) as writer:
+        writer.write(good | sample)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int16", "uint64", "int", "float16"])
+def test_numbers_that_do_not_fit_are_refused(kind: str) -> None:
+    coder = encoding(kind)
+    assert coder.decode(coder.encode(7), 0, coder.size or 0) == 7
+    if kind != "float16":
+        with pytest.raises((OverflowError, TypeError)):
+            coder.encode(2**70)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "pkl", "ndarray:complex64", "ndarray:uint8:a", "int:3"])
+def test_unknown_column_types_are_refused(kind: str) -> None:
+    with pytest.raises(UserError):
+        encoding(kind)
+
+
+# Damage. Every case names the file, and the sample where there is one.
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write(tmp_path / "data", [50] * 20, size_limit=2000, hashes=["sha1"])
+    return tmp_path / "data"
+
+
+def test_truncated_shard(data: Path) -> None:
+    shard = data / "shard.00001.mds"
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 5)
+    reader = MDSReader(data)
+    assert reader[0]["length"] == 50
+    with pytest.raises(UserError, match=r"shard.00001.mds: truncated, \d+ bytes where index.json says \d+"):
+        list(reader)
+    with pytest.raises(UserError, match=r"shard.00001.mds: truncated"):
+        reader.verify(1)
+
+
+def test_wrong_hash(data: Path) -> None:
+    flip(data / "shard.00001.mds", -1)
+    assert len(list(MDSReader(data))) == 20  # unnoticed without a check
+    with pytest.raises(UserError, match=r"shard.00001.mds: its sha1 is \w+, index.json says \w+"):
+        list(MDSReader(data, check_hashes=True))
+    with pytest.raises(UserError, match=r"shard.00001.mds: its sha1"):
+        MDSReader(data).verify(1)
+
+
+def test_missing_shard(data: Path) -> None:
+    (data / "shard.00000.mds").unlink()
+    with pytest.raises(UserError, match=r"shard.00000.mds: this shard is missing"):
+        MDSReader(data)[0]
+
+
+def test_missing_index_names_what_is_there(data: Path) -> None:
+    with pytest.raises(UserError, match=r"no index.json, but 1 subdirectories have one \(data\).*data merge"):
+        MDSReader(data.parent)
+    (data / "index.json").unlink()
+    with pytest.raises(UserError, match=r"not an MDS data set, there is no index\.json"):
+        MDSReader(data)
+    with pytest.raises(UserError, match="no such directory"):
+        MDSReader(data / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"shards": [{}]}', '{"shards": 3}', "\xff"])
+def test_index_that_is_none(data: Path, text: str) -> None:
+    (data / "index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"index\.json"):
+        MDSReader(data)
+
+
+def test_index_may_not_lead_outside(data: Path) -> None:
+    index = json.loads((data / "index.json").read_text())
+    index["shards"][0]["raw_data"]["basename"] = "../secret.mds"
+    (data / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="lies outside the data set"):
+        MDSReader(data)
+
+
+def test_invalid_utf8_names_sample_and_column(data: Path) -> None:
+    shard = data / "shard.00001.mds"
+    content = shard.read_bytes()
+    at = content.index(b"d10")
+    shard.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+    with pytest.raises(
+        UserError, match=r"shard.00001.mds, sample \d \(number 10 of .*\), column domain: .*utf-8"
+    ):
+        list(MDSReader(data))
+
+
+def test_garbage_never_crashes_the_reader(data: Path) -> None:
+    """Any single byte changed: the samples decode, to something, or a UserError names the shard."""
+    shard = data / "shard.00000.mds"
+    content = shard.read_bytes()
+    for at in range(0, len(content), 3):
+        shard.write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
+        try:
+            for number in range(MDSReader(data).shards[0].num_samples):
+                MDSReader(data)[number]
+        except UserError as error:
+            assert "shard.00000.mds" in str(error)
+
+
+def test_damaged_compressed_shard(tmp_path: Path) -> None:
+    for compression in ("zstd", "gz", "bz2"):
+        path = tmp_path / compression
+        write(path, [500] * 5, compression=compression)
+        file = next(path.glob("shard.00000.mds.*"))
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+        with pytest.raises(UserError, match=rf"shard.00000.mds.{compression}"):
+            MDSReader(path)[0]
+        assert [each.name for each in path.iterdir() if "tmp" in each.name] == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_compressed_shards_are_unpacked_beside_or_on_a_read_only_disk_elsewhere(small_disk: Path) -> None:
+    write(small_disk / "data", [500] * 5, compression="zstd")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert MDSReader(small_disk / "data")[4]["length"] == 500
+    assert not (small_disk / "data" / "shard.00000.mds").exists()
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert MDSReader(small_disk / "data")[4]["length"] == 500
+    assert (small_disk / "data" / "shard.00000.mds").exists()
+
+
+def test_full_disk(small_disk: Path) -> None:
+    with pytest.raises(UserError, match=r"disk/data: the disk is full.*run the same command again"):
+        write(small_disk / "data", [10_000] * 100, size_limit=200_000)
+    assert list(small_disk.iterdir()) == []
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
