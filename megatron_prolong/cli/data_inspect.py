@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -32,7 +33,7 @@ def inspect(
 
     from megatron_prolong.data.inspect import domain_table, length_table, plot, preview, survey
 
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     if sample:
         if tokenizer is None:
             raise UserError("--sample shows text, so it needs --tokenizer (the directory of the tokenizer)")

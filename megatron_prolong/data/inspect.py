@@ -102,12 +102,10 @@ def _domain_of(reader: MDSReader, sample: Mapping[str, Any]) -> str:
 
 def domain_table(domains: list[DomainSurvey]) -> Table:
     """Samples, documents, tokens and lengths of every domain."""
-    from rich.table import Table
-
-    table = Table(title="Domains")
-    table.add_column("domain")
-    for heading in ("samples", "documents", "tokens", "share", "mean length", "longest", "targets"):
-        table.add_column(heading, justify="right")
+    table = _table("Domains")
+    table.add_column("domain", overflow="fold")
+    for heading in ("samples", "documents", "tokens", "share", "mean", "longest", "targets"):
+        table.add_column(heading, justify="right", no_wrap=True)
     total = sum(domain.num_tokens for domain in domains)
     for domain in domains:
         targets = domain.num_targets
@@ -126,13 +124,11 @@ def domain_table(domains: list[DomainSurvey]) -> Table:
 
 def length_table(domains: list[DomainSurvey]) -> Table:
     """Documents, share of tokens and share of attention cost of every bucket of lengths."""
-    from rich.table import Table
-
-    table = Table(title="Document lengths")
-    for heading in ("tokens from", "documents", "tokens", "of attention"):
-        table.add_column(heading, justify="right")
+    table = _table("Document lengths")
+    for heading in ("from", "documents", "of tokens", "of attention"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for domain in domains if len(domains) > 1 else ():
-        table.add_column(domain.name, justify="right")
+        table.add_column(domain.name, justify="right", overflow="fold")
     documents, tokens, squares = (
         np.sum([getattr(domain.lengths, what) for domain in domains], axis=0)
         for what in ("documents", "tokens", "squares")
@@ -146,6 +142,13 @@ def length_table(domains: list[DomainSurvey]) -> Table:
             *(f"{domain.lengths.documents[bucket]:,}" for domain in domains if len(domains) > 1),
         )
     return table
+
+
+def _table(title: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def _used_buckets(domains: list[DomainSurvey]) -> range:

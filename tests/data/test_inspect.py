@@ -28,6 +28,21 @@ def shown(renderable: object) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def cells_of(table: object) -> list[list[str]]:
+    """The rows under the heading."""
+    _, body = shown(table).split("─ \n")
+    return [line.split() for line in body.splitlines() if line.strip()]
+
+
+def test_numbers_are_never_cut_short() -> None:
+    domain = DomainSurvey("thestackv1_concat_by_repo-524288", None, 12_345_678)
+    domain.lengths.add(np.full(80_000, 2**19))
+    for width in (80, 140):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(domain_table([domain]))
+        assert "41,943,040,000" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 @given(st.lists(st.integers(1, 2**32 - 1), min_size=1, max_size=50))
 def test_histograms_count_every_document_once(lengths: list[int]) -> None:
     histogram = LengthHistogram()
@@ -63,20 +78,11 @@ def test_a_survey_by_domain(tmp_path: Path) -> None:
     assert (code.name, code.num_samples, code.num_documents, code.num_tokens) == ("code", 2, 2, 16)
     assert (wiki.name, wiki.num_samples, wiki.num_documents, wiki.num_tokens) == ("wiki", 1, 3, 8)
     assert code.num_targets is None
-    rows = {
-        cells[0]: cells[1:]
-        for line in shown(domain_table([code, wiki])).splitlines()
-        if len(cells := [cell.strip() for cell in line.strip("│").split("│")]) > 1
-    }
+    rows = {cells[0]: cells[1:] for cells in cells_of(domain_table([code, wiki]))}
     assert rows["code"] == ["2", "2", "16", "66.7%", "8", "8", "all"]
     assert rows["wiki"] == ["1", "3", "8", "33.3%", "3", "4", "all"]
-    lengths = [
-        [cell.strip() for cell in line.strip("│").split("│")]
-        for line in shown(length_table([code, wiki])).splitlines()
-        if line.startswith("│")
-    ]
     # Attention: 64·2 of 64·2 + 1 + 9 + 16 = 154.
-    assert lengths == [
+    assert cells_of(length_table([code, wiki])) == [
         ["1", "1", "4.2%", "0.6%", "0", "1"],
         ["2", "1", "12.5%", "5.8%", "0", "1"],
         ["4", "1", "16.7%", "10.4%", "0", "1"],
@@ -110,8 +116,7 @@ def test_the_plot_stacks_to_a_hundred_percent(tmp_path: Path) -> None:
 def test_large_buckets_are_named_in_binary_units() -> None:
     lengths = LengthHistogram()
     lengths.add(np.array([1023, 1024, 65536, 2**20]))
-    table = shown(length_table([DomainSurvey("d", None, 1, lengths)]))
-    firsts = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
+    firsts = [cells[0] for cells in cells_of(length_table([DomainSurvey("d", None, 1, lengths)]))]
     assert firsts == ["512", "1K", "2K", "4K", "8K", "16K", "32K", "64K", "128K", "256K", "512K", "1M"]
 
 
