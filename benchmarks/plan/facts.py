@@ -10,16 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from programs import Sharded, longest
 
 from megatron_prolong.plan.flops import ForwardFlops, model_flops
 from megatron_prolong.plan.hardware import Gpu, find_gpu
 from megatron_prolong.plan.job import Job
-from megatron_prolong.plan.lengths import PROLONG_64K, PROLONG_512K, single_document
+from megatron_prolong.plan.lengths import PROLONG_64K, PROLONG_512K, BatchDocuments, single_document
 from megatron_prolong.plan.memory import num_parameters
 from megatron_prolong.plan.search import RECOMPUTE_MODES, Candidate, evaluate, search
-from megatron_prolong.plan.time import sample_pairs
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import ModelShape
 
@@ -90,8 +88,8 @@ def prolong() -> list[Fact]:
     hours = ((PROLONG_64K, 64, 1, 5000, 2_200), (PROLONG_512K, 16, 8, 2500, 12_200))
     for mixture, sequences, sp, steps, reported in hours:
         program = Sharded(Job(LLAMA3_8B, _ulysses(sp), 64, mixture.sequence_length, sequences))
-        pairs = sample_pairs(mixture, sequences, 64, seed=0)
-        seconds = program.step_seconds(h100, pairs, sort=True)
+        batches = [mixture.batch(step, sequences) for step in range(64)]
+        seconds = program.step_seconds(h100, batches, sort=True)
         facts.append(
             Fact(
                 f"ProLong, stage {mixture.sequence_length // K}K, whole stage",
@@ -103,12 +101,12 @@ def prolong() -> list[Fact]:
             )
         )
     bench = Sharded(Job(LLAMA3_8B, Layout(), 8, 64 * K, 64))
-    pairs = sample_pairs(PROLONG_64K, 64, 64, seed=0)
-    whole = np.full_like(pairs, float(64 * K) ** 2)
+    drawn = [PROLONG_64K.batch(step, 64) for step in range(64)]
+    whole = [single_document(64 * K).batch(0, 64)]
     rows = (
         ("full attention", whole, False, 2770),
-        ("varlen", pairs, False, 2780),
-        ("varlen, sorted", pairs, True, 3095),
+        ("varlen", drawn, False, 2780),
+        ("varlen, sorted", drawn, True, 3095),
     )
     for name, cost, sort, reported in rows:
         speed = bench.job.batch_tokens / 8 / bench.step_seconds(h100, cost, sort=sort)
@@ -146,8 +144,7 @@ def nemo() -> list[Fact]:
     b200 = find_gpu("b200-180g")
     for kilo, reported in ((64, 1600), (256, 1590), (1024, 1608)):
         job = Job(LLAMA3_8B, Layout(), kilo, kilo * K, 8, precision="fp8")
-        pairs = sample_pairs(single_document(kilo * K), 8, 1, seed=0)
-        best = next(c for c in search(job, b200, pairs) if c.runs)
+        best = next(c for c in search(job, b200, _whole_documents(job)) if c.runs)
         facts.append(
             Fact(
                 f"NeMo 25.04, Llama-3-8B FP8, {kilo} B200, {kilo}K",
@@ -162,9 +159,13 @@ def nemo() -> list[Fact]:
 
 
 def _least_recompute(job: Job, gpu: Gpu) -> Candidate:
-    pairs = sample_pairs(single_document(job.sequence_length), job.batch_sequences, 1, seed=0)
-    options = [evaluate(replace(job, recompute=mode), gpu, pairs) for mode in RECOMPUTE_MODES]
+    batches = _whole_documents(job)
+    options = [evaluate(replace(job, recompute=mode), gpu, batches) for mode in RECOMPUTE_MODES]
     return next(option for option in options if option.runs)
+
+
+def _whole_documents(job: Job) -> list[BatchDocuments]:
+    return [BatchDocuments.of(single_document(job.sequence_length).batch(0, job.batch_sequences))]
 
 
 def _not_causal_tflops(candidate: Candidate) -> float:
@@ -206,8 +207,8 @@ def sharded() -> list[Fact]:
     facts = []
     for what, gpu, program, reported, origin, assumed in rows:
         job = program.job
-        pairs = np.full((1, job.batch_sequences), float(job.sequence_length) ** 2)
-        seconds = program.step_seconds(gpu, pairs, sort=False)
+        batch = single_document(job.sequence_length).batch(0, job.batch_sequences)
+        seconds = program.step_seconds(gpu, [batch], sort=False)
         speed = job.batch_tokens / job.world_size / seconds
         facts.append(Fact(what, "tok/s/GPU", reported, speed, origin, assumed))
     return facts

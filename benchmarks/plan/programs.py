@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_prolong.plan import memory, time
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
+from megatron_prolong.plan.lengths import Lengths
 
 
 @dataclass(frozen=True)
@@ -37,29 +37,28 @@ class Sharded:
     offload_inputs: bool = False
     tiled_mlp: bool = False
 
-    def sequence_seconds(self, gpu: Gpu, pairs: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Seconds of each packed sequence on its sequence-parallel group."""
-        one = time.sequence_time(self.job, gpu, self.attention)
-        compute = one.seconds(pairs)
+    def sequence_seconds(self, gpu: Gpu, lengths: Lengths) -> float:
+        """Seconds of one packed sequence on its sequence-parallel group."""
+        compute = float(time.rates(self.job, gpu, self.attention).seconds(lengths).sum())
         weights = memory.num_parameters(self.job.shape)
         world = self.job.world_size
         bandwidth = gpu.bandwidth(world, stride=1)
         exchange = (2 + 2 + 4) * weights * (world - 1) / world / bandwidth  # bf16 twice, fp32 gradients
-        return np.maximum(compute, exchange)
+        return max(compute, exchange)
 
-    def step_seconds(self, gpu: Gpu, pairs: NDArray[np.float64], *, sort: bool) -> float:
+    def step_seconds(self, gpu: Gpu, batches: list[list[Lengths]], *, sort: bool) -> float:
         """Mean seconds of a step: every micro-batch waits for its slowest group, because all gather together.
 
         Args:
-            pairs: [steps, sequences].
+            batches: document lengths of each packed sequence of some steps.
             sort: each group orders its sequences by cost, as ProLong does, so that like meets like.
         """
-        dp = self.job.dp
         totals = []
-        for step_B in pairs:
-            seconds = self.sequence_seconds(gpu, step_B).reshape(-1, dp)  # [micro-batch, group]
-            seconds = np.sort(seconds, axis=0) if sort else seconds
-            totals.append(seconds.max(axis=1).sum())
+        for step in batches:
+            seconds = np.array([self.sequence_seconds(gpu, lengths) for lengths in step])
+            by_group = seconds.reshape(-1, self.job.dp)  # [micro-batch, group]
+            by_group = np.sort(by_group, axis=0) if sort else by_group
+            totals.append(by_group.max(axis=1).sum())
         return float(np.mean(totals)) / time.SUSTAINED
 
     def needed_bytes(self, gpu: Gpu) -> float:

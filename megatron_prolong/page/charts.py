@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-# Okabe and Ito's colours, told apart by readers with any colour vision; grey last.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A200", "#8A93A0")
+# Okabe and Ito's colours, told apart by readers with any colour vision, and three more; grey last.
+COLOURS = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A200", "#7B4FA3", "#A65628", "#8A93A0",
+)  # fmt: skip
 WIDTH = 900
 
 
@@ -28,10 +30,11 @@ def stacked_bars(
     """One horizontal bar per row, cut into its named parts; a dashed line at `limit`."""
     names = list(dict.fromkeys(name for _, parts in rows for name in parts))
     longest = max([sum(parts.values()) for _, parts in rows] + ([limit] if limit else []), default=1.0)
-    left, bar, top = 330, 26, 34
+    legend, legend_height = _legend(names)
+    left, bar, top = 330, 26, legend_height + 14
     height = top + bar * len(rows) + 30
-    scale = (WIDTH - left - 70) / longest
-    parts_svg = [_legend(names, top=4)]
+    scale = (WIDTH - left - 90) / longest
+    parts_svg = [legend]
     for index, (label, parts) in enumerate(rows):
         y, x = top + bar * index, float(left)
         parts_svg.append(_text(left - 8, y + 15, label, anchor="end"))
@@ -68,7 +71,8 @@ def scatter(points: Sequence[Point], x_name: str, y_name: str) -> str:
 
 def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str) -> str:
     """One line per name through its (x, y); values that are not finite break it."""
-    height = 320
+    legend, legend_height = _legend(list(series))
+    height = 300 + legend_height
     values = [
         (x, y) for points in series.values() for x, y in points if math.isfinite(x) and math.isfinite(y)
     ]
@@ -77,8 +81,9 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_na
     xs, ys = [x for x, _ in values], [y for _, y in values]
     margin = (max(ys) - min(ys) or abs(max(ys)) or 1.0) * 0.06
     bottom = 0.0 if 0 <= min(ys) < 0.25 * max(ys) else min(ys) - margin
-    frame = _Frame(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, bottom, max(ys) + margin, height)
-    parts = [frame.axes(x_name, y_name), _legend(list(series), top=4)]
+    right = max(xs) if max(xs) > min(xs) else min(xs) + 1
+    frame = _Frame(min(xs), right, bottom, max(ys) + margin, height, top=legend_height + 34)
+    parts = [frame.axes(x_name, y_name), legend]
     for index, points in enumerate(series.values()):
         colour = COLOURS[index % len(COLOURS)]
         for run in _finite_runs(points):
@@ -155,13 +160,17 @@ def _finite_runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float
     return [run for run in runs if run]
 
 
-def _legend(names: Sequence[str], top: int) -> str:
-    parts, x = [], 200.0
+def _legend(names: Sequence[str]) -> tuple[str, int]:
+    """Colour keys in as many rows as they take, and the pixels that these are high."""
+    parts, x, y = [], 8.0, 4.0
     for index, name in enumerate(names):
-        parts.append(_bar(x, top, 12, 12, index, name))
-        parts.append(_text(x + 17, top + 11, name))
-        x += 34 + 7 * len(name)
-    return "".join(parts)
+        width = 34 + 7 * len(name)
+        if x + width > WIDTH:
+            x, y = 8.0, y + 20
+        parts.append(_bar(x, y, 12, 12, index, name))
+        parts.append(_text(x + 17, y + 11, name))
+        x += width
+    return "".join(parts), int(y) + 16
 
 
 def _bar(x: float, y: float, width: float, height: float, index: int, tip: str) -> str:

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_prolong.data.interleave import Interleave
 from megatron_prolong.data.mixture import Mixture
 from megatron_prolong.plan.lengths import (
     PROLONG_64K,
     PROLONG_512K,
     PROLONG_SFT,
+    BatchDocuments,
     DomainLengths,
     LengthMixture,
     Lengths,
     single_document,
-    squared_tokens,
 )
 from megatron_prolong.recipe.schema import Stage
 
@@ -41,15 +41,9 @@ class Batches:
     source: str
 
     @property
-    def pairs(self) -> NDArray[np.float64]:
-        """Σ len² per packed sequence: [steps, sequences]."""
-        return np.array([[squared_tokens(one) for one in step] for step in self.lengths], dtype=np.float64)
-
-    @property
-    def longest_share(self) -> float:
-        """Share of the tokens in documents that fill their whole sequence."""
-        sequences = [one for step in self.lengths for one in step]
-        return float(np.mean([len(one) == 1 for one in sequences]))
+    def documents(self) -> list[BatchDocuments]:
+        """Of every step, as the time model wants them."""
+        return [BatchDocuments.of(step) for step in self.lengths]
 
 
 def stage_batches(stage: Stage, num_steps: int) -> Batches:
@@ -62,8 +56,7 @@ def stage_batches(stage: Stage, num_steps: int) -> Batches:
     if stage.mixture != "mock" and all(path.is_dir() for path in stage.mixture):
         return Batches(_real(stage, num_steps), f"{num_steps} batches of the stage's own shards")
     mixture, source = _assumed(stage)
-    batches = [mixture.batch(step, stage.batch_sequences, stage.seed) for step in range(num_steps)]
-    return Batches(batches, f"{num_steps} batches drawn from {source}")
+    return Batches(_drawn(mixture, stage, num_steps), f"{num_steps} batches drawn from {source}")
 
 
 def _real(stage: Stage, num_steps: int) -> list[list[Lengths]]:
@@ -75,6 +68,18 @@ def _real(stage: Stage, num_steps: int) -> list[list[Lengths]]:
         num_steps=stage.num_steps,
     )
     return [[mixture.read(ref).document_lengths for ref in mixture.batch(step)] for step in range(num_steps)]
+
+
+def _drawn(mixture: LengthMixture, stage: Stage, num_steps: int) -> list[list[Lengths]]:
+    """Domains in the order that the real mixture would have them, every batch close to the proportions."""
+    order = Interleave([domain.proportion for domain in mixture.domains], stage.batch_sequences * num_steps)
+    batches = []
+    for step in range(num_steps):
+        rng = np.random.default_rng([stage.seed, step])
+        slots = range(step * stage.batch_sequences, (step + 1) * stage.batch_sequences)
+        domains = [mixture.domains[order[slot][0]] for slot in slots]
+        batches.append([domain.draw(rng, stage.sequence_length) for domain in domains])
+    return batches
 
 
 def _assumed(stage: Stage) -> tuple[LengthMixture, str]:

@@ -19,6 +19,7 @@ the tokens but under 4% of Σ len² at 64K and under 2% at 512K (tests/plan/test
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,6 +122,36 @@ class LengthMixture:
             self.domains[min(index, len(self.domains) - 1)].draw(rng, self.sequence_length)
             for index in chosen
         ]
+
+
+# Shorter documents are counted together: no rank waits for one of them.
+LONG_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class BatchDocuments:
+    """The documents of one global batch, as far as time depends on them.
+
+    Attributes:
+        long: tokens of each document of at least LONG_TOKENS, int64 [D].
+        short_tokens, short_pairs: Σ len and Σ len² of the others.
+    """
+
+    long: Lengths
+    short_tokens: int
+    short_pairs: int
+
+    @classmethod
+    def of(cls, sequences: Sequence[Lengths]) -> BatchDocuments:
+        """From the document lengths of each packed sequence."""
+        lengths = np.concatenate(list(sequences))
+        short = lengths[lengths < LONG_TOKENS]
+        return cls(lengths[lengths >= LONG_TOKENS], int(short.sum()), squared_tokens(short))
+
+    @property
+    def pairs(self) -> int:
+        """Σ len² of the batch."""
+        return squared_tokens(self.long) + self.short_pairs
 
 
 def squared_tokens(lengths: Lengths) -> int:

@@ -81,10 +81,10 @@ def plan_stage(
     """
     batches = stage_batches(stage, max(SAMPLED_STEPS, simulated_steps))
     job = job_of(recipe, stage, shape, world_size)
-    sampled = batches.pairs[:SAMPLED_STEPS]
+    sampled = batches.documents[:SAMPLED_STEPS]
     candidates = search(job, gpu, sampled)
     best = candidates[0]
-    played = simulate(best.job, gpu, batches.pairs) if simulated_steps and best.runs else None
+    played = simulate(best.job, gpu, batches) if simulated_steps and best.runs else None
     return StagePlan(stage, batches, evaluate(job, gpu, sampled), candidates, played)
 
 

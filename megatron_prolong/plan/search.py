@@ -7,14 +7,12 @@ exhaustive.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
-from numpy.typing import NDArray
 
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
+from megatron_prolong.plan.lengths import BatchDocuments
 from megatron_prolong.plan.memory import RankMemory, peak_memory
 from megatron_prolong.plan.time import StepTime, mfu, step_time, tokens_per_second_per_gpu
 from megatron_prolong.recipe.layout_rules import StageSize, layout_problems
@@ -67,8 +65,8 @@ class Candidate:
         return self.time.total * num_steps * self.job.world_size / 3600
 
 
-def evaluate(job: Job, gpu: Gpu, pairs: NDArray[np.float64], *, balanced: bool = True) -> Candidate:
-    """Predict one layout. `pairs` are Σ len² of sampled batches, [steps, sequences]."""
+def evaluate(job: Job, gpu: Gpu, batches: Sequence[BatchDocuments]) -> Candidate:
+    """Predict one layout over some global batches."""
     if reason := invalid(job, gpu):
         return Candidate(job, reason=reason)
     memory = peak_memory(job)
@@ -80,16 +78,20 @@ def evaluate(job: Job, gpu: Gpu, pairs: NDArray[np.float64], *, balanced: bool =
             f" (most: {largest} {memory.parts()[largest] / 1e9:.0f} GB)"
         )
         return Candidate(job, memory, needed, reason=reason)
-    time = step_time(job, gpu, pairs, balanced=balanced)
-    utilisation = mfu(job, gpu, time, float(pairs.mean()))
+    time = step_time(job, gpu, batches)
+    utilisation = mfu(job, gpu, time, batches)
     return Candidate(job, memory, needed, time, tokens_per_second_per_gpu(job, time), utilisation)
 
 
 def search(
-    job: Job, gpu: Gpu, pairs: NDArray[np.float64], *, recompute: tuple[Recompute, ...] = RECOMPUTE_MODES
+    job: Job,
+    gpu: Gpu,
+    batches: Sequence[BatchDocuments],
+    *,
+    recompute: tuple[Recompute, ...] = RECOMPUTE_MODES,
 ) -> list[Candidate]:
     """Every layout of `job` (its own layout's values do not matter), fastest first, then those that fail."""
-    candidates = [evaluate(option, gpu, pairs) for option in layouts(job, gpu, recompute)]
+    candidates = [evaluate(option, gpu, batches) for option in layouts(job, gpu, recompute)]
     return sorted(candidates, key=lambda c: (not c.runs, -c.throughput, c.job.layout.model_ranks))
 
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_prolong.plan.batches import Batches
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
-from megatron_prolong.plan.time import rank_loads, sequence_time, step_time
+from megatron_prolong.plan.time import RankLoads, Seconds, rates, step_time
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """A layout over real batches.
+    """A layout over a mixture's batches.
 
     Attributes:
-        seconds: of every step, sequences given to ranks by cost; [steps].
-        utilisation: mean over maximal load of the data-parallel ranks, by cost.
-        utilisation_as_drawn: the same when sequences are dealt out in the order drawn.
+        seconds: of every step, [steps].
+        utilisation: mean over maximal load of the data-parallel ranks, documents dealt out by cost.
+        utilisation_as_drawn: the same when whole packed sequences are dealt out in the order drawn.
     """
 
-    seconds: NDArray[np.float64]
+    seconds: Seconds
     utilisation: float
     utilisation_as_drawn: float
 
@@ -32,18 +32,18 @@ class Simulation:
         return {"median": float(median), "p90": float(tenth), "max": float(self.seconds.max())}
 
 
-def simulate(job: Job, gpu: Gpu, pairs: NDArray[np.float64]) -> Simulation:
-    """Play `pairs` (Σ len² of each sequence, [steps, sequences]) through `job`."""
-    one = sequence_time(job, gpu)
-    by_cost = [rank_loads(one.seconds(step), job.dp, True) for step in pairs]
-    as_drawn = [rank_loads(one.seconds(step), job.dp, False) for step in pairs]
+def simulate(job: Job, gpu: Gpu, batches: Batches) -> Simulation:
+    """Play all of `batches` through `job`."""
+    one, documents = rates(job, gpu), batches.documents
+    by_cost = [RankLoads.of(one, batch, job.dp) for batch in documents]
+    as_drawn = []
+    for step in batches.lengths:
+        sequences = np.array([one.seconds(lengths).sum() for lengths in step])
+        as_drawn.append(np.array([sequences[rank :: job.dp].sum() for rank in range(job.dp)]))
     return Simulation(
-        seconds=np.array([step_time(job, gpu, step[None]).total for step in pairs]),
-        utilisation=_utilisation(by_cost),
-        utilisation_as_drawn=_utilisation(as_drawn),
+        seconds=np.array([step_time(job, gpu, [batch]).total for batch in documents]),
+        utilisation=sum(load.mean for load in by_cost) / sum(load.slowest for load in by_cost),
+        utilisation_as_drawn=float(
+            sum(load.mean() for load in as_drawn) / sum(load.max() for load in as_drawn)
+        ),
     )
-
-
-def _utilisation(loads: list[NDArray[np.float64]]) -> float:
-    """Useful share of the ranks' time: Σ mean / Σ max over the steps."""
-    return float(sum(load.mean() for load in loads) / sum(load.max() for load in loads))

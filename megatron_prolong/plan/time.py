@@ -1,15 +1,16 @@
 """Seconds of a training step, part by part.
 
-One packed sequence costs a rank `fixed + slope · Σ len²` (matrix products, elementwise kernels and exchanges
-grow with its tokens, attention with the square of its documents), so a global batch is a list of numbers. The
-step lasts as long as the data-parallel rank with the largest sum, plus the pipeline's filling and draining,
-plus what cannot hide behind computation:
+A document of n tokens costs a data-parallel rank `linear·n + quadratic·n²` (matrix products, elementwise kernels
+and exchanges grow with its tokens, attention with their square), and the engine deals documents, not packed
+sequences, to the ranks by that cost (data/balance). The step lasts as long as the rank with the largest sum,
+plus the pipeline's filling and draining, plus what cannot hide behind computation:
 
     matmul         executed FLOPs (flops.py) / reachable FLOP/s
     attention      likewise, by Σ len²
     elementwise    bytes of norms, residuals, rotary embedding and SwiGLU / reachable memory bandwidth
     tensor         all-gathers and reduce-scatters of the residual stream, all exposed
-    context        exchange of keys and values; all_gather and a2a exposed, p2p behind attention where it fits
+    context        exchange of keys and values of the documents that do not fit one context-parallel rank;
+                   all_gather and a2a exposed, p2p where it is longer than the document's attention
     pipeline       filling and draining, (pp-1)/virtual_pp times the longest micro-batch, and the hand-over of
                    the residual stream from stage to stage
     imbalance      slowest data-parallel rank minus the mean
@@ -31,8 +32,10 @@ from numpy.typing import NDArray
 from megatron_prolong.plan.flops import ForwardFlops, model_flops, passes
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
-from megatron_prolong.plan.lengths import LengthMixture, squared_tokens
+from megatron_prolong.plan.lengths import BatchDocuments, Lengths
 from megatron_prolong.plan.memory import a2a_repeats, stage_weights
+
+Seconds = NDArray[np.float64]
 
 ATTENTION_KERNEL = "te"  # Transformer Engine's (cuDNN, FlashAttention-3); "flash2" for PyTorch's own
 # A ring attends in cp pieces and merges them: 90% of the speed of one call (zigzag, 8 GPUs;
@@ -44,24 +47,38 @@ SUSTAINED = 0.8
 
 
 @dataclass(frozen=True)
-class SequenceTime:
-    """Seconds that one packed sequence occupies a rank of the slowest pipeline stage.
+class Rates:
+    """What documents cost a rank of the slowest pipeline stage, forward and backward.
 
-    All but attention (and what p2p hides behind it) are the same for every sequence.
+    Attributes:
+        matmul, elementwise, tensor: seconds per token.
+        context: seconds per token of a document that is split over the context-parallel ranks.
+        attention: seconds per token² of a document.
+        local_tokens: longest document that stays on one context-parallel rank.
+        overlaps: the exchange runs behind the document's attention.
     """
 
     matmul: float
     elementwise: float
     tensor: float
     context: float
-    attention_per_pair: float
-    hidden_context: float = 0.0
+    attention: float
+    local_tokens: int
+    overlaps: bool
 
-    def seconds(self, pairs: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Time of sequences whose Σ len² are `pairs`."""
-        attention = self.attention_per_pair * pairs
-        fixed = self.matmul + self.elementwise + self.tensor + self.context
-        return fixed + np.maximum(attention, self.hidden_context)
+    @property
+    def linear(self) -> float:
+        """Seconds per token of any document."""
+        return self.matmul + self.elementwise + self.tensor
+
+    def exchange(self, lengths: Lengths) -> Seconds:
+        """Exposed exchange of each document."""
+        moved = np.asarray(self.context * lengths * (lengths > self.local_tokens), dtype=np.float64)
+        return np.maximum(moved - self.attention * lengths**2, 0.0) if self.overlaps else moved
+
+    def seconds(self, lengths: Lengths) -> Seconds:
+        """Seconds of each document."""
+        return self.linear * lengths + self.attention * lengths**2 + self.exchange(lengths)
 
 
 @dataclass(frozen=True)
@@ -89,93 +106,85 @@ class StepTime:
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
 
-def sample_pairs(
-    mixture: LengthMixture, batch_sequences: int, num_steps: int, seed: int
-) -> NDArray[np.float64]:
-    """Σ len² of every packed sequence of `num_steps` global batches: [steps, sequences]."""
-    return np.array(
-        [
-            [squared_tokens(lengths) for lengths in mixture.batch(step, batch_sequences, seed)]
-            for step in range(num_steps)
-        ],
-        dtype=np.float64,
-    )
-
-
-def sequence_time(job: Job, gpu: Gpu, attention_kernel: str = ATTENTION_KERNEL) -> SequenceTime:
-    """What one packed sequence costs, forward and backward, on the slowest pipeline stage."""
+def rates(job: Job, gpu: Gpu, attention_kernel: str = ATTENTION_KERNEL) -> Rates:
+    """What one document costs, on the slowest pipeline stage."""
     shape, layout = job.shape, job.layout
-    flops, run, t = ForwardFlops.of(shape), passes(job), job.rank_tokens
+    flops, run = ForwardFlops.of(shape), passes(job)
     weight_precision = "bf16" if job.precision == "fp8" else job.precision
     per_token = run.layers * flops.layers_per_token + run.mlp_again * flops.mlp_per_token
-    matmul = per_token * t / (layout.tp * layout.pp) / gpu.matmul_flops(job.precision)
+    matmul = per_token / layout.model_ranks / gpu.matmul_flops(job.precision)
     # The last stage also has the output layer, and the others wait for it.
-    matmul += run.output * flops.output_per_token * t / layout.tp / gpu.matmul_flops(weight_precision)
+    output = run.output * flops.output_per_token / (layout.tp * layout.cp)
+    matmul += output / gpu.matmul_flops(weight_precision)
     attention = flops.attention_per_pair / layout.model_ranks
-    attention_per_pair = attention * (
-        run.attention_forward / gpu.attention_flops(attention_kernel, backward=False)
-        + run.attention_backward / gpu.attention_flops(attention_kernel, backward=True)
-    )
-    if layout.cp > 1 and "p2p" in layout.cp_exchange:
-        attention_per_pair /= RING_EFFICIENCY
-    context = _context_seconds(job, gpu)
-    hidden = context if layout.cp_exchange == "p2p" else 0.0
-    return SequenceTime(
+    attention *= run.attention_forward / gpu.attention_flops(
+        attention_kernel, backward=False
+    ) + run.attention_backward / gpu.attention_flops(attention_kernel, backward=True)
+    is_ring = layout.cp > 1 and "p2p" in layout.cp_exchange
+    return Rates(
         matmul=matmul,
-        elementwise=_elementwise_seconds(job, gpu),
-        tensor=_tensor_seconds(job, gpu),
-        context=context - hidden,
-        attention_per_pair=attention_per_pair,
-        hidden_context=hidden,
+        elementwise=_elementwise_seconds(job, gpu) / job.sequence_length,
+        tensor=_tensor_seconds(job, gpu) / job.sequence_length,
+        context=_context_seconds(job, gpu) / job.sequence_length,
+        attention=attention / RING_EFFICIENCY if is_ring else attention,
+        local_tokens=job.rank_tokens,
+        overlaps=is_ring,
     )
 
 
-def step_time(job: Job, gpu: Gpu, pairs: NDArray[np.float64], *, balanced: bool = True) -> StepTime:
-    """Time of a step, averaged over the batches in `pairs` [steps, sequences] (see `sample_pairs`).
-
-    Args:
-        balanced: sequences are given to data-parallel ranks by cost; otherwise in the order drawn.
-    """
-    one = sequence_time(job, gpu)
-    seconds_SB = one.seconds(pairs)
-    loads = [rank_loads(seconds_B, job.dp, balanced) for seconds_B in seconds_SB]
-    mean = float(np.mean([load.mean() for load in loads]))
-    slowest = float(np.mean([load.max() for load in loads]))
-    longest = float(np.mean(seconds_SB.max(axis=1)))
-    per_rank = pairs.shape[1] / job.dp  # sequences of a rank, on average
-    layout = job.layout
-    pipeline = (layout.pp - 1) / layout.virtual_pp * longest + _hand_over_seconds(job, gpu) * per_rank
-    fixed = one.matmul + one.elementwise + one.tensor + one.context
+def step_time(job: Job, gpu: Gpu, batches: Sequence[BatchDocuments]) -> StepTime:
+    """Time of a step, averaged over some global batches."""
+    one, layout = rates(job, gpu), job.layout
+    loads = [RankLoads.of(one, batch, job.dp) for batch in batches]
+    mean = float(np.mean([load.mean for load in loads]))
+    slowest = float(np.mean([load.slowest for load in loads]))
+    longest = float(np.mean([max(load.dearest, load.mean / job.micro_batches) for load in loads]))
+    exchange = float(np.mean([load.exchange for load in loads]))
+    tokens = job.batch_tokens / job.dp
+    pipeline = (layout.pp - 1) / layout.virtual_pp * longest
     time = StepTime(
-        matmul=one.matmul * per_rank,
-        attention=mean - fixed * per_rank,
-        elementwise=one.elementwise * per_rank,
-        tensor=one.tensor * per_rank,
-        context=one.context * per_rank,
-        pipeline=pipeline,
+        matmul=one.matmul * tokens,
+        attention=mean - one.linear * tokens - exchange,
+        elementwise=one.elementwise * tokens,
+        tensor=one.tensor * tokens,
+        context=exchange,
+        pipeline=pipeline + _hand_over_seconds(job, gpu) * job.micro_batches,
         imbalance=slowest - mean,
-        gradients=_gradient_seconds(job, gpu, mean / per_rank),
+        gradients=_gradient_seconds(job, gpu, mean / job.micro_batches),
         optimizer=_optimizer_seconds(job, gpu),
     )
     return replace(time, overhead=time.total * (1 / SUSTAINED - 1))
 
 
-def rank_loads(seconds: NDArray[np.float64], dp: int, balanced: bool) -> NDArray[np.float64]:
-    """Seconds of each data-parallel rank for one global batch: [dp].
+@dataclass(frozen=True)
+class RankLoads:
+    """Seconds of the data-parallel ranks for one global batch whose documents are dealt out by cost.
 
-    Balanced: longest processing time first, at most ceil(sequences/dp) per rank (Graham 1969).
+    Attributes:
+        mean, slowest: over the ranks.
+        dearest: one document's.
+        exchange: exposed exchange of a rank, on average.
     """
-    if not balanced:
-        return np.array([seconds[rank::dp].sum() for rank in range(dp)])
-    most = -(-len(seconds) // dp)
-    heap = [(0.0, rank, 0) for rank in range(dp)]
-    loads = np.zeros(dp)
-    for cost in sorted(seconds.tolist(), reverse=True):
-        load, rank, count = heapq.heappop(heap)
-        loads[rank] = load + cost
-        if count + 1 < most:
-            heapq.heappush(heap, (load + cost, rank, count + 1))
-    return loads
+
+    mean: float
+    slowest: float
+    dearest: float
+    exchange: float
+
+    @classmethod
+    def of(cls, one: Rates, batch: BatchDocuments, dp: int) -> RankLoads:
+        """Longest processing time first (Graham 1969); short documents fill the gaps."""
+        costs = one.seconds(batch.long)
+        total = float(costs.sum()) + one.linear * batch.short_tokens + one.attention * batch.short_pairs
+        ranks = [0.0] * dp
+        for cost in sorted(costs.tolist(), reverse=True):
+            heapq.heapreplace(ranks, ranks[0] + cost)
+        return cls(
+            mean=total / dp,
+            slowest=max(total / dp, *ranks),
+            dearest=float(costs.max(initial=0.0)),
+            exchange=float(one.exchange(batch.long).sum()) / dp,
+        )
 
 
 def tokens_per_second_per_gpu(job: Job, time: StepTime) -> float:
@@ -183,14 +192,11 @@ def tokens_per_second_per_gpu(job: Job, time: StepTime) -> float:
     return job.batch_tokens / time.total / job.world_size
 
 
-def mfu(job: Job, gpu: Gpu, time: StepTime, mean_pairs: float) -> float:
-    """Model FLOPs (document-aware) over the bf16 (fp32 for fp32) peak of all GPUs.
-
-    Args:
-        mean_pairs: mean Σ len² of a packed sequence.
-    """
+def mfu(job: Job, gpu: Gpu, time: StepTime, batches: Sequence[BatchDocuments]) -> float:
+    """Model FLOPs (document-aware) over the bf16 (fp32 for fp32) peak of all GPUs."""
     peak = gpu.peak_flops["fp32" if job.precision == "fp32" else "bf16"]
-    needed = model_flops(job.shape, job.batch_tokens, mean_pairs * job.batch_sequences)
+    pairs = float(np.mean([batch.pairs for batch in batches]))
+    needed = model_flops(job.shape, job.batch_tokens, pairs)
     return needed / (time.total * job.world_size * peak)
 
 
@@ -264,8 +270,3 @@ def _optimizer_seconds(job: Job, gpu: Gpu) -> float:
     shards = job.dp * layout.cp if layout.distributed_optimizer else 1
     moved = 2 * 4 * elements / shards + 30 * elements / shards + 4 * elements  # zeroing the whole buffer
     return moved / (gpu.memory_bandwidth * gpu.efficiency.memory)
-
-
-def mean_pairs(pairs: NDArray[np.float64] | Sequence[float]) -> float:
-    """Mean Σ len² of a packed sequence."""
-    return float(np.mean(pairs))

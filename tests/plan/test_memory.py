@@ -1,0 +1,109 @@
+"""Bytes per rank: closed forms that can be checked by hand, and what must grow or shrink with what."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from plan_shapes import LLAMA3_8B, TINY
+
+from megatron_prolong.plan.job import Job
+from megatron_prolong.plan.memory import (
+    buffer_elements,
+    in_flight,
+    kept_by_layer,
+    num_parameters,
+    peak_memory,
+    rank_memory,
+    saved_by_layer,
+    stage_weights,
+)
+from megatron_prolong.recipe.schema import Layout
+
+JOB = Job(LLAMA3_8B, Layout(), 8, 65_536, 64)
+
+
+def test_weights_of_llama3_8b_are_the_published_number() -> None:
+    assert num_parameters(LLAMA3_8B) == 8_030_261_248  # sum over the safetensors index of the release
+
+
+@pytest.mark.parametrize("tp,pp", [(1, 1), (2, 1), (1, 4), (4, 2), (8, 4)])
+def test_stages_together_hold_the_model_once(tp: int, pp: int) -> None:
+    job = replace(JOB, layout=Layout(tp=tp, pp=pp), world_size=tp * pp)
+    held = tp * sum(sum(stage_weights(job, rank)) for rank in range(pp))
+    norms = (2 * LLAMA3_8B.num_layers + 1) * LLAMA3_8B.hidden_size  # on every tensor-parallel rank
+    padding = 2 * (job.vocab_rows * tp - LLAMA3_8B.vocab_size) * LLAMA3_8B.hidden_size
+    assert held == num_parameters(LLAMA3_8B) + (tp - 1) * norms + padding
+
+
+def test_tied_embeddings_are_held_once_on_one_stage_and_twice_on_two() -> None:
+    tied = LLAMA3_8B.replace(tie_embeddings=True)
+    vocabulary = LLAMA3_8B.vocab_size * LLAMA3_8B.hidden_size
+    one, untied = replace(JOB, shape=tied), JOB
+    assert sum(stage_weights(untied, 0)) - sum(stage_weights(one, 0)) == vocabulary
+    two = replace(one, layout=Layout(pp=2))
+    assert stage_weights(two, 0)[-1] == stage_weights(two, 1)[-1] == vocabulary
+
+
+def test_mixed_precision_takes_18_bytes_per_weight_and_zero1_shards_12_of_them() -> None:
+    plain = rank_memory(replace(JOB, layout=Layout(distributed_optimizer=False)), 0)
+    weights = num_parameters(LLAMA3_8B)
+    assert plain.parameters + plain.gradients + plain.optimizer == 18 * weights
+    sharded = rank_memory(JOB, 0)
+    assert sharded.parameters + sharded.gradients == pytest.approx(6 * weights, rel=1e-6)
+    assert sharded.optimizer == pytest.approx(12 * weights / 8, rel=1e-6)
+
+
+def test_buffers_are_padded_as_megatron_pads_them() -> None:
+    # starts at multiples of 64, end at a multiple of lcm(3, 128)
+    job = Job(TINY, Layout(), 3, 256, 3)
+    assert buffer_elements(job, [65, 1, 64]) == 384
+    assert buffer_elements(replace(job, layout=Layout(distributed_optimizer=False)), [65, 1, 64]) == 130
+
+
+def test_one_layer_of_llama3_8b_by_hand() -> None:
+    """t tokens, bf16, fused SwiGLU and norm: 2·t·(4h + (N+2G)d + (N+G)d + Nd + 3f + 4d) + 4·t·N + 8·t."""
+    t, h, f, heads, groups, d = 65_536, 4096, 14336, 32, 8, 128
+    elements = 4 * h + (heads + 2 * groups) * d + (heads + groups) * d + heads * d + 3 * f + 4 * d
+    assert sum(saved_by_layer(JOB).values()) == 2 * t * elements + 4 * t * heads + 8 * t
+
+
+def test_recompute_keeps_less_and_sequence_parallel_divides_the_residual_stream() -> None:
+    kept = {mode: kept_by_layer(replace(JOB, recompute=mode)) for mode in ("none", "selective", "full")}
+    assert kept["full"] == 65_536 * 4096 * 2 < kept["selective"] < kept["none"]
+    split = replace(JOB, layout=Layout(tp=4))
+    assert kept_by_layer(split) * 4 == kept["full"]
+    whole = replace(JOB, layout=Layout(tp=4, sequence_parallel=False))
+    assert kept_by_layer(whole) == kept["full"]
+
+
+@pytest.mark.parametrize(
+    "pp,virtual_pp,micro_batches,expected",
+    # Narayanan et al. 2021: 1F1B holds pp, pp-1, … micro-batches; interleaving 2(pp-p-1)+(v-1)pp+1 chunks.
+    [(4, 1, 8, [4, 3, 2, 1]), (4, 1, 2, [2, 2, 2, 1]), (4, 2, 8, [11, 9, 7, 5]), (1, 1, 8, [1])],
+)
+def test_micro_batches_in_flight(pp: int, virtual_pp: int, micro_batches: int, expected: list[int]) -> None:
+    job = replace(
+        JOB, layout=Layout(pp=pp, virtual_pp=virtual_pp), world_size=pp, batch_sequences=micro_batches
+    )
+    assert [in_flight(job, rank) for rank in range(pp)] == expected
+
+
+def test_memory_is_linear_in_the_sequence_and_holds_no_logits() -> None:
+    """Doubling the tokens doubles what they take; the vocabulary's size does not show in bytes per token."""
+
+    def slopes(vocab_size: int) -> list[int]:
+        job = replace(JOB, shape=LLAMA3_8B.replace(vocab_size=vocab_size), layout=Layout(cp=8))
+        sizes = [peak_memory(replace(job, sequence_length=2**power)).total for power in (20, 21, 22)]
+        return [b - a for a, b in pairwise(sizes)]
+
+    first, second = slopes(128_256)
+    assert second == pytest.approx(2 * first, rel=0.01)
+    assert slopes(2 * 128_256) == [first, second]
+
+
+def test_a_512k_sequence_of_8b_fits_eight_80gb_gpus() -> None:
+    """What ProLong's users could not do (its issue 16)."""
+    job = replace(JOB, sequence_length=2**19, batch_sequences=16, layout=Layout(tp=4, cp=2))
+    assert peak_memory(job).total < 70e9
+    unsharded = replace(job, layout=Layout(cp=8, distributed_optimizer=False))
+    assert peak_memory(unsharded).total > 80e9

@@ -1,0 +1,135 @@
+"""`prolong plan` from a recipe to tables, a written recipe and a page that a browser draws."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from plan_shapes import LLAMA3_8B
+from typer.testing import CliRunner
+
+from megatron_prolong.cli.main import app
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.layout_rules import StageSize, layout_problems
+from megatron_prolong.recipe.load import load_recipe
+from megatron_prolong.recipe.schema import layout_of
+from megatron_prolong.recipe.shape import to_hf_config
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "prolong_8b.yaml"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    (directory / "config.json").write_text(json.dumps(to_hf_config(LLAMA3_8B)))
+    return directory
+
+
+def run(model: Path, *arguments: str) -> str:
+    command = ["plan", str(EXAMPLE), f"model.path={model}", "--gpus", "16", *arguments]
+    result = CliRunner().invoke(app, command)
+    if isinstance(result.exception, UserError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def outputs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
+    """The tables, the written recipe and the page of one run over all stages."""
+    directory = tmp_path_factory.mktemp("out")
+    recipe, page = directory / "best.yaml", directory / "plan.html"
+    text = run(model, "--simulate", "--write", str(recipe), "--html", str(page))
+    return text, recipe, page
+
+
+def test_tables_rank_and_explain(outputs: tuple[str, Path, Path]) -> None:
+    text, _, _ = outputs
+    for expected in (
+        "tok/s/GPU",
+        "steps played",
+        "out of memory",
+        "recipe's layout",
+        "GPU-hours",
+        "nearest miss",
+    ):
+        assert expected in text
+
+
+def test_the_written_recipe_is_valid_at_its_best_layouts(outputs: tuple[str, Path, Path]) -> None:
+    text, path, _ = outputs
+    recipe, before = load_recipe(path), yaml.safe_load(EXAMPLE.read_text())
+    assert [stage.name for stage in recipe.stages] == [stage["name"] for stage in before["stages"]]
+    for stage in recipe.stages:
+        size = StageSize(stage.sequence_length, stage.batch_sequences)
+        assert not layout_problems(layout_of(recipe, stage), LLAMA3_8B, size, 16)
+        assert f"tp{stage.layout.tp} pp{stage.layout.pp}" in text
+
+
+def test_json_has_the_same_ranking(model: Path) -> None:
+    (stage,) = json.loads(run(model, "--json", "--stage", "512k", "--top", "3"))
+    layouts = stage["layouts"]
+    speeds = [layout["tokens_per_second_per_gpu"] for layout in layouts]
+    assert len(layouts) == 3 and speeds == sorted(speeds, reverse=True)
+    assert all(layout["memory_bytes"]["needed"] <= 84.9e9 for layout in layouts)
+    assert sum(stage["rejected"].values()) > 0
+    seconds = layouts[0]["step_seconds"]
+    assert seconds["total"] == pytest.approx(sum(v for k, v in seconds.items() if k != "total"))
+
+
+def test_the_page_is_drawn_by_a_browser(outputs: tuple[str, Path, Path], tmp_path: Path) -> None:
+    """Chromium lays out the page without script or network; the dumped document has the bars and the points."""
+    _, _, page = outputs
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    html = page.read_text()
+    assert "http" not in html.replace("http-equiv", "") and "<script" not in html
+    base = [
+        browser,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    screenshot = tmp_path / "page.png"
+    # Not run in the page: geometry of every SVG element, written into the title that --dump-dom shows.
+    probe = tmp_path / "probe.html"
+    probe.write_text(html.replace("</body>", f"{_PROBE}</body>"))
+    command = [*base, "--window-size=1200,4000", f"--screenshot={screenshot}", "--dump-dom", probe.as_uri()]
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = json.loads(dumped.split('id="probe">')[1].split("<")[0])
+    assert found["svgs"] == 9 and found["bars"] > 100 and found["points"] > 50
+    assert found["outside"] == []
+    assert screenshot.stat().st_size > 20_000
+
+
+_PROBE = """<pre id="probe"></pre><script>
+const outside = [];
+for (const svg of document.querySelectorAll("svg")) {
+  const frame = svg.getBoundingClientRect();
+  for (const one of svg.querySelectorAll("rect, circle, text, polyline")) {
+    const box = one.getBoundingClientRect();
+    if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1
+        || box.bottom > frame.bottom + 1) outside.push(one.textContent);
+  }
+}
+document.getElementById("probe").textContent = JSON.stringify({
+  svgs: document.querySelectorAll("svg").length, bars: document.querySelectorAll("rect").length,
+  points: document.querySelectorAll("circle").length, outside: outside });
+</script>"""
+
+
+def test_what_is_missing_is_named(model: Path) -> None:
+    with pytest.raises(UserError, match=r"--gpu x100: unknown GPU; known are a100-80g, h100-80g"):
+        run(model, "--gpu", "x100")
+    with pytest.raises(UserError, match="no such stage, only 64k, 512k, sft"):
+        run(model, "--stage", "1m")
+
+
+def test_too_few_gpus_say_what_would_be_nearest(model: Path) -> None:
+    arguments = [str(EXAMPLE), f"model.path={model}", "--stage", "512k", "--gpus", "1"]
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    assert "no layout runs" in result.stdout and "nearest miss" in result.stdout

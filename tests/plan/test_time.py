@@ -1,0 +1,102 @@
+"""FLOPs against PyTorch's own counter, loads against brute force, and the effects that must be there."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from plan_shapes import LLAMA3_8B, TINY
+
+from megatron_prolong.plan.flops import ForwardFlops, model_flops
+from megatron_prolong.plan.hardware import find_gpu
+from megatron_prolong.plan.job import Job
+from megatron_prolong.plan.lengths import LONG_TOKENS, PROLONG_512K, BatchDocuments, single_document
+from megatron_prolong.plan.time import RankLoads, Rates, mfu, rates, step_time
+from megatron_prolong.recipe.schema import Layout
+from megatron_prolong.recipe.shape import to_hf_config
+
+H100 = find_gpu("h100-80g")
+JOB = Job(LLAMA3_8B, Layout(tp=4, cp=2), 64, 2**19, 16)
+BATCHES = [BatchDocuments.of(PROLONG_512K.batch(step, 16)) for step in range(8)]
+
+
+def test_matrix_products_are_what_pytorch_counts() -> None:
+    """transformers' Llama, forward and backward, under torch's FlopCounterMode; attention apart (eager, 4·n²)."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokens = 48
+    model = LlamaForCausalLM(LlamaConfig(**to_hf_config(TINY), attn_implementation="eager"))
+    ids = torch.arange(tokens)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(ids).logits.sum().backward()
+    flops = ForwardFlops.of(TINY)
+    attention = 2 * flops.attention_per_pair * tokens**2  # eager computes all pairs, twice the causal ones
+    expected = 3 * ((flops.layers_per_token + flops.output_per_token) * tokens + attention)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
+
+
+def test_six_n_plus_causal_attention() -> None:
+    """45.0 GFLOP per token of matrix products and 6·L·h·s of attention (the convention of PEERS and NeMo)."""
+    per_token = model_flops(LLAMA3_8B, 1, 0)
+    assert per_token == pytest.approx(6 * (8_030_261_248 - 128_256 * 4096), rel=1e-3)
+    assert model_flops(LLAMA3_8B, 0, 1) == 6 * 32 * 4096
+
+
+def test_dealing_documents_is_never_better_than_possible_and_within_graham_s_bound() -> None:
+    one = Rates(1e-6, 0.0, 0.0, 0.0, 1e-11, local_tokens=2**30, overlaps=False)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = rng.integers(LONG_TOKENS, 10 * LONG_TOKENS, size=7)
+        loads = RankLoads.of(one, BatchDocuments.of([lengths]), dp=3)
+        costs = one.seconds(lengths)
+        best = min(
+            max(sum(c for c, r in zip(costs, ranks, strict=True) if r == rank) for rank in range(3))
+            for ranks in product(range(3), repeat=7)
+        )
+        assert best - 1e-12 <= loads.slowest <= 4 / 3 * best
+        assert loads.mean == pytest.approx(costs.sum() / 3)
+
+
+def test_short_documents_fill_the_gaps() -> None:
+    one = Rates(1e-6, 0.0, 0.0, 0.0, 0.0, local_tokens=2**30, overlaps=False)
+    batch = BatchDocuments.of([np.array([10_000, 1000, 1000, 1000])])
+    loads = RankLoads.of(one, batch, dp=2)
+    assert (loads.slowest, loads.mean) == (pytest.approx(0.010), pytest.approx(0.0065))
+
+
+def test_parts_add_up_and_the_mean_work_does_not_depend_on_dp() -> None:
+    time = step_time(JOB, H100, BATCHES)
+    assert time.total == pytest.approx(sum(time.parts().values()))
+    wider = step_time(replace(JOB, layout=Layout(tp=4, cp=4)), H100, BATCHES)
+    assert wider.matmul == pytest.approx(time.matmul)
+    assert wider.attention == pytest.approx(time.attention)
+    assert wider.imbalance < time.imbalance
+
+
+def test_full_recompute_costs_a_forward_and_selective_only_the_mlp() -> None:
+    cost = {m: rates(replace(JOB, recompute=m), H100) for m in ("none", "selective", "full")}
+    assert cost["none"].attention == cost["selective"].attention < cost["full"].attention
+    assert cost["none"].matmul < cost["selective"].matmul < cost["full"].matmul
+
+
+def test_a_ring_hides_its_exchange_behind_long_documents_only() -> None:
+    ring = rates(replace(JOB, layout=Layout(cp=64, cp_exchange="p2p")), H100)
+    lengths = np.array([9_000, 524_288])
+    assert ring.exchange(lengths)[0] > 0 == ring.exchange(lengths)[1]
+    gather = rates(replace(JOB, layout=Layout(cp=64)), H100)
+    assert (gather.exchange(lengths) > 0).all()
+    assert gather.exchange(np.array([gather.local_tokens]))[0] == 0  # stays on one rank
+
+
+def test_the_network_is_slower_than_the_node() -> None:
+    assert H100.bandwidth(8, 1) == H100.intra_node_bandwidth * H100.efficiency.network
+    assert H100.bandwidth(2, 8) == H100.inter_node_bandwidth * H100.efficiency.network
+    assert H100.bandwidth(64, 1) > H100.bandwidth(16, 4) > H100.bandwidth(8, 8)
+
+
+def test_mfu_is_below_one_and_counts_documents_not_packs() -> None:
+    whole = [BatchDocuments.of(single_document(2**19).batch(0, 16))]
+    for batches in (BATCHES, whole):
+        assert 0.1 < mfu(JOB, H100, step_time(JOB, H100, batches), batches) < 0.6
