@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -22,10 +23,22 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_prolong.convert.names import Tensor2D
+from megatron_prolong.convert.names import LAYERS, Tensor2D
 from megatron_prolong.convert.transfer import Chunk, RowSource, chunks, gather, split_files, write_files
 
 LARGEST_FILE = 4 * 2**30
+# Modules that announce an `_extra_state` object per layer (Transformer Engine keeps FP8 history there). Megatron
+# refuses a checkpoint without them; None is what modules without such state save.
+_EXTRA_STATE = tuple(
+    f"{LAYERS}{module}._extra_state"
+    for module in (
+        "self_attention.linear_qkv",
+        "self_attention.core_attention",
+        "self_attention.linear_proj",
+        "mlp.linear_fc1",
+        "mlp.linear_fc2",
+    )
+)
 
 
 def write_torch_dist(directory: Path, tensors: list[tuple[Tensor2D, torch.dtype]], source: RowSource) -> None:
@@ -44,7 +57,9 @@ def write_torch_dist(directory: Path, tensors: list[tuple[Tensor2D, torch.dtype]
 
     written = write_files("writing Megatron checkpoint", split_files(items, LARGEST_FILE), write)
     entries = [entry for file in written for entry in file]
-    (directory / ".metadata").write_bytes(pickle.dumps(_table_of_contents(tensors, entries)))
+    contents = _table_of_contents(tensors, entries)
+    _add_empty_extra_state(directory, contents)
+    (directory / ".metadata").write_bytes(pickle.dumps(contents))
     torch.save({}, directory / "common.pt")
     config = {
         "sharded_backend": "torch_dist",
@@ -77,6 +92,21 @@ def _table_of_contents(
     return Metadata(
         state_dict_metadata=dict(table), planner_data={}, storage_data=storage, version=CURRENT_DCP_VERSION
     )
+
+
+def _add_empty_extra_state(directory: Path, contents: Metadata) -> None:
+    """One object per module and layer, under Megatron's ShardedObject.unique_key; all share the same bytes."""
+    (num_layers, *_) = next(
+        entry.size for key, entry in contents.state_dict_metadata.items() if key.startswith(LAYERS)
+    )
+    name = "__0_extra_state.distcp"
+    torch.save([None], directory / name)
+    info = _StorageInfo(name, 0, (directory / name).stat().st_size)
+    for module in _EXTRA_STATE:
+        for layer in range(num_layers):
+            key = f"{module}/shard_{layer}_{num_layers}"
+            contents.state_dict_metadata[key] = BytesStorageMetadata()
+            contents.storage_data[MetadataIndex(key)] = info
 
 
 def _with_layer_axis(chunk: Chunk, shape: tuple[int, ...]) -> tuple[int, ...]:
