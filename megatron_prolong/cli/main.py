@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from megatron_prolong.cli import convert, data, data_inspect, eval, launch, plan, recipe, train
+from megatron_prolong.cli import convert, data, data_inspect, doctor, eval, launch, plan, recipe, train
 from megatron_prolong.errors import UserError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(eval.app, name="eval")
 app.add_typer(recipe.app, name="recipe")
 app.command()(plan.plan)
+app.command()(doctor.doctor)
 app.command()(launch.launch)
 
 

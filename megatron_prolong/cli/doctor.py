@@ -1,0 +1,140 @@
+"""`prolong doctor`: what this machine has, and what a recipe lacks on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from megatron_prolong.recipe.schema import Recipe
+    from megatron_prolong.recipe.shape import ModelShape
+    from megatron_prolong.runtime.doctor import Finding
+
+
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="Also say what this recipe lacks.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of the job; those visible here by default.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Without timing an all-reduce.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at packages, GPUs, NCCL, fabric and disk; exit code 1 when something needed is missing."""
+    import json
+
+    from megatron_prolong.recipe.load import load_recipe
+    from megatron_prolong.runtime.doctor import examine
+
+    loaded = load_recipe(recipe, overrides or ()) if recipe is not None else None
+    findings = examine(loaded.run_dir if loaded else Path.cwd(), quick=quick)
+    if loaded is not None:
+        findings += recipe_findings(loaded, gpus)
+    if json_output:
+        print(json.dumps([finding.to_dict() for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            remedy = f"\n{'':10}{finding.remedy}" if finding.remedy else ""
+            print(f"{finding.status:9} {finding.name}: {finding.detail}{remedy}")
+    if any(finding.status == "missing" for finding in findings):
+        raise typer.Exit(1)
+
+
+def recipe_findings(recipe: Recipe, world_size: int | None) -> list[Finding]:
+    """What `recipe` lacks on this machine: inputs, precision, GPU memory, disk."""
+    import torch
+
+    from megatron_prolong.errors import UserError
+    from megatron_prolong.recipe.validate import find_problems, incoming_shape
+    from megatron_prolong.runtime.doctor import Finding
+
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else None
+    world = world_size or visible
+    problems = find_problems(recipe, world, on_cpu=visible is None)
+    findings = [Finding("recipe", "missing", problem) for problem in problems.errors]
+    findings += [Finding("recipe", "warning", warning) for warning in problems.warnings]
+    if not problems.errors:
+        findings.append(
+            Finding("recipe", "ok", f"{recipe.name}: nothing wrong for {world or 'any number of'} ranks")
+        )
+    findings += _precision_findings(recipe)
+    try:
+        shape = incoming_shape(recipe)
+    except (UserError, AssertionError):
+        return findings  # the model is among the problems already
+    findings += _memory_findings(recipe, shape, world)
+    return [*findings, _checkpoint_finding(recipe, shape)]
+
+
+def _precision_findings(recipe: Recipe) -> list[Finding]:
+    import torch
+
+    from megatron_prolong.recipe.schema import precision_of
+    from megatron_prolong.runtime.doctor import Finding, version_of
+
+    stages = [stage.name for stage in recipe.stages if precision_of(recipe, stage) == "fp8"]
+    if not stages or not torch.cuda.is_available():
+        return []  # fp8 on CPU is among the recipe's problems already
+    name = f"fp8 (stage {', '.join(stages)})"
+    if version_of("transformer-engine") is None:
+        return [
+            Finding(
+                name, "missing", "needs Transformer Engine", "use NVIDIA's PyTorch image (see Dockerfile)"
+            )
+        ]
+    if torch.cuda.get_device_capability() < (8, 9):
+        return [Finding(name, "missing", "needs compute capability 8.9 (Ada, Hopper)", "use bf16")]
+    return [Finding(name, "ok", "Transformer Engine and a GPU with fp8")]
+
+
+def _memory_findings(recipe: Recipe, shape: ModelShape, world: int | None) -> list[Finding]:
+    """Whether each stage fits the GPUs here; on CPU, against the memory of the machine."""
+    import torch
+
+    from megatron_prolong.plan.job import job_of
+    from megatron_prolong.plan.memory import peak_memory
+    from megatron_prolong.recipe.schema import layout_of
+    from megatron_prolong.runtime.doctor import Finding
+
+    findings = []
+    for stage in recipe.stages:
+        ranks = layout_of(recipe, stage).model_ranks
+        job = job_of(recipe, stage, shape, max(world or ranks, ranks))
+        needed = peak_memory(job).total
+        name, detail = f"memory of stage {stage.name}", f"{needed / 1e9:.1f} GB per rank predicted"
+        if not torch.cuda.is_available():
+            findings.append(Finding(name, "ok", detail))
+            continue
+        has = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+        fits = needed * 1.05 + 3e9 <= has  # as in plan/hardware.yaml: fragmentation, context and NCCL
+        remedy = "" if fits else "see prolong plan for layouts that fit"
+        findings.append(
+            Finding(name, "ok" if fits else "missing", f"{detail}, GPUs have {has / 1e9:.0f}", remedy)
+        )
+    return findings
+
+
+def _checkpoint_finding(recipe: Recipe, shape: ModelShape) -> Finding:
+    """Checkpoints of all stages: bf16 (or fp32) weights, fp32 weights and two moments each."""
+    import shutil
+
+    from megatron_prolong.plan.memory import num_parameters
+    from megatron_prolong.runtime.doctor import Finding
+
+    per_weight = 12 if recipe.precision == "fp32" else 14
+    one = per_weight * num_parameters(shape)
+    needed = one * (
+        recipe.checkpoint.keep + 1 + len(recipe.stages) - 1
+    )  # one more is written before one is deleted
+    directory = recipe.run_dir.absolute()
+    existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    detail = f"{needed / 1e9:.1f} GB at most ({one / 1e9:.1f} each), {free / 1e9:.0f} GB free at {existing}"
+    if needed > free:
+        remedy = "free space, choose another run_dir, or keep fewer (checkpoint.keep)"
+        return Finding("checkpoints", "missing", detail, remedy)
+    return Finding("checkpoints", "ok", detail)

@@ -1,0 +1,256 @@
+"""What this machine has: packages, devices, fabric, disk, and how fast its processes talk to each other.
+
+Nothing here judges a recipe (cli/doctor.py does); a finding says what is there, how good that is, and what to do.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+Status = Literal["ok", "warning", "missing"]
+
+# Needed to train at all; setup.py has the tested ranges.
+CORE_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "pydantic",
+    "psutil",
+)
+# Distribution name -> what is lost without it.
+OPTIONAL_PACKAGES = {
+    "transformer-engine": "fp8 and Transformer Engine's attention",
+    "apex": "Apex's fused optimizer (Transformer Engine's serves as well)",
+    "wandb": "tracking with Weights & Biases",
+    "lm-eval": "short-context evaluation",
+}
+ALL_REDUCE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about the machine.
+
+    Attributes:
+        name: what was looked at.
+        status: "missing" stops every run; "warning" stops or slows some.
+        detail: what was found.
+        remedy: what to do; empty when nothing needs doing.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def examine(directory: Path, *, quick: bool) -> list[Finding]:
+    """Everything there is to say about this machine.
+
+    Args:
+        directory: where runs would write; its file system is looked at.
+        quick: without the all-reduce, which starts processes and takes some seconds.
+    """
+    looks: list[Callable[[], list[Finding]]] = [
+        _system, _packages, _devices, _backends, _fabric, lambda: _disk(directory),
+    ]  # fmt: skip
+    if not quick:
+        looks.append(_all_reduce)
+    return [finding for look in looks for finding in look()]
+
+
+def version_of(package: str) -> str | None:
+    """Installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _system() -> list[Finding]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    detail = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    return [
+        Finding("system", "ok", f"{detail}, {os.cpu_count()} CPUs, {memory / 2**30:.0f} GiB of memory"),
+        _shared_memory(),
+    ]
+
+
+def _shared_memory() -> Finding:
+    """NCCL and data workers talk through /dev/shm; containers get 64 MB of it by default."""
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        return Finding("shared memory", "warning", "no /dev/shm", "mount a tmpfs there")
+    total = shutil.disk_usage(shm).total
+    if total < 2**30:
+        remedy = "give the container more: --shm-size=16g or --ipc=host"
+        return Finding("shared memory", "warning", f"/dev/shm has {total / 2**20:.0f} MiB", remedy)
+    return Finding("shared memory", "ok", f"/dev/shm has {total / 2**30:.0f} GiB")
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for name in CORE_PACKAGES:
+        if version := version_of(name):
+            findings.append(Finding(name, "ok", version))
+        else:
+            findings.append(Finding(name, "missing", "not installed", f"pip install {name} (see setup.py)"))
+    for name, purpose in OPTIONAL_PACKAGES.items():
+        version = version_of(name)
+        findings.append(Finding(name, "ok", version or f"not installed: no {purpose}"))
+    return findings
+
+
+def _devices() -> list[Finding]:
+    if not torch.cuda.is_available():
+        reason = "PyTorch built without CUDA" if torch.version.cuda is None else "no usable GPU or driver"
+        return [
+            Finding(
+                "GPUs", "ok", f"none ({reason}): everything runs on CPU with gloo, for tests and small models"
+            )
+        ]
+    findings = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        capability = f"compute capability {device.major}.{device.minor}"
+        detail = f"{device.name}, {device.total_memory / 1e9:.1f} GB, {capability}"
+        if device.major < 8:
+            findings.append(
+                Finding(f"GPU {index}", "warning", detail, "bf16 needs compute capability 8.0: use fp32")
+            )
+        else:
+            findings.append(Finding(f"GPU {index}", "ok", detail))
+    return findings
+
+
+def _backends() -> list[Finding]:
+    if not dist.is_available():
+        return [
+            Finding(
+                "torch.distributed", "missing", "not built in", "install a PyTorch with distributed support"
+            )
+        ]
+    gloo = Finding("gloo", "ok" if dist.is_gloo_available() else "missing", "built into PyTorch")
+    if not torch.cuda.is_available():
+        return [gloo]
+    if not dist.is_nccl_available():
+        return [gloo, Finding("NCCL", "missing", "not in this PyTorch", "install a CUDA build of PyTorch")]
+    return [gloo, Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))]
+
+
+def _fabric() -> list[Finding]:
+    adapters = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
+    network = ", ".join(adapters) if adapters else "no InfiniBand or RoCE adapter: nodes would talk over TCP"
+    findings = [Finding("network", "ok", network)]
+    if torch.cuda.is_available() and torch.cuda.device_count() > 1:
+        links = _output(["nvidia-smi", "nvlink", "--status"]).count("GB/s")
+        detail = f"{links} active NVLink links" if links else "no NVLink seen: GPUs talk over PCIe"
+        remedy = "" if links else "keep tp at 1"
+        findings.append(Finding("NVLink", "ok" if links else "warning", detail, remedy))
+    return findings
+
+
+def _disk(directory: Path) -> list[Finding]:
+    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    try:
+        speed = _write_speed(existing)
+    except OSError as error:
+        remedy = "choose a run_dir that can be written"
+        return [Finding("disk", "missing", f"cannot write under {existing}: {error.strerror}", remedy)]
+    return [Finding("disk", "ok", f"{free / 1e9:.0f} GB free at {existing}, writes {speed / 1e6:.0f} MB/s")]
+
+
+def _write_speed(directory: Path, num_bytes: int = 32 * 2**20) -> float:
+    """Bytes per second of one synced file."""
+    data = os.urandom(2**20)
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".prolong-doctor-") as file:
+        start = time.perf_counter()
+        for _ in range(num_bytes // len(data)):
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        return num_bytes / (time.perf_counter() - start)
+
+
+def _all_reduce() -> list[Finding]:
+    on_gpu = torch.cuda.is_available() and torch.cuda.device_count() > 1
+    size = torch.cuda.device_count() if on_gpu else 2
+    backend = "nccl" if on_gpu else "gloo"
+    name = f"all-reduce ({backend}, {size} processes)"
+    try:
+        seconds = measure_all_reduce(backend, size)
+    except Exception as error:  # whatever breaks here is the finding
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        remedy = "check NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME and firewalls between processes"
+        return [Finding(name, "missing", f"failed: {lines[-1]}", remedy)]
+    bandwidth = 2 * (size - 1) / size * ALL_REDUCE_BYTES / seconds
+    detail = (
+        f"{ALL_REDUCE_BYTES >> 20} MiB in {seconds * 1e3:.1f} ms, {bandwidth / 1e9:.2f} GB/s bus bandwidth"
+    )
+    return [Finding(name, "ok", detail)]
+
+
+def measure_all_reduce(backend: str, size: int, num_bytes: int = ALL_REDUCE_BYTES) -> float:
+    """Median seconds of an all-reduce of fp32 over `size` new processes on this machine."""
+    with tempfile.TemporaryDirectory(prefix="prolong-doctor-") as directory:
+        store, result = f"{directory}/store", f"{directory}/seconds"
+        mp.spawn(_all_reduce_worker, (backend, size, num_bytes, store, result), nprocs=size)
+        return float(Path(result).read_text())
+
+
+def _all_reduce_worker(rank: int, backend: str, size: int, num_bytes: int, store: str, result: str) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    options: dict[str, Any] = {"device_id": device} if backend == "nccl" else {}
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=60),
+        **options,
+    )
+    data = torch.ones(num_bytes // 4, device=device)
+    seconds = []
+    for _ in range(7):
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(data)
+        if backend == "nccl":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    assert data[0].item() == float(size) ** 7, "the sum over the ranks is wrong"
+    if rank == 0:
+        Path(result).write_text(str(sorted(seconds[2:])[2]))
+    dist.destroy_process_group()
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints, or nothing when it cannot run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
