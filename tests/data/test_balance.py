@@ -34,7 +34,7 @@ def budget_of(cp, extra):
     return 512 // cp + extra
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(batch=batches, layout=layouts, extra=st.integers(0, 300))
 def test_every_document_exactly_once_within_the_budget(batch, layout, extra):
     dp, cp, equal = layout
@@ -52,7 +52,7 @@ def test_every_document_exactly_once_within_the_budget(batch, layout, extra):
         assert len({len(plans) for plans in assignment.micro_batches}) == 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(batch=batches, layout=layouts, extra=st.integers(0, 300))
 def test_the_model_agrees_with_the_slices_the_engine_makes(batch, layout, extra):
     """Tokens and work of every context-parallel rank, as ContextPlan lays the micro-batch out."""
@@ -79,7 +79,7 @@ def test_the_model_agrees_with_the_slices_the_engine_makes(batch, layout, extra)
         assert plan.share.work_seconds == pytest.approx(COST.work(lengths).sum(), rel=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(batch=batches, layout=layouts)
 def test_the_same_on_every_rank_and_in_every_run(batch, layout):
     dp, cp, equal = layout
@@ -93,7 +93,7 @@ def test_the_same_on_every_rank_and_in_every_run(batch, layout):
     assert first == second
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(batch=batches, dp=st.integers(1, 9))
 def test_not_worse_than_whole_sequences_in_order(batch, dp):
     """Rank r trains on sequences r, r + dp, ...: what every other trainer does."""

@@ -192,16 +192,18 @@ def _even(
 
 def _at_least(ranks: list[Indices], flat: Lengths, count: int) -> list[Indices]:
     """Move shortest documents from ranks that have many to ranks that have fewer than `count`, if there are any."""
-    ranks = list(ranks)
-    for poor in range(len(ranks)):
-        while len(ranks[poor]) < count:
-            rich = max(range(len(ranks)), key=lambda rank: (len(ranks[rank]), -rank))
-            if len(ranks[rich]) <= count:
-                break
-            moved = ranks[rich][flat[ranks[rich]].argmin()]
-            ranks[rich] = ranks[rich][ranks[rich] != moved]
-            ranks[poor] = np.sort(np.append(ranks[poor], moved))
-    return ranks
+    hands = [rank[np.argsort(-flat[rank], kind="stable")].tolist() for rank in ranks]
+    rich = [(-len(hand), rank) for rank, hand in enumerate(hands) if len(hand) > count]
+    heapq.heapify(rich)
+    for hand in hands:
+        while len(hand) < count and rich:
+            giver = hands[rich[0][1]]
+            hand.append(giver.pop())
+            if len(giver) > count:
+                heapq.heapreplace(rich, (-len(giver), rich[0][1]))
+            else:
+                heapq.heappop(rich)
+    return [np.sort(np.array(hand, dtype=np.int64)) for hand in hands]
 
 
 def _empty() -> tuple[Indices, Share]:
