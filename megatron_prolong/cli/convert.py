@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +15,9 @@ app = typer.Typer(
 )
 
 Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 (default: as stored)")]
+Verify = Annotated[bool, typer.Option("--verify", help="compare tensors and logits afterwards")]
+# Relative to the largest logit. Both sides compute in fp32, in another order; a wrong RoPE base gives > 0.01.
+LARGEST_LOGIT_DIFFERENCE = 1e-3
 
 
 @app.command("to-megatron")
@@ -19,12 +25,16 @@ def to_megatron(
     hf_dir: Annotated[Path, typer.Argument(help="Hugging Face Llama directory")],
     out: Annotated[Path, typer.Argument(help="checkpoint directory to make")],
     dtype: Dtype = None,
+    verify: Verify = False,
 ) -> None:
     """Hugging Face -> Megatron, loadable at any layout."""
-    from megatron_prolong.convert import to_megatron as convert
+    from megatron_prolong.convert.to_megatron import to_megatron as convert
 
-    convert.to_megatron(hf_dir, out, dtype)
+    with _terminable():
+        convert(hf_dir, out, dtype)
     typer.echo(f"wrote {out}")
+    if verify:
+        _verify(hf_dir, out, hf_dir=hf_dir, checkpoint=out)
 
 
 @app.command("to-hf")
@@ -40,11 +50,70 @@ def to_hf(
     hf: Annotated[
         Path | None, typer.Option("--hf", help="Hugging Face directory to take config and tokenizer from")
     ] = None,
+    verify: Verify = False,
 ) -> None:
     """Megatron -> Hugging Face; prints how config.json differs from the original's."""
-    from megatron_prolong.convert import to_hf as convert
+    from megatron_prolong.convert.to_hf import to_hf as convert
 
-    changes = convert.to_hf(checkpoint, out, rope_base, max_length, dtype, contradict=contradict, sidecar=hf)
-    for line in changes:
+    with _terminable():
+        changes = convert(checkpoint, out, rope_base, max_length, dtype, contradict=contradict, sidecar=hf)
+    typer.echo(f"wrote {out}; what differs from the original's files:")
+    for line in changes or ["nothing"]:
         typer.echo(f"  {line}")
-    typer.echo(f"wrote {out}")
+    if verify:
+        _verify(checkpoint, out, hf_dir=out, checkpoint=checkpoint)
+
+
+@app.command()
+def verify(
+    a: Annotated[Path, typer.Argument(help="checkpoint of any kind")],
+    b: Annotated[Path, typer.Argument(help="checkpoint of any kind")],
+) -> None:
+    """Compare two checkpoints tensor by tensor, and their configs; exit code 1 when they differ."""
+    _print_comparison(a, b)
+
+
+@app.command()
+def inspect(checkpoint: Annotated[Path, typer.Argument(help="checkpoint of any kind")]) -> None:
+    """Print what a checkpoint holds: step, layout, shape, RoPE base, every tensor."""
+    from megatron_prolong.convert.describe import describe
+
+    for line in describe(checkpoint):
+        typer.echo(line)
+
+
+def _verify(a: Path, b: Path, *, hf_dir: Path, checkpoint: Path) -> None:
+    """Tensors, then logits."""
+    from megatron_prolong.convert.logits import NUM_TOKENS, largest_logit_difference
+
+    _print_comparison(a, b)
+    difference = largest_logit_difference(hf_dir, checkpoint)
+    if difference is None:
+        typer.echo("logits not compared: transformers' model does not fit into memory here")
+        return
+    typer.echo(
+        f"logits over up to {NUM_TOKENS} tokens differ from transformers' by {difference:.1e} of the largest"
+    )
+    if not difference < LARGEST_LOGIT_DIFFERENCE:
+        typer.echo("error: that is more than rounding", err=True)
+        raise typer.Exit(1)
+
+
+def _print_comparison(a: Path, b: Path) -> None:
+    from megatron_prolong.convert.compare import compare
+
+    comparison = compare(a, b)
+    for line in comparison.lines():
+        typer.echo(line)
+    if not comparison.equal:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the conversion like Ctrl-C does: with nothing left behind."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

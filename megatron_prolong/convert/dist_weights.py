@@ -126,6 +126,13 @@ class DistWeights:
         if problems:
             raise UserError.many(f"{self.directory}: the tensors do not match the model's shape:", problems)
 
+    def listing(self) -> list[tuple[str, tuple[int, ...], torch.dtype, int]]:
+        """Every tensor, optimizer state too: name, shape, dtype, number of chunks."""
+        return [
+            (key, tuple(entry.size), entry.properties.dtype, len(entry.chunks))
+            for key, entry in self.tensors.items()
+        ]
+
     def close(self) -> None:
         """Close the files."""
         self._files.close()

@@ -81,6 +81,10 @@ class HFWeights:
         if problems:
             raise UserError.many(f"{self.directory}: the weights do not match config.json:", problems)
 
+    def listing(self) -> list[tuple[str, tuple[int, ...], torch.dtype, int]]:
+        """Every tensor: name, shape, dtype, and 1, for it lies in one piece."""
+        return [(name, stored.shape, stored.dtype, 1) for name, stored in self._tensors.items()]
+
     def close(self) -> None:
         """Close the files."""
         self._files.close()

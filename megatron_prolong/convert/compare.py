@@ -1,0 +1,119 @@
+"""Two checkpoints of any kind compared: tensor by tensor, and their shapes field by field."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_prolong.convert.any_checkpoint import AnyCheckpoint, open_checkpoint
+from megatron_prolong.convert.dtypes import dtype_name
+from megatron_prolong.convert.names import Tensor2D, hf_tensors
+from megatron_prolong.convert.progress import byte_progress
+from megatron_prolong.convert.transfer import WORKERS, chunks
+
+# What decides which tensors there are and how large; without it there is nothing to compare tensor by tensor.
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One Hugging Face tensor in both checkpoints."""
+
+    name: str
+    dtypes: tuple[str, str]
+    max_difference: float
+    """Largest absolute difference, in fp32; NaN where one has a NaN that the other has not."""
+
+    @property
+    def exact(self) -> bool:
+        """Same dtype and same numbers."""
+        return self.dtypes[0] == self.dtypes[1] and self.max_difference == 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found. `tensors` is empty when the sizes differ."""
+
+    config: list[str]
+    tensors: list[TensorDifference]
+
+    @property
+    def equal(self) -> bool:
+        """Nothing differs."""
+        return not self.config and all(tensor.exact for tensor in self.tensors)
+
+    def lines(self) -> list[str]:
+        """The result in words."""
+        inexact = [tensor for tensor in self.tensors if not tensor.exact]
+        lines = [f"config: {line}" for line in self.config]
+        lines += [
+            f"{tensor.name}: {' and '.join(sorted(set(tensor.dtypes)))},"
+            f" largest difference {tensor.max_difference:g}"
+            for tensor in inexact
+        ]
+        exact = len(self.tensors) - len(inexact)
+        lines.append(
+            f"{exact} of {len(self.tensors)} tensors are bit-equal, {len(self.config)} config differences"
+        )
+        return lines
+
+
+def compare(a: Path, b: Path) -> Comparison:
+    """Compare two checkpoint directories of any kind.
+
+    Raises:
+        UserError: one of them is not a checkpoint, or is damaged.
+    """
+    with open_checkpoint(a) as left, open_checkpoint(b) as right:
+        fields, others = left.shape.to_dict(), right.shape.to_dict()
+        config = [
+            f"{name}: {fields[name]} in {a}, {others[name]} in {b}"
+            for name in fields
+            if fields[name] != others[name]
+        ]
+        if any(fields[name] != others[name] for name in _SIZES):
+            return Comparison(config, [])
+        return Comparison(config, _compare_tensors(left, right))
+
+
+def _compare_tensors(left: AnyCheckpoint, right: AnyCheckpoint) -> list[TensorDifference]:
+    tensors = hf_tensors(left.shape)
+    total = sum(tensor.numel * left.dtype(tensor).itemsize for tensor in tensors)
+    with byte_progress("comparing", total) as advance:
+
+        def one(tensor: Tensor2D) -> TensorDifference:
+            difference = _compare_tensor(tensor, left, right)
+            advance(tensor.numel * left.dtype(tensor).itemsize)
+            return difference
+
+        with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+            return list(pool.map(one, tensors))
+
+
+def _compare_tensor(tensor: Tensor2D, left: AnyCheckpoint, right: AnyCheckpoint) -> TensorDifference:
+    largest = 0.0
+    for chunk in chunks(tensor, left.dtype(tensor)):
+        mine = left.read(tensor, chunk.start, chunk.stop)
+        other = right.read(tensor, chunk.start, chunk.stop)
+        if mine.dtype == other.dtype and torch.equal(mine.view(torch.uint8), other.view(torch.uint8)):
+            continue
+        difference = float((mine.float() - other.float()).abs().max())
+        largest = difference if math.isnan(difference) else max(largest, difference)
+        if math.isnan(largest):
+            break
+    return TensorDifference(
+        tensor.name, (dtype_name(left.dtype(tensor)), dtype_name(right.dtype(tensor))), largest
+    )

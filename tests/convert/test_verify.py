@@ -1,0 +1,98 @@
+"""`verify`, `inspect` and the logits check notice what is wrong, and only that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, save_family
+from safetensors.torch import load_file, save_file
+
+from megatron_prolong.convert.compare import compare
+from megatron_prolong.convert.describe import describe
+from megatron_prolong.convert.logits import largest_logit_difference
+from megatron_prolong.convert.to_megatron import to_megatron
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """A Hugging Face directory and its conversion."""
+    original = save_family("llama3.1", tmp_path / "original")
+    to_megatron(original, tmp_path / "megatron")
+    return original, tmp_path / "megatron"
+
+
+def _edit(directory: Path, name: str, row: int, value: float) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    tensors[name][row] = value
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_equal_across_formats(pair: tuple[Path, Path]) -> None:
+    comparison = compare(*pair)
+    assert comparison.equal
+    assert comparison.lines() == ["39 of 39 tensors are bit-equal, 0 config differences"]
+
+
+def test_one_changed_row_is_found(pair: tuple[Path, Path]) -> None:
+    original, converted = pair
+    name = "model.layers.2.self_attn.k_proj.weight"
+    before = load_file(original / "model.safetensors")[name][3]
+    _edit(original, name, row=3, value=7.0)
+    comparison = compare(original, converted)
+    assert [tensor.name for tensor in comparison.tensors if not tensor.exact] == [name]
+    expected = (7.0 - before).abs().max()
+    assert f"{name}: float32, largest difference {expected:g}" in comparison.lines()
+
+
+def test_nan_is_never_equal_to_a_number(pair: tuple[Path, Path]) -> None:
+    _edit(pair[0], "model.norm.weight", row=0, value=float("nan"))
+    assert not compare(*pair).equal
+    assert not compare(pair[1], pair[0]).equal
+
+
+def test_dtype_and_config_differences_are_found(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    original, converted = pair
+    to_megatron(original, tmp_path / "bf16", dtype="bf16")
+    comparison = compare(original, tmp_path / "bf16")
+    assert not comparison.equal
+    assert any("bfloat16 and float32" in line for line in comparison.lines())
+    config = json.loads((original / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 1e6
+    (original / "config.json").write_text(json.dumps(config))
+    assert compare(original, converted).config == [f"rope_base: 1000000.0 in {original}, 500000.0 in {converted}"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_agree_with_transformers(family: str, tmp_path: Path) -> None:
+    original = save_family(family, tmp_path / "original", torch.bfloat16)
+    to_megatron(original, tmp_path / "megatron")
+    difference = largest_logit_difference(original, tmp_path / "megatron")
+    # fp32 sums in another order, through four layers of large random weights.
+    assert difference is not None and difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rope_base", 1e4), ("rope_scaling", None), ("norm_eps", 0.1)],
+)
+def test_logits_notice_a_wrong_config(pair: tuple[Path, Path], field: str, value: float | None) -> None:
+    original, converted = pair
+    manifest = json.loads((converted / "prolong.json").read_text())
+    manifest["shape"][field] = value
+    (converted / "prolong.json").write_text(json.dumps(manifest))
+    difference = largest_logit_difference(original, converted)
+    assert difference is not None and difference > 1e-2
+
+
+def test_inspect_lists_everything(pair: tuple[Path, Path]) -> None:
+    original, converted = pair
+    text = "\n".join(describe(converted))
+    assert "Megatron checkpoint (weights)" in text
+    assert "rope_base: 500000.0" in text
+    assert "decoder.layers.self_attention.linear_qkv.weight" in text and "[4, 96, 64]" in text
+    size = sum(tensor.nbytes for tensor in load_file(original / "model.safetensors").values())
+    assert f"11 tensors, {size / 1e9:.3f} GB" in text or f"9 tensors, {size / 1e9:.3f} GB" in text
+    assert f"39 tensors, {size / 1e9:.3f} GB" in "\n".join(describe(original))
