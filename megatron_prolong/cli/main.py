@@ -6,7 +6,19 @@ import sys
 
 import typer
 
-from megatron_prolong.cli import convert, data, data_inspect, doctor, eval, launch, plan, recipe, train
+from megatron_prolong.cli import (
+    convert,
+    data,
+    data_inspect,
+    doctor,
+    eval,
+    eval_suite,
+    launch,
+    plan,
+    recipe,
+    runs,
+    train,
+)
 from megatron_prolong.errors import UserError
 
 app = typer.Typer(
@@ -21,10 +33,13 @@ app.command()(train.status)
 app.add_typer(convert.app, name="convert")
 data_inspect.register(data.app)
 app.add_typer(data.app, name="data")
+eval_suite.register(eval.app)
 app.add_typer(eval.app, name="eval")
 app.add_typer(recipe.app, name="recipe")
 app.command()(plan.plan)
 app.command()(doctor.doctor)
+app.command()(runs.runs)
+app.command()(runs.report)
 app.command()(launch.launch)
 
 

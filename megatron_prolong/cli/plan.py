@@ -35,6 +35,7 @@ def plan(
     import json
 
     from megatron_prolong.errors import UserError
+    from megatron_prolong.page.html import write_page
     from megatron_prolong.plan.hardware import find_gpu
     from megatron_prolong.plan.page import plan_page
     from megatron_prolong.plan.report import plan_stage, to_json, with_best_layouts
@@ -61,9 +62,11 @@ def plan(
     if write is not None:
         if missing := [one.stage.name for one in plans if one.best is None]:
             raise UserError(f"--write: no layout runs stage {', '.join(missing)} on {gpus} × {gpu}")
-        _write(write, dump_recipe(with_best_layouts(loaded, plans)))
+        write_page(write, dump_recipe(with_best_layouts(loaded, plans)))
+        typer.echo(f"wrote {write}", err=True)
     if html is not None:
-        _write(html, plan_page(loaded.name, plans, device))
+        write_page(html, plan_page(loaded.name, plans, device))
+        typer.echo(f"wrote {html}", err=True)
 
 
 def _print(plan: StagePlan, gpu: Gpu, top: int) -> None:
@@ -138,13 +141,3 @@ def _summary(candidate: Candidate, gpu: Gpu, num_steps: int) -> str:
     return (
         f"{memory} GB, {seconds} s/step, {speed} tok/s/GPU, MFU {utilisation}, {hours} GPU-hours, USD {money}"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    import os
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-    typer.echo(f"wrote {path}", err=True)

@@ -1,0 +1,146 @@
+"""What a run has done, from its metrics.jsonl and recipe.yaml.
+
+A run that was interrupted repeats the steps after its last checkpoint, so a step may be in the file twice: the
+later line counts. A line that is cut off (the writer died) is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.load import load_recipe
+from megatron_prolong.recipe.schema import Recipe, Stage
+
+METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
+_RECENT_STEPS = 20
+
+
+@dataclass(frozen=True)
+class StageHistory:
+    """One stage of a run.
+
+    Attributes:
+        stage: as the recipe has it.
+        records: one line of metrics.jsonl per step, in order of the steps.
+    """
+
+    stage: Stage
+    records: list[dict[str, Any]]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.records[-1]["step"]) if self.records else 0
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.stage.num_steps
+
+    def curve(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) of every record that has `key`."""
+        return [(float(r["step"]), float(r[key])) for r in self.records if r.get(key) is not None]
+
+    def last(self, key: str) -> float | None:
+        """Newest value of `key`."""
+        return next((float(r[key]) for r in reversed(self.records) if r.get(key) is not None), None)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median of the latest steps; the mean would carry a checkpoint's pause."""
+        recent = [r["step_seconds"] for r in self.records[-_RECENT_STEPS:] if r.get("step_seconds")]
+        return statistics.median(recent) if recent else None
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        """Expected time to the stage's end; None while no step was timed."""
+        seconds = self.step_seconds
+        return None if seconds is None else (self.stage.num_steps - self.step) * seconds
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """A run directory.
+
+    Attributes:
+        events: lines of metrics.jsonl that are not steps, oldest first.
+        updated: seconds since the epoch of the newest line; None before the first.
+    """
+
+    directory: Path
+    recipe: Recipe
+    stages: list[StageHistory]
+    events: list[dict[str, Any]]
+    updated: float | None
+
+    @property
+    def current(self) -> StageHistory:
+        """The stage that is running, is next, or (when all are done) was last."""
+        return next((stage for stage in self.stages if not stage.done), self.stages[-1])
+
+    @property
+    def done(self) -> bool:
+        """Whether every stage is done."""
+        return all(stage.done for stage in self.stages)
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        """Expected time to the end of the current stage; later stages are not timed yet."""
+        return 0.0 if self.done else self.current.remaining_seconds
+
+    @property
+    def idle_seconds(self) -> float | None:
+        """Time since the run last wrote a line."""
+        return None if self.updated is None else max(0.0, time.time() - self.updated)
+
+
+def read_run(directory: Path) -> RunHistory:
+    """Read a run directory.
+
+    Raises:
+        UserError: there is no recipe.yaml in it, or it cannot be read.
+    """
+    if not (directory / RECIPE).is_file():
+        raise UserError(f"{directory}: no run directory: it has no {RECIPE}")
+    recipe = load_recipe(directory / RECIPE)
+    steps: dict[str, dict[int, dict[str, Any]]] = {stage.name: {} for stage in recipe.stages}
+    events, updated = [], None
+    for record in _records(directory / METRICS):
+        updated = record.get("time", updated)
+        if "event" in record:
+            events.append(record)
+        elif record.get("stage") in steps and "step" in record:
+            steps[record["stage"]][int(record["step"])] = record
+    stages = [
+        StageHistory(stage, [record for _, record in sorted(steps[stage.name].items())])
+        for stage in recipe.stages
+    ]
+    return RunHistory(directory, recipe, stages, events, updated)
+
+
+def find_runs(directory: Path) -> list[Path]:
+    """Run directories in `directory` (itself included), up to two levels down, oldest first."""
+    if (directory / RECIPE).is_file():
+        return [directory]
+    found = [path.parent for pattern in ("*", "*/*") for path in directory.glob(f"{pattern}/{RECIPE}")]
+    return sorted(found, key=lambda path: (path / RECIPE).stat().st_mtime)
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record

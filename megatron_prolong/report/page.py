@@ -1,0 +1,156 @@
+"""A run as one HTML page: progress, curves by stage, tokens by domain, memory, evaluation, recipe."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from megatron_prolong.page.charts import lines, stacked_bars
+from megatron_prolong.page.html import figure, heading, note, page, preformatted, table
+from megatron_prolong.report.history import RECIPE, RunHistory, StageHistory
+
+_CURVES = (
+    ("loss", "loss (nats per token)", "Training loss."),
+    ("grad_norm", "gradient norm", "Global gradient norm before clipping."),
+    ("lr", "learning rate", "Learning rate."),
+    ("tokens_per_second", "tokens per second", "Throughput over all ranks."),
+)
+
+
+def run_page(run: RunHistory) -> str:
+    """HTML of a run."""
+    body = [note(_when(run)), *_progress(run)]
+    for key, name, caption in _CURVES:
+        curves = {stage.stage.name: stage.curve(key) for stage in run.stages if stage.curve(key)}
+        if curves:
+            body.append(figure(lines(curves, "step", name), caption))
+    for stage in run.stages:
+        body += _domains(stage)
+    body += [*_memory(run), *_evaluation(run), *_events(run)]
+    body += [heading("Recipe"), preformatted((run.directory / RECIPE).read_text(encoding="utf-8"))]
+    return page(f"Run {run.recipe.name}", body)
+
+
+def duration(seconds: float | None) -> str:
+    """Days and hh:mm:ss, or a dash."""
+    return "–" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def _when(run: RunHistory) -> str:
+    if run.updated is None:
+        return f"{run.directory}: no step yet."
+    written = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.updated))
+    return f"{run.directory}: last line written {written}."
+
+
+def _progress(run: RunHistory) -> Iterator[str]:
+    rows = []
+    for one in run.stages:
+        seconds, loss, speed = one.step_seconds, one.last("loss"), one.last("tokens_per_second")
+        rows.append(
+            (
+                one.stage.name,
+                f"{one.step} / {one.stage.num_steps}",
+                f"{one.stage.sequence_length:,}",
+                "–" if loss is None else f"{loss:.4f}",
+                "–" if speed is None else f"{speed:,.0f}",
+                "–" if seconds is None else f"{seconds:.2f}",
+                "done" if one.done else duration(one.remaining_seconds),
+            )
+        )
+    yield table(["stage", "step", "tokens", "loss", "tokens/s", "s/step", "left"], rows)
+
+
+def _domains(one: StageHistory) -> Iterator[str]:
+    """Tokens by domain against what the mixture asks for."""
+    counts: Mapping[str, float] | None = next(
+        (r["domains"] for r in reversed(one.records) if r.get("domains")), None
+    )
+    if not counts:
+        return
+    asked = (
+        {} if one.stage.mixture == "mock" else {str(path): share for path, share in one.stage.mixture.items()}
+    )
+    total = sum(counts.values()) or 1.0
+    yield heading(f"Tokens by domain, stage {one.stage.name}")
+    bars = [(Path(name).name, {"tokens": tokens / 1e6}) for name, tokens in counts.items()]
+    yield figure(stacked_bars(bars, "M"), "Tokens read so far, in millions.")
+    rows = [
+        (name, f"{tokens:,.0f}", f"{tokens / total:.1%}", f"{asked[name]:.1%}" if name in asked else "–")
+        for name, tokens in counts.items()
+    ]
+    yield table(["domain", "tokens", "share", "in the recipe"], rows)
+
+
+def _memory(run: RunHistory) -> Iterator[str]:
+    peaks = {}
+    for one in run.stages:
+        values = [value for _, value in one.curve("peak_memory_bytes")]
+        if values:
+            peaks[one.stage.name] = max(values) / 1e9
+    if peaks:
+        yield heading("Memory")
+        bars = [(name, {"peak": peak}) for name, peak in peaks.items()]
+        yield figure(stacked_bars(bars, "GB"), "Highest peak of a step on the reporting rank.")
+
+
+def _evaluation(run: RunHistory) -> Iterator[str]:
+    """Results among the events, and the JSON files an evaluation left in the run directory."""
+    events = [event for event in run.events if event["event"] == "evaluation"]
+    files = sorted((run.directory / "evaluation").rglob("*.json"))
+    if not events and not files:
+        return
+    yield heading("Evaluation")
+    if events:
+        rows = [
+            (name, _short(value), str(event.get("stage", "–")), str(event.get("step", "–")))
+            for event in events
+            for name, value in _flat({k: v for k, v in event.items() if k not in _EVENT_KEYS})
+        ]
+        yield table(["result", "value", "stage", "step"], rows)
+    for path in files:
+        yield note(str(path.relative_to(run.directory)))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            yield note(f"cannot be read: {error}")
+            continue
+        yield table(["result", "value"], [(name, _short(value)) for name, value in _flat(content)][:200])
+
+
+_EVENT_KEYS = ("event", "time", "stage", "step")
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested objects and lists with dotted names."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{name}.{index}" if name else str(index))
+    else:
+        yield name, value
+
+
+def _events(run: RunHistory) -> Iterator[str]:
+    others = [event for event in run.events if event["event"] != "evaluation"]
+    if not others:
+        return
+    yield heading("Events")
+    rows = []
+    for event in others[-40:]:
+        when = time.strftime("%m-%d %H:%M:%S", time.localtime(event.get("time", 0)))
+        facts = ", ".join(
+            f"{name} {_short(value)}" for name, value in _flat(event) if name not in ("event", "time")
+        )
+        rows.append((when, str(event["event"]), facts))
+    yield table(["time", "event", "facts"], rows)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
