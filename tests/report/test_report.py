@@ -1,0 +1,127 @@
+"""`prolong runs` and `prolong report` on run directories as training writes them."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_prolong.cli.main import app
+from megatron_prolong.errors import UserError
+from megatron_prolong.report.history import find_runs, read_run
+
+RECIPE = """
+name: small
+model: {init: {num_layers: 2, hidden_size: 32, num_heads: 2, num_kv_heads: 1, ffn_hidden_size: 64}, tokenizer: tok}
+stages:
+  - name: short
+    sequence_length: 256
+    batch_tokens: 1K
+    steps: 10
+    lr: 1e-3
+    mixture: {data/books: 0.75, data/code: 0.25}
+  - {name: long, sequence_length: 1K, batch_tokens: 4K, steps: 10, lr: 1e-3, mixture: mock}
+"""
+
+
+def step(stage: str, number: int, **facts: Any) -> str:
+    base = {
+        "time": 1.7e9 + number, "stage": stage, "step": number, "loss": 5 - number / 10, "lr": 1e-3,
+        "grad_norm": 1.0, "tokens": 1024 * number, "tokens_per_second": 512.0, "step_seconds": 2.0,
+        "valid_tokens": 1000, "peak_memory_bytes": 3 * 10**9,
+        "domains": {"data/books": 768 * number, "data/code": 256 * number},
+    }  # fmt: skip
+    return json.dumps({**base, **facts})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Stage one done after an interruption at step 6 that went back to step 5; stage two at step 3 of 10."""
+    directory = tmp_path / "runs" / "small"
+    directory.mkdir(parents=True)
+    (directory / "recipe.yaml").write_text(RECIPE)
+    lines = [json.dumps({"time": 1.7e9, "event": "stage_start", "stage": "short"})]
+    lines += [step("short", number) for number in range(1, 7)]
+    lines += [step("short", number, loss=1.0) for number in range(5, 11)]
+    lines += [json.dumps({"time": 1.7e9, "event": "evaluation", "stage": "short", "recall": {"8192": 0.875}})]
+    lines += [step("long", number, loss=float("nan") if number == 2 else 2.5) for number in range(1, 4)]
+    (directory / "metrics.jsonl").write_text("\n".join(lines) + '\n{"time": 1.7e9, "stage": "lo')
+    return directory
+
+
+def test_steps_after_a_resume_replace_the_earlier_ones(run: Path) -> None:
+    history = read_run(run)
+    first, second = history.stages
+    assert [record["step"] for record in first.records] == list(range(1, 11))
+    assert (
+        dict(first.curve("loss"))[4] == 4.6
+        and dict(first.curve("loss"))[5] == dict(first.curve("loss"))[6] == 1.0
+    )
+    assert first.done and not second.done and history.current is second
+
+
+def test_time_left_is_the_median_step_times_the_steps_left(run: Path) -> None:
+    assert read_run(run).remaining_seconds == 7 * 2.0
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + step("long", 4, step_seconds=100.0))  # a pause does not count
+    assert read_run(run).remaining_seconds == 6 * 2.0
+
+
+def test_runs_are_listed(run: Path) -> None:
+    result = CliRunner().invoke(app, ["runs", str(run.parent)])
+    assert result.exit_code == 0
+    row = next(line for line in result.stdout.splitlines() if "small" in line)
+    for expected in ("long", "3/10", "2.5000", "512", "0:00:14"):
+        assert expected in row
+    (facts,) = json.loads(CliRunner().invoke(app, ["runs", str(run), "--json"]).stdout)
+    assert (facts["stage"], facts["step"], facts["num_steps"], facts["done"]) == ("long", 3, 10, False)
+
+
+def test_runs_are_found_in_subdirectories_and_what_is_none_is_named(run: Path, tmp_path: Path) -> None:
+    assert find_runs(tmp_path) == [run]
+    with pytest.raises(UserError, match=r"no run directory: it has no recipe\.yaml"):
+        read_run(tmp_path)
+    assert isinstance(CliRunner().invoke(app, ["runs", str(tmp_path / "nowhere")]).exception, UserError)
+
+
+def test_a_run_without_steps_is_listed_too(run: Path) -> None:
+    (run / "metrics.jsonl").unlink()
+    assert "0/10" in CliRunner().invoke(app, ["runs", str(run)]).stdout
+    assert CliRunner().invoke(app, ["report", str(run)]).exit_code == 0
+
+
+def test_the_page_has_everything(run: Path) -> None:
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "needle.json").write_text(
+        json.dumps({"models": {"base": [{"length": 64, "score": 0.5}]}})
+    )
+    result = CliRunner().invoke(app, ["report", str(run)])
+    assert result.exit_code == 0 and "wrote" in result.stdout
+    html = (run / "report.html").read_text()
+    expectations = """10 / 10|3 / 10|Tokens by domain, stage short|75.0%|recall.8192|0.875|3.0 GB|
+        models.base.0.score|stage_start|sequence_length: 256"""
+    for expected in map(str.strip, expectations.split("|")):
+        assert expected in html, expected
+    assert html.count("<svg") == 4 + 1 + 1 + 1  # curves, domains of both stages, memory
+    assert html.count("<polyline") >= 2 * 4 + 1  # the NaN breaks one line in two
+    assert "NaN" not in html.split("<pre>")[0] and "http" not in html
+
+
+def test_a_browser_draws_the_page(run: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "page.html")])
+    picture = tmp_path / "page.png"
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    shot = ["--window-size=1100,3000", f"--screenshot={picture}", (tmp_path / "page.html").as_uri()]
+    subprocess.run([browser, *options, *shot], capture_output=True, timeout=180, check=True)
+    from PIL import Image
+
+    colours = Image.open(picture).convert("RGB").getcolors(maxcolors=2**24)
+    assert colours is not None
+    drawn = {colour for _, colour in colours}
+    assert {(0, 0x72, 0xB2), (0xE6, 0x9F, 0)} <= drawn  # the first two stages' lines
