@@ -87,6 +87,58 @@ def tokenize(
     _print_counts("left out", report.left_out)
 
 
+@app.command("filter")
+def filter_(
+    paths: Paths,
+    min_length: Annotated[
+        list[str] | None, typer.Option(help="tokens, e.g. 64K; or for one domain, e.g. books=32K; repeatable")
+    ] = None,
+    max_length: Annotated[list[str] | None, typer.Option(help="likewise, above which to drop")] = None,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="drop exact duplicates but the first")
+    ] = False,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="file of an evaluation set (text, JSON, JSONL, Parquet); repeatable"),
+    ] = None,
+    n: Annotated[int, typer.Option("--ngram", help="words that must be the same in a row")] = 13,
+    hits: Annotated[int, typer.Option(help="different n-grams that a document must share to be dropped")] = 1,
+    predicate: Annotated[
+        str | None, typer.Option(help="module:function; called with tokens, domain, text; True keeps")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="the data's tokenizer, for --against and text")
+    ] = None,
+    workers: Workers = 0,
+    executor: ExecutorName = "local",
+    slurm_array: SlurmArray = False,
+) -> None:
+    """Drop tokenized documents by length, as duplicates, as contaminated, or by your own rule."""
+    from megatron_prolong.data.filter import FilterOptions, filter_documents
+
+    inputs, out = _split(paths)
+    options = FilterOptions(
+        min_length=_by_domain("--min-length", min_length or []),
+        max_length=_by_domain("--max-length", max_length or []),
+        duplicates=duplicates,
+        against=tuple(against or ()),
+        n=n,
+        hits=hits,
+        predicate=predicate,
+        tokenizer=str(tokenizer) if tokenizer else None,
+    )
+    engine = _executor(executor, workers)
+    report = filter_documents(inputs, out, options, executor=engine, slurm=_slurm(slurm_array))
+    if report is None:
+        typer.echo(f"this job's share is done; {out} appears when the other jobs are done too")
+        return
+    typer.echo(f"{out}: kept {report.kept_documents:,} documents, {report.kept_tokens:,} tokens")
+    typer.echo(f"  of {report.documents:,} documents, {report.tokens:,} tokens")
+    _print_counts("dropped documents", {reason: counts[0] for reason, counts in report.dropped.items()})
+    for example in report.examples[:5]:
+        typer.echo(f"  contaminated: {example}")
+
+
 @app.command()
 def pack(
     paths: Paths,
@@ -163,6 +215,12 @@ def _count(option: str, text: str) -> int:
         return parse_count(text)
     except ValueError as error:
         raise UserError(f"{option} {text}: {error}") from None
+
+
+def _by_domain(option: str, texts: list[str]) -> dict[str, int]:
+    """`64K` and `books=32K` to {"": 65536, "books": 32768}."""
+    pairs = [text.rpartition("=") for text in texts]
+    return {domain: _count(option, number) for domain, _, number in pairs}
 
 
 def _executor(name: str, workers: int) -> Executor:

@@ -44,6 +44,7 @@ class TokenizedInputs:
         if masked and len(masked) < len(directories):
             raise UserError(f"{masked[0]} has a column mask, other inputs have none; pack them apart")
         self.has_mask = bool(masked)
+        self.is_packed = any("indices" in each.columns for each in self._readers)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -148,6 +148,10 @@ def _settings(inputs: Sequence[str], options: PackOptions) -> dict[str, Any]:
     return {"step": "pack", "inputs": indexes, **asdict(options), "lengths": list(options.lengths)}
 
 
+_Range = tuple[str, int, int]
+"""(subset, first pack, last pack + 1)"""
+
+
 @dataclass(frozen=True)
 class _Plan:
     """Where the plan lies, and its account. Two tables per subset: pieces, and where each pack ends in them."""
@@ -156,24 +160,23 @@ class _Plan:
     length: int
     report: PackReport
 
-    @property
-    def packs_per_task(self) -> int:
-        return max(1, TASK_TOKENS // self.length)
-
-    def tasks(self) -> dict[str, tuple[str, int]]:
-        """Task directory to (subset, first pack); every task writes packs_per_task packs of its subset."""
+    def tasks(self) -> dict[str, _Range]:
+        """Task directory to the packs that it gets, TASK_TOKENS of them or one."""
+        step = max(1, TASK_TOKENS // self.length)
         return {
-            str(Path(subset) / f"{number:05}"): (subset, number * self.packs_per_task)
+            str(Path(subset) / f"{first // step:05}"): (subset, first, min(first + step, count))
             for subset, count in self.report.packs.items()
-            for number in range(-(-count // self.packs_per_task))
+            for first in range(0, count, step)
         }
 
-    def packs_of(self, subset: str, first: int) -> Iterator[list[tuple[int, int, int, bool, bool]]]:
+    def packs_of(
+        self, subset: str, first: int, last: int
+    ) -> Iterator[list[tuple[int, int, int, bool, bool]]]:
         """The packs of one task as lists of PIECE values."""
         pieces = read_table(self.directory / f"pieces{subset}", PIECE)
         ends = read_table(self.directory / f"ends{subset}", np.dtype("<i8"))
         start = int(ends[first - 1]) if first else 0
-        for end in ends[first : first + self.packs_per_task].tolist():
+        for end in ends[first:last].tolist():
             yield pieces[start:end].tolist()
             start = end
 
@@ -311,7 +314,7 @@ class _Work:
     options: PackOptions
     plan: _Plan
 
-    def __call__(self, directory: Path, task: tuple[str, int]) -> None:
+    def __call__(self, directory: Path, task: _Range) -> None:
         inputs = TokenizedInputs(self.inputs)
         columns = {
             "input_ids": "ndarray:uint32",

@@ -1,0 +1,308 @@
+"""Dropping documents from tokenized data: by length, as duplicates, as contaminated, by a rule of the user's.
+
+A document is dropped for the first reason that applies, in that order, and counted under it. Duplicates are
+found by one pass over all documents beforehand; the rest is done by tasks of some 256 MiB each, so that the
+result does not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.data.documents import TokenizedInputs
+from megatron_prolong.data.duplicates import find_duplicates
+from megatron_prolong.data.encoder import tokenizer_file
+from megatron_prolong.data.executors import Executor, LocalProcesses
+from megatron_prolong.data.job import REPORT, Job
+from megatron_prolong.data.mds import INDEX, MDSReader, MDSWriter
+from megatron_prolong.data.ngrams import DEFAULT_N, NgramIndex, evaluation_texts
+from megatron_prolong.data.progress import track
+from megatron_prolong.errors import UserError
+
+TASK_BYTES = 1 << 28
+_MAX_EXAMPLES = 20
+_DECODE_TOKENS = 1 << 18
+
+
+@dataclass(frozen=True)
+class FilterOptions:
+    """min_length, max_length: in tokens, by domain; "" is for all other domains.
+
+    duplicates: drop exact duplicates but the first. against: files of evaluation sets; a document with at
+    least `hits` distinct n-grams of n words in common with them is dropped. predicate: `module:function`,
+    called with a Candidate; True keeps the document, False drops it, a text drops it for this reason.
+    tokenizer: directory with tokenizer.json, needed by `against` and by predicates that read text.
+    """
+
+    min_length: Mapping[str, int] = field(default_factory=dict)
+    max_length: Mapping[str, int] = field(default_factory=dict)
+    duplicates: bool = False
+    against: tuple[str, ...] = ()
+    n: int = DEFAULT_N
+    hits: int = 1
+    predicate: str | None = None
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.against and not self.tokenizer:
+            raise UserError("comparing with evaluation sets needs the data's --tokenizer, to read its text")
+        if self.n < 1 or self.hits < 1:
+            raise UserError("n-grams have at least 1 word, and at least 1 hit is needed to drop a document")
+        if not (self.min_length or self.max_length or self.duplicates or self.against or self.predicate):
+            raise UserError(
+                "nothing to filter by; give a length, duplicates, evaluation files or a predicate"
+            )
+
+
+@dataclass
+class FilterReport:
+    """tokens == kept_tokens + sum(tokens of dropped). dropped: reason to [documents, tokens].
+    examples: why documents were found contaminated, the first few."""
+
+    documents: int = 0
+    tokens: int = 0
+    kept_documents: int = 0
+    kept_tokens: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, other: Mapping[str, Any]) -> None:
+        for name in ("documents", "tokens", "kept_documents", "kept_tokens"):
+            setattr(self, name, getattr(self, name) + other[name])
+        for reason, (documents, tokens) in other["dropped"].items():
+            self._drop(reason, documents, tokens)
+        self.examples = (self.examples + other["examples"])[:_MAX_EXAMPLES]
+
+    def _drop(self, reason: str, documents: int, tokens: int) -> None:
+        counts = self.dropped.setdefault(reason, [0, 0])
+        counts[0] += documents
+        counts[1] += tokens
+
+    def count(self, num_tokens: int, reason: str | None) -> None:
+        self.documents += 1
+        self.tokens += num_tokens
+        if reason is None:
+            self.kept_documents += 1
+            self.kept_tokens += num_tokens
+        else:
+            self._drop(reason, 1, num_tokens)
+
+
+class Candidate:
+    """A document as a predicate sees it. tokens: uint32 [n], read-only. name: data set, shard, sample."""
+
+    def __init__(self, tokens: NDArray[np.uint32], domain: str, name: str, tokenizer: Any) -> None:
+        self.tokens = tokens
+        self.domain = domain
+        self.name = name
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def text(self) -> str:
+        """The decoded tokens. Raises UserError without a tokenizer."""
+        if self._tokenizer is None:
+            raise UserError(f"{self.name}: reading the text of tokens needs --tokenizer")
+        return "".join(_decode(self.tokens, self._tokenizer))
+
+
+def _decode(tokens: NDArray[np.uint32], tokenizer: Any) -> Iterator[str]:
+    """The text in pieces of some 256K tokens: as Python integers all of a long document's are ten times
+    their size. A piece does not end inside a character, which decodes to U+FFFD."""
+    start = 0
+    while start < len(tokens):
+        end = start + _DECODE_TOKENS
+        piece = tokenizer.decode(tokens[start:end].tolist(), skip_special_tokens=False)
+        while piece.endswith("\ufffd") and end < len(tokens):
+            end += 1
+            piece = tokenizer.decode(tokens[start:end].tolist(), skip_special_tokens=False)
+        yield piece
+        start = end
+
+
+def filter_documents(
+    inputs: Sequence[Path | str],
+    out: Path | str,
+    options: FilterOptions,
+    *,
+    executor: Executor | None = None,
+    slurm: Mapping[str, str] | None = None,
+) -> FilterReport | None:
+    """Write the documents that pass to the MDS data set `out`, in order; a stopped run is continued.
+
+    slurm: as in tokenize. Raises UserError for bad input, and when not one document is left.
+    """
+    names = [str(Path(each)) for each in inputs]
+    data = TokenizedInputs(names)
+    if data.is_packed:
+        raise UserError(f"{', '.join(names)}: packed already; filter the documents before packing them")
+    job = Job(Path(out), _settings(names, options))
+    if not job.is_finished:
+        job.open()
+        duplicates = _duplicates(job, data) if options.duplicates else None
+        tasks = _tasks(names)
+        work = _Work(names, options, duplicates)
+        if not job.run(tasks, work, executor or LocalProcesses(1), slurm):
+            return None
+        job.finish(tasks, lambda: vars(_sum(job, tasks)))
+    report = FilterReport()
+    report.add(json.loads((Path(out) / REPORT).read_bytes()))
+    return report
+
+
+def _settings(inputs: Sequence[str], options: FilterOptions) -> dict[str, Any]:
+    def digest(path: Path) -> str:
+        return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+    settings = asdict(options) | {
+        "step": "filter",
+        "inputs": {name: digest(Path(name) / INDEX) for name in inputs},
+        "against": {path: digest(Path(path)) if Path(path).is_file() else path for path in options.against},
+    }
+    if options.tokenizer:
+        settings["tokenizer"] = digest(tokenizer_file(options.tokenizer))
+    return settings
+
+
+def _tasks(inputs: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Task directory to [first, last + 1) sample, counted over all inputs: whole shards, TASK_BYTES of them."""
+    ranges: list[tuple[int, int]] = []
+    first = at = num_bytes = 0
+    for directory in inputs:
+        for shard in MDSReader(directory).shards:
+            at += shard.num_samples
+            num_bytes += shard.raw.num_bytes
+            if num_bytes >= TASK_BYTES:
+                ranges.append((first, at))
+                first, num_bytes = at, 0
+    if at > first or not ranges:
+        ranges.append((first, at))
+    return {f"{number:05}": each for number, each in enumerate(ranges)}
+
+
+def _duplicates(job: Job, data: TokenizedInputs) -> Path:
+    """The file that says of every sample whether it repeats an earlier one; made once per job."""
+    path = job.directory / "duplicates.npy"
+    if not path.exists():
+        numbers = track(range(len(data)), len(data), "finding duplicates")
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        with temporary.open("wb") as file:
+            np.save(file, find_duplicates(data.read(number)["input_ids"] for number in numbers))
+        temporary.replace(path)
+    return path
+
+
+def _sum(job: Job, tasks: Iterable[str]) -> FilterReport:
+    total = FilterReport()
+    for report in job.task_reports(tasks):
+        total.add(report)
+    if not total.kept_documents:
+        raise UserError.many(
+            f"{job.out}: not one of {total.documents:,} documents is left; dropped:",
+            [
+                f"{reason}: {documents:,} documents"
+                for reason, (documents, _) in sorted(total.dropped.items())
+            ],
+        )
+    return total
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One task: judge a range of samples and write those that pass. Picklable, for any process to do."""
+
+    inputs: list[str]
+    options: FilterOptions
+    duplicates: Path | None
+
+    def __call__(self, directory: Path, samples: tuple[int, int]) -> None:
+        data = TokenizedInputs(self.inputs)
+        judge = _Judge(self.options)
+        duplicates = None if self.duplicates is None else np.load(self.duplicates, mmap_mode="r")
+        columns = {"input_ids": "ndarray:uint32", "length": "int", "domain": "str"}
+        if data.has_mask:
+            columns["mask"] = "ndarray:uint8"
+        report = FilterReport()
+        with MDSWriter(directory, columns) as writer:
+            for number in range(*samples):
+                sample = data.read(number)
+                tokens, domain = sample["input_ids"], sample.get("domain", "")
+                candidate = Candidate(tokens, domain, data.name(number), judge.tokenizer)
+                repeats = duplicates is not None and bool(duplicates[number])
+                reason = judge.reason(candidate, repeats, report)
+                report.count(len(tokens), reason)
+                if reason is None:
+                    writer.write({**sample, "domain": domain, "length": len(tokens)})
+            writer.attach_json(REPORT, vars(report))
+
+
+class _Judge:
+    """The options, ready to be applied to one document after the other."""
+
+    def __init__(self, options: FilterOptions) -> None:
+        self._options = options
+        self.tokenizer: Any = None
+        if options.tokenizer:
+            from tokenizers import Tokenizer
+
+            self.tokenizer = Tokenizer.from_file(str(tokenizer_file(options.tokenizer)))
+        self._ngrams = NgramIndex(evaluation_texts(options.against), options.n) if options.against else None
+        if self._ngrams is not None and not len(self._ngrams):
+            raise UserError(
+                f"{', '.join(options.against)}: no text of at least {options.n} words, so nothing could match"
+            )
+        self._predicate = load_predicate(options.predicate) if options.predicate else None
+
+    def reason(self, candidate: Candidate, repeats: bool, report: FilterReport) -> str | None:
+        """Why the document is dropped; None if it is kept."""
+        length = len(candidate.tokens)
+        if length < _limit(self._options.min_length, candidate.domain, 0):
+            return "too short"
+        if length > _limit(self._options.max_length, candidate.domain, length):
+            return "too long"
+        if repeats:
+            return "duplicate"
+        if self._ngrams is not None and len(found := self._ngrams.find(candidate.text)) >= self._options.hits:
+            if len(report.examples) < _MAX_EXAMPLES:
+                report.examples.append(f"{candidate.name}: {found[0]!r}")
+            return "contaminated"
+        if self._predicate is not None:
+            verdict = self._predicate(candidate)
+            if verdict is not True:
+                return verdict if isinstance(verdict, str) and verdict else "predicate"
+        return None
+
+
+def _limit(limits: Mapping[str, int], domain: str, default: int) -> int:
+    return limits.get(domain, limits.get("", default))
+
+
+def load_predicate(name: str) -> Callable[[Candidate], bool | str]:
+    """Import `module:function`, the working directory included. Raises UserError when there is none."""
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise UserError(f"predicate {name!r}: write it as module:function, such as my_rules:keep")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ImportError as error:
+        raise UserError(
+            f"predicate {name!r}: {error}; it is looked for here and in installed packages"
+        ) from None
+    except AttributeError:
+        raise UserError(f"predicate {name!r}: module {module_name} has no {function_name}") from None
+    if not callable(function):
+        raise UserError(f"predicate {name!r} is {type(function).__name__}, not a function")
+    return function
