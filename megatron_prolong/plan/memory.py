@@ -50,9 +50,9 @@ class Kernels:
     """Which operations are one kernel that keeps no intermediate result for the backward.
 
     Attributes:
-        swiglu: silu(gate)·up; otherwise silu(gate) is kept as well.
+        swiglu: silu(gate)·up; otherwise silu(gate) and a copy of up are kept as well.
         rope: rotary embedding; otherwise cos and sin are kept, for queries and for keys.
-        norm: RMSNorm; otherwise the normalised input is kept as well.
+        norm: RMSNorm; otherwise its input and the normalised input are kept in fp32.
     """
 
     swiglu: bool = True
@@ -148,32 +148,38 @@ def saved_by_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> dict[str, int]:
     """Bytes that the backward of one layer needs, for one micro-batch, by tensor.
 
     t tokens of the rank, s of its residual stream (t/tp with sequence parallelism), h hidden, f ffn, N query
-    and G key/value heads of size d, e bytes per element. `input` is the residual stream itself: it is what
-    remains with full recomputation. The packed projections `qkv` stay whole because the values are a view of
-    them; attention keeps rotated queries and keys, its output and one fp32 log-sum-exp per head and token,
-    never scores.
+    and G key/value heads of size d, e bytes per element. `input` is the residual stream itself. The packed
+    projections `qkv` stay whole because the values are a view of them; attention keeps rotated queries and
+    keys, its output and one fp32 log-sum-exp per head and token, never scores.
     """
     shape, tp, e = job.shape, job.layout.tp, job.element_bytes
     t, s = job.rank_tokens, job.residual_tokens
     h, f, d = shape.hidden_size, shape.ffn_hidden_size // tp, shape.head_dim
     heads, groups = shape.num_heads // tp, shape.num_kv_heads // tp
+    norm_input = e if kernels.norm else 4
     saved = {
-        "input": s * h * e,
+        "input": s * h * norm_input,
         "norm_attention": s * h * e + s * 4,
         "qkv": t * (heads + 2 * groups) * d * e,
         "rotated": t * (heads + groups) * d * e,
         "attention": t * heads * d * e + t * heads * 4,
-        "residual": s * h * e,
+        "residual": s * h * norm_input,
         "norm_mlp": s * h * e + s * 4,
         "fc1": t * 2 * f * e,
         "activation": t * f * e,
     }
+    if job.layout.cp > 1 and job.layout.cp_exchange == "a2a":
+        # What was exchanged is kept by heads: values that are no view any more, and the output a second time.
+        repeated = groups * a2a_repeats(job)
+        saved["qkv"] = t * repeated * d * e
+        saved["rotated"] = t * (heads + repeated) * d * e
+        saved["attention"] += t * heads * d * e
     if not kernels.rope:
         saved["cos_sin"] = 4 * t * d * e
     if not kernels.norm:
-        saved["normalised"] = 2 * s * h * e
+        saved["normalised"] = 2 * s * h * 4
     if not kernels.swiglu:
-        saved["silu"] = t * f * e
+        saved["silu"] = 2 * t * f * e
     return saved
 
 
@@ -182,9 +188,9 @@ _RECOMPUTED_MLP = ("fc1", "silu", "activation")
 
 def kept_by_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     """Bytes that one layer keeps from forward to backward, for one micro-batch, as `job.recompute` says."""
-    saved = saved_by_layer(job, kernels)
     if job.recompute == "full":
-        return saved["input"]
+        return job.residual_tokens * job.shape.hidden_size * job.element_bytes
+    saved = saved_by_layer(job, kernels)
     if job.recompute == "selective":
         return sum(size for name, size in saved.items() if name not in _RECOMPUTED_MLP)
     return sum(saved.values())
@@ -202,11 +208,19 @@ def in_flight(job: Job, pp_rank: int) -> int:
 
 
 def activation_bytes(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> int:
-    """Bytes saved for the backward at the peak of a step on pipeline stage `pp_rank`."""
-    chunks = in_flight(job, pp_rank)
-    per_chunk = job.chunk_layers * kept_by_layer(job, kernels) + rotary_bytes(job)
+    """Bytes held for the backward at the peak of a step on pipeline stage `pp_rank`."""
+    chunks, is_last = in_flight(job, pp_rank), pp_rank == job.layout.pp - 1
+    # Outputs wait for their gradient, and 1F1B still refers to the one whose gradient just came.
+    if is_last:
+        waiting = chunks - 1 if job.layout.virtual_pp > 1 else 0
+    else:
+        waiting = min(chunks + 1, job.micro_batches) if job.layout.virtual_pp == 1 else chunks
+    residual = job.residual_tokens * job.shape.hidden_size * job.element_bytes
+    per_chunk = job.chunk_layers * kept_by_layer(job, kernels)
+    if job.recompute == "full":
+        per_chunk += rotary_bytes(job)  # an argument of every recomputed layer
     inputs = 3 * 8 * job.rank_tokens * job.micro_batches  # tokens, labels, positions: int64
-    return chunks * per_chunk + inputs + (loss_bytes(job, kernels) if pp_rank == job.layout.pp - 1 else 0)
+    return chunks * per_chunk + waiting * residual + inputs + (loss_bytes(job, kernels) if is_last else 0)
 
 
 def rotary_bytes(job: Job) -> int:
@@ -217,7 +231,7 @@ def rotary_bytes(job: Job) -> int:
 def loss_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     """Saved by final norm, output layer and loss: no logits. The loss is one micro-batch at a time."""
     t, s, h, e = job.rank_tokens, job.residual_tokens, job.shape.hidden_size, job.element_bytes
-    norm = s * h * e + s * 4 + (0 if kernels.norm else s * h * e)  # input and root mean square
+    norm = s * h * e + s * 4 if kernels.norm else 2 * s * h * 4 + s * 4
     gathered = t * h * e  # hidden states of all the rank's tokens, input of the output layer
     return norm + gathered + t * 4  # and the log-sum-exp
 

@@ -1,0 +1,142 @@
+"""What a rank of our own program really holds: run by the ranks of a pool (tests/distributed/rank_pool.py)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_prolong.data.balance import CostModel
+from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.recipe.schema import Layout, OptimizerSpec
+from megatron_prolong.recipe.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of one rank. `activations` is the most that was saved when a forward had just ended."""
+
+    pp_rank: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+
+class SavedTensors:
+    """Counts the storages that autograd keeps for the backward, each once, without the `excluded` ones."""
+
+    def __init__(self, excluded: set[int]) -> None:
+        self.excluded = excluded
+        self.live: dict[int, tuple[int, int]] = {}  # address → (bytes, references)
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """Hook for torch.autograd.graph.saved_tensors_hooks."""
+        held = _Held(tensor)
+        self.watch(held, tensor)
+        return held
+
+    def watch(self, owner: object, tensor: torch.Tensor) -> None:
+        """Count `tensor` as long as `owner` lives."""
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address not in self.excluded and address:
+            size, references = self.live.get(address, (storage.nbytes(), 0))
+            self.live[address] = (size, references + 1)
+            weakref.finalize(owner, self._release, address)
+
+    @staticmethod
+    def unpack(held: Any) -> torch.Tensor:
+        """The other hook."""
+        return held.tensor
+
+    def _release(self, address: int) -> None:
+        size, references = self.live[address]
+        if references == 1:
+            del self.live[address]
+        else:
+            self.live[address] = (size, references - 1)
+
+    @property
+    def total(self) -> int:
+        """Bytes held now."""
+        return sum(size for size, _ in self.live.values())
+
+
+class _Held:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def measure(
+    rank: int, shape: ModelShape, layout: Layout, precision: str, recompute: str, length: int, sequences: int
+) -> Measured:
+    """One step of training at a layout, as training/stage.py makes it, on whole documents."""
+    from megatron_prolong.mcore.build import build_model
+    from megatron_prolong.mcore.groups import megatron
+    from megatron_prolong.mcore.optimizer import build_optimizer
+    from megatron_prolong.training.balance import micro_batches, share_out
+    from megatron_prolong.training.step import train_step
+
+    spec, cpu = OptimizerSpec(), torch.device("cpu")
+    with megatron(layout, seed=1) as groups:
+        model = build_model(shape, layout, precision=precision, recompute=recompute, loss_chunk_tokens=32)
+        optimizer = build_optimizer(model, spec, layout, lr=1e-3)
+        weights = {
+            p.untyped_storage().data_ptr(): p.untyped_storage() for c in model.chunks for p in c.parameters()
+        }
+        packs, cost = list(_packs(shape, length, sequences)), CostModel.for_shape(shape)
+        assignment = share_out(packs, groups, length, cost)
+        batches = micro_batches(packs, assignment, groups, layout, cost, cpu)
+        inputs = [t for batch in batches for t in (batch.tokens, batch.labels, batch.positions)]
+        saved = SavedTensors({*weights, *(t.untyped_storage().data_ptr() for t in inputs)})
+        peaks = []
+
+        def after_forward(chunk: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
+            if not chunk.post_process:
+                saved.watch(output, output)  # Megatron keeps what it sends until the gradient comes back
+            peaks.append(saved.total)
+
+        for chunk in model.bare_chunks:
+            chunk.register_forward_hook(after_forward)
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+            train_step(model, optimizer, batches, groups, spec=spec, lr=1e-3)
+        gradients = {
+            p.main_grad.untyped_storage().data_ptr(): p.main_grad.untyped_storage().nbytes()
+            for c in model.chunks for p in c.parameters()
+        }  # fmt: skip
+        return Measured(
+            pp_rank=groups.pp.rank,
+            parameters=sum(storage.nbytes() for storage in weights.values()),
+            gradients=sum(gradients.values()),
+            optimizer=_optimizer_bytes(optimizer, set(weights)),
+            activations=max(peaks) + sum(t.untyped_storage().nbytes() for t in inputs),
+        )
+
+
+def _packs(shape: ModelShape, length: int, sequences: int) -> Iterator[PackedSequence]:
+    random = np.random.default_rng(0)
+    for index in range(sequences):
+        tokens = random.integers(0, shape.vocab_size, length).astype(np.uint32)
+        yield PackedSequence(tokens, np.array([0, length]), None, Identity("measured", "-", index))
+
+
+def _optimizer_bytes(optimizer: Any, weights: set[int]) -> int:
+    """Moments, and fp32 copies of weights where they are not the weights themselves."""
+    inner = getattr(optimizer, "chained_optimizers", [optimizer])
+    total = 0
+    for one in inner:
+        adam = one.optimizer
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if parameter.untyped_storage().data_ptr() not in weights:
+                    total += parameter.numel() * parameter.element_size()
+        for state in adam.state.values():
+            total += sum(
+                t.numel() * t.element_size() for t in state.values() if torch.is_tensor(t) and t.dim()
+            )
+    return total
