@@ -59,6 +59,10 @@ def transformer_config(
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.virtual_pp if layout.virtual_pp > 1 else None,
+        # The interleaved schedule with two stages sends both ways between the same two ranks: one batch of
+        # operations cannot tell them apart (Megatron-LM's arguments.py refuses that pair too).
+        overlap_p2p_comm=layout.virtual_pp > 1,
+        batch_p2p_comm=layout.virtual_pp == 1,
         context_parallel_size=layout.cp,
         pipeline_dtype=dtype,
         params_dtype=dtype,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_prolong.mcore.attention import ContextParallel, Documents
 from megatron_prolong.mcore.groups import ParallelGroups
-from megatron_prolong.model.context_parallel import ContextPlan
+from megatron_prolong.model.context_plan import EQUAL_COST_TOKENS, ContextPlan
 from megatron_prolong.recipe.schema import Layout
 
 NO_LABEL = -100
@@ -39,12 +39,14 @@ def micro_batch(
     layout: Layout,
     device: torch.device,
     split_threshold_tokens: int = 0,
+    equal_cost_tokens: float = EQUAL_COST_TOKENS,
 ) -> MicroBatch:
     """Slice a packed batch for this rank: zigzag over context-parallel ranks, padded for sequence parallelism.
 
     Args:
         tokens_T, labels_T, positions_T, cu_seqlens: the packed batch on CPU, as in `data.batch.PackedBatch`.
         split_threshold_tokens: documents shorter than this stay whole on one context-parallel rank.
+        equal_cost_tokens: document length whose attention costs as much as the rest; deals the whole ones.
     """
     multiple = layout.tp if layout.sequence_parallel else 1
     plan = ContextPlan.build(
@@ -52,6 +54,7 @@ def micro_batch(
         cp_size=groups.cp.size,
         multiple=multiple,
         split_threshold_tokens=split_threshold_tokens,
+        equal_cost_tokens=equal_cost_tokens,
     )
     context = None
     if groups.cp.size > 1:

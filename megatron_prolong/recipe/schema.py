@@ -181,6 +181,9 @@ class Stage(_Frozen):
     """RoPE base (theta); by default what the incoming weights have."""
     batch_tokens: Annotated[Positive, Field(examples=[65536])]
     """Tokens of one optimizer step over all ranks; a multiple of sequence_length."""
+    micro_batch_tokens: Positive | None = None
+    """Tokens that one data-parallel rank holds at a time, over its context-parallel ranks; sequence_length by
+    default. More makes short sequences quicker and takes more memory."""
     steps: Positive | None = None
     """Optimizer steps. Give this or `tokens`."""
     tokens: Positive | None = None
@@ -223,6 +226,11 @@ class Stage(_Frozen):
     def batch_sequences(self) -> int:
         """Packed sequences of one global batch."""
         return self.batch_tokens // self.sequence_length
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Tokens of a micro-batch: micro_batch_tokens, or one packed sequence."""
+        return self.micro_batch_tokens or self.sequence_length
 
     @property
     def warmup_steps(self) -> int:

@@ -1,4 +1,8 @@
-"""Share a global batch out: which documents this rank trains on, in which micro-batch."""
+"""Share a global batch out: which documents this rank trains on, in which micro-batch.
+
+The packed sequences only say which documents belong to the batch; documents go to ranks by modelled cost
+(data/balance). Every rank computes the same assignment from the document lengths, so nothing is communicated.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,50 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_prolong.data.batch import collate
+from megatron_prolong.data.balance import Assignment, CostModel, MicroBatchPlan, assign
+from megatron_prolong.data.batch import collate_pieces
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.mcore.groups import ParallelGroups
 from megatron_prolong.mcore.micro_batch import MicroBatch, micro_batch
 from megatron_prolong.recipe.schema import Layout
 
 
-def micro_batches(
+def share_out(
     sequences: Sequence[PackedSequence],
     groups: ParallelGroups,
+    micro_batch_tokens: int,
+    cost: CostModel,
+) -> Assignment:
+    """Assign the documents of a global batch to data-parallel ranks and micro-batches."""
+    return assign(
+        [sequence.document_lengths for sequence in sequences],
+        dp=groups.dp.size,
+        cp=groups.cp.size,
+        budget_tokens=-(-micro_batch_tokens // groups.cp.size),
+        cost=cost,
+        equal_micro_batches=groups.pp.size > 1,
+    )
+
+
+def micro_batches(
+    sequences: Sequence[PackedSequence],
+    assignment: Assignment,
+    groups: ParallelGroups,
     layout: Layout,
-    sequence_length: int,
+    cost: CostModel,
     device: torch.device,
 ) -> list[MicroBatch]:
-    """This rank's micro-batches of the global batch `sequences`."""
+    """This rank's micro-batches, on its device."""
+    pieces = [list(sequence.pieces()) for sequence in sequences]
+    plans = list(assignment.micro_batches[groups.dp.rank])
+    if layout.virtual_pp > 1:
+        # The interleaved schedule takes micro-batches in groups of pp; empty ones fill up the last group.
+        empty = MicroBatchPlan((), plans[0].share)
+        plans += [empty] * (-len(plans) % layout.pp)
     batches = []
-    for sequence in sequences[groups.dp.rank :: groups.dp.size]:
-        packed = collate(sequence, sequence_length)
+    for plan in plans:
+        chosen = [pieces[index.sample][index.document] for index in plan.documents]
+        packed = collate_pieces(chosen, None if chosen else 1)
         batches.append(
             micro_batch(
                 packed.tokens_T,
@@ -33,6 +63,8 @@ def micro_batches(
                 groups=groups,
                 layout=layout,
                 device=device,
+                split_threshold_tokens=plan.split_threshold_tokens,
+                equal_cost_tokens=cost.equal_cost_tokens,
             )
         )
     return batches

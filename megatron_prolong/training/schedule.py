@@ -15,7 +15,7 @@ def learning_rate(stage: Stage, step: int) -> float:
     and Megatron's schedules (which spend their first update at rate 0; this one does not).
     """
     done = step + 1
-    warmup_steps = math.ceil(stage.warmup * stage.num_steps)
+    warmup_steps = stage.warmup_steps
     if done <= warmup_steps:
         return stage.lr * done / warmup_steps
     if stage.schedule == "constant":

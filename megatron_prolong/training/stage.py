@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_prolong.data.balance import CostModel
 from megatron_prolong.data.mixture import Mixture
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.stream import stream
@@ -22,7 +23,7 @@ from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.recipe.schema import Layout, Recipe, Stage, layout_of, precision_of, recompute_of
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
-from megatron_prolong.training.balance import micro_batches
+from megatron_prolong.training.balance import micro_batches, share_out
 from megatron_prolong.training.checkpoint import save_checkpoint
 from megatron_prolong.training.log import RunLog
 from megatron_prolong.training.run_directory import Checkpoint
@@ -70,6 +71,7 @@ class StageRun:
     model: StageModel
     optimizer: MegatronOptimizer
     mixture: Mixture
+    cost: CostModel
 
 
 def train_stage(
@@ -106,7 +108,10 @@ def _walk(
     stage, spec = run.stage, run.recipe.checkpoint
     for step, sequences in stream(run.mixture, state.step, share=list):
         started = time.perf_counter()
-        batches = micro_batches(sequences, run.groups, run.layout, stage.sequence_length, run.world.device)
+        assignment = share_out(sequences, run.groups, stage.micro_batch_size, run.cost)
+        batches = micro_batches(
+            sequences, assignment, run.groups, run.layout, run.cost, run.world.device
+        )
         metrics = train_step(
             run.model, run.optimizer, batches, run.groups,
             spec=run.recipe.optimizer, lr=learning_rate(stage, step),
@@ -153,7 +158,8 @@ def _prepare(
         # The optimizer copies its fp32 main weights from the model, so the weights come first.
         load_weights(start.checkpoint.directory, model)
         optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
-    return StageRun(recipe, stage, layout, world, groups, model, optimizer, mixture)
+    cost = CostModel.for_shape(shape)
+    return StageRun(recipe, stage, layout, world, groups, model, optimizer, mixture, cost)
 
 
 def _first_state(run: StageRun, start: StageInput) -> TrainState:

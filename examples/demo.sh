@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# The whole recipe in small, on any machine: real text -> base model -> 1K -> 4K -> SFT -> Hugging Face -> evaluation.
+# Every line is a command you would use for a real run. Run it with `make demo`; results land in demo/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+
+say "1/6 real text from the Python installation, and a tokenizer trained on it"
+rm -rf demo
+python examples/demo/text.py demo
+tokenizer=demo/tokenizer
+prolong data tokenize demo/text/code demo/tokens/code --kind repositories --tokenizer $tokenizer
+prolong data tokenize demo/text/books.jsonl demo/tokens/books --tokenizer $tokenizer
+prolong data tokenize demo/text/short.jsonl demo/tokens/short --tokenizer $tokenizer
+prolong data tokenize demo/text/chats.jsonl demo/tokens/chats --chat --tokenizer $tokenizer
+prolong data tokenize demo/text/held_out demo/tokens/held_out --kind repositories --tokenizer $tokenizer
+for length in 256 1024 4096; do
+  for domain in code books; do
+    prolong data pack demo/tokens/$domain demo/data/${domain}_$length --length $length --mode single
+  done
+  prolong data pack demo/tokens/short demo/data/short_$length --length $length --mode concat
+done
+prolong data pack demo/tokens/chats demo/data/chats_4096 --length 4096 --mode concat --intact
+
+say "2/6 a base model with a context of 256 tokens, handed over in Hugging Face format"
+prolong train examples/demo_base.yaml
+prolong convert to-hf demo/runs/base/base demo/base_hf
+
+say "3/6 long-context training: 1K, then 4K (optimizer carried over), then SFT"
+prolong train examples/demo.yaml
+prolong status examples/demo.yaml
+
+say "4/6 export to Hugging Face"
+prolong convert to-hf demo/runs/long/sft demo/runs/long/export
+
+say "5/6 held-out loss by position, far beyond the base model's context; needles in a haystack"
+prolong eval perplexity base=demo/base_hf --compare 1k=demo/runs/long/1k --compare 4k=demo/runs/long/4k \
+  --data demo/tokens/held_out --lengths 256,1K,4K --documents 12 --out demo/runs/long/evaluation
+prolong eval needle base=demo/base_hf --compare 4k=demo/runs/long/4k --lengths 256,1K,4K --depths 0,50,100 \
+  --trials 2 --out demo/runs/long/evaluation
+
+say "6/6 the exported model in transformers, and the report"
+python examples/demo/generate.py demo/runs/long/export
+prolong report demo/runs/long
