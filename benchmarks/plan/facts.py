@@ -129,7 +129,7 @@ def nemo() -> list[Fact]:
     rows = ((64, 4, 2, 574), (128, 4, 4, 555), (256, 4, 8, 549), (512, 8, 16, 549), (1024, 8, 32, 536))
     for kilo, tp, cp, reported in rows:
         layout = Layout(tp=tp, cp=cp, cp_exchange="p2p")
-        base = Job(LLAMA2_7B, layout, kilo, kilo * K, kilo // (tp * cp), precision="fp8")
+        base = Job(LLAMA2_7B, layout, kilo, kilo * K, kilo // (tp * cp), precision="fp8", attention="te")
         best = _least_recompute(base, h100)
         facts.append(
             Fact(
@@ -143,7 +143,7 @@ def nemo() -> list[Fact]:
         )
     b200 = find_gpu("b200-180g")
     for kilo, reported in ((64, 1600), (256, 1590), (1024, 1608)):
-        job = Job(LLAMA3_8B, Layout(), kilo, kilo * K, 8, precision="fp8")
+        job = Job(LLAMA3_8B, Layout(), kilo, kilo * K, 8, precision="fp8", attention="te")
         best = next(c for c in search(job, b200, _whole_documents(job)) if c.runs)
         facts.append(
             Fact(
@@ -195,7 +195,7 @@ def sharded() -> list[Fact]:
     for kilo, total in ((64, 7816), (128, 4266)):
         job = Job(LLAMA2_7B, ring, 8, kilo * K, 1)
         rows.append((f"EasyContext, Llama-2-7B, 8 A100, {kilo}K", a100, Sharded(job), total // 8, easy, ""))
-    trl = Sharded(Job(QWEN3_8B, ring, 8, M, 1), attention="te")
+    trl = Sharded(Job(QWEN3_8B, ring, 8, M, 1, attention="te"))
     rows.append(
         ("TRL, Qwen3-8B, 8 H100, 1M", h100, trl, 345, "huggingface/trl PR 6846", "ring, full recompute")
     )
@@ -284,16 +284,16 @@ def max_lengths() -> list[Fact]:
     whole = 2 + 4 + 4
     rows = (
         ("1 H100, baseline", h100, Sharded(one, master_bytes=0, whole_logits=whole), 36 * K),
-        ("1 H100, tiled loss and MLP, offload", h100, Sharded(one, "flash2", 0, 0, True, True), 500 * K),
+        ("1 H100, tiled loss and MLP, offload", h100, Sharded(one, 0, 0, True, True), 500 * K),
         ("8 H100, baseline", h100, Sharded(eight, master_bytes=4, whole_logits=whole), 32 * K),
         ("8 H100, tiled loss", h100, Sharded(eight, master_bytes=4), 160 * K),
         ("8 H100, + Ulysses", h100, Sharded(spread, master_bytes=4), 1.1 * M),
-        ("8 H100, + offload", h100, Sharded(spread, "flash2", 4, 0, True), 2.4 * M),
-        ("8 H100, + tiled MLP", h100, Sharded(spread, "flash2", 4, 0, True, True), 3.8 * M),
+        ("8 H100, + offload", h100, Sharded(spread, 4, 0, True), 2.4 * M),
+        ("8 H100, + tiled MLP", h100, Sharded(spread, 4, 0, True, True), 3.8 * M),
         ("1 H200, baseline", h200, Sharded(one, master_bytes=0, whole_logits=whole), 65 * K),
         ("1 H200, tiled loss", h200, Sharded(one, master_bytes=0), 300 * K),
-        ("1 H200, + offload", h200, Sharded(one, "flash2", 0, 0, True), 650 * K),
-        ("1 H200, + tiled MLP", h200, Sharded(one, "flash2", 0, 0, True, True), 1.2 * M),
+        ("1 H200, + offload", h200, Sharded(one, 0, 0, True), 650 * K),
+        ("1 H200, + tiled MLP", h200, Sharded(one, 0, 0, True, True), 1.2 * M),
     )
     source = "ArcticTraining projects/sequence-parallelism/run-*.yml"
     return [

@@ -23,7 +23,6 @@ class Sharded:
 
     Attributes:
         job: tp 1, pp 1, cp = its sequence-parallel degree (Ulysses is a2a, a ring is p2p).
-        attention: kernel family of hardware.yaml.
         master_bytes: bytes per weight of sharded weights, gradients and optimizer on the GPU.
         whole_logits: bytes per logit when all of a micro-batch's logits exist at once; 0 when chunked.
         offload_inputs: the layers' inputs are kept in host memory.
@@ -31,7 +30,6 @@ class Sharded:
     """
 
     job: Job
-    attention: str = "flash2"
     master_bytes: float = 16.0
     whole_logits: float = 0.0
     offload_inputs: bool = False
@@ -39,7 +37,7 @@ class Sharded:
 
     def sequence_seconds(self, gpu: Gpu, lengths: Lengths) -> float:
         """Seconds of one packed sequence on its sequence-parallel group."""
-        compute = float(time.rates(self.job, gpu, self.attention).seconds(lengths).sum())
+        compute = float(time.rates(self.job, gpu).seconds(lengths).sum())
         weights = memory.num_parameters(self.job.shape)
         world = self.job.world_size
         bandwidth = gpu.bandwidth(world, stride=1)

@@ -17,13 +17,16 @@ from megatron_prolong.recipe.schema import (
 from megatron_prolong.recipe.shape import ModelShape
 
 VOCAB_MULTIPLE = 128  # rows per tensor-parallel rank are a multiple of this, as Megatron pads them
+# What mcore/specs.py runs on CUDA: PyTorch's own FlashAttention-2. "te" for Transformer Engine's kernels.
+ATTENTION_KERNEL = "flash2"
 
 
 @dataclass(frozen=True)
 class Job:
     """One stage at one layout.
 
-    A micro-batch is one packed sequence, spread over the layout's context-parallel ranks.
+    A micro-batch is `micro_batch_tokens` (one packed sequence by default), spread over the layout's
+    context-parallel ranks.
 
     Attributes:
         shape: the model.
@@ -34,6 +37,8 @@ class Job:
         precision: "fp32", "bf16" or "fp8" (bf16 weights, fp8 matrix products).
         recompute: "none", "selective" (the MLP) or "full" (every layer).
         loss_chunk_tokens: tokens whose logits exist at once.
+        micro_batch_tokens: tokens that one data-parallel rank holds at a time; None for sequence_length.
+        attention: kernel family, a field of the hardware table's `efficiency`.
     """
 
     shape: ModelShape
@@ -44,6 +49,8 @@ class Job:
     precision: Precision = "bf16"
     recompute: Recompute = "full"
     loss_chunk_tokens: int = 2048
+    micro_batch_tokens: int | None = None
+    attention: str = ATTENTION_KERNEL
 
     @property
     def dp(self) -> int:
@@ -51,9 +58,14 @@ class Job:
         return self.world_size // self.layout.model_ranks
 
     @property
+    def micro_batch_size(self) -> int:
+        """Tokens of a micro-batch, over its context-parallel ranks."""
+        return self.micro_batch_tokens or self.sequence_length
+
+    @property
     def micro_batches(self) -> int:
-        """Packed sequences per data-parallel rank and step, rounded up."""
-        return -(-self.batch_sequences // self.dp)
+        """Micro-batches per data-parallel rank and step, rounded up."""
+        return -(-self.batch_tokens // (self.dp * self.micro_batch_size))
 
     @property
     def batch_tokens(self) -> int:
@@ -68,7 +80,7 @@ class Job:
     @property
     def rank_tokens(self) -> int:
         """Tokens of a micro-batch that one context-parallel rank holds."""
-        return -(-self.sequence_length // self.layout.cp)
+        return -(-self.micro_batch_size // self.layout.cp)
 
     @property
     def residual_tokens(self) -> int:
@@ -99,4 +111,5 @@ def job_of(recipe: Recipe, stage: Stage, shape: ModelShape, world_size: int) -> 
         precision=precision_of(recipe, stage),
         recompute=recompute_of(recipe, stage),
         loss_chunk_tokens=recipe.loss_chunk_tokens,
+        micro_batch_tokens=stage.micro_batch_tokens,
     )

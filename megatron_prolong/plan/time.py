@@ -37,7 +37,6 @@ from megatron_prolong.plan.memory import a2a_repeats, stage_weights
 
 Seconds = NDArray[np.float64]
 
-ATTENTION_KERNEL = "te"  # Transformer Engine's (cuDNN, FlashAttention-3); "flash2" for PyTorch's own
 # A ring attends in cp pieces and merges them: 90% of the speed of one call (zigzag, 8 GPUs;
 # zhuzilin/ring-flash-attention, README).
 RING_EFFICIENCY = 0.9
@@ -106,7 +105,7 @@ class StepTime:
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
 
-def rates(job: Job, gpu: Gpu, attention_kernel: str = ATTENTION_KERNEL) -> Rates:
+def rates(job: Job, gpu: Gpu) -> Rates:
     """What one document costs, on the slowest pipeline stage."""
     shape, layout = job.shape, job.layout
     flops, run = ForwardFlops.of(shape), passes(job)
@@ -118,14 +117,14 @@ def rates(job: Job, gpu: Gpu, attention_kernel: str = ATTENTION_KERNEL) -> Rates
     matmul += output / gpu.matmul_flops(weight_precision)
     attention = flops.attention_per_pair / layout.model_ranks
     attention *= run.attention_forward / gpu.attention_flops(
-        attention_kernel, backward=False
-    ) + run.attention_backward / gpu.attention_flops(attention_kernel, backward=True)
+        job.attention, backward=False
+    ) + run.attention_backward / gpu.attention_flops(job.attention, backward=True)
     is_ring = layout.cp > 1 and "p2p" in layout.cp_exchange
     return Rates(
         matmul=matmul,
-        elementwise=_elementwise_seconds(job, gpu) / job.sequence_length,
-        tensor=_tensor_seconds(job, gpu) / job.sequence_length,
-        context=_context_seconds(job, gpu) / job.sequence_length,
+        elementwise=_elementwise_seconds(job, gpu) / job.micro_batch_size,
+        tensor=_tensor_seconds(job, gpu) / job.micro_batch_size,
+        context=_context_seconds(job, gpu) / job.micro_batch_size,
         attention=attention / RING_EFFICIENCY if is_ring else attention,
         local_tokens=job.rank_tokens,
         overlaps=is_ring,
