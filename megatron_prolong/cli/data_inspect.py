@@ -1,4 +1,4 @@
-"""`prolong data inspect`, `verify`, `to-megatron`, `from-megatron`: look at data sets, check and convert them."""
+"""`prolong data inspect`, `mixture`, `verify`, `to-megatron`, `from-megatron`: look at data, check, convert."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from megatron_prolong.cli.recipe import Overrides, RecipePath
 from megatron_prolong.errors import UserError
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of MDS shards (index.json).")]
@@ -50,6 +51,37 @@ def inspect(
         plot(domains, str(directory)).savefig(temporary, dpi=120)
         temporary.replace(png)
         console.print(f"histograms: {png}")
+
+
+def mixture(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Open the data of every stage of a recipe; show what it draws from each domain and how often it repeats."""
+    from rich.console import Console
+
+    from megatron_prolong.data.inspect import usage_table
+    from megatron_prolong.data.mixture import Mixture
+    from megatron_prolong.recipe.load import load_recipe
+
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    problems = []
+    for stage in load_recipe(recipe, overrides or ()).stages:
+        if stage.mixture == "mock":
+            console.print(f"{stage.name}: mock, random tokens")
+            continue
+        try:
+            mixture = Mixture(
+                stage.mixture,
+                sequence_length=stage.sequence_length,
+                batch_sequences=stage.batch_sequences,
+                seed=stage.seed,
+                num_steps=stage.num_steps,
+                loss_mask=stage.loss_mask,
+            )
+        except UserError as error:
+            problems.append(f"stage {stage.name}: {error}")
+        else:
+            console.print(usage_table(mixture, stage.name))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def verify(directory: Directory, tokenizer: Tokenizer = None) -> None:
@@ -104,6 +136,7 @@ def _tokenizer(directory: Path):  # type: ignore[no-untyped-def]
 def register(app: typer.Typer) -> None:
     """Add these commands to `prolong data`."""
     app.command("inspect")(inspect)
+    app.command("mixture")(mixture)
     app.command("verify")(verify)
     app.command("to-megatron")(to_megatron)
     app.command("from-megatron")(from_megatron)

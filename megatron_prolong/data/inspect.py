@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.data.mds import MDSReader
+from megatron_prolong.data.mixture import Mixture
 from megatron_prolong.data.packed import Identity, PackedSequence, Piece, read_boundaries
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
@@ -141,6 +142,18 @@ def length_table(domains: list[DomainSurvey]) -> Table:
             f"{squares[bucket] / squares.sum():.1%}",
             *(f"{domain.lengths.documents[bucket]:,}" for domain in domains if len(domains) > 1),
         )
+    return table
+
+
+def usage_table(mixture: Mixture, stage: str) -> Table:
+    """What a stage draws from every domain of its mixture, and how often each sample is seen (epochs)."""
+    table = _table(f"Stage {stage}: {mixture.num_steps:,} steps of {mixture.batch_sequences:,} sequences")
+    table.add_column("domain", overflow="fold")
+    for heading in ("share", "samples", "draws", "epochs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for use in mixture.usage():
+        epochs = f"{use.epochs:.2f}" if use.epochs <= 1 else f"[yellow]{use.epochs:.2f}[/yellow]"
+        table.add_row(use.name, f"{use.proportion:.1%}", f"{use.num_samples:,}", f"{use.num_draws:,}", epochs)
     return table
 
 

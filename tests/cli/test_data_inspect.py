@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -46,6 +47,22 @@ def test_inspect_shows_samples_as_text(packs: Path, tmp_path: Path) -> None:
     assert isinstance(missing, UserError) and "absent: no such directory" in str(missing)
     empty = run("inspect", packs, "--sample", 0, "--tokenizer", packs).exception
     assert isinstance(empty, UserError) and "no tokenizer can be read" in str(empty)
+
+
+def test_mixture_shows_how_often_domains_repeat(packs: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    stage = "{name: %s, sequence_length: 8, batch_tokens: 32, steps: 5, lr: 1e-5, mixture: %s}"
+    recipe.write_text(
+        "name: test\nmodel: {path: absent}\nstages:\n"
+        f"  - {stage % ('long', f'{{{packs}: 1.0}}')}\n  - {stage % ('speed', 'mock')}\n"
+    )
+    result = run("mixture", recipe)
+    assert result.exit_code == 0, result.exception
+    # The path is folded where it is long: 5 steps of 4 draws from 8 samples are two and a half epochs.
+    assert re.search(r"100\.0%\s+8\s+20\s+2\.50", result.output)
+    assert "Stage long: 5 steps of 4 sequences" in result.output and "speed: mock" in result.output
+    error = run("mixture", recipe, "stage.long.sequence_length=4", "stage.speed.sequence_length=4").exception
+    assert isinstance(error, UserError) and "stage long: the mixture cannot be read" in str(error)
 
 
 def test_verify_lists_all_damage(packs: Path) -> None:
