@@ -1,11 +1,13 @@
 """The document lengths of a stage's global batches: from its shards if they are there, else from what is known.
 
-In this order, per stage: the real mixture's batches (`data.mixture`, exactly those that training would see); the
-published distribution of a domain of that name (`lengths`); one document per sequence, the dearest there is.
+In this order, per stage: the real mixture's batches (`data.mixture`, exactly those that training would see);
+the published distribution of a domain of that name (`lengths`), or the length in the name; one document per
+sequence, the dearest there is.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +111,12 @@ def _assumed(stage: Stage) -> tuple[LengthMixture, str]:
 
 
 def _find(path: Path, sequence_length: int) -> DomainLengths | None:
-    """The published domain of that directory name, preferably of the same sequence length."""
+    """The published domain of that directory name, preferably of the same sequence length; or what the name says.
+
+    ProLong's convention: `books-65536` holds documents of 65,536 tokens.
+    """
     by_length = sorted(_KNOWN, key=lambda mixture: mixture.sequence_length != sequence_length)
-    return next((d for mixture in by_length for d in mixture.domains if d.name == path.name), None)
+    known = next((d for mixture in by_length for d in mixture.domains if d.name == path.name), None)
+    if known is None and (suffix := re.search(r"-(\d{3,})$", path.name)):
+        return DomainLengths(path.name, 1.0, document_tokens=int(suffix[1]))
+    return known

@@ -101,7 +101,7 @@ def layouts(job: Job, gpu: Gpu, recompute: tuple[Recompute, ...] = RECOMPUTE_MOD
     for tp in _powers(min(world, 2 * gpu.gpus_per_node)):
         for pp in _powers(min(world // tp, num_layers)):
             for cp in _powers(world // (tp * pp)):
-                for virtual_pp in _powers(max(1, num_layers // pp)) if pp > 1 else [1]:
+                for virtual_pp in _chunkings(num_layers, pp):
                     for exchange in EXCHANGES if cp > 1 else ONLY_RANK:
                         layout = Layout(
                             tp=tp,
@@ -137,6 +137,11 @@ def frontier(candidates: list[Candidate]) -> list[Candidate]:
         if not best or candidate.throughput > best[-1].throughput:
             best.append(candidate)
     return best
+
+
+def _chunkings(num_layers: int, pp: int) -> list[int]:
+    """Values of virtual_pp that cut the layers evenly; 1 always, so that a bad pp is reported."""
+    return [1] + [v for v in _powers(num_layers // pp)[1:] if pp > 1 and num_layers % (pp * v) == 0]
 
 
 def _powers(most: int) -> list[int]:

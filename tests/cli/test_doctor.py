@@ -1,0 +1,105 @@
+"""`prolong doctor` on a machine without GPUs, and against recipes that lack something."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_prolong.cli.main import app
+from megatron_prolong.recipe.shape import ModelShape, to_hf_config
+from megatron_prolong.runtime import doctor
+from megatron_prolong.runtime.doctor import measure_all_reduce
+
+
+def findings(*arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
+    result = CliRunner().invoke(app, ["doctor", "--quick", "--json", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, {one["name"]: one for one in json.loads(result.stdout)}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    shape = ModelShape(
+        num_layers=2, hidden_size=64, ffn_hidden_size=96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=250,
+        max_length=256, rope_base=1e4,
+    )  # fmt: skip
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(to_hf_config(shape)))
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        f"""
+name: small
+run_dir: {tmp_path / "run"}
+model: {{path: {tmp_path / "model"}}}
+stages: [{{name: s, sequence_length: 256, batch_tokens: 1K, steps: 5, lr: 1e-3, mixture: mock}}]
+"""
+    )
+    return path
+
+
+def test_a_healthy_cpu_machine(tmp_path: Path) -> None:
+    code, found = findings()
+    assert code == 0
+    assert found["torch"]["status"] == found["megatron-core"]["status"] == found["gloo"]["status"] == "ok"
+    assert "GB free" in found["disk"]["detail"] and "MB/s" in found["disk"]["detail"]
+    assert found["transformer-engine"]["status"] == "ok"  # optional
+
+
+def test_a_missing_core_package_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "CORE_PACKAGES", ("torch", "no-such-package"))
+    code, found = findings()
+    assert code == 1
+    assert (
+        found["no-such-package"]["status"] == "missing"
+        and "pip install" in found["no-such-package"]["remedy"]
+    )
+
+
+def test_the_all_reduce_sums_and_is_timed() -> None:
+    assert 0 < measure_all_reduce("gloo", 2, num_bytes=4096) < 60
+
+
+def test_an_all_reduce_that_fails_is_a_finding_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> float:
+        raise RuntimeError("trace\nconnection refused")
+
+    monkeypatch.setattr(doctor, "measure_all_reduce", broken)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1 and "failed: connection refused" in result.stdout
+
+
+def test_a_recipe_that_has_all_it_needs(recipe: Path) -> None:
+    code, found = findings(str(recipe))
+    assert "nothing wrong" in found["recipe"]["detail"]
+    assert "GB per rank predicted" in found["memory of stage s"]["detail"]
+    assert found["checkpoints"]["status"] == "ok"
+    assert code == 0
+
+
+def test_what_a_recipe_lacks(recipe: Path) -> None:
+    arguments = ["doctor", "--quick", str(recipe), "precision=fp8", "--gpus", "3"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    missing = [line for line in result.stdout.splitlines() if line.startswith("missing")]
+    assert any("it needs CUDA" in line for line in missing)
+    assert any("must divide the global batch of 4" in line for line in missing)
+
+
+def test_checkpoints_that_do_not_fit_on_the_disk(recipe: Path) -> None:
+    code, found = findings(str(recipe), "checkpoint.keep=1000000000")
+    assert code == 1 and found["checkpoints"]["status"] == "missing"
+    assert "checkpoint.keep" in found["checkpoints"]["remedy"]
+
+
+def test_gpus_are_judged_by_what_pytorch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        name, total_memory, major, minor = "Old", 16 * 10**9, 7, 0
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: Device)
+    (finding,) = doctor._devices()
+    assert finding.status == "warning" and "use fp32" in finding.remedy
