@@ -6,9 +6,9 @@
 #   bash examples/prolong_512k.sh      this machine alone: all its GPUs, or one process without any
 #
 # OVERRIDES="stage.64k.lr=2e-5 layout.cp=4" before the command changes the recipe; CONTAINER=image.sqsh (and
-# MOUNTS=/data:/data) runs it in a container, with pyxis. Start it where the recipe's relative paths begin, with
-# `prolong` on the PATH. Ten minutes before the time limit, and at a preemption, training saves and the job goes
-# back into the queue, to continue from there.
+# MOUNTS=/data:/data) runs it in a container, with pyxis; GPUS=4 uses that many of each node's GPUs. Start it where
+# the recipe's relative paths begin, with `prolong` on the PATH. Ten minutes before the time limit, and at a
+# preemption, training saves and the job goes back into the queue, to continue from there.
 #SBATCH --job-name=prolong-512k
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -27,7 +27,7 @@ read -ra OVERRIDES <<<"${OVERRIDES:-}"
 
 # One torchrun on every node, one process for every GPU.
 NODES=${SLURM_JOB_NUM_NODES:-1}
-GPUS=${SLURM_GPUS_ON_NODE:-${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}}
+GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}}
 ((GPUS > 0)) || GPUS=1
 HEAD=localhost
 if [[ -n ${SLURM_JOB_ID:-} ]]; then

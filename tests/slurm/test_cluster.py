@@ -1,0 +1,182 @@
+"""The batch script on a real Slurm of two nodes: killed, preempted, requeued, and still the undisturbed run.
+
+Each node trains with one process on the CPU. Needs root, slurmctld, slurmd and munge.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_prolong.plan.launch import render_script, write_script
+from megatron_prolong.recipe.load import load_recipe
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
+MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="slurmctld and slurmd need root here"),
+]
+
+RECIPE = """\
+name: tiny
+model:
+  init: {num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, ffn_hidden_size: 64}
+  tokenizer: tokenizer
+precision: fp32
+recompute: none
+checkpoint: {every: 4}
+stages:
+  - {name: one, sequence_length: 64, batch_tokens: 512, steps: 18, lr: 1e-3, mixture: mock}
+  - {name: two, sequence_length: 128, batch_tokens: 512, steps: 2, lr: 1e-3, rope_base: 1e6, mixture: mock}
+"""
+SECONDS = 600.0  # for a job to get anywhere on a busy two-core machine
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Two nodes, as tools/local_slurm.sh starts them."""
+    directory = tmp_path_factory.mktemp("slurm")
+    tool = ROOT / "tools" / "local_slurm.sh"
+    # In the container of a CI job munge or the ports may be out of reach; that is no fault of ours.
+    started = subprocess.run([tool, "start", directory], capture_output=True, text=True, timeout=60)
+    if started.returncode:
+        pytest.skip(f"no local Slurm: {started.stderr.strip()}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", f"{directory}/slurm.conf")
+        yield
+    subprocess.run([tool, "stop", directory], check=True, timeout=60)
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with recipe, tokenizer and script, and the environment that jobs inherit."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    write_tokenizer(tmp_path / "tokenizer")
+    loaded = load_recipe("recipe.yaml")
+    script = render_script(loaded, Path("recipe.yaml"), nodes=2, gpus_per_node=8)
+    write_script(script, tmp_path / "script.sh")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("GPUS", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # node1 and node2 are names that only Slurm knows
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Bytes are tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
+    directory.mkdir()
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def losses(run_dir: Path) -> dict[tuple[str, int], float]:
+    """Loss of every step so far. A step that was repeated after a crash must have had the same loss."""
+    found: dict[tuple[str, int], float] = {}
+    path = run_dir / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        entry = json.loads(line)
+        if "loss" in entry:
+            key = (entry["stage"], entry["step"])
+            assert found.setdefault(key, entry["loss"]) == entry["loss"], key
+    return found
+
+
+def wait_for(what: str, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        log = "".join(path.read_text() for path in Path().glob("tiny-*.log"))
+        assert time.monotonic() < deadline, f"waited in vain for {what}; the job's log:\n{log}"
+        time.sleep(0.2)
+
+
+def job_fact(job: str, name: str) -> str:
+    """One of the facts of `scontrol show job`, e.g. JobState."""
+    shown = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
+    facts = dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
+    return facts.get(name, "")
+
+
+def start_again(job: str) -> None:
+    """Slurm holds a requeued job back for two minutes; a test need not."""
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+
+
+def processes_of(node: str) -> list[int]:
+    """Training processes on one of the pretended nodes."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (directory / "environ").read_bytes().split(b"\0")
+            command = (directory / "cmdline").read_bytes()
+        except OSError:
+            continue
+        here = f"SLURMD_NODENAME={node}".encode() in environment and b"LOCAL_RANK=0" in environment
+        if here and b"megatron_prolong" in command:
+            found.append(int(directory.name))
+    return found
+
+
+def test_killed_preempted_and_requeued_it_is_still_the_same_run(cluster: None, workdir: Path) -> None:
+    undisturbed = ["prolong", "train", "recipe.yaml", "run_dir=undisturbed", "--processes", "2"]
+    subprocess.run(undisturbed, check=True, capture_output=True, timeout=SECONDS)
+    expected = losses(Path("undisturbed"))
+    assert len(expected) == 20
+
+    submitted = subprocess.run(
+        ["sbatch", "--parsable", "script.sh"], capture_output=True, text=True, check=True
+    )
+    job = submitted.stdout.strip()
+    run_dir = Path("runs/tiny")
+
+    # A process of the second node dies: the whole job ends at once, and what was saved is there.
+    wait_for("six steps", lambda: len(losses(run_dir)) >= 6)
+    (victim,) = processes_of("node2")
+    os.kill(victim, 9)
+    wait_for("the failure", lambda: job_fact(job, "JobState") == "FAILED")
+    before = len(losses(run_dir))
+    assert before < 18
+
+    # Put back by hand, then asked to stop as before a time limit: it saves and puts itself back.
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    start_again(job)
+    wait_for("more steps", lambda: len(losses(run_dir)) > before)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
+    wait_for(
+        "the requeue", lambda: job_fact(job, "Restarts") == "2" and job_fact(job, "JobState") == "PENDING"
+    )
+    saved = int((run_dir / "one" / "latest").read_text().removeprefix("step_"))
+    assert saved == max(step for stage, step in losses(run_dir)), (
+        "the last step before the stop was not saved"
+    )
+
+    start_again(job)
+    wait_for("the end", lambda: job_fact(job, "JobState") == "COMPLETED")
+    assert losses(run_dir) == expected
+    log = Path(f"tiny-{job}.log").read_text()
+    assert [f"start {count}" in log for count in range(4)] == [True, True, True, False]
+
+
+def test_what_is_missing_ends_the_job_before_training(cluster: None, workdir: Path) -> None:
+    shutil.rmtree("tokenizer")
+    submitted = subprocess.run(
+        ["sbatch", "--parsable", "script.sh"], capture_output=True, text=True, check=True
+    )
+    job = submitted.stdout.strip()
+    wait_for("the failure", lambda: job_fact(job, "JobState") == "FAILED")
+    log = Path(f"tiny-{job}.log").read_text()
+    assert "tokenizer: no tokenizer.json there" in log
+    assert not Path("runs").exists()
