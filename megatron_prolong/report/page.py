@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from megatron_prolong.page.charts import lines, stacked_bars
@@ -72,12 +72,13 @@ def _domains(one: StageHistory) -> Iterator[str]:
     )
     if not counts:
         return
-    asked = (
-        {} if one.stage.mixture == "mock" else {str(path): share for path, share in one.stage.mixture.items()}
-    )
+    asked: dict[str, float] = defaultdict(float)
+    if one.stage.mixture != "mock":
+        for path, share in one.stage.mixture.items():
+            asked[path.name] += share
     total = sum(counts.values()) or 1.0
     yield heading(f"Tokens by domain, stage {one.stage.name}")
-    bars = [(Path(name).name, {"tokens": tokens / 1e6}) for name, tokens in counts.items()]
+    bars = [(name, {"tokens": tokens / 1e6}) for name, tokens in counts.items()]
     yield figure(stacked_bars(bars, "M"), "Tokens read so far, in millions.")
     rows = [
         (name, f"{tokens:,.0f}", f"{tokens / total:.1%}", f"{asked[name]:.1%}" if name in asked else "–")

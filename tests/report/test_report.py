@@ -32,7 +32,7 @@ def step(stage: str, number: int, **facts: Any) -> str:
         "time": 1.7e9 + number, "stage": stage, "step": number, "loss": 5 - number / 10, "lr": 1e-3,
         "grad_norm": 1.0, "tokens": 1024 * number, "tokens_per_second": 512.0, "step_seconds": 2.0,
         "valid_tokens": 1000, "peak_memory_bytes": 3 * 10**9,
-        "domains": {"data/books": 768 * number, "data/code": 256 * number},
+        "domains": {"books": 768 * number, "code": 256 * number},
     }  # fmt: skip
     return json.dumps({**base, **facts})
 
