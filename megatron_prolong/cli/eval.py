@@ -6,8 +6,21 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+from typer.core import TyperGroup
 
-app = typer.Typer(help="Measure long-context ability.", no_args_is_help=True, rich_markup_mode=None)
+
+class _RunByDefault(TyperGroup):
+    """`prolong eval MODEL --suite …` means `prolong eval run MODEL --suite …`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_RunByDefault, help="Measure long-context ability.", no_args_is_help=True, rich_markup_mode=None
+)
 
 Model = Annotated[
     str,
@@ -38,12 +51,14 @@ def perplexity(
     from megatron_prolong.evaluation.perplexity import Perplexity, measure
     from megatron_prolong.evaluation.report import plot_perplexity, print_perplexity, write_json
 
-    sizes = _lengths(lengths)
+    sizes = lengths_of(lengths)
     results: dict[str, Perplexity] = {}
-    for label, path in _models(model, compare):
+    for label, path in models_of(model, compare):
         with open_backend(path) as backend:
             passages = read_passages(data, backend.tokenizer, max(sizes), documents, seed)
             results[label] = measure(backend, passages, sizes)
+    if not is_main():
+        return
     write_json(
         out / "perplexity.json",
         {
@@ -78,19 +93,30 @@ def needle(
     from megatron_prolong.evaluation.documents import read_text
     from megatron_prolong.evaluation.report import plot_needle, print_needle, write_json
 
-    sizes, fractions = _lengths(lengths), _depths(depths)
+    sizes, fractions = lengths_of(lengths), _depths(depths)
     text = read_text(haystack) if haystack else needles.NOISE
     results: dict[str, Any] = {}
-    for label, path in _models(model, compare):
+    for label, path in models_of(model, compare):
         with open_backend(path, batch_size=trials) as backend:
             results[label] = needles.run(backend, text, sizes, fractions, trials=trials, seed=seed)
+    if not is_main():
+        return
     write_json(out / "needle.json", {"haystack": str(haystack or "noise"), "seed": seed, "models": results})
     print_needle(results)
     plot_needle(results, out / "needle.png")
     print(f"wrote {out / 'needle.json'} and {out / 'needle.png'}")
 
 
-def _models(model: str, compare: list[str] | None) -> list[tuple[str, str]]:
+def is_main() -> bool:
+    """True on the one rank that prints and writes."""
+    import os
+
+    from megatron_prolong.runtime.launch import read_rendezvous
+
+    return read_rendezvous(os.environ).rank == 0
+
+
+def models_of(model: str, compare: list[str] | None) -> list[tuple[str, str]]:
     """(label, path) of every model; the label defaults to the directory's name."""
     from megatron_prolong.errors import UserError
 
@@ -104,7 +130,8 @@ def _models(model: str, compare: list[str] | None) -> list[tuple[str, str]]:
     return pairs
 
 
-def _lengths(text: str) -> list[int]:
+def lengths_of(text: str) -> list[int]:
+    """ "512,2K,8K" as numbers, ascending."""
     from megatron_prolong.errors import UserError
     from megatron_prolong.recipe.numbers import parse_count
 

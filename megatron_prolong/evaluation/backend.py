@@ -35,14 +35,30 @@ class Prompt:
 class Backend(Protocol):
     """A model that continues prompts."""
 
-    name: str
-    """Which program: hf, megatron or openai."""
-    model: str
-    """Path or served name."""
-    tokenizer: Any
-    """The model's transformers tokenizer: prompts are counted and cut with it."""
-    max_length: int
-    """Tokens the model declares it can take (max_position_embeddings)."""
+    @property
+    def name(self) -> str:
+        """Which program: hf, megatron or openai."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """Path or served name."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's transformers tokenizer: prompts are counted and cut with it."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Tokens the model declares it can take (max_position_embeddings)."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts that are best handed over together."""
+        ...
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
         """Greedy continuations, without the prompt, ended by the model's stop tokens or before a `stop` text."""
@@ -83,28 +99,32 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
 
 @contextmanager
-def open_backend(path: Path | str, *, batch_size: int = 1) -> Iterator[ScoringBackend]:
+def open_backend(path: Path | str, *, batch_size: int = 1, kind: str = "auto") -> Iterator[ScoringBackend]:
     """The backend for a directory: `megatron` for a checkpoint of ours (or a run's stage), else `hf`.
 
     A checkpoint is split by tensor parallelism over the ranks of torchrun or srun, when started by one.
 
+    Args:
+        kind: "hf" or "megatron" insists on one of them.
+
     Raises:
-        UserError: the directory is neither.
+        UserError: the directory is neither, or not of the kind asked for.
     """
     directory = model_directory(path)
-    if (directory / "prolong.json").exists():
+    if (directory / "prolong.json").exists() and kind != "hf":
         from megatron_prolong.evaluation.megatron import open_megatron
 
         with open_megatron(directory, batch_size=batch_size) as backend:
             yield backend
-    elif (directory / "config.json").exists():
+    elif (directory / "config.json").exists() and kind != "megatron":
         from megatron_prolong.evaluation.hf import HuggingFaceBackend
 
         yield HuggingFaceBackend.open(directory, batch_size=batch_size)
     else:
         raise UserError(
-            f"{path}: neither a Hugging Face model (config.json) nor a checkpoint of ours (prolong.json); "
-            "give one of these, or a run's stage directory"
+            f"{path}: not a Hugging Face model (config.json) for the hf backend, nor a checkpoint of ours "
+            "(prolong.json) or a run's stage directory for the megatron backend; `prolong convert` makes either "
+            "from the other"
         )
 
 

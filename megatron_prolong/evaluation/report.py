@@ -48,7 +48,7 @@ def print_perplexity(results: dict[str, Perplexity]) -> None:
 
 def plot_perplexity(results: dict[str, Perplexity], path: Path) -> None:
     """Loss by position and by context, one line per model."""
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = new_figure(2)
     for label, result in results.items():
         centres = [(bucket.start * bucket.end) ** 0.5 for bucket in result.by_position]
         left.plot(centres, [bucket.loss for bucket in result.by_position], marker="o", label=label)
@@ -62,7 +62,7 @@ def plot_perplexity(results: dict[str, Perplexity], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
         axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def print_needle(results: dict[str, Sequence[NeedleCell]]) -> None:
@@ -88,11 +88,11 @@ def print_needle(results: dict[str, Sequence[NeedleCell]]) -> None:
 
 def plot_needle(results: dict[str, Sequence[NeedleCell]], path: Path) -> None:
     """Two heatmaps per model (ranking above, recall below), depth by length."""
-    figure, axes = _figure(len(results), rows=2)
+    figure, axes = new_figure(len(results), rows=2)
     for column, (label, cells) in enumerate(results.items()):
         for row, score in enumerate(("ranked_first", "recall")):
             _heatmap(axes[row * len(results) + column], cells, score, f"{label}: {score.replace('_', ' ')}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _heatmap(axes: Any, cells: Sequence[NeedleCell], score: str, title: str) -> None:
@@ -109,7 +109,8 @@ def _heatmap(axes: Any, cells: Sequence[NeedleCell], score: str, title: str) -> 
     axes.set(xlabel="context (tokens)", ylabel="depth of the needle", title=title)
 
 
-def _figure(columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
+def new_figure(columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure drawn without a display, and its axes row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -118,7 +119,8 @@ def _figure(columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG through a temporary name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     figure.savefig(temporary, format="png", dpi=120)

@@ -11,11 +11,3 @@ def word_list(kind: str) -> tuple[str, ...]:
     """All words of a kind (noun, adjective or verb), in the order of the package's list."""
     text = files("wonderwords.assets").joinpath(f"{kind}list.txt").read_text(encoding="utf-8")
     return tuple(word.strip() for word in text.splitlines() if word.strip())
-
-
-@cache
-def adjective_nouns() -> tuple[str, ...]:
-    """Every "adjective-noun", sorted, without repetition: RULER's key words (about six million)."""
-    return tuple(
-        sorted({f"{adjective}-{noun}" for adjective in word_list("adjective") for noun in word_list("noun")})
-    )

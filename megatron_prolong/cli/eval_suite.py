@@ -1,0 +1,199 @@
+"""`prolong eval run`, `compare`, `judge` and `data check`: the long-context suites."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from megatron_prolong.cli.eval import Compare, Model, is_main, lengths_of, models_of
+
+if TYPE_CHECKING:
+    from megatron_prolong.evaluation.backend import Backend
+    from megatron_prolong.evaluation.suite_report import Models
+
+data_app = typer.Typer(help="The suites' data.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to `prolong eval`."""
+    app.command()(run)
+    app.command()(compare)
+    app.command()(judge)
+    app.add_typer(data_app, name="data")
+
+
+Suite = Annotated[str, typer.Option(help="helmet, ruler, prolong, synthetic (needs no data) or short.")]
+SuiteLengths = Annotated[str, typer.Option(help="Prompt and answer together, in tokens, e.g. 8k,16k,32k.")]
+Data = Annotated[Path | None, typer.Option(help="HELMET's data directory (json_kv/, ruler/, kilt/ …, hf/).")]
+Tasks = Annotated[str, typer.Option(help="Only these tasks or categories, e.g. recall,kilt_nq.")]
+Server = Annotated[str | None, typer.Option(help="OpenAI-compatible server, e.g. http://localhost:8000/v1.")]
+
+
+def run(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory for results, one folder per model.")],
+    suite: Suite = "helmet",
+    lengths: SuiteLengths = "8k,16k,32k,64k,128k",
+    compare: Compare = None,
+    data: Data = None,
+    tasks: Tasks = "",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Questions per task (default: HELMET's).")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, hf, megatron or openai.")] = "auto",
+    server: Server = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer of the served model.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together (hf, megatron).")] = 1,
+    haystack: Annotated[Path | None, typer.Option(help="Text for generated needle tasks.")] = None,
+    chat: Annotated[str, typer.Option(help="Chat template: auto (HELMET's choice), always, never.")] = "auto",
+    too_long: Annotated[
+        str, typer.Option(help="Beyond the model's length: refuse, truncate, allow.")
+    ] = "refuse",
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out tasks without data.")
+    ] = False,
+    nli: Annotated[Path | None, typer.Option(help="T5 NLI model for citation scores.")] = None,
+    stop_newline: Annotated[
+        bool, typer.Option("--stop-newline", help="End answers at a line break.")
+    ] = False,
+    tag: Annotated[str, typer.Option(help="Part of the file names; HELMET's scripts look for v1.")] = "v1",
+    seed: Annotated[int, typer.Option(help="HELMET's is 42.")] = 42,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Run finished tasks again.")] = False,
+) -> None:
+    """Run a suite; `prolong eval MODEL --suite …` is the same. A stopped run goes on with the same command."""
+    from megatron_prolong.evaluation.backend import load_tokenizer
+    from megatron_prolong.evaluation.documents import read_text
+    from megatron_prolong.evaluation.identity import model_identity
+    from megatron_prolong.evaluation.nli import load_nli
+    from megatron_prolong.evaluation.run import Settings
+    from megatron_prolong.evaluation.suite import run_suite, runnable
+    from megatron_prolong.evaluation.suites import select
+    from megatron_prolong.evaluation.task import Inputs
+    from megatron_prolong.recipe.shape import model_directory
+
+    _one_of("--chat", chat, ("auto", "always", "never"))
+    _one_of("--too-long", too_long, ("refuse", "truncate", "allow"))
+    if suite == "short":
+        _run_short(models_of(model, compare), out, samples)
+        return
+    names = [name for name in tasks.split(",") if name]
+    chosen = runnable(select(suite, lengths_of(lengths), names), data, skip_missing)
+    text = read_text(haystack) if haystack else ""
+    entails = load_nli(nli) if nli else None
+    results = {}
+    for label, path in models_of(model, compare):
+        identity = model_identity(model_directory(path)) if backend != "openai" else ""
+        settings = Settings(tag, chat, too_long, stop_newline, overwrite, identity)
+        opened = _open(path, backend, server, tokenizer, batch_size, load_tokenizer)
+        with opened as loaded:
+            inputs = Inputs(data, loaded.tokenizer, seed, samples, text)
+            results[label] = run_suite(chosen, loaded, inputs, settings, out / label, entails)
+    if is_main():
+        _report(results, suite, out)
+
+
+def compare(
+    directories: Annotated[
+        list[str], typer.Argument(metavar="[LABEL=]RESULTS...", help="Folders of results.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Write compare.json and compare.png here.")] = None,
+    suite: Annotated[str | None, typer.Option(help="Show published scores of this suite.")] = None,
+) -> None:
+    """Results side by side: the table base → 64K → 512K → SFT with changes and confidence intervals."""
+    from megatron_prolong.evaluation.results import read_results
+
+    results = {label: read_results(Path(path)) for label, path in models_of(directories[0], directories[1:])}
+    _report(results, suite, out, name="compare")
+
+
+def judge(
+    results: Annotated[Path, typer.Argument(help="Folder of one model's results.")],
+    server: Annotated[str, typer.Option(help="OpenAI-compatible server.")],
+    helmet: Annotated[
+        Path, typer.Option(help="Checkout of princeton-nlp/HELMET, for the judge's instructions.")
+    ],
+    model: Annotated[str, typer.Option(help="Judging model.")] = "gpt-4o-2024-05-13",
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
+) -> None:
+    """Let a model judge long answers and summaries (HELMET's procedure); cached, resumable."""
+    from megatron_prolong.evaluation.http import Client
+    from megatron_prolong.evaluation.judge import Judge, judge_results
+
+    client = Client(server, concurrency=concurrency)
+    written = judge_results(results, Judge(client, model, results / "judge_cache.jsonl"), helmet)
+    print("\n".join(f"wrote {path}" for path in written) or "nothing to judge")
+
+
+@data_app.command("check")
+def data_check(
+    data: Data = None,
+    suite: Suite = "helmet",
+    lengths: SuiteLengths = "8k,16k,32k,64k,128k",
+    tasks: Tasks = "",
+) -> None:
+    """What of a suite's data is there, what is missing, and how to get it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_prolong.evaluation.data_check import how_to_get, needs
+    from megatron_prolong.evaluation.suites import select
+
+    chosen = select(suite, lengths_of(lengths), [name for name in tasks.split(",") if name])
+    table = Table(title=f"{suite} in {data or 'no directory (give --data)'}")
+    for heading in ("file", "state", "tasks"):
+        table.add_column(heading)
+    commands: dict[str, None] = {}
+    for need in needs(chosen, data):
+        missing = "made offline" if need.generated else "missing"
+        table.add_row(need.path, "there" if need.found else missing, ", ".join(need.tasks))
+        if not need.found and not need.generated:
+            commands.setdefault(how_to_get(need.path, data or Path("data")))
+    Console().print(table)
+    if commands:
+        print("To get what is missing:\n" + "\n".join(commands))
+
+
+def _open(
+    path: str, backend: str, server: str | None, tokenizer: Path | None, batch_size: int, load_tokenizer: Any
+) -> AbstractContextManager[Backend]:
+    from megatron_prolong.errors import UserError
+    from megatron_prolong.evaluation.backend import open_backend
+    from megatron_prolong.evaluation.http import Client
+    from megatron_prolong.evaluation.openai import OpenAIBackend
+
+    _one_of("--backend", backend, ("auto", "hf", "megatron", "openai"))
+    if backend != "openai":
+        return open_backend(path, batch_size=batch_size, kind=backend)
+    if server is None or tokenizer is None:
+        raise UserError(
+            "--backend openai needs --server URL, and --tokenizer DIRECTORY to count and cut prompts with"
+        )
+    return nullcontext(OpenAIBackend.connect(Client(server), path, load_tokenizer(tokenizer)))
+
+
+def _run_short(models: list[tuple[str, str]], out: Path, samples: int | None) -> None:
+    from megatron_prolong.evaluation.short import print_short, run_short
+
+    results = {label: run_short(Path(path), out / label, samples) for label, path in models}
+    print_short(results)
+
+
+def _report(results: Models, suite: str | None, out: Path | None, name: str = "suite") -> None:
+    from megatron_prolong.evaluation.report import write_json
+    from megatron_prolong.evaluation.suite_report import plot_suite, print_suite, summary
+
+    print_suite(results, suite)
+    if out is not None:
+        write_json(out / f"{name}.json", summary(results))
+        plot_suite(results, out / f"{name}.png")
+        print(f"wrote {out / f'{name}.json'} and {out / f'{name}.png'}")
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    from megatron_prolong.errors import UserError
+
+    if value not in allowed:
+        raise UserError(f"{option} {value}: must be one of {', '.join(allowed)}")

@@ -1,0 +1,58 @@
+"""Confidence intervals by resampling questions.
+
+Rows that ask the same question (the gold passage at another depth) are not independent, so whole questions are
+drawn, never single rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+DRAWS = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float], questions: Sequence[Hashable], seed: int = 42) -> Interval:
+    """Mean over rows, interval over questions."""
+    sums, counts = _by_question(values, questions)
+    draws = _draws(len(sums), seed)
+    means = sums[draws].sum(1) / counts[draws].sum(1)
+    return _interval(float(np.sum(sums) / np.sum(counts)), means)
+
+
+def difference_interval(
+    before: Sequence[float], after: Sequence[float], questions: Sequence[Hashable], seed: int = 42
+) -> Interval:
+    """Paired difference of two models on the same rows: after − before."""
+    return mean_interval([late - early for early, late in zip(before, after, strict=True)], questions, seed)
+
+
+def _by_question(
+    values: Sequence[float], questions: Sequence[Hashable]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    number: dict[Hashable, int] = {}
+    places = np.array([number.setdefault(question, len(number)) for question in questions])
+    sums = np.bincount(places, weights=np.asarray(values, dtype=np.float64))
+    return sums.astype(np.float64), np.bincount(places).astype(np.float64)
+
+
+def _draws(count: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, count, size=(DRAWS, count))
+
+
+def _interval(mean: float, means: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(mean, float(low), float(high))

@@ -1,0 +1,77 @@
+"""What of the evaluation data is there, and how to get the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prolong.evaluation.task import Task
+
+ARCHIVE = (
+    "curl -LO https://huggingface.co/datasets/princeton-nlp/HELMET/resolve/main/data.tar.gz  # 11 GB\n"
+    "tar -xzf data.tar.gz  # 34 GB, makes data/"
+)
+_HUB = {
+    "hf/trec": ("CogComp/trec", None),
+    "hf/banking77": ("PolyAI/banking77", None),
+    "hf/clinc_oos": ("clinc/clinc_oos", "plus"),
+    "hf/nlu_evaluation_data": ("xingkunliuxtracta/nlu_evaluation_data", None),
+    "hf/narrativeqa": ("deepmind/narrativeqa", None),
+    "hf/multi_lexsum": ("allenai/multi_lexsum", "v20230518"),
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """One file or folder that some tasks read."""
+
+    path: str
+    found: bool
+    tasks: tuple[str, ...]
+    generated: bool
+    """Made offline instead when it is not there."""
+
+
+def needs(tasks: Sequence[Task], data: Path | None) -> list[Need]:
+    """Everything the tasks read, in order, and whether it is there."""
+    readers: dict[str, list[Task]] = {}
+    for task in tasks:
+        for path in task.needs:
+            readers.setdefault(path, []).append(task)
+    return [
+        Need(
+            path=path,
+            found=all(path not in task.missing(data) for task in users),
+            tasks=tuple(dict.fromkeys(task.name for task in users)),
+            generated=all(task.generated for task in users),
+        )
+        for path, users in readers.items()
+    ]
+
+
+def how_to_get(path: str, data: Path) -> str:
+    """The command that puts a missing file into the data directory."""
+    if path == "hf/infinitebench":
+        return (
+            f"mkdir -p {data}/hf/infinitebench && cd {data}/hf/infinitebench && for s in longbook_qa_eng "
+            "longbook_choice_eng longbook_sum_eng; do curl -LO "
+            "https://huggingface.co/datasets/xinrongzhang2022/InfiniteBench/resolve/main/$s.jsonl; done"
+        )
+    if path in _HUB:
+        name, config = _HUB[path]
+        # The converted Parquet branch: these data sets have loading scripts, which `datasets` no longer runs.
+        folder = f"{config or 'default'}/**"
+        return (
+            f"hf download {name} --repo-type dataset --revision refs/convert/parquet --include '{folder}' "
+            f"--local-dir {data}/{path}.parquet && mkdir -p {data}/{path} && for f in "
+            f"{data}/{path}.parquet/{config or 'default'}/*/*.parquet; do "
+            f"cp $f {data}/{path}/$(basename $(dirname $f))-$(basename $f); done"
+        )
+    if path.startswith("prompts/"):
+        return f"git clone https://github.com/princeton-nlp/HELMET && cp -r HELMET/prompts {data}/"
+    if path.startswith("ruler_source/"):
+        return (
+            "RULER's scripts/data/synthetic/json/download_qa_dataset.sh writes squad.json and hotpotqa.json"
+        )
+    return f"{ARCHIVE}  # then give --data data"

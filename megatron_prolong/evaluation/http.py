@@ -1,0 +1,94 @@
+"""A small client for OpenAI-compatible servers: JSON over HTTP, retries, and many requests at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any, TypeVar
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from megatron_prolong.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+RETRIED = {408, 409, 429, 500, 502, 503, 504}
+
+
+@dataclass(frozen=True)
+class Client:
+    """Talks to `base_url` (ending in /v1); the key is taken from the environment variable OPENAI_API_KEY.
+
+    Attributes:
+        attempts: tries per request; waits double from `first_wait_seconds`, or are what the server asks for.
+        concurrency: requests under way at once.
+    """
+
+    base_url: str
+    attempts: int = 6
+    first_wait_seconds: float = 1.0
+    timeout_seconds: float = 1800.0
+    concurrency: int = 8
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The server's JSON answer.
+
+        Raises:
+            UserError: the server refuses the request, or cannot be reached after all attempts.
+        """
+        return self._send(Request(self._url(path), json.dumps(body).encode("utf-8"), self._headers()))
+
+    def get(self, path: str) -> dict[str, Any]:
+        """As `post`, without a body."""
+        return self._send(Request(self._url(path), headers=self._headers()))
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """`function` of every item, in order, `concurrency` at a time. The first error ends it."""
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            futures = [pool.submit(function, item) for item in items]
+            try:
+                for future in futures:
+                    yield future.result()
+            finally:
+                for future in futures:
+                    future.cancel()
+
+    def _send(self, request: Request) -> dict[str, Any]:
+        problem = ""
+        for attempt in range(self.attempts):
+            wait = self.first_wait_seconds * 2**attempt * random.uniform(0.8, 1.2)
+            try:
+                with urlopen(request, timeout=self.timeout_seconds) as response:
+                    return dict(json.load(response))
+            except HTTPError as error:
+                problem = f"{error.code} {error.reason}: {error.read().decode('utf-8', 'replace')[:500]}"
+                if error.code not in RETRIED:
+                    break
+                wait = _asked_wait(error.headers.get("Retry-After"), wait)
+            except (URLError, OSError, HTTPException, ValueError) as error:
+                problem = str(error)
+            if attempt + 1 < self.attempts:
+                time.sleep(wait)
+        raise UserError(f"{request.full_url}: {problem}")
+
+    def _url(self, path: str) -> str:
+        return f"{self.base_url.rstrip('/')}/{path}"
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        return headers
+
+
+def _asked_wait(header: str | None, otherwise: float) -> float:
+    try:
+        return float(header) if header is not None else otherwise
+    except ValueError:
+        return otherwise

@@ -1,0 +1,33 @@
+"""The natural-language-inference model behind citation scores (google/t5_xxl_true_nli_mixture, 11B)."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.task import Entails
+
+
+def load_nli(directory: Path) -> Entails:
+    """A function (passage, claim) → supported, from a local copy of the model; bfloat16 on CUDA."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    if not (directory / "config.json").exists():
+        raise UserError(f"{directory}: no model here; --nli wants a copy of google/t5_xxl_true_nli_mixture")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = (
+        AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=dtype, local_files_only=True).to(device).eval()
+    )
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+    @cache
+    def entails(passage: str, claim: str) -> bool:
+        ids = tokenizer(f"premise: {passage} hypothesis: {claim}", return_tensors="pt").input_ids.to(device)
+        with torch.inference_mode():
+            output = model.generate(ids, max_new_tokens=10)
+        return bool(tokenizer.decode(output[0], skip_special_tokens=True) == "1")
+
+    return entails

@@ -1,0 +1,68 @@
+"""Outputs of a task while it runs: one line per finished sample, so that a stopped run goes on where it was.
+
+A line is found again by what determines the output (model, prompt, limits), not by its place, so a changed
+option or a retrained model never picks up old outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One sample's output. Lengths in tokens; removed_tokens of the context by truncation."""
+
+    key: str
+    output: str
+    input_len: int
+    output_len: int
+    removed_tokens: int
+    input_text: str
+
+
+class PartialOutputs:
+    """The file NAME.partial.jsonl; `add` appends and flushes. A line cut off by a crash is ignored."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: dict[str, Generated] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    sample = Generated(**json.loads(line))
+                except (ValueError, TypeError):
+                    continue
+                self.done[sample.key] = sample
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")
+
+    def add(self, sample: Generated) -> None:
+        self._file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+        self._file.flush()
+        self.done[sample.key] = sample
+
+    def remove(self) -> None:
+        """Once the result file is written."""
+        self._file.close()
+        self.path.unlink()
+
+    def __enter__(self) -> PartialOutputs:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def sample_key(*parts: object) -> str:
+    """A short fingerprint of everything that determines an output."""
+    return hashlib.sha256("\x00".join(map(str, parts)).encode("utf-8")).hexdigest()[:32]

@@ -1,0 +1,152 @@
+"""Finished results, read back from HELMET-style files: what tables, plots and comparisons are made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.bootstrap import Interval, mean_interval
+
+JUDGED = "-gpt4eval_o.json"
+# How HELMET puts scores on a 0 to 100 scale; averaged_metrics holds the others so already.
+SCALE = {"gpt-4-score": 100 / 3, "gpt-4-f1": 100}
+# Shown in place of a judge's score while there is none.
+WITHOUT_JUDGE = "rougeL_f1"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One task of one model at one length.
+
+    Attributes:
+        scores: the task's metrics that are known, 0 to 100.
+        missing: those that are not (no judge, no inference model).
+        stand_in: ROUGE-L F1, 0 to 100, while a judge's score is missing.
+        values: per row, 0 to 1, of the first metric or its stand-in; for intervals.
+        questions: which question each row asks.
+        truncated: rows whose context was cut.
+    """
+
+    path: Path
+    name: str
+    category: str
+    length: int
+    model: str
+    model_identity: str
+    generated: bool
+    scores: dict[str, float]
+    missing: tuple[str, ...]
+    stand_in: float | None
+    values: tuple[float, ...]
+    questions: tuple[Hashable, ...]
+    truncated: int
+
+    @property
+    def score(self) -> float:
+        """The task's score: the mean of its metrics, 0 to 100."""
+        known = list(self.scores.values()) or ([self.stand_in] if self.stand_in is not None else [])
+        return sum(known) / len(known) if known else float("nan")
+
+    @property
+    def interval(self) -> Interval:
+        """The first metric with its 95% interval, 0 to 100."""
+        found = mean_interval(self.values, self.questions)
+        return Interval(100 * found.mean, 100 * found.low, 100 * found.high)
+
+
+def read_result(path: Path) -> Result:
+    """Read one result; the judge's file beside it (…-gpt4eval_o.json) wins."""
+    judged = path.with_name(path.name.removesuffix(".json") + JUDGED)
+    content = json.loads((judged if judged.exists() else path).read_text(encoding="utf-8"))
+    arguments, items = content["args"], content["data"]
+    averages = content["averaged_metrics"]
+    names = arguments["metric_names"]
+    known = {name: averages[name] * SCALE.get(name, 1) for name in names if name in averages}
+    return Result(
+        path=path,
+        name=arguments["datasets"],
+        category=arguments["category"],
+        length=arguments["input_max_length"],
+        model=arguments["model_name_or_path"],
+        model_identity=arguments["model_identity"],
+        generated=arguments["generated"],
+        scores=known,
+        missing=tuple(name for name in names if name not in known),
+        stand_in=averages.get(WITHOUT_JUDGE) if any(name.startswith("gpt-4") for name in names) else None,
+        values=tuple(_row_value(item, names[0]) for item in items),
+        questions=tuple(_question(item, arguments["question_field"], row) for row, item in enumerate(items)),
+        truncated=sum(item["removed_tokens"] > 0 for item in items),
+    )
+
+
+def read_results(directory: Path) -> list[Result]:
+    """Every result under a directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    paths = [path for path in sorted(directory.glob("*.json")) if not path.name.endswith(JUDGED)]
+    results = [read_result(path) for path in paths if _is_result(path)]
+    if not results:
+        raise UserError(f"{directory}: no results here; `prolong eval run MODEL --suite … --out {directory}`")
+    return results
+
+
+def _is_result(path: Path) -> bool:
+    with path.open(encoding="utf-8") as file:
+        head = file.read(1)
+    return head == "{" and "_in" in path.name and "_shots" in path.name
+
+
+def _row_value(item: dict[str, Any], metric: str) -> float:
+    """The row's own score of the first metric, 0 to 1; ROUGE where the judge's is missing."""
+    judged = item.get("gpt-4-scores")
+    if metric == "gpt-4-score" and judged:
+        return float(judged["fluency"]) * float(judged["correctness"]) / 3
+    if metric == "gpt-4-f1" and judged:
+        return float(judged["f1"])
+    if metric in ("str_em", "qampari_rec_top5"):
+        from megatron_prolong.evaluation.alce import qampari_scores, str_em
+
+        return str_em(item) if metric == "str_em" else qampari_scores(item)[metric]
+    return float(item[metric if metric in item else WITHOUT_JUDGE])
+
+
+def _question(item: dict[str, Any], field: str, row: int) -> Hashable:
+    value = item.get(field)
+    return value if isinstance(value, Hashable) and value not in (None, "") else row
+
+
+@dataclass(frozen=True)
+class Average:
+    """A category at one length. partial: some of its scores are missing or stand-ins."""
+
+    category: str
+    length: int
+    score: float
+    partial: bool
+    tasks: int
+
+
+def averages(results: Iterable[Result]) -> list[Average]:
+    """Mean of every category's scores at every length (metrics weigh equally, as in HELMET's Cite)."""
+    groups: dict[tuple[int, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.length, result.category), []).append(result)
+    found = []
+    for (length, category), members in sorted(groups.items()):
+        scores = [score for result in members for score in _counted(result)]
+        partial = any(result.missing for result in members)
+        mean = sum(scores) / len(scores) if scores else float("nan")
+        found.append(Average(category, length, mean, partial, len(members)))
+    return found
+
+
+def _counted(result: Result) -> Sequence[float]:
+    if result.missing and result.stand_in is not None:
+        return [*result.scores.values(), result.stand_in]
+    return list(result.scores.values())

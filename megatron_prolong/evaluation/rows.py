@@ -1,0 +1,71 @@
+"""Reading example rows: JSON lines, JSON, Parquet, and data sets saved by Hugging Face `datasets`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.task import Row
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a .jsonl or .json file (a list, or an object whose `data` is one) or a .parquet file.
+
+    Raises:
+        UserError: missing or malformed, naming file and line.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file; `prolong eval data check` says how to get it")
+    if path.suffix == ".jsonl":
+        return list(_json_lines(path))
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    return list(content["data"] if isinstance(content, dict) else content)
+
+
+def read_split(directory: Path, split: str) -> list[Row]:
+    """One split of a data set on disk: SPLIT.jsonl, SPLIT.json, SPLIT*.parquet, or save_to_disk's SPLIT/."""
+    for suffix in (".jsonl", ".json"):
+        if (path := directory / f"{split}{suffix}").exists():
+            return read_rows(path)
+    if parts := sorted(directory.glob(f"{split}*.parquet")):
+        return [row for part in parts for row in _parquet(part)]
+    if (directory / split / "state.json").exists():
+        return [dict(row) for row in _saved(directory / split)]
+    raise UserError(
+        f"{directory}: no split {split} ({split}.jsonl, {split}*.parquet, or a folder written by save_to_disk); "
+        "`prolong eval data check` says how to get it"
+    )
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{path}, line {number}: not JSON: {error}") from error
+
+
+def _parquet(path: Path) -> list[Row]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{path}: reading Parquet needs `pip install megatron-prolong[eval]`") from error
+    return list(pyarrow.parquet.read_table(path).to_pylist())
+
+
+def _saved(directory: Path) -> Any:
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise UserError(f"{directory}: reading this needs `pip install megatron-prolong[eval]`") from error
+    return load_from_disk(str(directory))

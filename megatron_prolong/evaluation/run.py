@@ -1,0 +1,216 @@
+"""Run tasks on a backend: prepare, generate, score, write. HELMET's eval.py as a resumable loop.
+
+Result files have HELMET's names and fields (its collect_results reads them), beside our own in `args`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_prolong.data.progress import track
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.backend import Backend
+from megatron_prolong.evaluation.partial import Generated, PartialOutputs, sample_key
+from megatron_prolong.evaluation.prompts import Prepared, prepare, render
+from megatron_prolong.evaluation.report import write_json
+from megatron_prolong.evaluation.results import Result, read_result
+from megatron_prolong.evaluation.task import Entails, Inputs, Row, Task
+from megatron_prolong.recipe.numbers import format_count
+
+SHOWN_TOKENS = 500  # of the prompt's beginning and end, in the results
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may choose about a run.
+
+    Attributes:
+        tag: goes into file names; HELMET's scripts look for "v1".
+        chat: "auto" is HELMET's choice per category if the model has a chat template; or "always", "never".
+        too_long: what to do when prompts of this length exceed what the model declares: "refuse", "truncate"
+            (to the model's length, by HELMET's rule), or "allow" (measure beyond it).
+        stop_newline: end answers at the first line break. HELMET's released configurations mean to set this
+            and do not, so its numbers are without.
+        overwrite: run again what already has a result.
+        model_identity: tells a retrained model in the same place from the old one.
+    """
+
+    tag: str = "v1"
+    chat: str = "auto"
+    too_long: str = "refuse"
+    stop_newline: bool = False
+    overwrite: bool = False
+    model_identity: str = ""
+
+
+def run_task(
+    task: Task,
+    backend: Backend,
+    inputs: Inputs,
+    settings: Settings,
+    out: Path,
+    entails: Entails | None = None,
+) -> Result:
+    """Run one task, or go on with it, or read its finished result.
+
+    Raises:
+        UserError: prompts that are too long for the model (with too_long "refuse"), missing data.
+    """
+    max_length = _max_length(task, backend, settings)
+    chat = _use_chat(task, backend, settings)
+    path = out / file_name(task, inputs, settings, chat)
+    if path.exists() and not settings.overwrite:
+        known = read_result(path)
+        if known.model_identity == settings.model_identity:
+            return known
+    rows = task.load(task, inputs)
+    if not rows:
+        raise UserError(f"{task.name}: its data holds no example that qualifies; `prolong eval data check`")
+    fixed = (backend.name, backend.model, settings.model_identity, settings.stop_newline)
+    limits = (task.max_new_tokens, max_length)
+    keys = [sample_key(*fixed, *limits, render(task, row, chat)) for row in rows]
+    started = time.monotonic()
+    with PartialOutputs(path.with_name(path.name + ".partial.jsonl")) as partial:
+        pending = [(row, key) for row, key in zip(rows, keys, strict=True) if key not in partial.done]
+        label = f"{task.name} {format_count(task.length)}"
+        for sample in track(
+            _generate(task, backend, settings, pending, chat, max_length), len(pending), label
+        ):
+            partial.add(sample)
+        samples = [partial.done[key] for key in keys]
+        seconds = time.monotonic() - started
+        content = _score(task, rows, samples, entails, chat)
+        content["args"] = _arguments(task, backend, inputs, settings, chat)
+        content["throughput"] = len(pending) / seconds if pending else 0.0
+        write_json(path, content)
+        write_json(path.with_name(path.name + ".score"), content["averaged_metrics"])
+        partial.remove()
+    return read_result(path)
+
+
+def file_name(task: Task, inputs: Inputs, settings: Settings, chat: bool) -> str:
+    """HELMET's result file name."""
+    test_name = Path(task.test_file).stem
+    return (
+        f"{task.name}_{settings.tag}_{test_name}_in{task.length}_size{task.samples(inputs)}_shots{task.shots}"
+        f"_sampFalsemax{task.max_new_tokens}min0t0.0p1.0_chat{chat}_{inputs.seed}.json"
+    )
+
+
+def _max_length(task: Task, backend: Backend, settings: Settings) -> int:
+    if task.length <= backend.max_length or settings.too_long == "allow":
+        return task.length
+    if settings.too_long == "truncate":
+        return backend.max_length
+    raise UserError(
+        f"{task.name} at {format_count(task.length)}: {backend.model} declares at most "
+        f"{backend.max_length:,} tokens (max_position_embeddings); leave this length out, or say "
+        "`--too-long allow` to measure beyond it, `--too-long truncate` to cut the contexts"
+    )
+
+
+def _use_chat(task: Task, backend: Backend, settings: Settings) -> bool:
+    if settings.chat == "auto":
+        return task.chat and bool(getattr(backend.tokenizer, "chat_template", None))
+    return settings.chat == "always"
+
+
+def _generate(
+    task: Task,
+    backend: Backend,
+    settings: Settings,
+    pending: Sequence[tuple[Row, str]],
+    chat: bool,
+    max_length: int,
+) -> Iterator[Generated]:
+    stop = ("\n",) if settings.stop_newline else ()
+    for start in range(0, len(pending), backend.batch_size):
+        batch = pending[start : start + backend.batch_size]
+        prepared = [prepare(task, row, chat, backend.tokenizer, max_length) for row, _ in batch]
+        outputs = backend.generate([one.prompt for one in prepared], task.max_new_tokens, stop)
+        for (_, key), one, output in zip(batch, prepared, outputs, strict=True):
+            yield Generated(
+                key=key,
+                output=output,
+                input_len=len(one.ids),
+                output_len=len(backend.tokenizer(output, add_special_tokens=False)["input_ids"]),
+                removed_tokens=one.removed_tokens,
+                input_text=_shown(one, backend.tokenizer),
+            )
+
+
+def _shown(one: Prepared, tokenizer: Any) -> str:
+    if len(one.ids) <= 2 * SHOWN_TOKENS:
+        return str(tokenizer.decode(one.ids))
+    return f"{tokenizer.decode(one.ids[:SHOWN_TOKENS])} <skip> {tokenizer.decode(one.ids[-SHOWN_TOKENS:])}"
+
+
+def _score(
+    task: Task, rows: Sequence[Row], samples: Sequence[Generated], entails: Entails | None, chat: bool
+) -> dict[str, Any]:
+    """data, metrics and averaged_metrics of the result file."""
+    items: list[Row] = []
+    metrics: dict[str, list[float]] = {}
+    for row, sample in zip(rows, samples, strict=True):
+        # Without a chat template the answer's first words stand in the prompt; they belong to the output.
+        output = sample.output if chat else task.answer_prefix.format(**row) + sample.output
+        scored = task.score(output, row)
+        item = {name: value for name, value in row.items() if name != "context"}
+        item.update(
+            output=output,
+            input_len=sample.input_len,
+            output_len=sample.output_len,
+            removed_tokens=sample.removed_tokens,
+            input_text=sample.input_text,
+            parsed_output=scored.parsed,
+            **scored.scores,
+        )
+        items.append(item)
+        lengths = {"input_len": sample.input_len, "output_len": sample.output_len}
+        for name, value in {**scored.scores, **lengths}.items():
+            metrics.setdefault(name, []).append(value)
+    averages = {
+        name: float(np.mean(values)) * (1 if "_len" in name else 100) for name, values in metrics.items()
+    }
+    if task.summarise is not None:
+        averages = task.summarise(items, entails)
+    return {"data": items, "metrics": metrics, "averaged_metrics": averages}
+
+
+def _arguments(
+    task: Task, backend: Backend, inputs: Inputs, settings: Settings, chat: bool
+) -> dict[str, Any]:
+    """HELMET's argument names, then ours."""
+    from_file = not task.missing(inputs.data)
+    return {
+        "tag": settings.tag,
+        "model_name_or_path": backend.model,
+        "datasets": task.name,
+        "test_files": task.test_file if from_file else "",
+        "demo_files": task.demo_file,
+        "input_max_length": task.length,
+        "generation_max_length": task.max_new_tokens,
+        "generation_min_length": 0,
+        "max_test_samples": task.samples(inputs),
+        "shots": task.shots,
+        "do_sample": False,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "stop_newline": settings.stop_newline,
+        "seed": inputs.seed,
+        "use_chat_template": chat,
+        "backend": backend.name,
+        "model_identity": settings.model_identity,
+        "category": task.category,
+        "metric_names": list(task.metrics),
+        "question_field": task.question,
+        "too_long": settings.too_long,
+        "generated": not from_file,
+        "haystack": "prose given" if inputs.haystack else "noise",
+    }

@@ -1,0 +1,95 @@
+"""What extension cost on short tasks: ProLong's five, through lm-evaluation-harness (extra `eval`).
+
+Shot counts are those of the old Open LLM Leaderboard, which the paper's numbers for Llama-3-8B-Instruct agree
+with; the paper itself does not state them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.published import published
+from megatron_prolong.evaluation.report import write_json
+
+
+@dataclass(frozen=True)
+class ShortTask:
+    """A task of lm-evaluation-harness with its shots and the metric that is reported."""
+
+    name: str
+    shots: int
+    metric: str
+
+
+TASKS = (
+    ShortTask("hellaswag", 10, "acc_norm,none"),
+    ShortTask("mmlu", 5, "acc,none"),
+    ShortTask("arc_challenge", 25, "acc_norm,none"),
+    ShortTask("winogrande", 5, "acc,none"),
+    ShortTask("gsm8k", 5, "exact_match,strict-match"),
+)
+
+
+def run_short(
+    model: Path,
+    out: Path,
+    samples: int | None = None,
+    tasks: tuple[ShortTask, ...] = TASKS,
+    task_directory: Path | None = None,
+) -> dict[str, float]:
+    """Scores, 0 to 100, by task; finished ones are kept in OUT/short.json and not run again.
+
+    Args:
+        model: a Hugging Face directory (convert a checkpoint first).
+        samples: questions per task; None asks all.
+        task_directory: further task definitions (YAML), e.g. an offline one.
+    """
+    evaluate, manager = _harness(task_directory)
+    if not (model / "config.json").exists():
+        raise UserError(
+            f"{model}: the short suite wants a Hugging Face directory; `prolong convert to-hf` makes one"
+        )
+    scores: dict[str, float] = {}
+    for task in tasks:
+        found = evaluate(
+            model="hf",
+            model_args=f"pretrained={model}",
+            tasks=[task.name],
+            num_fewshot=task.shots,
+            limit=samples,
+            task_manager=manager,
+            bootstrap_iters=0,
+        )
+        scores[task.name] = 100 * float(found["results"][task.name][task.metric])
+        write_json(out / "short.json", {"model": str(model), "samples": samples, "scores": scores})
+    return scores
+
+
+def print_short(results: Mapping[str, Mapping[str, float]]) -> None:
+    """Models side by side with the published scores."""
+    columns = {**results, **{f"{name} (published)": scores for name, scores in published("short", 0).items()}}
+    table = Table(title="Short tasks (0–100)")
+    for heading in ("task", *columns):
+        table.add_column(heading, justify="right")
+    names = list(dict.fromkeys(name for scores in results.values() for name in scores))
+    for name in names:
+        table.add_row(name, *(f"{scores[name]:.1f}" if name in scores else "" for scores in columns.values()))
+    Console().print(table)
+
+
+def _harness(task_directory: Path | None) -> tuple[Any, Any]:
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            "the short suite needs lm-evaluation-harness: pip install 'megatron-prolong[eval]'"
+        ) from error
+    return simple_evaluate, TaskManager(include_path=str(task_directory) if task_directory else None)

@@ -1,0 +1,50 @@
+"""Run a suite on one model, every task in turn, each resumable."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.backend import Backend
+from megatron_prolong.evaluation.data_check import how_to_get
+from megatron_prolong.evaluation.results import Result
+from megatron_prolong.evaluation.run import Settings, run_task
+from megatron_prolong.evaluation.task import Entails, Inputs, Task
+from megatron_prolong.recipe.numbers import format_count
+
+
+def runnable(tasks: Sequence[Task], data: Path | None, skip_missing: bool) -> list[Task]:
+    """The tasks whose data is there or can be generated.
+
+    Raises:
+        UserError: some cannot run, with all the reasons and remedies; unless `skip_missing`, which prints them.
+    """
+    able = [task for task in tasks if task.generated or not task.missing(data)]
+    unable = [task for task in tasks if task not in able]
+    if not unable:
+        return able
+    folder = data or Path("data")
+    paths = dict.fromkeys(path for task in unable for path in task.missing(data))
+    names = list(dict.fromkeys(f"{task.name} ({format_count(task.length)})" for task in unable))
+    if skip_missing and able:
+        print(f"skipped for want of data: {', '.join(names)}", file=sys.stderr)
+        return able
+    problems = [f"{folder / path}\n      {how_to_get(path, folder)}" for path in paths]
+    raise UserError.many(
+        f"no data for {', '.join(names)}; fetch it and give --data, or leave these out with --skip-missing:",
+        problems,
+    )
+
+
+def run_suite(
+    tasks: Sequence[Task],
+    backend: Backend,
+    inputs: Inputs,
+    settings: Settings,
+    out: Path,
+    entails: Entails | None = None,
+) -> list[Result]:
+    """All results, in the order of the tasks; finished ones are read, not run again."""
+    return [run_task(task, backend, inputs, settings, out, entails) for task in tasks]

@@ -1,0 +1,197 @@
+"""Tables and plots of suite results, for one model or several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_prolong.evaluation.bootstrap import Interval, difference_interval
+from megatron_prolong.evaluation.published import published
+from megatron_prolong.evaluation.report import new_figure, save_figure
+from megatron_prolong.evaluation.results import Average, Result, averages
+from megatron_prolong.recipe.numbers import format_count
+
+Models = Mapping[str, Sequence[Result]]
+"""Results by the model's label, in the order of the table."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A task's difference from the first model, on the rows both have, 0 to 100; None where they differ."""
+
+    model: str
+    task: str
+    length: int
+    interval: Interval | None
+
+
+def changes(models: Models) -> list[Change]:
+    """Every other model against the first, task by task, paired by row."""
+    (_, baseline), *others = models.items()
+    known = {(result.name, result.length): result for result in baseline}
+    return [
+        Change(label, result.name, result.length, _difference(known[result.name, result.length], result))
+        for label, results in others
+        for result in results
+        if (result.name, result.length) in known
+    ]
+
+
+def _difference(before: Result, after: Result) -> Interval | None:
+    if before.questions != after.questions:
+        return None
+    found = difference_interval(before.values, after.values, before.questions)
+    return Interval(100 * found.mean, 100 * found.low, 100 * found.high)
+
+
+def print_suite(models: Models, suite: str | None) -> None:
+    """Averages by category and length with published scores, then every task with its interval and change."""
+    console = Console()
+    _print_averages(console, models, suite)
+    _print_tasks(console, models)
+    for label, results in models.items():
+        if cut := [result for result in results if result.truncated]:
+            counts = ", ".join(f"{one.name} {one.truncated}/{len(one.values)}" for one in cut)
+            console.print(f"{label}: contexts cut to fit: {counts}")
+
+
+def _print_averages(console: Console, models: Models, suite: str | None) -> None:
+    by_model = {
+        label: {(one.length, one.category): one for one in averages(results)}
+        for label, results in models.items()
+    }
+    keys = sorted({key for found in by_model.values() for key in found})
+    references = _references(suite, sorted({length for length, _ in keys}))
+    table = Table(title="Averages (0–100; * partly without a judge or inference model)")
+    for heading in ("length", "category", *by_model, *references):
+        table.add_column(heading, justify="right")
+    for length, category in keys:
+        own = [_cell(found.get((length, category))) for found in by_model.values()]
+        theirs = [reference.get((length, category)) for reference in references.values()]
+        shown = ["" if score is None else f"{score:.1f}" for score in theirs]
+        table.add_row(format_count(length), category, *own, *shown)
+    console.print(table)
+
+
+def _cell(average: Average | None) -> str:
+    if average is None:
+        return ""
+    return f"{average.score:.1f}{'*' if average.partial else ''}"
+
+
+def _references(suite: str | None, lengths: Sequence[int]) -> dict[str, dict[tuple[int, str], float]]:
+    found: dict[str, dict[tuple[int, str], float]] = {}
+    for length in lengths:
+        for model, scores in published(suite or "", length).items():
+            cells = found.setdefault(f"{model} (published)", {})
+            cells.update({(length, category): score for category, score in scores.items()})
+    return found
+
+
+def _print_tasks(console: Console, models: Models) -> None:
+    table = Table(title="Tasks: score [95% interval over questions], and change from the first model")
+    for heading in ("length", "task", "n", *models):
+        table.add_column(heading, justify="right")
+    change = (
+        {(one.model, one.task, one.length): one.interval for one in changes(models)}
+        if len(models) > 1
+        else {}
+    )
+    cells = {
+        (result.length, result.name, label): _task_cell(
+            result, change.get((label, result.name, result.length))
+        )
+        for label, results in models.items()
+        for result in results
+    }
+    sizes = {
+        (result.length, result.name): len(result.values) for results in models.values() for result in results
+    }
+    for length, name in sorted(sizes):
+        row = [cells.get((length, name, label), "") for label in models]
+        table.add_row(format_count(length), name, str(sizes[length, name]), *row)
+    console.print(table)
+
+
+def _task_cell(result: Result, change: Interval | None) -> str:
+    interval = result.interval
+    text = f"{interval.mean:.1f} [{interval.low:.0f}, {interval.high:.0f}]"
+    if change is not None:
+        text += f" {change.mean:+.1f} [{change.low:+.0f}, {change.high:+.0f}]"
+    return text
+
+
+def summary(models: Models) -> dict[str, Any]:
+    """Everything the tables show, as JSON values."""
+    return {
+        "averages": {label: averages(results) for label, results in models.items()},
+        "tasks": {
+            label: [
+                {
+                    "task": result.name,
+                    "category": result.category,
+                    "length": result.length,
+                    "scores": result.scores,
+                    "missing": result.missing,
+                    "interval": result.interval,
+                    "rows": len(result.values),
+                    "questions": len(set(result.questions)),
+                    "truncated": result.truncated,
+                    "generated": result.generated,
+                }
+                for result in results
+            ]
+            for label, results in models.items()
+        },
+        "changes": changes(models) if len(models) > 1 else [],
+    }
+
+
+def plot_suite(models: Models, path: Path) -> None:
+    """Above, every category's average by length, one line per model; below, a heatmap of tasks per model."""
+    categories = sorted({result.category for results in models.values() for result in results})
+    columns = max(len(categories), len(models))
+    figure, axes = new_figure(columns, rows=2)
+    for place, category in enumerate(categories):
+        _lines(axes[place], models, category)
+    for place, (label, results) in enumerate(models.items()):
+        _heatmap(axes[columns + place], label, results)
+    for unused in [*axes[len(categories) : columns], *axes[columns + len(models) :]]:
+        unused.set_visible(False)
+    save_figure(figure, path)
+
+
+def _lines(axes: Any, models: Models, category: str) -> None:
+    for label, results in models.items():
+        line = [one for one in averages(results) if one.category == category]
+        axes.plot([one.length for one in line], [one.score for one in line], marker="o", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set(title=category, xlabel="length (tokens)", ylabel="score", ylim=(-3, 103))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _heatmap(axes: Any, label: str, results: Sequence[Result]) -> None:
+    lengths = sorted({result.length for result in results})
+    names = sorted({_short(result.name) for result in results})
+    grid = [[float("nan")] * len(lengths) for _ in names]
+    for result in results:
+        grid[names.index(_short(result.name))][lengths.index(result.length)] = result.interval.mean
+    axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [format_count(length) for length in lengths])
+    axes.set_yticks(range(len(names)), names)
+    for row, line in enumerate(grid):
+        for column, value in enumerate(line):
+            if value == value:
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8)
+    axes.set(title=label, xlabel="length (tokens)")
+
+
+def _short(name: str) -> str:
+    """The task's name without the number that changes with the length."""
+    return "_".join(part for part in name.split("_") if not part.rstrip("shot").isdigit() or len(part) == 1)

@@ -1,0 +1,73 @@
+"""Named sets of tasks, and how their scores are averaged (HELMET's collect_results)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.task import Task
+from megatron_prolong.evaluation.tasks import ruler
+from megatron_prolong.evaluation.tasks.cite import cite_tasks
+from megatron_prolong.evaluation.tasks.icl import icl_tasks
+from megatron_prolong.evaluation.tasks.longqa import longqa_tasks
+from megatron_prolong.evaluation.tasks.rag import rag_tasks
+from megatron_prolong.evaluation.tasks.recall import json_kv_task
+from megatron_prolong.evaluation.tasks.rerank import rerank_tasks
+from megatron_prolong.evaluation.tasks.summ import summ_tasks
+from megatron_prolong.recipe.numbers import format_count
+
+CATEGORIES = ("recall", "rag", "rerank", "icl", "longqa", "summ", "cite")
+SYNTHETIC_RULER = ("niah_s_1", "niah_mk_2", "niah_mk_3", "vt", "cwe", "fwe")
+PROLONG_LEFT_OUT = ("kilt_triviaqa", "infbench", "ruler", "alce")
+
+
+def helmet(length: int) -> list[Task]:
+    """All seven categories."""
+    recall = [ruler.ruler_task(name, length, category="recall") for name in ruler.RECALL]
+    return [
+        *recall,
+        json_kv_task(length),
+        *rag_tasks(length),
+        *rerank_tasks(length),
+        *icl_tasks(length),
+        *longqa_tasks(length),
+        *summ_tasks(length),
+        *cite_tasks(length),
+    ]
+
+
+def prolong(length: int) -> list[Task]:
+    """The subset that ProLong was developed on (paper, §2.2 and appendix A.4)."""
+    return [task for task in helmet(length) if not task.name.startswith(PROLONG_LEFT_OUT)]
+
+
+def synthetic(length: int) -> list[Task]:
+    """What needs no data at all: JSON KV and the RULER tasks without prose."""
+    return [json_kv_task(length), *(ruler.ruler_task(name, length) for name in SYNTHETIC_RULER)]
+
+
+SUITES = {"helmet": helmet, "ruler": ruler.ruler_tasks, "prolong": prolong, "synthetic": synthetic}
+
+
+def select(suite: str, lengths: Sequence[int], names: Iterable[str] = ()) -> list[Task]:
+    """The tasks of a suite at some lengths; `names` keeps those whose name or category contains one of them.
+
+    Raises:
+        UserError: unknown suite, or nothing is left.
+    """
+    if suite not in SUITES:
+        raise UserError(f"--suite {suite}: unknown; there are {', '.join([*SUITES, 'short'])}")
+    tasks = [task for length in lengths for task in SUITES[suite](length)]
+    wanted = list(names)
+    chosen = [
+        task
+        for task in tasks
+        if not wanted or any(name in (task.category, task.name) or name in task.name for name in wanted)
+    ]
+    if not chosen:
+        known = sorted({task.name for task in tasks})
+        raise UserError(
+            f"suite {suite} has no task {', '.join(wanted)} at {', '.join(map(format_count, lengths))}; "
+            f"it has {', '.join(known) or 'none'}"
+        )
+    return chosen

@@ -1,0 +1,42 @@
+"""How much haystack fits a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_prolong.errors import UserError
+
+
+def largest_fit(count_tokens: Callable[[int], int], limit: int, start: int = 64) -> int:
+    """The largest number of units whose text has at most `limit` tokens, within about one percent.
+
+    `count_tokens(n)` renders n units and counts; it is called about five times, because a million tokens
+    take a second to count.
+
+    Raises:
+        UserError: not even one unit fits.
+    """
+    low, low_tokens = 1, count_tokens(1)
+    if low_tokens > limit:
+        raise UserError(
+            f"one unit of the task takes {low_tokens} tokens, more than the {limit} that the length allows; "
+            "ask for a longer --lengths"
+        )
+    high: int | None = None
+    guess = start
+    while high is None or high - low > max(1, low // 100):
+        tokens = count_tokens(guess)
+        if tokens <= limit:
+            rate = (tokens - low_tokens) / (guess - low) if guess > low else tokens / guess
+            low, low_tokens = guess, tokens
+            step = max(1, int((limit - tokens) / max(rate, 1e-9) * 0.995))
+            guess = low + step
+        else:
+            high = guess
+            rate = (tokens - low_tokens) / (guess - low)
+            guess = low + max(1, int((limit - low_tokens) / max(rate, 1e-9) * 0.995))
+        if high is not None and guess >= high:
+            guess = (low + high) // 2
+            if guess == low:
+                break
+    return low

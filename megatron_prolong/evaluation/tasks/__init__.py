@@ -1,0 +1,1 @@
+"""HELMET's seven categories and RULER's thirteen tasks, one file each."""

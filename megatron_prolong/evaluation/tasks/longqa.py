@@ -1,0 +1,163 @@
+"""Questions about one long document: NarrativeQA, ∞Bench QA and multiple choice."""
+
+from __future__ import annotations
+
+import random
+
+from megatron_prolong.evaluation.rows import read_split
+from megatron_prolong.evaluation.task import Inputs, Row, Scored, Task, shuffled, stable_seed
+from megatron_prolong.evaluation.tasks.long_documents import cut_document, document_tokenizer, num_tokens
+from megatron_prolong.evaluation.text_metrics import parse_output, text_metrics
+
+NARRATIVE = (
+    "You are given a story, which can be either a novel or a movie script, and a question. Answer the question "
+    "as concisely as you can, using a single phrase if possible.\n\n{demo}{context}\n\nQuestion: {question}"
+)
+QUESTION = (
+    "You are given a story and a question. Answer the question as concisely as you can, using a single phrase "
+    "if possible.\n\n{demo}{context}\n\nQuestion: {question}"
+)
+CHOICE = (
+    "You are given a story and a question with multiple choices. Choose the best answer from the options "
+    "provided. Only one of the following options is correct, output the answer using one single letter "
+    "(A, B, C, or D). Don't say anything else.\n\n{demo}{context}\n\nQuestion: {question}\nOptions:\n{options}"
+)
+PROMPT_TOKENS = 200  # HELMET leaves this much for everything but document and answer
+NARRATIVE_MIN_TOKENS = 131072  # only documents longer than this are asked, at every length
+INFBENCH_MIN_TOKENS = 65536
+
+
+def longqa_tasks(length: int) -> list[Task]:
+    """The three tasks, at any length."""
+    narrative = length - PROMPT_TOKENS - 100
+    infbench = length - PROMPT_TOKENS - 10
+    return [
+        Task(
+            name=f"narrativeqa_{narrative}",
+            category="longqa",
+            length=length,
+            template=NARRATIVE,
+            answer_prefix="Answer:",
+            load=_load_narrative,
+            max_new_tokens=100,
+            metrics=("gpt-4-score",),
+            chat=True,
+            needs=("hf/narrativeqa",),
+        ),
+        Task(
+            name=f"infbench_qa_eng_{infbench}",
+            category="longqa",
+            length=length,
+            template=QUESTION,
+            answer_prefix="Answer:",
+            separator="\n\n",
+            load=load_infbench,
+            max_new_tokens=10,
+            metrics=("rougeL_f1",),
+            chat=True,
+            needs=("hf/infinitebench",),
+        ),
+        Task(
+            name=f"infbench_choice_eng_{infbench}",
+            category="longqa",
+            length=length,
+            template=CHOICE,
+            answer_prefix="Answer:",
+            separator="\n\n",
+            load=load_infbench,
+            score=_score_choice,
+            max_new_tokens=10,
+            metrics=("exact_match",),
+            chat=True,
+            needs=("hf/infinitebench",),
+        ),
+    ]
+
+
+def _load_narrative(task: Task, inputs: Inputs) -> list[Row]:
+    assert inputs.data is not None
+    directory = inputs.data / "hf" / "narrativeqa"
+    tokenizer = document_tokenizer(inputs)
+    train = [(row["question"]["text"], row["answers"][0]["text"]) for row in read_split(directory, "train")]
+    rows: list[Row] = []
+    for row in shuffled(read_split(directory, "test"), inputs.seed):
+        text = row["document"]["text"]
+        if num_tokens(tokenizer, text) <= NARRATIVE_MIN_TOKENS:
+            continue
+        question = row["question"]["text"]
+        kept = {name: value for name, value in row.items() if name not in ("document", "answers")}
+        rows.append(
+            {
+                **kept,
+                "context": cut_document(tokenizer, text, _budget(task)),
+                "question": question,
+                "answer": [answer["text"] for answer in row["answers"]],
+                "demo": _narrative_demo(train, task.shots, stable_seed(question, inputs.seed)),
+            }
+        )
+        if len(rows) == task.samples(inputs):
+            break
+    return rows
+
+
+def _narrative_demo(train: list[tuple[str, str]], shots: int, seed: int) -> str:
+    """HELMET draws these without a seed; here the question seeds them."""
+    if not shots:
+        return ""
+    chosen = random.Random(seed).sample(train, min(shots, len(train)))
+    examples = "\n\n".join(f"Question: {question}\nAnswer: {answer}" for question, answer in chosen)
+    return f"For example:\n\n{examples}\n\nNow, use the following story to answer the question:\n\n"
+
+
+def load_infbench(task: Task, inputs: Inputs) -> list[Row]:
+    """∞Bench: QA, choice or summary by the task's name."""
+    assert inputs.data is not None
+    split = "longbook_" + task.name.removeprefix("infbench_").rsplit("_", 1)[0]
+    tokenizer = document_tokenizer(inputs)
+    rows = [_infbench_row(row, split) for row in read_split(inputs.data / "hf" / "infinitebench", split)]
+    rows = [{**row, "demo": _infbench_demo(row, rows, task.shots, inputs.seed)} for row in rows]
+    rows = [row for row in rows if num_tokens(tokenizer, row["context"]) >= INFBENCH_MIN_TOKENS]
+    chosen = shuffled(rows, inputs.seed)[: task.samples(inputs)]
+    return [{**row, "context": cut_document(tokenizer, row["context"], _budget(task))} for row in chosen]
+
+
+def _infbench_row(row: Row, split: str) -> Row:
+    filled = {**row, "question": row["input"], "demo": ""}
+    if split == "longbook_choice_eng":
+        letter = "ABCD"[row["options"].index(row["answer"][0])]
+        filled["options"] = "\n".join(
+            f"{name}. {option}" for name, option in zip("ABCD", row["options"], strict=True)
+        )
+        filled["answer"] = [letter, f"{letter}. {row['answer'][0]}"]
+    return filled
+
+
+def _infbench_demo(row: Row, rows: list[Row], shots: int, seed: int) -> str:
+    """Two other questions of the same split, without their stories."""
+    if not shots:
+        return ""
+    others = shuffled([other for other in rows if other["id"] != row["id"]], seed)[:shots]
+    examples = "\n\n".join(f"[story text]\n{_infbench_example(other)}" for other in others)
+    return f"For example:\n\n{examples}\n\nNow, read the following story:\n\n"
+
+
+def _infbench_example(row: Row) -> str:
+    if not row["question"]:
+        return f"Summary: {row['answer'][0].strip()}"
+    options = f"Options:\n{row['options']}\n" if isinstance(row.get("options"), str) else ""
+    return f"Question: {row['question']}\n{options}Answer: {row['answer'][0]}"
+
+
+def _budget(task: Task) -> int:
+    return int(task.name.rsplit("_", 1)[1])
+
+
+def _score_choice(output: str, row: Row) -> Scored:
+    """The letter as a text answer, or the whole "X. option" anywhere in the output."""
+    parsed = parse_output(output)
+    raw, cut = text_metrics(output, row["answer"]), text_metrics(parsed, row["answer"])
+    scores = {name: max(value, cut[name]) for name, value in raw.items()}
+    scores["substring_exact_match"] = row["answer"][1].lower() in output.lower()
+    if scores["substring_exact_match"]:
+        scores["exact_match"] = True
+    return Scored(scores, parsed)
