@@ -19,6 +19,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.build import StageModel
 
 # Adam moments are saved per weight, in the weight's own shape, so that any layout can read them back.
+# Handed out as copies: Megatron writes the layout's process group into the dict it is given.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -28,10 +29,10 @@ def save_weights_and_optimizer(
     """Write this rank's share into `directory`, which must exist and be empty. Collective."""
     state = _model_state(model)
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=_METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(_METADATA))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dist_checkpointing.save(state, str(directory), content_metadata=_METADATA)
+        dist_checkpointing.save(state, str(directory), content_metadata=dict(_METADATA))
 
 
 def load_weights(directory: Path, model: StageModel) -> None:
@@ -46,7 +47,7 @@ def load_weights(directory: Path, model: StageModel) -> None:
 def load_weights_and_optimizer(directory: Path, model: StageModel, optimizer: MegatronOptimizer) -> None:
     """Load weights, fp32 main weights and Adam moments (with their step count). Collective."""
     state = _model_state(model)
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=_METADATA)
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(_METADATA))
     loaded = _read(directory, state)
     _load_model(model, loaded)
     optimizer.load_state_dict(loaded["optimizer"])
@@ -54,7 +55,7 @@ def load_weights_and_optimizer(directory: Path, model: StageModel, optimizer: Me
 
 def _model_state(model: StageModel) -> ShardedStateDict:
     chunks = model.bare_chunks
-    states = [_without_extra_state(chunk.sharded_state_dict(metadata=_METADATA)) for chunk in chunks]
+    states = [_without_extra_state(chunk.sharded_state_dict(metadata=dict(_METADATA))) for chunk in chunks]
     return {_chunk_key(index, len(chunks)): state for index, state in enumerate(states)}
 
 
