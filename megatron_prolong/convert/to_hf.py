@@ -18,7 +18,7 @@ from megatron_prolong.convert.sidecar import (
 from megatron_prolong.convert.staging import staged_directory
 from megatron_prolong.convert.transfer import output_dtype
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import ModelShape, read_json
+from megatron_prolong.recipe.shape import ModelShape, model_directory, read_json
 
 
 def to_hf(
@@ -34,7 +34,7 @@ def to_hf(
     """Export a checkpoint of ours, or a plain Megatron-LM torch_dist checkpoint of a Llama.
 
     Args:
-        checkpoint: the directory; saved at any layout.
+        checkpoint: the directory, or a stage directory of a run (its newest checkpoint); saved at any layout.
         out: directory to make; appears only when complete.
         rope_base: RoPE base to write; by default the one the checkpoint was trained with.
         max_length: max_position_embeddings to write, in tokens; by default the checkpoint's.
@@ -48,7 +48,7 @@ def to_hf(
     Raises:
         UserError: not such a checkpoint, damaged files, contradiction, `out` exists, disk full.
     """
-    opened = MegatronCheckpoint.open(Path(checkpoint), sidecar)
+    opened = MegatronCheckpoint.open(model_directory(checkpoint), sidecar)
     shape = _exported_shape(opened, rope_base, max_length, contradict)
     target_dtype = parse_dtype(dtype)
     weights = open_weights(opened)
