@@ -31,7 +31,7 @@ from torch import Tensor
 # (benchmarks/attention.py): above it one document fills the kernel and padding only costs.
 BATCHED_BELOW_TOKENS = 512
 # The shortest document of a batch is at least this share of the longest.
-BATCHED_LENGTH_RATIO = 0.8
+BATCHED_LENGTH_RATIO = 0.9
 
 
 class Block(NamedTuple):

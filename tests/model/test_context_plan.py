@@ -99,6 +99,14 @@ def test_local_work_is_balanced(lengths, cp):
     assert max(loads) <= (4 / 3 - 1 / (3 * cp)) * best_possible + 1e-6 or max(loads) <= 4 / 3 * best_possible
 
 
+def test_cost_counts_the_square_of_the_length():
+    """One document of 300 costs 300 + 900, four of 100 cost 4 x (100 + 100): by tokens alone three would do."""
+    plan = ContextPlan.build(
+        [0, 300, 400, 500, 600, 700], cp_size=2, split_threshold_tokens=1000, equal_cost_tokens=100
+    )
+    assert plan.local == (((0, 300),), ((300, 400), (400, 500), (500, 600), (600, 700)))
+
+
 def test_neighbours_slices_are_a_zigzag_slice_of_longer_chunks():
     plan = ContextPlan.build([0, 48, 64], cp_size=4)
     coarse = ContextPlan.build([0, 48, 64], cp_size=2)

@@ -1,0 +1,113 @@
+"""Packed attention against the two usual ways, forward and backward, on packs of short documents.
+
+- packed: `packed_attention`, one call for the pack
+- per document: `scaled_dot_product_attention(is_causal=True)` for one document after another
+- masked: one `scaled_dot_product_attention` under a block-diagonal causal mask, as packing is done with
+  transformers when no variable-length kernel is there
+
+    python benchmarks/attention.py          # writes benchmarks/attention.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+
+from megatron_prolong.model.attention import packed_attention
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 64
+WAYS = ("packed", "per document", "masked")
+
+
+def document_lengths(num_tokens: int, shape: str) -> list[int]:
+    """Lengths that fill `num_tokens`, the last one cut. "short": log-normal, median 100, clipped at 8 and 1024."""
+    if shape == "one":
+        return [num_tokens]
+    generator = torch.Generator().manual_seed(0)
+    draws = (4.6 + torch.randn(num_tokens, generator=generator)).exp().clamp(8, 1024).int().tolist()
+    ends = [end for end in accumulate(draws) if end < num_tokens] + [num_tokens]
+    return [stop - start for start, stop in pairwise([0, *ends])]
+
+
+def attention(way: str, q, k, v, cu_seqlens: list[int], mask) -> torch.Tensor:
+    if way == "packed":
+        return packed_attention(q, k, v, cu_seqlens)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    lengths = [stop - start for start, stop in pairwise(cu_seqlens)] if way == "per document" else [len(q)]
+    outs = []
+    # split, not slices: the gradient of each slice would be a zero tensor as long as the pack
+    for document in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        heads = (x.transpose(0, 1).unsqueeze(0) for x in document)
+        out = sdpa(*heads, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        outs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def measure_case(case: dict[str, Any]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    num_tokens, dtype = case["tokens"], getattr(torch, case["dtype"])
+    cu_seqlens = [0, *accumulate(document_lengths(num_tokens, case["documents"]))]
+    heads = (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
+    q, k, v = (torch.randn(num_tokens, n, HEAD_DIM, dtype=dtype).requires_grad_() for n in heads)
+    dout = torch.randn(num_tokens, NUM_HEADS, HEAD_DIM, dtype=dtype)
+
+    def step() -> None:
+        mask = block_diagonal(cu_seqlens) if case["way"] == "masked" else None
+        torch.autograd.grad(attention(case["way"], q, k, v, cu_seqlens, mask), (q, k, v), dout)
+
+    with measure.PeakMemory() as memory:
+        step_seconds = measure.seconds(step, repeats=case["repeats"])
+    return {"ms": round(step_seconds * 1e3, 1), "peak_mib": round(memory.added_bytes / measure.MIB, 1)}
+
+
+def block_diagonal(cu_seqlens: list[int]) -> torch.Tensor:
+    lengths = torch.tensor(cu_seqlens).diff()
+    document_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return (document_T[:, None] == document_T).tril()
+
+
+def main() -> None:
+    rows = []
+    for documents in ("short", "one"):
+        for dtype in ("float32", "bfloat16"):
+            for tokens in (2048, 8192, 16384):
+                row: dict[str, Any] = {"documents": documents, "dtype": dtype, "tokens": tokens}
+                row["num_documents"] = len(document_lengths(tokens, documents))
+                for way in WAYS:
+                    if documents == "one" and way == "masked":
+                        continue  # nothing to mask
+                    if dtype == "bfloat16" and (way == "masked" or documents == "one") and tokens > 8192:
+                        continue  # minutes per step without bf16 instructions
+                    case = {"way": way, "documents": documents, "dtype": dtype, "tokens": tokens}
+                    case["repeats"] = 3 if way == "masked" or documents == "one" else 7
+                    row[way] = measure.in_fresh_process(__file__, case)
+                for way in WAYS[1:]:
+                    if "ms" in row.get(way, {}):
+                        row[f"speedup over {way}"] = round(row[way]["ms"] / row["packed"]["ms"], 2)
+                rows.append(row)
+                print(json.dumps(row))
+    measure.write_result(
+        Path(__file__).with_suffix(".json"),
+        {
+            "what": "forward and backward of causal attention of a pack, median step, peak of added memory",
+            "heads": NUM_HEADS,
+            "kv_heads": NUM_KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "rows": rows,
+        },
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", type=json.loads, help="one measurement, as JSON")
+    arguments = parser.parse_args()
+    print(json.dumps(measure_case(arguments.case))) if arguments.case else main()
