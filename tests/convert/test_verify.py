@@ -62,7 +62,9 @@ def test_dtype_and_config_differences_are_found(pair: tuple[Path, Path], tmp_pat
     config = json.loads((original / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 1e6
     (original / "config.json").write_text(json.dumps(config))
-    assert compare(original, converted).config == [f"rope_base: 1000000.0 in {original}, 500000.0 in {converted}"]
+    assert compare(original, converted).config == [
+        f"rope_base: 1000000.0 in {original}, 500000.0 in {converted}"
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

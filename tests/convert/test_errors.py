@@ -1,0 +1,194 @@
+"""Bad input is named, all of it at once, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import save_family
+from safetensors.torch import load_file, save_file
+
+from megatron_prolong.convert import staging, transfer
+from megatron_prolong.convert.to_hf import to_hf
+from megatron_prolong.convert.to_megatron import to_megatron
+from megatron_prolong.convert.unpickle import load_common, load_metadata
+from megatron_prolong.errors import UserError
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    return save_family("llama3", tmp_path / "original")
+
+
+@pytest.fixture
+def converted(original: Path, tmp_path: Path) -> Path:
+    to_megatron(original, tmp_path / "converted")
+    return tmp_path / "converted"
+
+
+def _refused(convert: Callable[[Path], object], tmp_path: Path) -> str:
+    """The message of the refusal; asserts that no file is left, under whatever name."""
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as error:
+        convert(tmp_path / "out")
+    assert set(tmp_path.rglob("*")) == before
+    return str(error.value)
+
+
+def test_every_wrong_tensor_is_listed(original: Path, tmp_path: Path) -> None:
+    path = original / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"], tensors["lm_head.weight"]
+    tensors["model.norm.weight"] = torch.zeros(63)
+    tensors["model.layers.9.mlp.up_proj.weight"] = torch.zeros(2)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
+    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(64, 64, dtype=torch.int8)
+    save_file(tensors, path)
+    message = _refused(lambda out: to_megatron(original, out), tmp_path)
+    assert "model.layers.1.mlp.up_proj.weight: missing" in message
+    assert "lm_head.weight: missing" in message
+    assert "model.norm.weight: shape [63], config.json asks for [64]" in message
+    assert "model.layers.9.mlp.up_proj.weight: unexpected" in message
+    assert "model.layers.0.self_attn.q_proj.bias: unexpected" in message
+    assert "model.layers.0.self_attn.q_proj.weight: dtype" in message
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_truncated_safetensors(original: Path, tmp_path: Path, keep: int) -> None:
+    path = original / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    message = _refused(lambda out: to_megatron(original, out), tmp_path)
+    assert str(path) in message and "truncated" in message
+
+
+def test_missing_shards(tmp_path: Path) -> None:
+    original = save_family("llama3", tmp_path / "sharded", max_shard_size="60KB")
+    shards = sorted(original.glob("*.safetensors"))
+    for shard in shards[1:3]:
+        shard.unlink()
+    message = _refused(lambda out: to_megatron(original, out), tmp_path)
+    assert shards[1].name in message and shards[2].name in message
+
+
+def test_directories_that_are_something_else(original: Path, converted: Path, tmp_path: Path) -> None:
+    assert "no config.json" in _refused(lambda out: to_megatron(converted, out), tmp_path)
+    assert "not a Megatron torch_dist checkpoint" in _refused(lambda out: to_hf(original, out), tmp_path)
+    assert "no such directory" in _refused(lambda out: to_hf(tmp_path / "nowhere", out), tmp_path)
+    (original / "model.safetensors").unlink()
+    assert "no weights" in _refused(lambda out: to_megatron(original, out), tmp_path)
+
+
+def test_the_target_exists(original: Path, converted: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "precious").write_text("x")
+    for convert in (lambda: to_megatron(original, taken), lambda: to_hf(converted, taken)):
+        with pytest.raises(UserError, match="already exists"):
+            convert()
+    assert [path.name for path in taken.iterdir()] == ["precious"]
+
+
+def test_damaged_torch_dist_files(converted: Path, tmp_path: Path) -> None:
+    data = converted / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[: len(content) // 2])
+    assert data.name in _refused(lambda out: to_hf(converted, out), tmp_path)
+    data.unlink()
+    assert "no such file" in _refused(lambda out: to_hf(converted, out), tmp_path)
+    data.write_bytes(bytes(len(content)))
+    assert "damaged" in _refused(lambda out: to_hf(converted, out), tmp_path)
+    (converted / ".metadata").write_bytes(b"nonsense")
+    assert ".metadata: damaged" in _refused(lambda out: to_hf(converted, out), tmp_path)
+    (converted / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    assert "'zarr'" in _refused(lambda out: to_hf(converted, out), tmp_path)
+
+
+def test_a_checkpoint_of_another_shape(converted: Path, tmp_path: Path) -> None:
+    manifest = json.loads((converted / "prolong.json").read_text())
+    manifest["shape"] |= {"num_layers": 5, "ffn_hidden_size": 100}
+    (converted / "prolong.json").write_text(json.dumps(manifest))
+    message = _refused(lambda out: to_hf(converted, out), tmp_path)
+    assert "linear_fc1.weight: shape [4, 344, 64], expected [5, 200, 64]" in message
+    assert "linear_fc2.weight: shape [4, 64, 172], expected [5, 64, 100]" in message
+
+
+def test_not_enough_space(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert "free" in _refused(lambda out: to_megatron(original, out), tmp_path)
+
+
+def test_the_disk_fills_up_midway(
+    original: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the system says when a write finds no space; the file system itself is not ours to fill."""
+    calls = iter(range(1000))
+
+    def failing(chunk: transfer.Chunk, source: transfer.RowSource) -> torch.Tensor:
+        if next(calls) == 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return gather(chunk, source)
+
+    gather = transfer.gather
+    for module in ("dist_writer", "hf_writer"):
+        monkeypatch.setattr(f"megatron_prolong.convert.{module}.gather", failing)
+    assert "disk is full" in _refused(lambda out: to_megatron(original, out), tmp_path)
+    calls = iter(range(1000))
+    assert "disk is full" in _refused(lambda out: to_hf(converted, out), tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(original: Path, tmp_path: Path, number: signal.Signals) -> None:
+    slow = (
+        "import sys, time\n"
+        "from megatron_prolong.convert import dist_writer\n"
+        "gather = dist_writer.gather\n"
+        "def slowly(*args):\n"
+        "    time.sleep(0.2)\n"
+        "    return gather(*args)\n"
+        "dist_writer.gather = slowly\n"
+        f"sys.argv = ['prolong', 'convert', 'to-megatron', {str(original)!r}, {str(tmp_path / 'out')!r}]\n"
+        "from megatron_prolong.cli.main import run\n"
+        "run()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out.tmp-*/__0_0.distcp")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+def test_exit_code_and_message_of_the_command(original: Path, tmp_path: Path) -> None:
+    (original / "model.safetensors").unlink()
+    command = [sys.executable, "-m", "megatron_prolong", "convert", "to-megatron", original, tmp_path / "out"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+
+
+def test_pickles_run_nothing(tmp_path: Path) -> None:
+    class Exploit:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    torch.save({"iteration": 3, "args": Exploit(), "list": [Exploit()]}, tmp_path / "common.pt")
+    assert load_common(tmp_path / "common.pt")["iteration"] == 3
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Exploit()))
+    with pytest.raises(UserError, match="not the metadata"):
+        load_metadata(tmp_path / ".metadata")
+    assert not (tmp_path / "ran").exists()

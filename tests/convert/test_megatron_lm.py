@@ -1,0 +1,110 @@
+"""A checkpoint as Megatron-LM leaves it: no prolong.json, its whole command line in common.pt."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, save_family
+from safetensors.torch import load_file
+
+from megatron_prolong.convert.describe import describe
+from megatron_prolong.convert.to_hf import to_hf
+from megatron_prolong.convert.to_megatron import to_megatron
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.shape import ModelShape
+
+
+class AttnBackend(enum.Enum):
+    """Stands for Megatron's own enum: a class the reader must not need."""
+
+    auto = 5
+
+
+def _args(family: str, **changes: object) -> argparse.Namespace:
+    config = FAMILIES[family]
+    rope = config["rope_parameters"]
+    fields = {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": config["num_attention_heads"],
+        "group_query_attention": config["num_key_value_heads"] != config["num_attention_heads"],
+        "num_query_groups": config["num_key_value_heads"],
+        "kv_channels": config.get("head_dim", 8),
+        "padded_vocab_size": 512,
+        "vocab_size": 259,
+        "max_position_embeddings": 128,
+        "seq_length": 128,
+        "rotary_base": int(rope["rope_theta"]),
+        "use_rope_scaling": rope["rope_type"] == "llama3",
+        "rope_scaling_factor": rope.get("factor", 8.0),
+        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
+        "norm_epsilon": 1e-5,
+        "swiglu": True,
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "add_bias_linear": False,
+        "tensor_model_parallel_size": 2,
+        "params_dtype": torch.bfloat16,
+        "attention_backend": AttnBackend.auto,
+    }
+    return argparse.Namespace(**{**fields, **changes})
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Megatron-LM's --save directory with one iteration in it."""
+    original = save_family("llama3.2-tied", tmp_path / "original")
+    root = tmp_path / "megatron-lm"
+    to_megatron(original, root / "iter_0000120")
+    (root / "latest_checkpointed_iteration.txt").write_text("120")
+    (root / "iter_0000120" / "prolong.json").unlink()
+    for path in (root / "iter_0000120" / "hf").iterdir():
+        path.unlink()
+    (root / "iter_0000120" / "hf").rmdir()
+    _write(root, _args("llama3.2-tied"))
+    return root
+
+
+def _write(root: Path, args: argparse.Namespace) -> None:
+    torch.save({"args": args, "iteration": 120}, root / "iter_0000120" / "common.pt")
+
+
+def test_exported_from_its_args_alone(checkpoint: Path, tmp_path: Path) -> None:
+    to_hf(checkpoint, tmp_path / "exported")
+    expected, found = (
+        load_file(directory / "model.safetensors")
+        for directory in (tmp_path / "original", tmp_path / "exported")
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    shape = ModelShape.from_hf(config, "exported")
+    assert (shape.rope_base, shape.tie_embeddings, shape.head_dim, shape.num_kv_heads) == (5e5, True, 16, 2)
+    assert shape.rope_scaling is not None
+    # Megatron-LM always means Llama-3.1's own 8192, whatever this test's family says.
+    assert (shape.rope_scaling.factor, shape.rope_scaling.original_max_length) == (32.0, 8192)
+    assert "step: 120" in "\n".join(describe(checkpoint))
+
+
+def test_config_and_tokenizer_come_from_a_hugging_face_directory(checkpoint: Path, tmp_path: Path) -> None:
+    _write(checkpoint, _args("llama3.2-tied", vocab_size=None))
+    with pytest.raises(UserError, match=r"word_embeddings\.weight: shape \[259, 64\], expected \[512, 64\]"):
+        to_hf(checkpoint, tmp_path / "exported")
+    to_hf(checkpoint, tmp_path / "exported", sidecar=tmp_path / "original")
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert config["vocab_size"] == 259 and config["eos_token_id"] == [2, 5]
+    assert (tmp_path / "exported" / "chat_template.jinja").exists()
+
+
+def test_what_is_not_a_llama_is_refused_with_every_reason(checkpoint: Path, tmp_path: Path) -> None:
+    _write(checkpoint, _args("llama3.2-tied", swiglu=False, normalization="LayerNorm", num_experts=8))
+    with pytest.raises(UserError) as error:
+        to_hf(checkpoint, tmp_path / "exported")
+    for reason in ("swiglu is False", "normalization is 'LayerNorm'", "num_experts is 8"):
+        assert reason in str(error.value)
