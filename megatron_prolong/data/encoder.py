@@ -2,8 +2,9 @@
 
 The library's result holds some hundred bytes per token (strings, offsets), so a long document is encoded in
 segments. A segment may only end where the tokenizer's own splitting regex ends a match whatever follows:
-after a newline before a visible character, or before a single blank between two letters. That is true of
-byte-level BPE with GPT-2's or Llama-3's regex; for any other tokenizer documents are encoded whole.
+after a single newline between two visible characters, or before a single blank with a letter behind it (longer
+runs of blanks are split by what follows them). That is true of byte-level BPE with GPT-2's or Llama-3's regex;
+for any other tokenizer documents are encoded whole.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron_prolong.errors import UserError
 
 SEGMENT_CHARACTERS = 1 << 17
 _BATCH_CHARACTERS = 1 << 21
-_SAFE_CUT = re.compile(r"(?<=\n)(?=[!-~])|(?<=[A-Za-z])(?= [A-Za-z])")
+_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= [^\W\d_])")
 _SEARCH_CHARACTERS = 1 << 12
 
 
@@ -128,8 +129,7 @@ _GPT4_STYLE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Llama-3's, Qwen-2's and GPT-2's (which ByteLevel has built in): a match never reaches from a newline into
-# a following visible character, nor from a letter over a blank.
+# Llama-3's, Qwen-2's and GPT-2's (which ByteLevel has built in); _SAFE_CUT holds for each.
 _KNOWN_REGEXES = {
     _GPT4_STYLE % "{1,3}",
     _GPT4_STYLE % "",

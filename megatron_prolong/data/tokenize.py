@@ -263,12 +263,21 @@ def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
     room = _BATCH_BYTES
     for record in records:
         batch.append(record)
-        room -= sum(len(value) for value in record.fields.values() if isinstance(value, str | list))
+        room -= _num_characters(record.fields)
         if room <= 0 or len(batch) >= 4096:
             yield batch
             batch, room = [], _BATCH_BYTES
     if batch:
         yield batch
+
+
+def _num_characters(value: Any) -> int:
+    """Of all texts in a record, however deep."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_num_characters, value.values()))
+    return sum(map(_num_characters, value)) if isinstance(value, list) else 0
 
 
 def _encode_texts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -84,10 +85,8 @@ def open_bytes(path: str) -> IO[bytes]:
         return gzip.open(raw)  # type: ignore[return-value]
     if path.endswith((".zst", ".zstd")):
         # Long-range windows up to 2 GiB occur in published JSONL.
-        stream: IO[bytes] = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(
-            raw, read_across_frames=True, closefd=True
-        )
-        return stream
+        unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        return io.BufferedReader(unpacker.stream_reader(raw, read_across_frames=True), 1 << 20)
     return bz2.open(raw) if path.endswith(".bz2") else raw
 
 

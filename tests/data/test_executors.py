@@ -1,0 +1,92 @@
+"""Where tasks run must not matter: local processes, shares of a Slurm array, Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from documents import files_of, write_documents
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_prolong.data import pack as pack_module
+from megatron_prolong.data.executors import LocalProcesses, Ray, array_share
+from megatron_prolong.data.pack import PackOptions, pack
+from megatron_prolong.errors import UserError
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def refuse(number: int) -> int:
+    raise UserError(f"number {number} is bad")
+
+
+def die(number: int) -> int:
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_local_processes_give_every_result() -> None:
+    for workers in (1, 3):
+        assert sorted(LocalProcesses(workers).map(square, range(5))) == [0, 1, 4, 9, 16]
+
+
+def test_errors_of_users_come_through() -> None:
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=r"number . is bad"):
+            list(LocalProcesses(workers).map(refuse, [1, 2]))
+
+
+def test_a_killed_worker_says_what_to_do() -> None:
+    with pytest.raises(UserError, match=r"a worker process was killed.*Run the same command again"):
+        list(LocalProcesses(2).map(die, range(4)))
+
+
+@given(st.integers(0, 40), st.integers(1, 9), st.integers(0, 7), st.integers(1, 3))
+def test_shares_of_an_array_cover_everything_once(items: int, count: int, first: int, step: int) -> None:
+    shares = [
+        array_share(
+            list(range(items)),
+            {
+                "SLURM_ARRAY_TASK_ID": str(first + place * step),
+                "SLURM_ARRAY_TASK_COUNT": str(count),
+                "SLURM_ARRAY_TASK_MIN": str(first),
+                "SLURM_ARRAY_TASK_STEP": str(step),
+            },
+        )
+        for place in range(count)
+    ]
+    assert sorted(item for share in shares for item in share) == list(range(items))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_outside_an_array_the_share_is_refused() -> None:
+    with pytest.raises(UserError, match="SLURM_ARRAY_TASK_ID is not set; submit with"):
+        array_share([1], {})
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(pack_module, "TASK_TOKENS", 200)
+    source = write_documents(tmp_path / "documents", [97] * 30)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        pack([source], tmp_path / "ray", PackOptions(64, "concat"), executor=Ray())
+        with pytest.raises(UserError, match=r"number . is bad"):
+            list(Ray().map(refuse, [1, 2]))
+    finally:
+        ray.shutdown()
+    pack([source], tmp_path / "local", PackOptions(64, "concat"))
+    assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
+
+
+def test_without_ray_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(UserError, match="needs the package ray: pip install"):
+        list(Ray().map(square, [1]))

@@ -1,0 +1,193 @@
+"""Which documents are dropped, under which reason, and that nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from documents import files_of, tokens_of, write_documents
+from hypothesis import given
+from hypothesis import strategies as st
+from llama3 import llama3_tokenizer
+
+from megatron_prolong.data import filter as filter_module
+from megatron_prolong.data.executors import LocalProcesses
+from megatron_prolong.data.filter import (
+    Candidate,
+    FilterOptions,
+    FilterReport,
+    filter_documents,
+    load_predicate,
+)
+from megatron_prolong.data.mds import MDSReader, MDSWriter
+from megatron_prolong.data.ngrams import NgramIndex, evaluation_texts
+from megatron_prolong.data.pack import PackOptions, pack
+from megatron_prolong.errors import UserError
+
+POEM = "the quick brown fox jumps over the lazy dog while seven wizards quietly vex a grumpy old king"
+
+
+def run(inputs: list[Path], out: Path, **options: object) -> FilterReport:
+    report = filter_documents(inputs, out, FilterOptions(**options))  # type: ignore[arg-type]
+    assert report is not None
+    assert report.tokens == report.kept_tokens + sum(tokens for _, tokens in report.dropped.values())
+    assert report.documents == report.kept_documents + sum(number for number, _ in report.dropped.values())
+    assert len(MDSReader(out)) == report.kept_documents
+    return report
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    llama3_tokenizer().save_pretrained(path)
+    return path
+
+
+def write_texts(path: Path, texts: list[str]) -> Path:
+    encode = llama3_tokenizer().backend_tokenizer.encode
+    with MDSWriter(path, {"input_ids": "ndarray:uint32", "domain": "str"}) as writer:
+        for text in texts:
+            writer.write(
+                {"input_ids": np.array(encode(text, add_special_tokens=False).ids, np.uint32), "domain": "t"}
+            )
+    return path
+
+
+def test_lengths_by_domain_and_masks_kept(tmp_path: Path) -> None:
+    books = write_documents(tmp_path / "books", [5, 50, 500], domain="books", mask=True)
+    code = write_documents(tmp_path / "code", [5, 50, 500], first=11, domain="code", mask=True)
+    report = run([books, code], tmp_path / "out", min_length={"": 10, "code": 100}, max_length={"books": 100})
+    assert report.dropped == {"too short": [3, 60], "too long": [1, 500]}
+    kept = list(MDSReader(tmp_path / "out"))
+    assert [(sample["domain"], sample["length"]) for sample in kept] == [("books", 50), ("code", 500)]
+    np.testing.assert_array_equal(kept[1]["input_ids"], tokens_of(13, 500))
+    np.testing.assert_array_equal(kept[0]["mask"], MDSReader(books)[1]["mask"])
+
+
+def test_duplicates_across_inputs_keep_the_first(tmp_path: Path) -> None:
+    a = write_documents(tmp_path / "a", [5, 6, 7], domain="a")
+    b = write_documents(tmp_path / "b", [5, 6, 8], domain="b")
+    report = run([a, b], tmp_path / "out", duplicates=True)
+    assert report.dropped == {"duplicate": [2, 11]}
+    assert [(s["domain"], s["length"]) for s in MDSReader(tmp_path / "out")] == [
+        ("a", 5),
+        ("a", 6),
+        ("a", 7),
+        ("b", 8),
+    ]
+
+
+def test_result_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filter_module, "TASK_BYTES", 2000)
+    lengths = [*range(10, 60), *range(10, 60)]
+    source = write_documents(tmp_path / "documents", lengths, size_limit=900)
+    options = FilterOptions(min_length={"": 20}, duplicates=True)
+    filter_documents([source], tmp_path / "one", options)
+    filter_documents([source], tmp_path / "two", options, executor=LocalProcesses(2))
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert len(list((tmp_path / "one").glob("0*"))) > 5
+
+
+def test_contaminated_documents(tokenizer: Path, tmp_path: Path) -> None:
+    shout = POEM.upper().replace(" ", ",  ")
+    source = write_texts(
+        tmp_path / "texts",
+        ["nothing to see here", f"before {shout} after", POEM[:40], POEM[-50:] + " other words"],
+    )
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"id": 7, "qa": [{"question": POEM}]}) + "\n")
+    report = run(
+        [source], tmp_path / "out", against=(str(tmp_path / "eval.jsonl"),), tokenizer=str(tokenizer)
+    )
+    assert report.dropped["contaminated"][0] == 1 and report.kept_documents == 3
+    (example,) = report.examples
+    assert "sample 1 of" in example and "the quick brown fox" in example
+    many = run(
+        [source],
+        tmp_path / "out2",
+        against=(str(tmp_path / "eval.jsonl"),),
+        tokenizer=str(tokenizer),
+        hits=50,
+    )
+    assert many.kept_documents == 4
+
+
+@given(
+    words=st.lists(st.sampled_from("abcd"), max_size=40),
+    evaluation=st.lists(st.lists(st.sampled_from("abcde"), max_size=12), max_size=5),
+    n=st.integers(1, 5),
+)
+def test_ngrams_are_found_exactly(words: list[str], evaluation: list[list[str]], n: int) -> None:
+    """Against sets of tuples."""
+    index = NgramIndex([" ".join(each) for each in evaluation], n)
+    known = {tuple(each[i : i + n]) for each in evaluation for i in range(len(each) - n + 1)}
+    expected = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    expected = [each for each in dict.fromkeys(expected) if each in known]
+    assert index.find(" ".join(words)) == [" ".join(each) for each in expected]
+    assert len(index) == len(known)
+    assert index.ignored == sum(len(each) < n for each in evaluation)
+
+
+def test_evaluation_files(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"x": ["one", {"y": "two"}], "z": 3}]))
+    (tmp_path / "b.json").write_text('{"x": "three"}\n{"x": "four"}\n')
+    (tmp_path / "c.txt").write_text("five")
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json", "c.txt")]
+    assert list(evaluation_texts(paths)) == ["one", "two", "three", "four", "five"]
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(UserError, match=r"b\.json: neither JSON nor JSON Lines"):
+        list(evaluation_texts(paths))
+    (tmp_path / "d.jsonl").write_text("{")
+    with pytest.raises(UserError, match=r"d\.jsonl, line at byte 0 is not JSON"):
+        list(evaluation_texts([str(tmp_path / "d.jsonl")]))
+
+
+def test_predicate(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rules.py").write_text(
+        "def keep(document):\n"
+        "    if 'secret' in document.text:\n"
+        "        return 'has a secret'\n"
+        "    return len(document.tokens) > 5 and document.domain == 't'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    source = write_texts(tmp_path / "texts", ["a secret and more words", "x", "some words that are kept"])
+    report = run([source], tmp_path / "out", predicate="my_rules:keep", tokenizer=str(tokenizer))
+    assert {reason: counts[0] for reason, counts in report.dropped.items()} == {
+        "has a secret": 1,
+        "predicate": 1,
+    }
+    for name, message in {
+        "my_rules": "write it as module:function",
+        "nowhere_to_be_found:keep": "No module named",
+        "my_rules:other": "module my_rules has no other",
+        "my_rules:__name__": "is str, not a function",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            load_predicate(name)
+
+
+def test_long_text_is_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filter_module, "_DECODE_TOKENS", 3)
+    backend = llama3_tokenizer().backend_tokenizer
+    text = "é中😀 What is the capital? " * 5
+    tokens = np.array(backend.encode(text, add_special_tokens=False).ids, np.uint32)
+    assert Candidate(tokens, "d", "n", backend).text == text
+    with pytest.raises(UserError, match="needs --tokenizer"):
+        _ = Candidate(tokens, "d", "n", None).text
+
+
+def test_refusals(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "documents", [30, 40])
+    with pytest.raises(UserError, match="nothing to filter by"):
+        FilterOptions()
+    with pytest.raises(UserError, match="needs the data's --tokenizer"):
+        FilterOptions(against=("x.txt",))
+    with pytest.raises(
+        UserError, match=r"not one of 2 documents is left; dropped:\n  - too short: 2 documents"
+    ):
+        run([source], tmp_path / "out", min_length={"": 99})
+    assert not (tmp_path / "out").exists()
+    pack([source], tmp_path / "packs", PackOptions(8, "concat"))
+    with pytest.raises(UserError, match="packed already"):
+        run([tmp_path / "packs"], tmp_path / "out", duplicates=True)

@@ -1,0 +1,245 @@
+"""Sources to tokenized documents: the right tokens, the same bytes however it is run, and what bad input does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from documents import files_of
+from llama3 import llama3_tokenizer
+from tokenizers import Tokenizer
+from typer.testing import CliRunner
+
+from megatron_prolong.cli.data import app
+from megatron_prolong.data import tokenize as tokenize_module
+from megatron_prolong.data.executors import LocalProcesses
+from megatron_prolong.data.mds import MDSReader
+from megatron_prolong.data.tokenize import TokenizeOptions, TokenizeReport, tokenize
+from megatron_prolong.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    llama3_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize_module, "TASK_BYTES", 300)
+
+
+def write_jsonl(path: Path, records: list[object]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def run(sources: list[Path], tokenizer: Path, out: Path, **options: object) -> TokenizeReport:
+    report = tokenize([str(each) for each in sources], tokenizer, out, TokenizeOptions(**options))  # type: ignore[arg-type]
+    assert report is not None
+    return report
+
+
+def test_columns_tokens_and_report(tokenizer: Path, tmp_path: Path) -> None:
+    records = [{"text": "The capital of France", "from": "a"}, {"text": ""}, {"text": "42\n", "from": "b"}]
+    source = write_jsonl(tmp_path / "in.jsonl", records)
+    report = run([source], tokenizer, tmp_path / "out", domain="facts")
+    reader = MDSReader(tmp_path / "out")
+    assert reader.columns == {"domain": "str", "input_ids": "ndarray:uint32", "length": "int"}
+    library = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    for sample, text in zip(reader, ["The capital of France", "42\n"], strict=True):
+        assert sample["input_ids"].tolist() == library.encode(text, add_special_tokens=False).ids
+        assert sample["length"] == len(sample["input_ids"]) and sample["domain"] == "facts"
+    assert report.documents == 2 and report.left_out == {"document: empty": 1}
+    assert report.tokens == sum(sample["length"] for sample in reader)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["tokens"] == report.tokens
+    run([source], tokenizer, tmp_path / "by", domain="none", domain_field="from")
+    assert [sample["domain"] for sample in MDSReader(tmp_path / "by")] == ["a", "b"]
+
+
+def test_nested_fields(tokenizer: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"a": {"b": "x y"}}, {"a.b": "z"}])
+    assert run([source], tokenizer, tmp_path / "out", text_field="a.b").documents == 2
+
+
+def test_bytes_do_not_depend_on_workers(tokenizer: Path, tmp_path: Path, small_tasks: None) -> None:
+    """Nor on whether a task was done by Slurm jobs, in what order, or twice."""
+    for number in range(12):
+        write_jsonl(
+            tmp_path / f"in{number:02}.jsonl", [{"text": f"text {number} {n}\n" * 9} for n in range(5)]
+        )
+    sources = [str(path) for path in sorted(tmp_path.glob("*.jsonl"))]
+    tokenize(sources, tokenizer, tmp_path / "one")
+    tokenize(sources, tokenizer, tmp_path / "three", executor=LocalProcesses(3))
+    jobs = [
+        {"SLURM_ARRAY_TASK_ID": str(i), "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "5"}
+        for i in (7, 5)
+    ]
+    for job in jobs:
+        assert tokenize(sources, tokenizer, tmp_path / "slurm", slurm=job) is None
+        assert not (tmp_path / "slurm").exists()
+    # job 6 failed and is submitted again, alone: it takes all that is left
+    alone = {"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_COUNT": "1", "SLURM_ARRAY_TASK_MIN": "6"}
+    report = tokenize(sources, tokenizer, tmp_path / "slurm", slurm=alone)
+    assert report is not None and report.documents == 60
+    assert len(files_of(tmp_path / "one")) == 3 + 12 * 3
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "three") == files_of(tmp_path / "slurm")
+    # and a job that comes too late finds everything done
+    assert tokenize(sources, tokenizer, tmp_path / "slurm", slurm=jobs[0]) == report
+
+
+def test_a_run_stopped_by_bad_input_continues_after_the_repair(
+    tokenizer: Path, tmp_path: Path, small_tasks: None
+) -> None:
+    for number in range(4):
+        write_jsonl(tmp_path / f"in{number}.jsonl", [{"text": "word " * 60}])
+    bad = tmp_path / "in2.jsonl"
+    good = bad.read_bytes()
+    bad.write_bytes(b"\xff" + good[1:])
+    sources = [str(path) for path in sorted(tmp_path.glob("*.jsonl"))]
+    with pytest.raises(UserError, match=r"in2\.jsonl, line at byte 0: is not UTF-8.*--on-bad-input skip"):
+        tokenize(sources, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    finished = sorted((tmp_path / "out.partial").glob("0*"))
+    assert [path.name for path in finished] == ["00000", "00001"]
+    bad.write_bytes(good)
+    inode = (finished[0] / "shard.00000.mds").stat().st_ino
+    report = tokenize(sources, tokenizer, tmp_path / "out")
+    assert report is not None and report.documents == 4
+    assert (tmp_path / "out" / "00000" / "shard.00000.mds").stat().st_ino == inode
+
+
+def test_other_settings_do_not_continue_a_begun_run(
+    tokenizer: Path, tmp_path: Path, small_tasks: None
+) -> None:
+    first = write_jsonl(tmp_path / "a.jsonl", [{"text": "word " * 60}])
+    second = write_jsonl(tmp_path / "b.jsonl", ["not an object"])
+    sources = [str(first), str(second)]
+    with pytest.raises(UserError, match="is not a JSON object"):
+        tokenize(sources, tokenizer, tmp_path / "out", TokenizeOptions(domain="x"))
+    with pytest.raises(UserError, match=r"begun with other settings.*\n  - domain: was x, now y"):
+        tokenize(sources, tokenizer, tmp_path / "out", TokenizeOptions(domain="y"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "reason"),
+    [
+        (b'{"text": 7}', "field 'text' is int, not text", "not text"),
+        (b'{"txt": "a"}', r"has no field 'text' \(fields: txt\)", "no field text"),
+        (b'{"text": "\\ud800"}', "half a surrogate pair at character 0", "not UTF-8"),
+        (b"[1]", "is not a JSON object but list", "not an object"),
+        (b'{"text"', "is not JSON", "not JSON"),
+        (b'{"text": "\xff"}', "is not UTF-8", "not UTF-8"),
+    ],
+)
+def test_bad_records_stop_or_are_skipped_and_counted(
+    line: bytes, message: str, reason: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(UserError, match=rf"in\.jsonl, line at byte 17: .*{message}"):
+        run([source], tokenizer, tmp_path / "out")
+    report = run([source], tokenizer, tmp_path / "out", on_bad_input="skip")
+    assert report.documents == 1 and report.left_out == {f"document: {reason}": 1}
+
+
+def test_nothing_at_all(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").touch()
+    with pytest.raises(UserError, match="not a single document in the sources; left out: nothing"):
+        run([tmp_path / "in.jsonl"], tokenizer, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    with pytest.raises(UserError, match="no such file"):
+        run([tmp_path / "in.jsonl"], tmp_path, tmp_path / "out")
+
+
+def test_chats_have_masks(tokenizer: Path, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "What is 42?"}, {"role": "assistant", "content": "An answer."}]
+    source = write_jsonl(tmp_path / "in.jsonl", [{"messages": chat}, {"messages": chat * 4}])
+    report = run([source], tokenizer, tmp_path / "out", kind="chat")
+    first, second = MDSReader(tmp_path / "out")
+    decode = llama3_tokenizer().decode
+    assert decode(first["input_ids"][first["mask"] == 1]) == "An answer.<|eot_id|>"
+    assert report.targets == int(first["mask"].sum() + second["mask"].sum())
+    limit = len(first["input_ids"]) + 3
+    run([source], tokenizer, tmp_path / "cut", kind="chat", max_chat_tokens=limit)
+    np.testing.assert_array_equal(MDSReader(tmp_path / "cut")[1]["input_ids"], first["input_ids"])
+    only = write_jsonl(tmp_path / "only.jsonl", [{"messages": chat[:1]}])
+    with pytest.raises(UserError, match=r"only\.jsonl, line at byte 0: the assistant says nothing"):
+        run([only], tokenizer, tmp_path / "zeros", kind="chat")
+    assert not (tmp_path / "zeros").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_run_stopped_by_a_full_disk_continues_when_there_is_room(
+    tokenizer: Path, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize_module, "TASK_BYTES", 50_000)
+    for number in range(10):
+        (tmp_path / f"in{number}.txt").write_text(f"{number} word\n" * 10_000)
+    sources = [str(path) for path in sorted(tmp_path.glob("*.txt"))]
+    with pytest.raises(UserError, match=r"the disk is full; what was unfinished has been removed"):
+        tokenize(sources, tokenizer, small_disk / "out")
+    assert [path.name for path in small_disk.iterdir()] == ["out.partial"]
+    assert not list(small_disk.rglob("*.tmp-*"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    tokenize(sources, tokenizer, small_disk / "out")
+    tokenize(sources, tokenizer, tmp_path / "whole")
+    assert files_of(small_disk / "out") == files_of(tmp_path / "whole")
+
+
+def test_commands(tokenizer: Path, tmp_path: Path) -> None:
+    """The whole way on the command line: repositories to packs."""
+    for number in range(3):
+        (tmp_path / "src" / f"r{number}").mkdir(parents=True)
+        (tmp_path / "src" / f"r{number}" / "a.py").write_text("print(42)\n" * 50 * (number + 1))
+    invoke = CliRunner().invoke
+    result = invoke(app, ["sources"])
+    assert "repositories" in result.output and "parquet" in result.output
+    words = [
+        "tokenize",
+        tmp_path / "src",
+        tmp_path / "code",
+        "--kind",
+        "repositories",
+        "--tokenizer",
+        tokenizer,
+    ]
+    result = invoke(app, [str(word) for word in [*words, "--workers", 1]])
+    assert result.exit_code == 0 and "code: 3 documents" in result.output, result.output
+    words = ["filter", tmp_path / "code", tmp_path / "long", "--min-length", "code=0.375K", "--workers", 1]
+    result = invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0 and "kept 2 documents" in result.output, result.output
+    words = [
+        "pack",
+        tmp_path / "long",
+        tmp_path / "packs",
+        "--length",
+        "0.25K",
+        "--mode",
+        "single",
+        "--workers",
+        1,
+    ]
+    result = invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0 and "packs of 256 tokens" in result.output, result.output
+    assert {sample["domain"] for sample in MDSReader(tmp_path / "packs")} == {"code"}
+    result = invoke(app, ["merge", str(tmp_path / "packs")])
+    assert result.exit_code == 0, result.output
+    assert isinstance(invoke(app, ["pack", "one", "--length", "4", "--mode", "concat"]).exception, UserError)
