@@ -1,0 +1,47 @@
+"""Log-probabilities and greedy generation of a checkpoint in place against transformers, token by token."""
+
+import pytest
+import torch
+from reference import reference_llama
+
+from megatron_prolong.convert.to_megatron import to_megatron
+from megatron_prolong.mcore import inference
+from megatron_prolong.mcore.groups import megatron
+from megatron_prolong.mcore.inference import load_for_inference
+from megatron_prolong.recipe.schema import Layout
+from megatron_prolong.runtime.launch import distributed
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("inference")
+    hf = reference_llama()
+    hf.save_pretrained(directory / "hf")
+    to_megatron(directory / "hf", directory / "ours")
+    with distributed() as world, megatron(Layout(), seed=1):
+        yield hf, load_for_inference(directory / "ours", Layout(), world.device, "fp32")
+
+
+def test_token_logprobs_in_chunks(models, monkeypatch):
+    hf, ours = models
+    monkeypatch.setattr(inference, "PREFILL_TOKENS", 50)  # several chunks, the last one not full
+    ids = torch.randint(0, 1000, (230,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logprobs = hf(ids[None]).logits[0].log_softmax(-1)
+    expected = logprobs[:-1].gather(1, ids[1:, None])[:, 0]
+    torch.testing.assert_close(ours.token_logprobs(ids.tolist()), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_greedy_generation_of_prompts_of_different_lengths(models):
+    hf, ours = models
+    random = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(0, 1000, (length,), generator=random).tolist() for length in (3, 40, 17)]
+    expected = []
+    for prompt in prompts:
+        output = hf.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        expected.append(output[0, len(prompt) :].tolist())
+    assert ours.generate(prompts, 12, stop_ids=[]) == expected
+    stop = expected[0][4]
+    assert ours.generate(prompts, 12, stop_ids=[stop])[0] == expected[0][: expected[0].index(stop)]

@@ -1,0 +1,85 @@
+"""Tiny runs in real processes: what `prolong train` does, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+
+from megatron_prolong.data.mds import MDSWriter
+
+RECIPE = """\
+name: tiny
+run_dir: {run_dir}
+model:
+  init: {{num_layers: 4, hidden_size: 32, num_heads: 4, num_kv_heads: 2, ffn_hidden_size: 64, max_length: 64, rope_base: 1e4}}
+  tokenizer: {root}/tokenizer
+precision: fp32
+recompute: none
+checkpoint: {{every: 3, keep: 2}}
+stages:
+  - {{name: short, sequence_length: 64, batch_tokens: 256, steps: 6, lr: 1e-2, mixture: {{{root}/data: 1.0}}}}
+  - {{name: long, sequence_length: 64, batch_tokens: 256, steps: 4, lr: 1e-2, rope_base: 1e5, mixture: {{{root}/data: 1.0}}}}
+"""
+
+
+class Workspace:
+    """A directory with a tokenizer, packed data and a recipe; runs are named within it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def recipe(self, run: str) -> Path:
+        path = self.root / f"{run}.yaml"
+        path.write_text(RECIPE.format(run_dir=self.root / run, root=self.root))
+        return path
+
+    def train(self, run: str, *overrides: str, code: int = 0) -> str:
+        """Run `prolong train`; returns its output after checking the exit code."""
+        command = [sys.executable, "-m", "megatron_prolong", "train", str(self.recipe(run)), *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        output = done.stdout + done.stderr
+        assert done.returncode == code, output
+        return output
+
+    def losses(self, run: str) -> dict[tuple[str, int], float]:
+        """The last recorded loss of every step."""
+        lines = (self.root / run / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        return {(line["stage"], line["step"]): line["loss"] for line in records if "loss" in line}
+
+
+def write_tokenizer(directory: Path, vocab_size: int) -> None:
+    directory.mkdir()
+    vocabulary = {f"t{number}": number for number in range(vocab_size)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="t0")).save(str(directory / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    root = tmp_path_factory.mktemp("training")
+    write_tokenizer(root / "tokenizer", vocab_size=100)
+    random = np.random.default_rng(0)
+    columns = {"input_ids": "ndarray:uint32", "indices": "ndarray:uint32", "domain": "str", "length": "int"}
+    with MDSWriter(root / "data", columns) as writer:
+        for _ in range(20):
+            cut = int(random.integers(1, 64))
+            # Each document repeats one token, so that there is something to learn within a few steps.
+            tokens = np.repeat(random.integers(0, 100, 2), [cut, 64 - cut]).astype(np.uint32)
+            indices = np.array([[0, cut], [cut, 64]], np.uint32)
+            writer.write({"input_ids": tokens, "indices": indices, "domain": "data", "length": 64})
+    return Workspace(root)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(workspace):
+    """The losses of a run that nothing interrupted."""
+    workspace.train("undisturbed")
+    return workspace.losses("undisturbed")

@@ -1,0 +1,89 @@
+"""The chain of stages: learning, resuming bit for bit, changed recipes, changed layouts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+
+def test_a_run_learns_and_walks_its_stages(workspace, undisturbed):
+    assert [key for key in undisturbed] == [("short", n) for n in range(1, 7)] + [("long", n) for n in range(1, 5)]
+    assert undisturbed["short", 1] == pytest.approx(4.6, abs=0.1)  # ln 100: nothing learned yet
+    assert undisturbed["long", 4] < undisturbed["short", 1] - 0.2
+    manifest = json.loads((workspace.root / "undisturbed/long/step_00000004/prolong.json").read_text())
+    assert manifest["shape"]["rope_base"] == 1e5
+    assert manifest["training"]["step"] == 4 and manifest["training"]["tokens"] == 4 * 256
+    kept = sorted(path.name for path in (workspace.root / "undisturbed/short").glob("step_*"))
+    assert kept == ["step_00000003", "step_00000006"]
+
+
+@pytest.mark.parametrize("stage, step", [("short", 3), ("short", 6), ("long", 3)])
+def test_resuming_repeats_the_undisturbed_run_bit_for_bit(workspace, undisturbed, stage, step):
+    """As if the process had died just before its next checkpoint: everything after `step` is gone."""
+    run = f"resumed-{stage}-{step}"
+    root = workspace.root
+    shutil.copytree(root / "undisturbed", root / run)
+    for directory in [*(root / run / "long").glob("step_*"), *(root / run / "short").glob("step_*")]:
+        later_stage = directory.parent.name == "long" and stage == "short"
+        if later_stage or (directory.parent.name == stage and int(directory.name[5:]) > step):
+            shutil.rmtree(directory)
+    if stage == "short":
+        shutil.rmtree(root / run / "long")
+    (root / run / stage / "latest").write_text(f"step_{step:08d}\n")
+    (root / run / "metrics.jsonl").unlink()
+    (root / run / "recipe.yaml").unlink()
+    workspace.train(run)
+    resumed = workspace.losses(run)
+    assert resumed, "nothing was trained"
+    assert resumed == {key: undisturbed[key] for key in resumed}
+    assert min(resumed) == ((stage, step + 1) if step != 6 else ("long", 1))
+
+
+def test_a_finished_run_trains_nothing_more(workspace, undisturbed):
+    before = (workspace.root / "undisturbed/metrics.jsonl").read_text()
+    assert "done:" in workspace.train("undisturbed")
+    assert (workspace.root / "undisturbed/metrics.jsonl").read_text() == before
+
+
+def test_carrying_the_optimizer_matters(workspace, undisturbed):
+    """Without Adam's moments the first update of the second stage is another one; the first loss is the same."""
+    workspace.train("forgetful", "stage.long.carry.optimizer=false")
+    losses = workspace.losses("forgetful")
+    assert losses["long", 1] == undisturbed["long", 1]
+    assert losses["long", 2] != undisturbed["long", 2]
+
+
+def test_changes_that_would_corrupt_a_begun_stage_are_refused(workspace, undisturbed):
+    output = workspace.train("undisturbed", "stage.short.seed=7", "stage.long.lr=5e-3", code=2)
+    assert "stage.short.seed: 42 → 7" in output and "stage.long.lr" in output
+
+
+def test_another_layout_continues_the_same_losses(workspace, undisturbed):
+    """From a checkpoint of one process to two: pipeline stages, then context parallel; fp32 rounding only."""
+    root = workspace.root
+    for name, overrides in {"pp": ["layout.pp=2"], "cp": ["layout.cp=2", "layout.cp_exchange=p2p"]}.items():
+        run = f"resharded-{name}"
+        shutil.copytree(root / "undisturbed", root / run)
+        shutil.rmtree(root / run / "long")
+        (root / run / "metrics.jsonl").unlink()
+        (root / run / "recipe.yaml").unlink()
+        workspace.train(run, *overrides, "--processes", "2")
+        losses = workspace.losses(run)
+        assert losses.keys() == {("long", n) for n in range(1, 5)}
+        for key, loss in losses.items():
+            assert loss == pytest.approx(undisturbed[key], rel=1e-5)
+
+
+def test_data_that_changed_under_a_begun_stage_is_noticed(workspace, undisturbed):
+    root = workspace.root
+    shutil.copytree(root / "undisturbed", root / "moved")
+    directory = root / "moved/long/step_00000003"
+    shutil.rmtree(root / "moved/long/step_00000004")
+    (root / "moved/long/latest").write_text("step_00000003\n")
+    (root / "moved/recipe.yaml").unlink()
+    manifest = json.loads((directory / "prolong.json").read_text())
+    manifest["training"]["stream"] = "of another data set"
+    (directory / "prolong.json").write_text(json.dumps(manifest))
+    assert "batch stream would jump" in workspace.train("moved", code=2)
