@@ -31,6 +31,9 @@ CORE = [
 EXTRAS = {
     # GPU-only packages are imported lazily and come with NVIDIA's PyTorch image.
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    # sources that few need: Parquet, saved Hugging Face datasets, remote paths
+    "data": ["pyarrow>=21,<27", "datasets>=5.2,<6", "fsspec>=2024.2"],
+    "ray": ["ray>=2.60,<3"],
     "eval": ["lm-eval>=0.4.9,<0.5"],
     "dev": [
         "pytest>=8,<10",
