@@ -122,6 +122,29 @@ def test_headers_stay_out_where_the_pattern_would_join_them_with_the_answer() ->
     ]
 
 
+def test_a_token_that_straddles_header_and_answer_stays_out() -> None:
+    tokenizer = llama3_tokenizer(words=r"[\s\S]+")  # one word between control tokens
+    tokens, mask = encode([CHAT[1], {"role": "assistant", "content": "You are."}], tokenizer)
+    (_, header), (_, answer) = spans(tokens, mask, tokenizer)
+    assert header.endswith("assistant<|end_header_id|>\n\nYo") and answer == "u are.<|eot_id|>"
+
+
+def test_a_header_that_ends_in_a_trimmed_blank_stays_out() -> None:
+    template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] | trim + '<|eot_id|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    for trim_offsets in (False, True):
+        tokenizer = llama3_tokenizer(
+            words=r"\p{L}+|\s|[^\s\p{L}]+", template=template, trim_offsets=trim_offsets
+        )
+        tokens, mask = encode(CHAT[1:], tokenizer)
+        assert [text for bit, text in spans(tokens, mask, tokenizer) if bit] == [
+            "Paris.\n\n  Naïve café 🙂.<|eot_id|>",
+            "Madrid.<|eot_id|>",
+        ]
+
+
 def test_the_date_of_the_day_does_not_change_the_tokens() -> None:
     dated = TEMPLATE.replace(
         "{% for message in messages %}",
@@ -195,7 +218,9 @@ def test_templates_that_cannot_tell_the_spans_are_refused() -> None:
     forgetful = (
         "{% for message in messages %}{% if loop.last %}{{ message['content'] }}{% endif %}{% endfor %}"
     )
-    for template in (always_open, forgetful):
+    other_opening = TEMPLATE.replace("{% endif %}", "<think>{% endif %}")
+    assert other_opening.count("<think>") == 2
+    for template in (always_open, forgetful, other_opening):
         with pytest.raises(UserError, match="does not keep earlier turns"):
             encode(CHAT, llama3_tokenizer(template=template))
     with pytest.raises(UserError, match="no chat template"):

@@ -1,4 +1,5 @@
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ def test_it_reads_ahead_but_not_far(tmp_path: Path) -> None:
     batches = stream(mixture, 0, list)
     next(batches)
     assert third_read.wait(10), "two steps are read while the first is trained on"
+    time.sleep(0.2)  # a third step ahead would be read now
+    assert len(asked) == 12
     batches.close()
     assert len(asked) == 12 and not readers()
 
