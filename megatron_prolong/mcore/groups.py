@@ -68,7 +68,7 @@ def megatron(layout: Layout, seed: int) -> Iterator[ParallelGroups]:
             hierarchical_context_parallel_sizes=_hierarchy(layout),
             create_gloo_process_groups=False,
         )
-        stack.callback(parallel_state.destroy_model_parallel)
+        stack.callback(_destroy_groups)
         seed_everything(seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield ParallelGroups(
@@ -81,6 +81,14 @@ def megatron(layout: Layout, seed: int) -> Iterator[ParallelGroups]:
                 parallel_state.get_hierarchical_context_parallel_groups(check_initialized=False) or ()
             ),
         )
+
+
+def _destroy_groups() -> None:
+    """Undo initialize_model_parallel, threads and connections included; Megatron itself only forgets the groups."""
+    groups = {group for group in parallel_state._global_process_group_list or () if group is not None}
+    parallel_state.destroy_model_parallel()
+    for group in groups - {dist.GroupMember.NON_GROUP_MEMBER, dist.group.WORLD}:
+        dist.destroy_process_group(group)
 
 
 @contextlib.contextmanager
