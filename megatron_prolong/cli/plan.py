@@ -70,9 +70,12 @@ def plan(
 
 
 def _print(plan: StagePlan, gpu: Gpu, top: int) -> None:
+    from dataclasses import asdict
+
     from rich.table import Table
 
     from megatron_prolong.cli.tables import print_table
+    from megatron_prolong.plan.volume import step_volume
 
     stage, world = plan.stage, plan.written.job.world_size
     print(
@@ -93,6 +96,8 @@ def _print(plan: StagePlan, gpu: Gpu, top: int) -> None:
         memory, time = plan.best.memory, plan.best.time
         assert memory is not None and time is not None
         print("  best, GB: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in memory.parts().items()))
+        sent = asdict(step_volume(plan.best.job, pp_rank=0))
+        print("  best, GB sent per step: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in sent.items()))
         print("  best, seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in time.parts().items()))
     if plan.simulation is not None:
         spread = ", ".join(f"{name} {seconds:.1f}" for name, seconds in plan.simulation.percentiles().items())

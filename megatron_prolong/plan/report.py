@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_prolong.plan.batches import Batches, stage_batches
@@ -12,6 +12,7 @@ from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job, job_of
 from megatron_prolong.plan.search import Candidate, evaluate, search
 from megatron_prolong.plan.simulate import Simulation, simulate
+from megatron_prolong.plan.volume import step_volume
 from megatron_prolong.recipe.schema import LayoutOverride, Recipe, Stage
 from megatron_prolong.recipe.shape import ModelShape
 
@@ -130,6 +131,7 @@ def candidate_json(candidate: Candidate, gpu: Gpu, num_steps: int) -> dict[str, 
     hours = candidate.gpu_hours(num_steps)
     return {
         **found,
+        "sent_bytes_per_step": asdict(step_volume(candidate.job, pp_rank=0)),
         "step_seconds": {**candidate.time.parts(), "total": candidate.time.total},
         "tokens_per_second_per_gpu": candidate.throughput,
         "mfu": candidate.mfu,

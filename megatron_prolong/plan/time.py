@@ -33,7 +33,8 @@ from megatron_prolong.plan.flops import ForwardFlops, model_flops, passes
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import BatchDocuments, Lengths
-from megatron_prolong.plan.memory import a2a_repeats, stage_weights
+from megatron_prolong.plan.memory import stage_weights
+from megatron_prolong.plan.volume import context_bytes
 
 Seconds = NDArray[np.float64]
 
@@ -223,19 +224,8 @@ def _tensor_seconds(job: Job, gpu: Gpu) -> float:
 
 
 def _context_seconds(job: Job, gpu: Gpu) -> float:
-    """Keys and values to all ranks in the forward; in the backward again, and their fp32 gradients back."""
-    shape, layout, t, e = job.shape, job.layout, job.rank_tokens, job.element_bytes
-    if layout.cp == 1:
-        return 0.0
-    again = 1 if job.recompute == "full" else 0
-    keys_values = 2 * t * shape.num_kv_heads * shape.head_dim // layout.tp
-    if layout.cp_exchange != "a2a":  # a2a+p2p is counted as the ring it mostly is
-        volume = float(((2 + again) * e + 4) * (layout.cp - 1) * keys_values)
-    else:
-        queries_output = 2 * t * shape.num_heads * shape.head_dim // layout.tp
-        moved = queries_output + a2a_repeats(job) * keys_values
-        volume = (2 + again) * e * (layout.cp - 1) / layout.cp * moved
-    return volume * shape.num_layers / layout.pp / gpu.bandwidth(layout.cp, stride=layout.tp)
+    """The exchange of one micro-batch whose documents are all split."""
+    return context_bytes(job) / gpu.bandwidth(job.layout.cp, stride=job.layout.tp)
 
 
 def _hand_over_seconds(job: Job, gpu: Gpu) -> float:

@@ -62,7 +62,7 @@ def _progress(run: RunHistory) -> Iterator[str]:
                 "done" if one.done else duration(one.remaining_seconds),
             )
         )
-    yield table(["stage", "step", "tokens", "loss", "tokens/s", "s/step", "left"], rows)
+    yield table(["stage", "step", "sequence length", "loss", "tokens/s", "s/step", "left"], rows)
 
 
 def _domains(one: StageHistory) -> Iterator[str]:
@@ -78,8 +78,10 @@ def _domains(one: StageHistory) -> Iterator[str]:
             asked[path.name] += share
     total = sum(counts.values()) or 1.0
     yield heading(f"Tokens by domain, stage {one.stage.name}")
-    bars = [(name, {"tokens": tokens / 1e6}) for name, tokens in counts.items()]
-    yield figure(stacked_bars(bars, "M"), "Tokens read so far, in millions.")
+    largest = max(counts.values())
+    scale, unit = next(((s, u) for s, u in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if largest >= s), (1.0, ""))
+    bars = [(name, {"tokens": tokens / scale}) for name, tokens in counts.items()]
+    yield figure(stacked_bars(bars, unit), "Tokens read so far.")
     rows = [
         (name, f"{tokens:,.0f}", f"{tokens / total:.1%}", f"{asked[name]:.1%}" if name in asked else "–")
         for name, tokens in counts.items()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_prolong.data.balance import CostModel
 from megatron_prolong.data.packed import Identity, PackedSequence
@@ -18,9 +20,11 @@ from megatron_prolong.recipe.shape import ModelShape
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of one rank. `activations` is the most that was saved when a forward had just ended."""
+    """Bytes of one rank. `activations` is the most that was saved when a forward had just ended; `sent` is by
+    kind of collective, as a ring sends them."""
 
     pp_rank: int
+    sent: dict[str, float]
     parameters: int
     gradients: int
     optimizer: int
@@ -72,6 +76,58 @@ class _Held:
         self.tensor = tensor
 
 
+class Traffic:
+    """Counts what this rank sends, by wrapping the process group's own methods."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, float] = defaultdict(float)
+        self._originals: dict[str, Any] = {}
+
+    def __enter__(self) -> Traffic:
+        for name, bytes_sent in _BYTES_SENT.items():
+            if name not in vars(dist.ProcessGroup):
+                continue  # another PyTorch's name
+            self._originals[name] = vars(dist.ProcessGroup)[name]
+            counted = self._counted(name, getattr(dist.ProcessGroup, name), bytes_sent)
+            setattr(dist.ProcessGroup, name, counted)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name, original in self._originals.items():
+            setattr(dist.ProcessGroup, name, original)
+
+    def _counted(self, name: str, original: Any, bytes_sent: Any) -> Any:
+        def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+            self.sent[name] += bytes_sent(args, group.size())
+            return original(group, *args, **kwargs)
+
+        return call
+
+
+def _size(tensors: Any) -> int:
+    if torch.is_tensor(tensors):
+        return tensors.numel() * tensors.element_size()
+    return sum(_size(one) for one in tensors)
+
+
+_BYTES_SENT = {
+    "allreduce": lambda args, n: 2 * (n - 1) / n * _size(args[0]),
+    "allreduce_coalesced": lambda args, n: 2 * (n - 1) / n * _size(args[0]),
+    "all_gather_single": lambda args, n: (n - 1) / n * _size(args[0]),
+    "all_gather_single_coalesced": lambda args, n: (n - 1) / n * _size(args[0]),
+    "reduce_scatter_single": lambda args, n: (n - 1) / n * _size(args[1]),
+    "reduce_scatter_single_coalesced": lambda args, n: (n - 1) / n * _size(args[1]),
+    "all_to_all_single": lambda args, n: (n - 1) / n * _size(args[1]),
+    "_allgather_base": lambda args, n: (n - 1) / n * _size(args[0]),  # as PyTorch 2.11 calls them
+    "_reduce_scatter_base": lambda args, n: (n - 1) / n * _size(args[1]),
+    "alltoall_base": lambda args, n: (n - 1) / n * _size(args[1]),
+    "allgather": lambda args, n: (n - 1) / n * _size(args[0]),
+    "reduce_scatter": lambda args, n: (n - 1) / n * _size(args[1]),
+    "send": lambda args, n: _size(args[0]),
+    "broadcast": lambda args, n: _size(args[0]),
+}
+
+
 def measure(
     rank: int, shape: ModelShape, layout: Layout, precision: str, recompute: str, length: int, sequences: int
 ) -> Measured:
@@ -103,7 +159,8 @@ def measure(
 
         for chunk in model.bare_chunks:
             chunk.register_forward_hook(after_forward)
-        with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+        traffic = Traffic()
+        with traffic, torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
             train_step(model, optimizer, batches, groups, spec=spec, lr=1e-3)
         gradients = {
             p.main_grad.untyped_storage().data_ptr(): p.main_grad.untyped_storage().nbytes()
@@ -111,6 +168,7 @@ def measure(
         }  # fmt: skip
         return Measured(
             pp_rank=groups.pp.rank,
+            sent=dict(traffic.sent),
             parameters=sum(storage.nbytes() for storage in weights.values()),
             gradients=sum(gradients.values()),
             optimizer=_optimizer_bytes(optimizer, set(weights)),

@@ -1,0 +1,107 @@
+"""Bytes that a rank sends in one step, by what they are for.
+
+Counted as a ring sends them: all-gather and reduce-scatter (n-1)/n of the whole, all-reduce twice that,
+all-to-all (n-1)/n of what a rank holds, point-to-point all of it. A few scalars per step are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_prolong.plan.job import Job
+from megatron_prolong.plan.memory import a2a_repeats, buffer_elements, stage_weights
+
+
+@dataclass(frozen=True)
+class StepVolume:
+    """Bytes sent by one rank in one step.
+
+    Attributes:
+        tensor: the residual stream and its gradient between tensor-parallel ranks, the loss's reductions, and
+            the gradients of the norms under sequence parallelism.
+        context: keys, values and gradients between context-parallel ranks, every document split.
+        pipeline: the residual stream and its gradient between pipeline stages.
+        data: gradients (fp32) and weights between the ranks that hold the same weights.
+    """
+
+    tensor: int
+    context: int
+    pipeline: int
+    data: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def step_volume(job: Job, pp_rank: int) -> StepVolume:
+    """What a rank of pipeline stage `pp_rank` sends in one step."""
+    return StepVolume(
+        tensor=round(_tensor(job, pp_rank)),
+        context=round(context_bytes(job) * job.micro_batches),
+        pipeline=_pipeline(job, pp_rank),
+        data=round(_data(job, pp_rank)),
+    )
+
+
+def _tensor(job: Job, pp_rank: int) -> float:
+    """Per layer and micro-batch, in units of an all-gather of the residual stream.
+
+    With sequence parallelism the forward gathers twice and scatters twice; the backward does the same for the
+    gradients and gathers the inputs of both column-parallel products again. Without, two all-reduces each way.
+    Recomputing a layer repeats its forward but the last scatter, that of its output; the MLP alone likewise.
+    """
+    layout, shape = job.layout, job.shape
+    if layout.tp == 1:
+        return 0.0
+    unit = (layout.tp - 1) / layout.tp * job.rank_tokens * shape.hidden_size * job.element_bytes
+    split = layout.sequence_parallel
+    per_layer = (4 + 6 if split else 8) + {"none": 0, "selective": 2, "full": 4}[job.recompute]
+    layers = shape.num_layers // layout.pp
+    first, last = pp_rank == 0, pp_rank == layout.pp - 1
+    # The embedding is scattered (or reduced) forward and gathered backward; the loss the other way round.
+    ends = 2 * first + 2 * last
+    loss = 3 * 2 * (layout.tp - 1) / layout.tp * job.rank_tokens * 4 * last
+    norms = 0.0
+    if split:
+        elements = 2 * layers * shape.hidden_size + shape.hidden_size * last
+        norms = 2 * (layout.tp - 1) / layout.tp * elements * 4
+    return job.micro_batches * ((per_layer * layers + ends) * unit + loss) + norms
+
+
+def context_bytes(job: Job) -> float:
+    """Bytes that a rank sends to its context-parallel ranks for one micro-batch."""
+    layout, shape, e = job.layout, job.shape, job.element_bytes
+    if layout.cp == 1:
+        return 0.0
+    t, again = job.rank_tokens, 1 if job.recompute == "full" else 0
+    keys_values = 2 * t * shape.num_kv_heads * shape.head_dim // layout.tp
+    if layout.cp_exchange == "a2a":
+        queries_output = 2 * t * shape.num_heads * shape.head_dim // layout.tp
+        moved = (queries_output + a2a_repeats(job) * keys_values) * (layout.cp - 1) / layout.cp
+        per_layer = (2 + again) * e * moved
+    elif layout.cp_exchange == "all_gather":
+        per_layer = ((2 + again) * e + 4) * (layout.cp - 1) * keys_values
+    else:  # the ring's gradients make one step more, to come home
+        per_layer = ((2 + again) * e * (layout.cp - 1) + 4 * layout.cp) * keys_values
+    return per_layer * shape.num_layers / layout.pp
+
+
+def _pipeline(job: Job, pp_rank: int) -> int:
+    """Forward to the next model chunk and backward to the one before, wherever that is another rank."""
+    layout = job.layout
+    if layout.pp == 1:
+        return 0
+    residual = job.residual_tokens * job.shape.hidden_size * job.element_bytes
+    first, last = pp_rank == 0, pp_rank == layout.pp - 1
+    hops = 2 * layout.virtual_pp - first - last
+    return job.micro_batches * hops * residual
+
+
+def _data(job: Job, pp_rank: int) -> float:
+    layout = job.layout
+    ranks = job.dp * layout.cp
+    elements = buffer_elements(job, stage_weights(job, pp_rank))
+    gather = job.element_bytes if layout.distributed_optimizer else 4
+    return (ranks - 1) / ranks * elements * (4 + gather)
