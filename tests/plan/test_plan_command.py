@@ -99,7 +99,7 @@ def test_the_page_is_drawn_by_a_browser(outputs: tuple[str, Path, Path], tmp_pat
     probe = tmp_path / "probe.html"
     probe.write_text(html.replace("</body>", f"{_PROBE}</body>"))
     command = [*base, "--window-size=1200,4000", f"--screenshot={screenshot}", "--dump-dom", probe.as_uri()]
-    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
     found = json.loads(dumped.split('id="probe">')[1].split("<")[0])
     assert found["svgs"] == 9 and found["bars"] > 100 and found["points"] > 50
     assert found["outside"] == []

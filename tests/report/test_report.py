@@ -118,7 +118,7 @@ def test_a_browser_draws_the_page(run: Path, tmp_path: Path) -> None:
     picture = tmp_path / "page.png"
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     shot = ["--window-size=1100,3000", f"--screenshot={picture}", (tmp_path / "page.html").as_uri()]
-    subprocess.run([browser, *options, *shot], capture_output=True, timeout=180, check=True)
+    subprocess.run([browser, *options, *shot], capture_output=True, timeout=300, check=True)
     from PIL import Image
 
     colours = Image.open(picture).convert("RGB").getcolors(maxcolors=2**24)
