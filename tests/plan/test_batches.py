@@ -1,5 +1,7 @@
 """Where a stage's document lengths come from: real shards, published distributions, names, or the worst case."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +62,10 @@ def test_a_name_may_say_the_length_and_the_unknown_is_assumed_dearest() -> None:
 
 def test_never_more_steps_than_the_stage_has() -> None:
     assert len(stage_batches(stage("mock"), 64).lengths) == 9
+
+
+def test_planning_and_reporting_need_no_torch() -> None:
+    modules = "megatron_prolong.plan.report, megatron_prolong.plan.page, megatron_prolong.report.page"
+    code = f"import sys, {modules}; print(sorted({{'torch', 'megatron', 'transformers'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
