@@ -71,13 +71,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         real_weight_VH = weight_VH[:num_real_rows]
         rows_T, is_mine_T = _local_rows(labels_T, vocab_start, num_real_rows)
-        lse_T = torch.empty(len(hidden_TH), dtype=torch.float32, device=hidden_TH.device)
+        lse_T = labels_T.new_full(labels_T.shape, -torch.inf, dtype=torch.float32)
         target_T = torch.zeros_like(lse_T)
-        for chunk in _chunks(len(hidden_TH), chunk_tokens):
+        for chunk in _chunks(len(hidden_TH) if num_real_rows else 0, chunk_tokens):
             logits_CV = (hidden_TH[chunk] @ real_weight_VH.T).float()
-            lse_T[chunk] = torch.logsumexp(logits_CV, dim=-1)
-            if num_real_rows:
-                target_T[chunk] = logits_CV.gather(-1, rows_T[chunk, None]).squeeze(-1) * is_mine_T[chunk]
+            target_T[chunk] = logits_CV.gather(-1, rows_T[chunk, None]).squeeze(-1) * is_mine_T[chunk]
+            lse_T[chunk] = _logsumexp_(logits_CV)
             del logits_CV  # before the next chunk's are made
         lse_T, target_T = _combine(lse_T, target_T, group)
         ctx.save_for_backward(hidden_TH, weight_VH, labels_T, lse_T)
@@ -112,6 +111,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
     return (slice(start, start + chunk_tokens) for start in range(0, num_tokens, chunk_tokens))
+
+
+def _logsumexp_(logits_CV: Tensor) -> Tensor:
+    """Log-sum-exp of each row, in place: torch.logsumexp would make a second chunk of exponentials."""
+    max_C1 = logits_CV.amax(dim=-1, keepdim=True)
+    return logits_CV.sub_(max_C1).exp_().sum(dim=-1).log_().add_(max_C1.squeeze(-1))
 
 
 def _local_rows(labels_T: Tensor, vocab_start: int, num_rows: int) -> tuple[Tensor, Tensor]:
