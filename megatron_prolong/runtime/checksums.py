@@ -1,0 +1,100 @@
+"""Checksums of a checkpoint's files: a byte that changed on disk is noticed before it is trained on.
+
+`checksums.json` in the directory maps each file's path to its size and its XXH3-128 hash. It guards against
+accident (a bad disk, a cut-off copy), not against malice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from megatron_prolong.errors import UserError
+
+CHECKSUMS = "checksums.json"
+_CHUNK_BYTES = 4 << 20
+_THREADS = 8  # hashing and reading let go of the interpreter
+
+Entries = dict[str, list[int | str]]
+
+
+def hash_files(directory: Path, names: Iterable[str]) -> Entries:
+    """path → [bytes, hash] of the named files; a rank can do this for the files that it has written."""
+    names = list(names)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: _hash(directory / name), names), strict=True))
+
+
+def write_checksums(directory: Path, entries: Mapping[str, list[int | str]] | None = None) -> None:
+    """Write checksums.json for every file under `directory`, synced to disk.
+
+    Args:
+        entries: of all files, when the ranks have hashed their own; default: hash everything here.
+    """
+    entries = hash_files(directory, _files(directory)) if entries is None else entries
+    temporary = directory / f"{CHECKSUMS}.tmp-{os.getpid()}"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump({"algorithm": "xxh3_128", "files": dict(sorted(entries.items()))}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / CHECKSUMS)
+
+
+def verify_checksums(directory: Path, share: slice = slice(None)) -> None:
+    """Compare every file with checksums.json.
+
+    Args:
+        share: of the files in order of their names, so that ranks can divide the reading: slice(rank, None, size).
+
+    Raises:
+        UserError: with every file that is missing, of another size, changed, or not in the list.
+    """
+    recorded = _read(directory)
+    present = _files(directory)
+    problems = [f"{name}: not in {CHECKSUMS}" for name in present if name not in recorded]
+    problems += [f"{name}: missing" for name in recorded if name not in present]
+    names = sorted(set(recorded) & set(present))[share]
+    for name, (size, digest) in hash_files(directory, names).items():
+        expected_size, expected_digest = recorded[name]
+        if size != expected_size:
+            problems.append(f"{name}: {size} bytes, written as {expected_size}")
+        elif digest != expected_digest:
+            problems.append(f"{name}: contents changed since it was written")
+    if problems:
+        raise UserError.many(
+            f"{directory} is damaged; use an older checkpoint or copy it again:", sorted(problems)
+        )
+
+
+def _read(directory: Path) -> Entries:
+    path = directory / CHECKSUMS
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        algorithm, files = content["algorithm"], content["files"]
+        entries: Entries = {str(name): [int(size), str(digest)] for name, (size, digest) in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); use an older checkpoint") from error
+    if algorithm != "xxh3_128":
+        raise UserError(f"{path}: unknown algorithm {algorithm!r}, expected xxh3_128")
+    return entries
+
+
+def _files(directory: Path) -> list[str]:
+    """Paths below `directory`, but for the checksums themselves (and a half-written list of them)."""
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(directory).as_posix() for path in paths)
+    return [name for name in names if not name.startswith(CHECKSUMS)]
+
+
+def _hash(path: Path) -> list[int | str]:
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return [size, digest.hexdigest()]
