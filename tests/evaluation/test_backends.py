@@ -1,0 +1,85 @@
+"""The megatron and hf backends agree token by token, with each other and with a plain forward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation import hf
+from megatron_prolong.evaluation.backend import Prompt, encode, open_backend
+
+PROMPTS = [
+    Prompt("The special magic number"),
+    Prompt("a rather longer prompt, so that the batch needs padding " * 3),
+    Prompt("What is the key?", chat=True),
+]
+LOGPROB_TOLERANCE = 2e-4  # fp32, sums in another order
+
+
+def test_hf_logprobs_in_chunks_are_those_of_one_pass(
+    hf_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf, "SCORE_CHUNK_TOKENS", 16)
+    ids = torch.arange(2, 102).tolist()
+    model = AutoModelForCausalLM.from_pretrained(hf_directory, dtype=torch.float32)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = logprobs[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+    with open_backend(hf_directory) as backend:
+        assert np.abs(backend.token_logprobs(ids) - expected).max() < LOGPROB_TOLERANCE
+        whole = backend.continuation_logprobs(ids[:60], [ids[60:], ids[60:70], [5]])
+    assert whole[0] == pytest.approx(expected[59:].sum(), abs=1e-3)
+    assert whole[1] == pytest.approx(expected[59:69].sum(), abs=1e-3)
+    assert whole[2] == pytest.approx(float(logprobs[59, 5]), abs=1e-3)
+
+
+def test_hf_batches_and_chunks_generate_what_transformers_generates(
+    hf_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf, "PREFILL_CHUNK_TOKENS", 16)
+    model = AutoModelForCausalLM.from_pretrained(hf_directory, dtype=torch.float32)
+    with open_backend(hf_directory, batch_size=3) as backend:
+        expected = []
+        for prompt in PROMPTS:
+            ids = torch.tensor([encode(backend.tokenizer, prompt)])
+            output = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1)
+            expected.append(backend.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        assert backend.generate(PROMPTS, 12) == expected
+    assert len(set(expected)) == 3
+
+
+def test_megatron_equals_hf_token_by_token(hf_directory: Path, checkpoint: Path) -> None:
+    ids = torch.randint(2, 258, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    with open_backend(hf_directory, batch_size=3) as reference:
+        logprobs = reference.token_logprobs(ids)
+        continuations = reference.continuation_logprobs(ids[:200], [ids[200:], ids[:7]])
+        texts = reference.generate(PROMPTS, 24)
+        stops, length = reference.max_length, encode(reference.tokenizer, PROMPTS[2])
+    with open_backend(checkpoint, batch_size=2) as ours:
+        assert ours.name == "megatron"
+        assert np.abs(ours.token_logprobs(ids) - logprobs).max() < LOGPROB_TOLERANCE
+        assert ours.continuation_logprobs(ids[:200], [ids[200:], ids[:7]]) == pytest.approx(
+            continuations, abs=5e-3
+        )
+        assert ours.generate(PROMPTS, 24) == texts
+        assert ours.max_length == stops and encode(ours.tokenizer, PROMPTS[2]) == length
+    assert logprobs.std() > 0.5, "a model that is certain of nothing would prove nothing"
+
+
+def test_generation_ends_before_a_stop_text(hf_directory: Path) -> None:
+    with open_backend(hf_directory) as backend:
+        (whole,) = backend.generate(PROMPTS[:1], 24)
+        (cut,) = backend.generate(PROMPTS[:1], 24, stop=[whole[3:5]])
+    assert cut == whole[: whole.index(whole[3:5])]
+
+
+def test_neither_kind_of_model_is_refused(tmp_path: Path, hf_directory: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json"), open_backend(tmp_path):
+        pass
+    with pytest.raises(UserError, match="megatron"), open_backend(hf_directory, kind="megatron"):
+        pass

@@ -1,0 +1,97 @@
+"""Scores equal HELMET's: its own outputs on generated strings (data/helmet_vectors.json), and cases by hand.
+
+The vectors are what HELMET's utils.py (April 2025, with rouge_score and pytrec_eval) returned for the strings
+of `strings.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prolong.evaluation.ranking import parse_ranking, ranking_metrics
+from megatron_prolong.evaluation.text_metrics import (
+    answer_list,
+    f1,
+    normalize_answer,
+    parse_output,
+    ruler_recall,
+    text_metrics,
+)
+
+VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "helmet_vectors.json").read_text())
+NAMES = ("exact_match", "f1", "substring_exact_match")
+ROUGE = ("rougeL_f1", "rougeL_recall", "rougeLsum_f1", "rougeLsum_recall")
+
+
+def test_text_scores_of_a_thousand_strings_are_helmets() -> None:
+    assert len(VECTORS["text"]) >= 1000
+    for prediction, answers, expected in VECTORS["text"]:
+        scores = text_metrics(prediction, answers)
+        assert [float(scores[name]) for name in (*NAMES, *ROUGE)] == pytest.approx(expected, abs=1e-8), (
+            prediction
+        )
+
+
+def test_the_vectors_are_not_trivial() -> None:
+    columns = list(zip(*(expected for _, _, expected in VECTORS["text"]), strict=True))
+    for column in columns:
+        assert 0.02 < sum(value > 0 for value in column) / len(column) < 0.98
+
+
+def test_parsed_outputs_are_helmets() -> None:
+    for output, prefix, expected in VECTORS["parse"]:
+        assert parse_output(output, prefix) == expected, output
+
+
+def test_parsed_rankings_are_helmets() -> None:
+    for output, expected in VECTORS["ranking"]:
+        assert list(parse_ranking(output).items()) == [tuple(pair) for pair in expected], output
+
+
+def test_ranking_measures_are_those_of_trec_eval() -> None:
+    for ranking, relevance, cut_offs, expected in VECTORS["measures"]:
+        assert ranking_metrics(dict(ranking), relevance, cut_offs) == pytest.approx(expected, abs=1.1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Eiffel Tower!", "eiffel tower"),
+        ("A", ""),
+        ("re-rank", "rerank"),
+        ("an\tan", ""),
+        ("U.S.", "us"),
+    ],
+)
+def test_normalisation(text: str, expected: str) -> None:
+    assert normalize_answer(text) == expected
+
+
+def test_an_answer_of_only_an_article_matches_an_empty_output() -> None:
+    scores = text_metrics("", ["A", "A. option"])
+    assert scores["exact_match"] and scores["substring_exact_match"]
+
+
+def test_yes_and_no_must_be_equal() -> None:
+    assert f1("yes it is", "yes") == 0.0
+    assert f1("Yes.", "yes") == 1.0
+
+
+def test_answers_of_all_forms() -> None:
+    assert answer_list("x") == ["x"] and answer_list([["x", "y"], ["z"]]) == ["x", "y", "z"]
+
+
+def test_ruler_recall_is_the_share_found() -> None:
+    assert ruler_recall("values: 12, ABC", ["12", "abc", "7", "8"]) == 0.5
+
+
+def test_a_prefix_alone_on_its_line_gives_nothing() -> None:
+    assert parse_output("Answer:\nParis") == ""
+
+
+def test_a_list_without_arrows_is_one_id() -> None:
+    assert parse_ranking("12, 5, 7") == {"12": 1}

@@ -1,0 +1,149 @@
+"""The openai backend and the judge against a real HTTP server that stumbles."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.backend import Prompt
+from megatron_prolong.evaluation.http import Client
+from megatron_prolong.evaluation.judge import Judge, judge_results, last_object, summary_scores
+from megatron_prolong.evaluation.openai import OpenAIBackend
+
+
+class Server(ThreadingHTTPServer):
+    """Answers like an OpenAI-compatible server; the first `stumbles` requests fail with 503."""
+
+    def __init__(self, answer: str = "") -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.stumbles = 0
+        self.answer = answer
+        self.lock = threading.Lock()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self._reply(200, {"data": [{"id": "tiny", "max_model_len": 512}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.requests.append((self.path, body))
+            stumble = self.server.stumbles > 0
+            self.server.stumbles -= stumble
+        if stumble:
+            self._reply(503, {"error": "busy"})
+        elif "too long" in json.dumps(body):
+            self._reply(400, {"error": "maximum context length is 512 tokens"})
+        elif self.path == "/v1/completions":
+            self._reply(200, {"choices": [{"text": f"echo {body['prompt']}\nmore"}]})
+        else:
+            text = self.server.answer or f"chat {body['messages'][0]['content']}"
+            self._reply(200, {"choices": [{"message": {"content": text}}]})
+
+    def _reply(self, status: int, content: dict[str, Any]) -> None:
+        payload = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    thread.start()
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+def client(server: Server, **options: Any) -> Client:
+    options = {"first_wait_seconds": 0.01, "timeout_seconds": 20.0, **options}
+    return Client(f"http://127.0.0.1:{server.server_port}/v1", **options)
+
+
+def test_prompts_come_back_in_order_after_failures(server: Server, tokenizer: Any) -> None:
+    server.stumbles = 5
+    backend = OpenAIBackend.connect(client(server, concurrency=4), "tiny", tokenizer)
+    prompts = [Prompt(f"number {index}", chat=index % 2 == 1) for index in range(12)]
+    outputs = backend.generate(prompts, 9, stop=["\n"])
+    assert outputs == [f"{'chat' if index % 2 else 'echo'} number {index}" for index in range(12)]
+    assert len(server.requests) == 12 + 5
+    assert all(body["max_tokens"] == 9 and body["temperature"] == 0.0 for _, body in server.requests)
+    assert backend.max_length == 512
+
+
+def test_what_the_server_refuses_is_not_tried_again(server: Server, tokenizer: Any) -> None:
+    backend = OpenAIBackend.connect(client(server), "tiny", tokenizer)
+    with pytest.raises(UserError, match="maximum context length"):
+        backend.generate([Prompt("too long")], 4)
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_stays_away_is_named(tokenizer: Any) -> None:
+    nobody = Client("http://127.0.0.1:9/v1", attempts=2, first_wait_seconds=0.01)
+    with pytest.raises(UserError, match="127.0.0.1:9"):
+        OpenAIBackend.connect(nobody, "tiny", tokenizer)
+
+
+def test_an_unknown_model_lists_the_known(server: Server, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="it serves tiny"):
+        OpenAIBackend.connect(client(server), "huge", tokenizer)
+
+
+def helmet_checkout(directory: Path) -> Path:
+    """Scripts with prompts of the right names, as far as the judge looks."""
+    scripts = directory / "scripts"
+    scripts.mkdir()
+    (scripts / "eval_gpt4_longqa.py").write_text(
+        'judge_prompt = """Q {question} C {correct_answers} A {parsed_output} {{"fluency": 1}}"""\nraise SystemExit\n'
+    )
+    return directory
+
+
+def test_the_judge_scores_caches_and_resumes(server: Server, tmp_path: Path) -> None:
+    helmet = helmet_checkout(tmp_path)
+    items = [{"question": f"q{n}", "answer": ["x"], "output": f"Answer:\nout {n}"} for n in range(3)]
+    result = tmp_path / "narrativeqa_7892_v1__in8192_size3.json"
+    result.write_text(json.dumps({"data": items, "averaged_metrics": {"f1": 1.0}, "args": {}}))
+    server.answer = 'First {"fluency": 0, "correctness": 0}. So {"fluency": 1, "correctness": 2}'
+    judge = Judge(client(server), "tiny", tmp_path / "cache.jsonl")
+    (written,) = judge_results(tmp_path, judge, helmet)
+    content = json.loads(written.read_text())
+    assert content["averaged_metrics"]["gpt-4-score"] == 2.0
+    assert content["data"][0]["gpt-4-scores"] == {"fluency": 1, "correctness": 2}
+    prompts = {body["messages"][0]["content"] for _, body in server.requests}
+    assert "Q q0 C ['x'] A out 0 {\"fluency\": 1}" in prompts
+    written.unlink()
+    with (tmp_path / "cache.jsonl").open("a") as file:
+        file.write('{"key": "cut o')
+    judge_results(tmp_path, judge, helmet)
+    assert len(server.requests) == 3, "the second run must find every answer in the cache"
+
+
+def test_summary_scores() -> None:
+    answers = ['{"fluency": 1}', '{"recall": 2}', 'text {"precision": 3, "sentence_count": 4}']
+    scores = summary_scores(answers, 4)
+    assert scores is not None and (scores["recall"], scores["precision"]) == (0.5, 0.75)
+    assert scores["f1"] == pytest.approx(0.6)
+    assert summary_scores(["nothing", *answers[1:]], 4) is None
+
+
+def test_the_last_object_counts() -> None:
+    assert last_object('a {"x": 1} b {"x": 2}') == {"x": 2}
+    assert last_object('{"x": [{"y": 1}]') is None or last_object('{"x": 1') is None
