@@ -53,7 +53,12 @@ class Comparison:
     @property
     def equal(self) -> bool:
         """Nothing differs."""
-        return not self.config and all(tensor.exact for tensor in self.tensors)
+        return not self.config and self.same_tensors
+
+    @property
+    def same_tensors(self) -> bool:
+        """Every tensor is there with the same numbers."""
+        return bool(self.tensors) and all(tensor.exact for tensor in self.tensors)
 
     def lines(self) -> list[str]:
         """The result in words."""
@@ -71,8 +76,11 @@ class Comparison:
         return lines
 
 
-def compare(a: Path, b: Path) -> Comparison:
+def compare(a: Path, b: Path, *, cast: bool = False) -> Comparison:
     """Compare two checkpoint directories of any kind.
+
+    Args:
+        cast: compare `a` as it is in `b`'s dtypes: whether `b` is a faithful conversion to another dtype.
 
     Raises:
         UserError: one of them is not a checkpoint, or is damaged.
@@ -86,16 +94,16 @@ def compare(a: Path, b: Path) -> Comparison:
         ]
         if any(fields[name] != others[name] for name in _SIZES):
             return Comparison(config, [])
-        return Comparison(config, _compare_tensors(left, right))
+        return Comparison(config, _compare_tensors(left, right, cast))
 
 
-def _compare_tensors(left: AnyCheckpoint, right: AnyCheckpoint) -> list[TensorDifference]:
+def _compare_tensors(left: AnyCheckpoint, right: AnyCheckpoint, cast: bool) -> list[TensorDifference]:
     tensors = hf_tensors(left.shape)
     total = sum(tensor.numel * left.dtype(tensor).itemsize for tensor in tensors)
     with byte_progress("comparing", total) as advance:
 
         def one(tensor: Tensor2D) -> TensorDifference:
-            difference = _compare_tensor(tensor, left, right)
+            difference = _compare_tensor(tensor, left, right, cast)
             advance(tensor.numel * left.dtype(tensor).itemsize)
             return difference
 
@@ -103,10 +111,13 @@ def _compare_tensors(left: AnyCheckpoint, right: AnyCheckpoint) -> list[TensorDi
             return list(pool.map(one, tensors))
 
 
-def _compare_tensor(tensor: Tensor2D, left: AnyCheckpoint, right: AnyCheckpoint) -> TensorDifference:
+def _compare_tensor(
+    tensor: Tensor2D, left: AnyCheckpoint, right: AnyCheckpoint, cast: bool
+) -> TensorDifference:
     largest = 0.0
+    dtypes = (right.dtype(tensor) if cast else left.dtype(tensor), right.dtype(tensor))
     for chunk in chunks(tensor, left.dtype(tensor)):
-        mine = left.read(tensor, chunk.start, chunk.stop)
+        mine = left.read(tensor, chunk.start, chunk.stop).to(dtypes[0])
         other = right.read(tensor, chunk.start, chunk.stop)
         if mine.dtype == other.dtype and torch.equal(mine.view(torch.uint8), other.view(torch.uint8)):
             continue
@@ -114,6 +125,4 @@ def _compare_tensor(tensor: Tensor2D, left: AnyCheckpoint, right: AnyCheckpoint)
         largest = difference if math.isnan(difference) else max(largest, difference)
         if math.isnan(largest):
             break
-    return TensorDifference(
-        tensor.name, (dtype_name(left.dtype(tensor)), dtype_name(right.dtype(tensor))), largest
-    )
+    return TensorDifference(tensor.name, (dtype_name(dtypes[0]), dtype_name(dtypes[1])), largest)

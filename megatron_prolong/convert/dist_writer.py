@@ -96,8 +96,10 @@ def _table_of_contents(
 
 def _add_empty_extra_state(directory: Path, contents: Metadata) -> None:
     """One object per module and layer, under Megatron's ShardedObject.unique_key; all share the same bytes."""
-    (num_layers, *_) = next(
-        entry.size for key, entry in contents.state_dict_metadata.items() if key.startswith(LAYERS)
+    num_layers = next(
+        entry.size[0]
+        for key, entry in contents.state_dict_metadata.items()
+        if key.startswith(LAYERS) and isinstance(entry, TensorStorageMetadata)
     )
     name = "__0_extra_state.distcp"
     torch.save([None], directory / name)

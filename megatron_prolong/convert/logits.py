@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
