@@ -73,6 +73,7 @@ TRAINING=$!
 STOPPING=0
 # shellcheck disable=SC2317 # called by the trap
 save_and_stop() {
+    ((STOPPING == 0)) || return 0 # a second signal would end them at once
     STOPPING=1
     echo "$(date '+%F %T') asked to stop: saving"
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
@@ -81,7 +82,12 @@ save_and_stop() {
         pkill -USR1 -P "$TRAINING"
     fi
 }
-trap save_and_stop USR1 TERM
+trap save_and_stop USR1
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    trap : TERM # scancel or a preemption: Slurm tells every process itself, and requeues where it wants to
+else
+    trap save_and_stop TERM
+fi
 
 while true; do # a signal interrupts wait, not training
     CODE=0
