@@ -6,8 +6,9 @@ import random
 
 WORDS = [
     "the", "a", "an", "The", "Paris", "paris", "New", "York", "yes", "no", "noanswer", "running", "runner", "runs",
-    "1989", "3,000", "U.S.", "don't", "café", "北京", "re-rank", "(born", "1950)", "A", "B.", "C", "option", "hotel",
-    "Answer:", "answer:", "Summary:", "label:", "12", "[1]", "[2][3]", "ID:", "id", ">", "–", "…", "\t", "",
+    "1989", "3,000", "U.S.", "don't", "café", "北京", "re-rank", "(born", "1950)", "A", "B.", "C",
+    "option", "hotel", "Answer:", "answer:",
+    "Summary:", "label:", "12", "[1]", "[2][3]", "ID:", "id", ">", "–", "…", "\t", "",
 ]  # fmt: skip
 JOINERS = [" ", " ", " ", " ", "\n", ", ", ". "]
 PREFIXES = ["", "", "Answer:", "Answer: ", "ANSWER: answer: ", "Corresponding value:", "Summary:", "label:"]

@@ -97,7 +97,7 @@ def test_what_the_server_refuses_is_not_tried_again(server: Server, tokenizer: A
 
 def test_a_server_that_stays_away_is_named(tokenizer: Any) -> None:
     nobody = Client("http://127.0.0.1:9/v1", attempts=2, first_wait_seconds=0.01)
-    with pytest.raises(UserError, match="127.0.0.1:9"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         OpenAIBackend.connect(nobody, "tiny", tokenizer)
 
 
@@ -111,7 +111,7 @@ def helmet_checkout(directory: Path) -> Path:
     scripts = directory / "scripts"
     scripts.mkdir()
     (scripts / "eval_gpt4_longqa.py").write_text(
-        'judge_prompt = """Q {question} C {correct_answers} A {parsed_output} {{"fluency": 1}}"""\nraise SystemExit\n'
+        'judge_prompt = """Q {question} C {correct_answers} A {parsed_output} {{"fluency": 1}}"""\nexit(1)\n'
     )
     return directory
 

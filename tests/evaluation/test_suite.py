@@ -1,0 +1,202 @@
+"""The whole suite on made-up data in HELMET's formats: prompts, files, resuming, truncation, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import write_data
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.backend import Prompt, encode
+from megatron_prolong.evaluation.prompts import prepare, render
+from megatron_prolong.evaluation.results import averages, read_results
+from megatron_prolong.evaluation.run import Settings, run_task
+from megatron_prolong.evaluation.suite import run_suite, runnable
+from megatron_prolong.evaluation.suite_report import changes, plot_suite, print_suite, summary
+from megatron_prolong.evaluation.suites import select
+from megatron_prolong.evaluation.task import Inputs, Task
+
+
+@dataclass
+class Parrot:
+    """A backend that answers with the last words of the prompt, and counts; dies after `lives` prompts."""
+
+    tokenizer: Any
+    max_length: int = 1 << 20
+    lives: int = 1 << 30
+    name: str = "parrot"
+    model: str = "parrot"
+    batch_size: int = 2
+    seen: list[str] = field(default_factory=list)
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        for prompt in prompts:
+            if len(self.seen) == self.lives:
+                raise KeyboardInterrupt
+            self.seen.append(prompt.text)
+        return [" fact 1, 12 > 3 [1]. " + prompt.text[-20:] for prompt in prompts]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def inputs(data: Path, tokenizer: Any) -> Inputs:
+    return Inputs(data, tokenizer, max_samples=2)
+
+
+def only(name: str, length: int = 8192) -> Task:
+    (task,) = select("helmet", [length], [name])
+    return task
+
+
+def test_every_task_of_helmet_runs_and_is_averaged(inputs: Inputs, tmp_path: Path) -> None:
+    tasks = [task for task in select("helmet", [8192]) if not task.name.startswith("ruler_niah_mk")]
+    assert len(tasks) == 19 and len(select("helmet", [8192])) == 21
+    entails = lambda passage, claim: "fact 1" in passage  # noqa: E731
+    results = run_suite(tasks, Parrot(inputs.tokenizer), inputs, Settings(), tmp_path / "a", entails)
+    found = {one.category: one for one in averages(results)}
+    assert set(found) == {"recall", "rag", "rerank", "icl", "longqa", "summ", "cite"}
+    assert {name for name, one in found.items() if one.partial} == {"longqa", "summ"}, "no judge was asked"
+    content = json.loads(results[0].path.read_text())
+    assert {"args", "data", "metrics", "averaged_metrics", "throughput"} <= content.keys()
+    models = {"a": read_results(tmp_path / "a"), "b": results}
+    assert all(one.interval is not None and one.interval.mean == 0 for one in changes(models))
+    print_suite(models, "helmet")
+    plot_suite(models, tmp_path / "suite.png")
+    assert json.dumps(summary(models), default=vars)
+
+
+def test_recall_prompt_is_helmets(inputs: Inputs) -> None:
+    task = only("json_kv")
+    row = task.load(task, inputs)[0]
+    text = render(task, row, chat=False).text
+    assert text.startswith('JSON data:\n{\n    "key-')
+    assert (
+        "}\n\n\nExtract the value corresponding to the specified key in the JSON object below.\n\nKey: key-"
+        in text
+    )
+    assert text.endswith(f"\n\nKey: {row['question']}\nCorresponding value:")
+    assert text.count("\nCorresponding value: value-") == 2
+
+
+def test_rag_depths_share_demonstrations_and_questions_are_whole(inputs: Inputs) -> None:
+    task = only("kilt_nq")
+    rows = task.load(task, inputs)
+    assert len(rows) == 4 and len({row["question"] for row in rows}) == 2
+    assert rows[0]["demos"] == rows[1]["demos"] and rows[0]["demos"].count("Question: train") == 2
+    assert "Document (Title: T" in render(task, rows[0], chat=False).text
+
+
+def test_popqa_asks_rare_subjects_and_never_shows_the_asked(inputs: Inputs) -> None:
+    task = only("kilt_popqa_3")
+    for row in task.load(task, inputs):
+        assert row["s_pop"] < 1000
+        assert f"Question: {row['question']}\n" not in row["demos"]
+
+
+def test_icl_maps_labels_to_numbers_of_each_question(inputs: Inputs) -> None:
+    task = only("icl_trec_coarse")
+    rows = task.load(task, inputs)
+    assert render(task, rows[0], chat=False).text.startswith(
+        'Use the provided mapping from the text to label to assign a label to the text. Only output "label: '
+        '{label}" and nothing else. \n\n'
+    )
+    for row in rows:
+        lines = row["context"].split("\n\n")
+        assert len(lines) == 400
+        mapping = {}
+        for line in lines:
+            text, label = line.split("\nlabel: ")
+            mapping.setdefault(int(text.rsplit(" ", 1)[1]) % 3, set()).add(label)
+        assert all(len(numbers) == 1 for numbers in mapping.values())
+        assert {row["answer"]} == mapping[row["coarse_label"]]
+
+
+def test_rerank_gold_and_scores(inputs: Inputs) -> None:
+    task = only("msmarco")
+    row = task.load(task, inputs)[0]
+    assert task.score(f"Ranking: {row['answer']}", row).scores["NDCG@5"] == 1.0
+    assert "relelvant" in task.template and "[ID: " in row["context"]
+    assert f"Query: {row['question']}\n" not in row["demos"]
+
+
+def test_long_documents_are_cut_and_say_so(inputs: Inputs) -> None:
+    task = only("narrativeqa")
+    (row, *_) = task.load(task, inputs)
+    assert row["context"].endswith(" ... [the rest of the text is omitted]")
+    assert abs(len(inputs.tokenizer(row["context"])["input_ids"]) - 7892) < 40
+
+
+def test_truncation_keeps_the_question_and_is_counted(inputs: Inputs, tmp_path: Path) -> None:
+    task = replace(only("json_kv"), length=500)
+    row = task.load(task, inputs)[0]
+    whole = encode(inputs.tokenizer, render(task, row, chat=False))
+    cut = prepare(task, row, False, inputs.tokenizer, len(whole) + task.max_new_tokens - 7)
+    assert cut.removed_tokens == 7 and abs(len(cut.ids) - (len(whole) - 7)) <= 2
+    assert cut.prompt.text.endswith(f"Key: {row['question']}\nCorresponding value:")
+    with pytest.raises(UserError, match="alone take more"):
+        prepare(task, row, False, inputs.tokenizer, task.max_new_tokens + 1)
+    result = run_task(task, Parrot(inputs.tokenizer), inputs, Settings(), tmp_path)
+    assert result.truncated == sum(
+        item["removed_tokens"] > 0 for item in json.loads(result.path.read_text())["data"]
+    )
+
+
+def test_a_stopped_run_continues_and_equals_an_unstopped_one(inputs: Inputs, tmp_path: Path) -> None:
+    task = only("kilt_nq")
+    with pytest.raises(KeyboardInterrupt):
+        run_task(task, Parrot(inputs.tokenizer, lives=2), inputs, Settings(), tmp_path / "stopped")
+    (unfinished,) = (tmp_path / "stopped").iterdir()
+    unfinished.write_text(unfinished.read_text()[:-40])  # as a crash while writing leaves it
+    second = Parrot(inputs.tokenizer)
+    result = run_task(task, second, inputs, Settings(), tmp_path / "stopped")
+    assert len(second.seen) == 3, "one line of two was whole"
+    straight = run_task(task, Parrot(inputs.tokenizer), inputs, Settings(), tmp_path / "straight")
+    assert json.loads(result.path.read_text())["data"] == json.loads(straight.path.read_text())["data"]
+    third = Parrot(inputs.tokenizer)
+    run_task(task, third, inputs, Settings(), tmp_path / "stopped")
+    assert not third.seen, "a finished task is read"
+    run_task(task, third, inputs, Settings(model_identity="retrained"), tmp_path / "stopped")
+    assert len(third.seen) == 4, "another model in the same place is run"
+
+
+def test_prompts_beyond_the_model_are_refused_cut_or_allowed(inputs: Inputs, tmp_path: Path) -> None:
+    task = only("kilt_nq")
+    lengths = [len(encode(inputs.tokenizer, render(task, row, False))) for row in task.load(task, inputs)]
+    short = Parrot(inputs.tokenizer, max_length=min(lengths) + task.max_new_tokens - 5)
+    with pytest.raises(UserError, match="--too-long allow"):
+        run_task(task, short, inputs, Settings(), tmp_path)
+    cut = run_task(task, short, inputs, Settings(too_long="truncate", tag="cut"), tmp_path)
+    assert cut.truncated > 0
+    assert run_task(task, short, inputs, Settings(too_long="allow"), tmp_path).truncated == 0
+
+
+def test_missing_data_is_listed_with_commands(tokenizer: Any, tmp_path: Path) -> None:
+    tasks = select("helmet", [8192], ["rag", "recall"])
+    with pytest.raises(UserError, match=r"data\.tar\.gz"):
+        runnable(tasks, tmp_path, skip_missing=False)
+    assert {task.category for task in runnable(tasks, tmp_path, skip_missing=True)} == {"recall"}
+
+
+def test_prolong_is_a_subset_of_helmet() -> None:
+    names = {task.name for task in select("prolong", [32768])}
+    assert names < {task.name for task in select("helmet", [32768])}
+    assert len(names) == 1 + 3 + 1 + 5 + 1 + 1
+
+
+def test_file_names_are_helmets(inputs: Inputs, tmp_path: Path) -> None:
+    result = run_task(
+        only("json_kv"), Parrot(inputs.tokenizer), replace(inputs, max_samples=None), Settings(), tmp_path
+    )
+    assert result.path.name == (
+        "json_kv_v1_test_k105_dep6_in8192_size100_shots2_sampFalsemax100min0t0.0p1.0_chatFalse_42.json"
+    )
+    assert result.path.with_name(result.path.name + ".score").exists()

@@ -1,0 +1,151 @@
+"""Generated tasks: right answers in the text, within the length, the same for the same seed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.backend import encode
+from megatron_prolong.evaluation.needle import NOISE, make_needle
+from megatron_prolong.evaluation.prompts import render
+from megatron_prolong.evaluation.sentences import split_sentences
+from megatron_prolong.evaluation.suites import select
+from megatron_prolong.evaluation.synthetic.size import largest_fit
+from megatron_prolong.evaluation.task import Inputs, Task
+
+PROSE = "It rained all day. The harbour was empty! Who would sail in this weather? Nobody did. " * 50
+MADE = [task.name for task in [*select("synthetic", [8192]), *select("ruler", [8192])] if task.generated]
+
+
+def load(name: str, length: int, inputs: Inputs) -> tuple[Task, list[dict[str, Any]]]:
+    suite = "synthetic" if name == "json_kv" else "ruler"
+    (task,) = [one for one in select(suite, [length]) if one.name == name]
+    return task, task.load(task, inputs)
+
+
+@pytest.mark.parametrize("name", sorted(set(MADE)))
+def test_prompts_fill_the_length_and_hold_their_answers(name: str, tokenizer: Any) -> None:
+    inputs = Inputs(None, tokenizer, max_samples=3, haystack=PROSE)
+    task, rows = load(name, 8192, inputs)
+    assert len(rows) == 3
+    for row in rows:
+        tokens = len(encode(tokenizer, render(task, row, chat=False)))
+        assert 0.85 * 8192 < tokens <= 8192 - task.max_new_tokens
+        answers = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
+        assert all(answer in row["context"] for answer in answers)
+        assert len(set(answers)) == len(answers)
+    again = load(name, 8192, inputs)[1]
+    assert again == rows
+    assert load(name, 8192, Inputs(None, tokenizer, seed=7, max_samples=3, haystack=PROSE))[1] != rows
+
+
+def test_key_value_depths_are_even_and_share_their_object(tokenizer: Any) -> None:
+    _, rows = load("json_kv", 4096, Inputs(None, tokenizer, max_samples=6))
+    rows.sort(key=lambda row: row["depth"])
+    places = [
+        list(json.loads(row["context"].removeprefix("JSON data:\n"))).index(row["question"]) for row in rows
+    ]
+    last = rows[0]["num_kvs"] - 1
+    assert places == [round(depth * last / 5) for depth in range(6)]
+    assert len({row["question"] for row in rows}) == 1
+
+
+def test_needles_are_asked_for_rightly(tokenizer: Any) -> None:
+    inputs = Inputs(None, tokenizer, max_samples=2, haystack=PROSE)
+    for name, count, kind in (
+        ("ruler_niah_mv", 4, "numbers"),
+        ("ruler_niah_mq", 4, "numbers"),
+        ("ruler_niah_s_3", 1, "uuid"),
+    ):
+        task, rows = load(name, 4096, inputs)
+        assert len(rows[0]["answer"]) == count and rows[0]["type_needle_v"] == kind
+        for answer in rows[0]["answer"]:
+            (line,) = [part for part in rows[0]["context"].split("One of the special") if answer in part]
+            key = line.split(" for ")[1].split(" is: ")[0]
+            assert key in rows[0]["query"]
+        assert ("What are all" in task.template) == (count > 1)
+
+
+def test_chains_of_variables_lead_to_the_value(tokenizer: Any) -> None:
+    _, rows = load("ruler_vt", 4096, Inputs(None, tokenizer, max_samples=2))
+    for row in rows:
+        names = row["answer"]
+        steps = [f"VAR {names[0]} = {row['query']}"]
+        steps += [f"VAR {after} = VAR {before}" for before, after in itertools.pairwise(names)]
+        places = [row["context"].index(step) for step in steps]
+        assert places == sorted(places) and len(names) == 5
+        assert row["example"].count("VAR ") >= 5 and row["example"].endswith("\n\n")
+
+
+def test_common_and_frequent_words_are_the_most_frequent(tokenizer: Any) -> None:
+    inputs = Inputs(None, tokenizer, max_samples=2)
+    _, common = load("ruler_cwe", 16384, inputs)
+    counts = Counter(common[0]["context"].split()[1::2])
+    assert {word for word, _ in counts.most_common(10)} == set(common[0]["answer"])
+    assert {counts[word] for word in common[0]["answer"]} == {30}
+    _, frequent = load("ruler_fwe", 8192, inputs)
+    ranked = [word for word, _ in Counter(frequent[0]["context"].split()).most_common(4)]
+    assert ranked[0] == "..." and ranked[1:] == frequent[0]["answer"]
+
+
+def test_questions_over_documents(tokenizer: Any, tmp_path: Path) -> None:
+    paragraphs = [
+        {
+            "context": f"Paragraph {n} says {n * 7}.",
+            "qas": [
+                {"question": f"What says {n}?", "answers": [{"text": str(n * 7)}], "is_impossible": False}
+            ],
+        }
+        for n in range(30)
+    ]
+    (tmp_path / "ruler_source").mkdir()
+    (tmp_path / "ruler_source/squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    inputs = Inputs(tmp_path, tokenizer, max_samples=3)
+    task, rows = load("ruler_qa_1", 1024, inputs)
+    for row in rows:
+        assert f" says {row['answer'][0]}." in row["context"]
+        assert len(encode(tokenizer, render(task, row, chat=False))) <= 1024 - 128
+        assert row["context"].startswith("Document 1:\nParagraph ")
+
+
+@pytest.mark.parametrize("limit", [11, 99, 1000, 123457])
+def test_the_largest_fit_fits_and_nearly_fills(limit: int) -> None:
+    calls = []
+
+    def count(units: int) -> int:
+        calls.append(units)
+        return 3 + 7 * units + units % 3
+
+    units = largest_fit(count, limit)
+    assert count(units) <= limit and count(units + max(2, units // 40)) > limit
+    assert len(calls) < 40
+
+
+def test_what_never_fits_is_refused() -> None:
+    with pytest.raises(UserError, match="longer"):
+        largest_fit(lambda units: 100 * units, 99)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_the_needle_lies_at_its_depth(depth: float, tokenizer: Any) -> None:
+    needle = make_needle(tokenizer, NOISE, 2000, depth, seed=3)
+    tokens = len(encode(tokenizer, needle.prompt))
+    assert 1900 < tokens <= 2000 - 16
+    place = needle.prompt.text.index(needle.value) / len(needle.prompt.text)
+    assert abs(place - (0.1 + 0.75 * depth)) < 0.12
+    sizes = {len(tokenizer(f" {value}")["input_ids"]) for value in (needle.value, *needle.distractors)}
+    assert len(sizes) == 1 and needle.value not in needle.distractors
+
+
+def test_sentences_without_nltk_data_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [])
+    with pytest.raises(UserError, match=r"nltk\.downloader punkt_tab"):
+        split_sentences("One. Two.")
