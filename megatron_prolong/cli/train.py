@@ -64,16 +64,17 @@ def _relaunch(processes: int) -> None:
 
 def _train(recipe: Recipe) -> None:  # type: ignore[name-defined]  # noqa: F821
     from megatron_prolong.runtime.launch import distributed
+    from megatron_prolong.runtime.signals import REQUEUE_EXIT_CODE, stop_requests
     from megatron_prolong.training.run import train as train_recipe
     from megatron_prolong.training.stage import Preempted
 
-    with distributed() as world:
+    with stop_requests() as stop, distributed() as world:
         try:
-            final = train_recipe(recipe, world, stop_requested=lambda: False)
-        except Preempted as stop:
+            final = train_recipe(recipe, world, stop_requested=lambda: stop.agreed(world.device))
+        except Preempted as event:
             if world.is_main:
-                print(f"{stop}; continue with the same command")
-            sys.exit(75)
+                print(f"{event}; continue with the same command")
+            sys.exit(REQUEUE_EXIT_CODE)
         if world.is_main:
             print(f"done: {final}")
 

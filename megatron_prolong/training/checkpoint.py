@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.mcore.checkpoint import save_weights_and_optimizer
 from megatron_prolong.mcore.optimizer import MegatronOptimizer
+from megatron_prolong.runtime.checksums import CHECKSUMS, verify_checksums, write_checksums
 from megatron_prolong.training.run_directory import MANIFEST, prune, write_pointer
 
 
@@ -45,12 +46,25 @@ def save_checkpoint(
     if is_main:
         shutil.copytree(sidecar, partial / "hf")
         (partial / MANIFEST).write_text(json.dumps({**manifest, "step": step}, indent=2) + "\n")
+        write_checksums(partial)
         _sync(partial)
         partial.rename(final)
         write_pointer(stage_dir, final.name)
         prune(stage_dir, keep)
     dist.barrier()
     return final
+
+
+def verify_checkpoint(directory: Path) -> None:
+    """Refuse a checkpoint with a changed, cut-off or missing file. Collective: the ranks share the reading.
+
+    A converted checkpoint has no checksums (its weights were verified on the way) and is taken as it is.
+
+    Raises:
+        UserError: naming every damaged file.
+    """
+    if (directory / CHECKSUMS).exists():
+        verify_checksums(directory, slice(dist.get_rank(), None, dist.get_world_size()))
 
 
 def _sync(directory: Path) -> None:

@@ -16,6 +16,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.runtime.launch import World
+from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.training.log import RunLog, open_log
 from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, Checkpoint
 from megatron_prolong.training.stage import StageInput, train_stage
@@ -34,6 +35,9 @@ def train(recipe: Recipe, world: World, stop_requested: Callable[[], bool]) -> P
     """
     run_dir = recipe.run_dir
     with ExitStack() as stack:
+        if world.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(DirectoryLock(run_dir))
         log = stack.enter_context(open_log(run_dir)) if world.is_main else None
         _agree_on_recipe(recipe, log)
         initial = _initial_checkpoint(recipe, world)

@@ -23,13 +23,17 @@ from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.recipe.schema import Layout, Recipe, Stage, layout_of, precision_of, recompute_of
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
+from megatron_prolong.runtime.watchdog import Watchdog
 from megatron_prolong.training.balance import micro_batches, share_out
-from megatron_prolong.training.checkpoint import save_checkpoint
+from megatron_prolong.training.checkpoint import save_checkpoint, verify_checkpoint
+from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import RunLog
 from megatron_prolong.training.run_directory import Checkpoint
 from megatron_prolong.training.schedule import learning_rate
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics, train_step
+
+STEP_TIMEOUT_SECONDS = 3600.0  # the longest honest step is minutes; saving a checkpoint of 70B is in it too
 
 
 class Preempted(Exception):  # noqa: N818 - an event, not an error
@@ -89,23 +93,29 @@ def train_stage(
         UserError: the checkpoint or the data does not fit the recipe.
     """
     layout = layout_of(recipe, stage)
-    with megatron(layout, stage.seed) as groups:
+    with megatron(layout, stage.seed) as groups, Watchdog(world.rank, STEP_TIMEOUT_SECONDS) as watchdog:
         run = _prepare(recipe, stage, start, layout, world, groups)
         state = _first_state(run, start)
         if log:
             log.event("stage_start", stage=stage.name, step=state.step, num_steps=stage.num_steps)
             with log.stage(stage.name, state.step, stage.num_steps):
-                _walk(run, state, start.checkpoint.directory / "hf", log, stop_requested)
+                _walk(run, state, start.checkpoint.directory / "hf", log, stop_requested, watchdog)
             log.event("stage_end", stage=stage.name, step=stage.num_steps)
         else:
-            _walk(run, state, start.checkpoint.directory / "hf", None, stop_requested)
+            _walk(run, state, start.checkpoint.directory / "hf", None, stop_requested, watchdog)
 
 
 def _walk(
-    run: StageRun, state: TrainState, sidecar: Path, log: RunLog | None, stop_requested: Callable[[], bool]
+    run: StageRun,
+    state: TrainState,
+    sidecar: Path,
+    log: RunLog | None,
+    stop_requested: Callable[[], bool],
+    watchdog: Watchdog,
 ) -> None:
     """The loop: next batch, step, log, checkpoint."""
     stage, spec = run.stage, run.recipe.checkpoint
+    guard = Guard(stage.name)
     for step, sequences in stream(run.mixture, state.step, share=list):
         started = time.perf_counter()
         assignment = share_out(sequences, run.groups, stage.micro_batch_size, run.cost)
@@ -117,6 +127,8 @@ def _walk(
             spec=run.recipe.optimizer, lr=learning_rate(stage, step),
         )  # fmt: skip
         state = _advance(state, stage, sequences, metrics)
+        watchdog.feed(state.step)
+        guard.check(metrics, sequences)
         if log:
             facts = _facts(state, metrics, stage, time.perf_counter() - started, run.world)
             log.step(
@@ -151,6 +163,7 @@ def _prepare(
         recompute=recompute_of(recipe, stage),
         loss_chunk_tokens=recipe.loss_chunk_tokens,
     )
+    verify_checkpoint(start.checkpoint.directory)
     if start.optimizer:
         optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
         load_weights_and_optimizer(start.checkpoint.directory, model, optimizer)

@@ -40,13 +40,22 @@ class Workspace:
         path.write_text(RECIPE.format(run_dir=self.root / run, root=self.root))
         return path
 
-    def train(self, run: str, *overrides: str, code: int = 0) -> str:
-        """Run `prolong train`; returns its output after checking the exit code."""
+    def start(self, run: str, *overrides: str) -> subprocess.Popen[str]:
+        """`prolong train` in the background; its output is on `stdout`."""
         command = [sys.executable, "-m", "megatron_prolong", "train", str(self.recipe(run)), *overrides]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-        output = done.stdout + done.stderr
-        assert done.returncode == code, output
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def train(self, run: str, *overrides: str, code: int = 0) -> str:
+        """Run `prolong train` to its end; returns its output after checking the exit code."""
+        process = self.start(run, *overrides)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == code, output
         return output
 
     def losses(self, run: str) -> dict[tuple[str, int], float]:

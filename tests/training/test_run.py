@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import pytest
+
+from megatron_prolong.runtime.lock import DirectoryLock
 
 
 def test_a_run_learns_and_walks_its_stages(workspace, undisturbed):
@@ -87,3 +92,38 @@ def test_data_that_changed_under_a_begun_stage_is_noticed(workspace, undisturbed
     manifest["training"]["stream"] = "of another data set"
     (directory / "prolong.json").write_text(json.dumps(manifest))
     assert "batch stream would jump" in workspace.train("moved", code=2)
+
+
+def test_a_changed_byte_is_noticed_before_training(workspace, undisturbed):
+    run = "damaged"
+    shutil.copytree(workspace.root / "undisturbed", workspace.root / run)
+    shutil.rmtree(workspace.root / run / "long")
+    (workspace.root / run / "recipe.yaml").unlink()
+    weights = next((workspace.root / run / "short/step_00000006").glob("*.distcp"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert weights.name in workspace.train(run, code=2)
+
+
+def test_asked_to_stop_it_saves_and_continues_bit_for_bit(workspace, undisturbed):
+    """SIGTERM in the middle: exit code 75, a checkpoint off the usual interval, then the same losses."""
+    process = workspace.start("asked", "checkpoint.every=100")
+    metrics = workspace.root / "asked/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"step": 2,' in metrics.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.skip("the run was over before the signal arrived")
+    assert process.returncode == 75, output
+    assert "continue with the same command" in output
+    workspace.train("asked", "checkpoint.every=100")
+    assert workspace.losses("asked") == undisturbed
+
+
+def test_a_second_run_on_the_same_directory_is_refused(workspace, undisturbed):
+    shutil.copytree(workspace.root / "undisturbed", workspace.root / "shared-directory")
+    with DirectoryLock(workspace.root / "shared-directory"):
+        output = workspace.train("shared-directory", code=2)
+    assert str(os.getpid()) in output
