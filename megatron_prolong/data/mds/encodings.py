@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from megatron_prolong.errors import UserError
 
 Buffer = bytes | mmap.mmap
-Encode = Callable[[Any], bytes]
+Encode = Callable[[Any], list[bytes | memoryview]]
+"""A value to the buffers that make it up, one after the other; they may refer to the value's memory."""
 Decode = Callable[[Buffer, int, int], Any]
 """(buffer, start, size in bytes) to the value."""
 
@@ -66,14 +67,14 @@ def encoding(name: str) -> Encoding:
     raise UserError(f"unknown MDS column type {name!r}; known: {', '.join(known)}")
 
 
-def _encode_scalar(dtype: np.dtype, value: Any) -> bytes:
+def _encode_scalar(dtype: np.dtype, value: Any) -> list[bytes | memoryview]:
     number = np.asarray(value)
     if number.ndim or number.dtype.kind not in "iufb" or (dtype.kind != "f" and number.dtype.kind == "f"):
         raise TypeError(f"expected one {dtype.name}, found {type(value).__name__}")
     stored = number.astype(dtype)
     if dtype.kind != "f" and int(stored) != int(number):
         raise OverflowError(f"{value} does not fit into {dtype.name}")
-    return stored.tobytes()
+    return [stored.tobytes()]
 
 
 def _decode_scalar(dtype: np.dtype, buffer: Buffer, start: int, size: int) -> Any:
@@ -98,15 +99,15 @@ def _expect(kind: type, value: Any) -> Any:
     return value
 
 
-def _encode_json(value: Any) -> bytes:
-    return json.dumps(value.tolist() if isinstance(value, np.ndarray) else value).encode()
+def _encode_json(value: Any) -> list[bytes | memoryview]:
+    return [json.dumps(value.tolist() if isinstance(value, np.ndarray) else value).encode()]
 
 
 _VARIABLE: dict[str, tuple[Encode, Decode]] = {
-    "bytes": (lambda value: _expect(bytes, value), _decode_bytes),
-    "str": (lambda value: _expect(str, value).encode(), _decode_str),
-    "str_int": (lambda value: str(_expect(int, value)).encode(), lambda *at: int(_decode_str(*at))),
-    "str_float": (lambda value: str(_expect(float, value)).encode(), lambda *at: float(_decode_str(*at))),
+    "bytes": (lambda value: [_expect(bytes, value)], _decode_bytes),
+    "str": (lambda value: [_expect(str, value).encode()], _decode_str),
+    "str_int": (lambda value: [str(_expect(int, value)).encode()], lambda *at: int(_decode_str(*at))),
+    "str_float": (lambda value: [str(_expect(float, value)).encode()], lambda *at: float(_decode_str(*at))),
     "json": (_encode_json, lambda *at: json.loads(_decode_str(*at))),
 }
 
@@ -125,7 +126,9 @@ def _ndarray(name: str, details: str) -> Encoding:
     return Encoding(name, size, partial(_encode_array, dtype, shape), partial(_decode_array, dtype, shape))
 
 
-def _encode_array(dtype: np.dtype | None, shape: tuple[int, ...] | None, value: Any) -> bytes:
+def _encode_array(
+    dtype: np.dtype | None, shape: tuple[int, ...] | None, value: Any
+) -> list[bytes | memoryview]:
     array = _expect(np.ndarray, value)
     if dtype is not None and array.dtype != dtype:
         raise TypeError(f"expected an array of {dtype.name}, found {array.dtype}")
@@ -139,7 +142,7 @@ def _encode_array(dtype: np.dtype | None, shape: tuple[int, ...] | None, value: 
         head += bytes([array.ndim << 2 | power]) + np.array(array.shape, _SHAPE_DTYPES[power]).tobytes()
     elif array.shape != shape:
         raise ValueError(f"expected shape {shape}, found {array.shape}")
-    return head + array.tobytes()
+    return [head, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data]
 
 
 def _decode_array(

@@ -74,7 +74,8 @@ class MDSWriter:
         self._temporary.mkdir(parents=True)
 
     def _clear(self) -> None:
-        self._samples: list[bytes] = []
+        self._samples = bytearray()
+        self._ends = [0]
         self._num_bytes = 8 + len(self._head)
 
     def write(self, sample: Mapping[str, Any]) -> None:
@@ -84,21 +85,24 @@ class MDSWriter:
                 f"{self.path}, sample {self.num_samples}: has the columns {sorted(sample)}, "
                 f"expected {sorted(self._encodings)}"
             )
-        data = self._encode(sample)
-        if self._num_bytes + len(data) + 4 > self._limit and self._samples:
+        parts = self._encode(sample)
+        num_bytes = sum(map(len, parts))
+        if self._num_bytes + num_bytes + 4 > self._limit and self._samples:
             self._flush()
-        if self._num_bytes + len(data) + 4 > _MAX_SHARD_BYTES:
+        if self._num_bytes + num_bytes + 4 > _MAX_SHARD_BYTES:
             raise UserError(
-                f"{self.path}, sample {self.num_samples}: {len(data)} bytes do not fit into the MDS format's "
+                f"{self.path}, sample {self.num_samples}: {num_bytes} bytes do not fit into the MDS format's "
                 "4 GiB shards; split the document"
             )
-        self._samples.append(data)
-        self._num_bytes += len(data) + 4
+        for part in parts:
+            self._samples += part
+        self._ends.append(len(self._samples))
+        self._num_bytes += num_bytes + 4
         self.num_samples += 1
 
-    def _encode(self, sample: Mapping[str, Any]) -> bytes:
+    def _encode(self, sample: Mapping[str, Any]) -> list[bytes | memoryview]:
         sizes: list[int] = []
-        values: list[bytes] = []
+        values: list[bytes | memoryview] = []
         for name, each in self._encodings.items():
             try:
                 value = each.encode(sample[name])
@@ -106,18 +110,17 @@ class MDSWriter:
                 raise UserError(
                     f"{self.path}, sample {self.num_samples}, column {name} ({each.name}): {error}"
                 ) from None
-            values.append(value)
+            values += value
             if each.size is None:
-                sizes.append(len(value))
-        return b"".join([np.array(sizes, "<u4").tobytes(), *values])
+                sizes.append(sum(map(len, value)))
+        return [np.array(sizes, "<u4").tobytes(), *values]
 
-    def _shard_parts(self) -> Iterator[bytes]:
-        count = len(self._samples)
-        ends = np.cumsum([0, *map(len, self._samples)])
+    def _shard_parts(self) -> Iterator[bytes | bytearray]:
+        count = len(self._ends) - 1
         yield np.array([count], "<u4").tobytes()
-        yield (ends + 4 + 4 * (count + 1) + len(self._head)).astype("<u4").tobytes()
+        yield (np.array(self._ends) + 4 + 4 * (count + 1) + len(self._head)).astype("<u4").tobytes()
         yield self._head
-        yield from self._samples
+        yield self._samples
 
     def _flush(self) -> None:
         raw_name = f"shard.{len(self._shards):05}.mds"
@@ -141,7 +144,7 @@ class MDSWriter:
                         each.update(part)
             packed = _file_entry(name, path.stat().st_size, hashers)
         self._shards.append(
-            self._settings | {"samples": len(self._samples), "raw_data": raw, "zip_data": packed}
+            self._settings | {"samples": len(self._ends) - 1, "raw_data": raw, "zip_data": packed}
         )
         self._clear()
 
@@ -204,7 +207,7 @@ def refuse_existing(path: Path) -> None:
         raise UserError(f"{path} exists already; remove it or choose another name")
 
 
-def _write_all(stream: Any, parts: Iterator[bytes], hashers: Mapping[str, Any]) -> None:
+def _write_all(stream: Any, parts: Iterator[bytes | bytearray], hashers: Mapping[str, Any]) -> None:
     for part in parts:
         stream.write(part)
         for each in hashers.values():
