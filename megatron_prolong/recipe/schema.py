@@ -272,6 +272,21 @@ class Origin:
         return Place(self.file)
 
 
+class EvaluationSpec(_Frozen):
+    """A light suite at the end of every stage; results go into the run directory and the metrics log."""
+
+    suite: Literal["synthetic", "ruler", "helmet", "prolong"] = "synthetic"
+    """Which tasks; synthetic needs no data."""
+    lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (8192,)
+    """Prompt and answer together, in tokens."""
+    samples: Positive = 20
+    """Questions per task."""
+    data: UserPath | None = None
+    """HELMET's data directory."""
+    tasks: tuple[str, ...] = ()
+    """Only these tasks or categories; all of the suite by default."""
+
+
 class Recipe(_Frozen):
     """A model and the stages it goes through."""
 
@@ -297,8 +312,8 @@ class Recipe(_Frozen):
     """How often to write metrics."""
     stages: Annotated[list[Stage], Field(min_length=1)]
     """The stages, in order."""
-    evaluation: dict[str, Any] | None = None
-    """Settings of the evaluation that follows training."""
+    evaluation: EvaluationSpec | None = None
+    """What is measured at the end of every stage; nothing by default."""
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
