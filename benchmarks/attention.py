@@ -91,7 +91,11 @@ def main() -> None:
                     if "ms" in row.get(way, {}):
                         row[f"speedup over {way}"] = round(row[way]["ms"] / row["packed"]["ms"], 2)
                 rows.append(row)
-                print(json.dumps(row))
+                print(json.dumps(row), flush=True)
+                write(rows)
+
+
+def write(rows: list[dict[str, Any]]) -> None:
     measure.write_result(
         Path(__file__).with_suffix(".json"),
         {
