@@ -182,7 +182,8 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_saved_dataset(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_dict({"text": ["a", "b", "c"]}).save_to_disk(tmp_path / "saved")
+    table = pytest.importorskip("pyarrow").table({"text": ["a", "b", "c"]})
+    datasets.Dataset(table, fingerprint="test").save_to_disk(tmp_path / "saved")
     assert [each.fields["text"] for each in read("hf", tmp_path / "saved")] == ["a", "b", "c"]  # type: ignore[union-attr]
     assert find_kind(str(tmp_path / "saved")) == "hf"
     with pytest.raises(UserError, match="no such directory"):
