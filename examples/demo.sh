@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+SECONDS=0
+say() { printf '\n\033[1m== %s\033[0m (%d s so far)\n' "$*" $SECONDS; }
 
 say "1/6 real text from the Python installation, and a tokenizer trained on it"
 rm -rf demo
@@ -44,3 +45,4 @@ prolong eval needle base=demo/base_hf --compare 4k=demo/runs/long/4k --lengths 2
 say "6/6 the exported model in transformers, and the report"
 python examples/demo/generate.py demo/runs/long/export
 prolong report demo/runs/long
+say "done; open demo/runs/long/report.html"

@@ -11,7 +11,9 @@ directory = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained(directory)
 model = AutoModelForCausalLM.from_pretrained(directory)
 chat = [{"role": "user", "content": "What does json.dumps do?"}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+inputs = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
 output = model.generate(
     **inputs, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.eos_token_id, repetition_penalty=1.2
 )

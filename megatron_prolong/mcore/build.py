@@ -35,6 +35,12 @@ class StageModel:
         """The GPT modules without their DDP and precision wrappers."""
         return [unwrap(chunk) for chunk in self.chunks]
 
+    def zero_gradients(self) -> None:
+        """Clear the buffers that gradients accumulate in; the model must be built for training."""
+        for chunk in self.chunks:
+            assert isinstance(chunk, DistributedDataParallel)
+            chunk.zero_grad_buffer()
+
 
 def build_model(
     shape: ModelShape,

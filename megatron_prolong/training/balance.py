@@ -29,7 +29,8 @@ def share_out(
         [sequence.document_lengths for sequence in sequences],
         dp=groups.dp.size,
         cp=groups.cp.size,
-        budget_tokens=-(-micro_batch_tokens // groups.cp.size),
+        # A document of a whole micro-batch, split, is padded to a multiple of 2·cp.
+        budget_tokens=2 * -(-micro_batch_tokens // (2 * groups.cp.size)),
         cost=cost,
         equal_micro_batches=groups.pp.size > 1,
     )

@@ -1,4 +1,4 @@
-"""Numerical guards: steps that had to be skipped are counted, and a run that goes wrong stops with its data named."""
+"""Numerical guards: skipped steps are counted, and a run that goes wrong stops with its data named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from megatron_prolong.training.step import StepMetrics
 
 MAX_SKIPS_IN_A_ROW = 5
 SPIKE_WINDOW = 50  # steps that make up "the usual loss"
-SPIKE_NATS = 3.0  # mixtures differ by less than a nat from step to step; three is a broken batch or a broken run
+SPIKE_NATS = (
+    3.0  # mixtures differ by less than a nat from step to step; three is a broken batch or a broken run
+)
 
 
 class Guard:
@@ -46,7 +48,7 @@ class Guard:
     def _stop(self, what: str, sequences: Sequence[PackedSequence]) -> None:
         names = sorted({str(sequence.identity) for sequence in sequences})
         raise UserError.many(
-            f"stage {self._stage}: {what}; look at the batch (prolong data inspect), lower lr, or start again from "
-            "the last checkpoint. The step's samples:",
+            f"stage {self._stage}: {what}; look at the batch (prolong data inspect), lower lr, or start again "
+            "from the last checkpoint. The step's samples:",
             names,
         )

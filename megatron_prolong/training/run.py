@@ -15,6 +15,7 @@ from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.schema import Recipe
+from megatron_prolong.recipe.shape import model_directory
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.training.log import RunLog, open_log
@@ -46,7 +47,7 @@ def train(recipe: Recipe, world: World, stop_requested: Callable[[], bool]) -> P
             if status.word != "done":
                 start = _stage_input(status, previous, initial)
                 _announce(log, status, start)
-                train_stage(recipe, status.stage, start, world, log, stop_requested)
+                train_stage(recipe, status.stage, start, world, log, stop_requested, initial.directory / "hf")
             previous = chain_status(recipe, run_dir)[_index(recipe, status)].checkpoint
     assert previous is not None
     return previous.directory
@@ -86,7 +87,7 @@ def _agree_on_recipe(recipe: Recipe, log: RunLog | None) -> None:
 
 def _initial_checkpoint(recipe: Recipe, world: World) -> Checkpoint:
     """The weights before the first stage, as a checkpoint any layout can load."""
-    path = recipe.model.path
+    path = recipe.model.path and model_directory(recipe.model.path)
     if path is not None and (path / MANIFEST).exists():
         return Checkpoint.open(path)
     converted = recipe.run_dir / "initial"

@@ -85,8 +85,12 @@ def train_stage(
     world: World,
     log: RunLog | None,
     stop_requested: Callable[[], bool],
+    sidecar: Path,
 ) -> None:
     """Train `stage` from `start` to its last step, saving on the way. Collective.
+
+    Args:
+        sidecar: the `hf/` directory (tokenizer, configs) that every checkpoint takes along.
 
     Raises:
         Preempted: `stop_requested` said so; a checkpoint of the last finished step is on disk.
@@ -99,10 +103,10 @@ def train_stage(
         if log:
             log.event("stage_start", stage=stage.name, step=state.step, num_steps=stage.num_steps)
             with log.stage(stage.name, state.step, stage.num_steps):
-                _walk(run, state, start.checkpoint.directory / "hf", log, stop_requested, watchdog)
+                _walk(run, state, sidecar, log, stop_requested, watchdog)
             log.event("stage_end", stage=stage.name, step=stage.num_steps)
         else:
-            _walk(run, state, start.checkpoint.directory / "hf", None, stop_requested, watchdog)
+            _walk(run, state, sidecar, None, stop_requested, watchdog)
 
 
 def _walk(
@@ -119,9 +123,7 @@ def _walk(
     for step, sequences in stream(run.mixture, state.step, share=list):
         started = time.perf_counter()
         assignment = share_out(sequences, run.groups, stage.micro_batch_size, run.cost)
-        batches = micro_batches(
-            sequences, assignment, run.groups, run.layout, run.cost, run.world.device
-        )
+        batches = micro_batches(sequences, assignment, run.groups, run.layout, run.cost, run.world.device)
         metrics = train_step(
             run.model, run.optimizer, batches, run.groups,
             spec=run.recipe.optimizer, lr=learning_rate(stage, step),

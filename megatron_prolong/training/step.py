@@ -42,8 +42,7 @@ def train_step(
     lr: float,
 ) -> StepMetrics:
     """Accumulate the gradient of the global batch's mean loss and make one AdamW update. Collective."""
-    for chunk in model.chunks:
-        chunk.zero_grad_buffer()
+    model.zero_gradients()
     optimizer.zero_grad()
     set_hyperparameters(optimizer, spec, lr)
     loss, num_targets = forward_backward(model, batches, groups)

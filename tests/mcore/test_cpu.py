@@ -40,7 +40,7 @@ def test_it_must_not_be_entered_where_cuda_is(monkeypatch):
 def test_fused_adam_equals_torch_adamw_and_keeps_its_step_in_the_group():
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 64)) for _ in range(2))
-    options = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     adam, reference = FusedAdam([ours], **options), torch.optim.AdamW([theirs], **options)
     for _ in range(10):
         gradient = torch.randn(64)

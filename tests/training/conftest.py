@@ -18,14 +18,22 @@ RECIPE = """\
 name: tiny
 run_dir: {run_dir}
 model:
-  init: {{num_layers: 4, hidden_size: 32, num_heads: 4, num_kv_heads: 2, ffn_hidden_size: 64, max_length: 64, rope_base: 1e4}}
+  init:
+    {{num_layers: 4, hidden_size: 32, num_heads: 4, num_kv_heads: 2, ffn_hidden_size: 64, max_length: 64,
+      rope_base: 1e4}}
   tokenizer: {root}/tokenizer
 precision: fp32
 recompute: none
 checkpoint: {{every: 3, keep: 2}}
 stages:
   - {{name: short, sequence_length: 64, batch_tokens: 256, steps: 6, lr: 1e-2, mixture: {{{root}/data: 1.0}}}}
-  - {{name: long, sequence_length: 64, batch_tokens: 256, steps: 4, lr: 1e-2, rope_base: 1e5, mixture: {{{root}/data: 1.0}}}}
+  - name: long
+    rope_base: 1e5
+    sequence_length: 64
+    batch_tokens: 256
+    steps: 4
+    lr: 1e-2
+    mixture: {{{root}/data: 1.0}}
 """
 
 

@@ -14,7 +14,8 @@ from megatron_prolong.runtime.lock import DirectoryLock
 
 
 def test_a_run_learns_and_walks_its_stages(workspace, undisturbed):
-    assert [key for key in undisturbed] == [("short", n) for n in range(1, 7)] + [("long", n) for n in range(1, 5)]
+    expected = [("short", n) for n in range(1, 7)] + [("long", n) for n in range(1, 5)]
+    assert list(undisturbed) == expected
     assert undisturbed["short", 1] == pytest.approx(4.6, abs=0.1)  # ln 100: nothing learned yet
     assert undisturbed["long", 4] < undisturbed["short", 1] - 0.2
     manifest = json.loads((workspace.root / "undisturbed/long/step_00000004/prolong.json").read_text())
@@ -43,7 +44,7 @@ def test_resuming_repeats_the_undisturbed_run_bit_for_bit(workspace, undisturbed
     resumed = workspace.losses(run)
     assert resumed, "nothing was trained"
     assert resumed == {key: undisturbed[key] for key in resumed}
-    assert min(resumed) == ((stage, step + 1) if step != 6 else ("long", 1))
+    assert next(iter(resumed)) == ((stage, step + 1) if step != 6 else ("long", 1))
 
 
 def test_a_finished_run_trains_nothing_more(workspace, undisturbed):

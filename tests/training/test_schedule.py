@@ -1,6 +1,7 @@
 """Learning rates against the formula of the paper's scripts."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -9,7 +10,9 @@ from megatron_prolong.training.schedule import learning_rate
 
 
 def stage(**changes):
-    fields = dict(name="s", sequence_length=64, batch_tokens=64, steps=100, lr=2.0, mixture="mock")
+    fields = {
+        "name": "s", "sequence_length": 64, "batch_tokens": 64, "steps": 100, "lr": 2.0, "mixture": "mock",
+    }  # fmt: skip
     return Stage(**(fields | changes))
 
 
@@ -19,7 +22,7 @@ def test_warmup_then_cosine_to_the_floor():
     assert rates[9] == 2.0 and rates[99] == pytest.approx(0.2)
     middle = 0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi * 45 / 90))
     assert rates[54] == pytest.approx(middle)
-    assert all(earlier > later for earlier, later in zip(rates[9:], rates[10:], strict=False))
+    assert all(earlier > later for earlier, later in pairwise(rates[9:]))
 
 
 def test_linear_and_constant():
