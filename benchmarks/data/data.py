@@ -202,7 +202,12 @@ def ratio(peer: dict[str, Any], ours: dict[str, Any]) -> float | None:
     return round(peer["cpu_seconds"] / max(ours["cpu_seconds"], 0.01), 2)
 
 
-def main(megabytes: int, num_tokens: int) -> dict[str, Any]:
+def save(results: dict[str, Any]) -> None:
+    (HERE.parent / "data.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def main(megabytes: int, num_tokens: int) -> None:
+    """Runs everything; data.json holds what is finished so far."""
     from measure import machine
 
     me = sys.executable
@@ -218,9 +223,11 @@ def main(megabytes: int, num_tokens: int) -> dict[str, Any]:
             "encode_batch": raw,
             "ratio": ratio(raw, ours),
         }
+        save(results)
         write_documents(work / "documents", num_tokens)
         ours, peer = fresh(me, "pack", work), fresh(PEER, "datatools", work)
         results["pack"] = {"tokens": num_tokens, "ours": ours, "datatools": peer, "ratio": ratio(peer, ours)}
+        save(results)
         for directory in ("packs", "documents"):
             raw = fresh(me, "raw", work, directory=directory)
             for order in ("sequential", "random"):
@@ -229,8 +236,9 @@ def main(megabytes: int, num_tokens: int) -> dict[str, Any]:
                 results[f"read {directory}, {order}"] = {
                     "ours": ours, "streaming": peer, "ratio": ratio(peer, ours), "raw_bytes": raw,
                 }  # fmt: skip
+                save(results)
     results["memory"] = memory(megabytes, num_tokens)
-    return results
+    save(results)
 
 
 def memory(megabytes: int, num_tokens: int) -> list[dict[str, Any]]:
@@ -264,6 +272,4 @@ if __name__ == "__main__":
     if options.case:
         print(json.dumps(globals()[f"case_{options.case}"](options.work, **options.arguments)))
     else:
-        text = json.dumps(main(options.megabytes, options.num_tokens), indent=2) + "\n"
-        (HERE.parent / "data.json").write_text(text)
-        print(text)
+        main(options.megabytes, options.num_tokens)
