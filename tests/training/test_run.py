@@ -91,6 +91,7 @@ def test_data_that_changed_under_a_begun_stage_is_noticed(workspace, undisturbed
     (root / "moved/recipe.yaml").unlink()
     manifest = json.loads((directory / "prolong.json").read_text())
     manifest["training"]["stream"] = "of another data set"
+    (directory / "checksums.json").unlink()
     (directory / "prolong.json").write_text(json.dumps(manifest))
     assert "batch stream would jump" in workspace.train("moved", code=2)
 
