@@ -14,7 +14,7 @@ from megatron_prolong.convert.checkpoint import MegatronCheckpoint, open_weights
 from megatron_prolong.convert.dist_weights import DistWeights
 from megatron_prolong.convert.hf_weights import HFWeights
 from megatron_prolong.convert.names import Rows, Tensor2D
-from megatron_prolong.convert.transfer import Chunk, gather, output_dtype
+from megatron_prolong.convert.transfer import Chunk, ChunkBuffer, gather, output_dtype
 from megatron_prolong.recipe.shape import ModelShape, read_shape
 
 
@@ -36,7 +36,7 @@ class AnyCheckpoint:
         """Rows start … stop of a Hugging Face tensor, in its stored dtype."""
         chunk = Chunk(tensor, start, stop, self.dtype(tensor))
         if isinstance(self.weights, DistWeights):
-            return gather(chunk, self.weights)
+            return gather(chunk, self.weights, ChunkBuffer())
         out = torch.empty(chunk.shape, dtype=chunk.dtype)
         self.weights.read_into(Rows(tensor.name, None, start, stop - start), out)
         return out

@@ -24,7 +24,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_prolong.convert.names import LAYERS, Tensor2D
-from megatron_prolong.convert.transfer import Chunk, RowSource, chunks, gather, split_files, write_files
+from megatron_prolong.convert.transfer import (
+    Chunk,
+    ChunkBuffer,
+    RowSource,
+    chunks,
+    gather,
+    split_files,
+    write_files,
+)
 
 LARGEST_FILE = 4 * 2**30
 # Modules that announce an `_extra_state` object per layer (Transformer Engine keeps FP8 history there). Megatron
@@ -48,10 +56,11 @@ def write_torch_dist(directory: Path, tensors: list[tuple[Tensor2D, torch.dtype]
     def write(number: int, file_chunks: Iterator[Chunk]) -> list[tuple[Chunk, _StorageInfo]]:
         name = f"__0_{number}.distcp"
         entries = []
+        buffer = ChunkBuffer()
         with (directory / name).open("wb") as file:
             for chunk in file_chunks:
                 offset = file.tell()
-                torch.save(gather(chunk, source).view(_with_layer_axis(chunk, chunk.shape)), file)
+                torch.save(gather(chunk, source, buffer).view(_with_layer_axis(chunk, chunk.shape)), file)
                 entries.append((chunk, _StorageInfo(name, offset, file.tell() - offset)))
         return entries
 

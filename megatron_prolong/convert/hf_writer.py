@@ -14,7 +14,7 @@ import torch
 from megatron_prolong.convert.hf_weights import SAFETENSORS_DTYPES
 from megatron_prolong.convert.names import Tensor2D
 from megatron_prolong.convert.positioned import tensor_bytes
-from megatron_prolong.convert.transfer import Chunk, RowSource, chunks, gather, write_files
+from megatron_prolong.convert.transfer import Chunk, ChunkBuffer, RowSource, chunks, gather, write_files
 
 LARGEST_SHARD = 5 * 10**9  # bytes; transformers' own default for Llama-3
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -33,10 +33,11 @@ def write_safetensors(
     items = [[chunk for tensor, dtype in shard for chunk in chunks(tensor, dtype)] for shard in shards]
 
     def write(number: int, shard_chunks: Iterator[Chunk]) -> None:
+        buffer = ChunkBuffer()
         with (directory / names[number]).open("wb") as file:
             file.write(_header(shards[number]))
             for chunk in shard_chunks:
-                file.write(tensor_bytes(gather(chunk, source)))
+                file.write(tensor_bytes(gather(chunk, source, buffer)))
 
     write_files("writing safetensors", items, write)
     if len(shards) > 1:

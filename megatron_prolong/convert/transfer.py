@@ -70,9 +70,23 @@ def chunks(tensor: Tensor2D, dtype: torch.dtype) -> list[Chunk]:
     ]
 
 
-def gather(chunk: Chunk, source: RowSource) -> Tensor:
-    """Read the chunk's rows out of the source, in the chunk's order, shape and dtype."""
-    out = torch.empty(chunk.shape, dtype=chunk.dtype)
+class ChunkBuffer:
+    """Memory for one chunk after the other: fresh pages for each would cost the kernel more than the reading."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+
+    def take(self, chunk: Chunk) -> Tensor:
+        """An uninitialised tensor for the chunk; it ends the life of the one before."""
+        if len(self._memory) < chunk.num_bytes:
+            self._memory = bytearray(chunk.num_bytes)
+        flat = torch.frombuffer(self._memory, dtype=chunk.dtype, count=torch.Size(chunk.shape).numel())
+        return flat.view(chunk.shape)
+
+
+def gather(chunk: Chunk, source: RowSource, buffer: ChunkBuffer) -> Tensor:
+    """Read the chunk's rows out of the source, in the chunk's order, shape and dtype, into the buffer."""
+    out = buffer.take(chunk)
     filled = 0
     for rows in chunk.tensor.sources(chunk.start, chunk.stop):
         part = out[filled : filled + rows.count]

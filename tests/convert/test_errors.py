@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,10 +136,10 @@ def test_the_disk_fills_up_midway(
     """What the system says when a write finds no space; the file system itself is not ours to fill."""
     calls = iter(range(1000))
 
-    def failing(chunk: transfer.Chunk, source: transfer.RowSource) -> torch.Tensor:
+    def failing(*arguments: Any) -> torch.Tensor:
         if next(calls) == 7:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return gather(chunk, source)
+        return gather(*arguments)
 
     gather = transfer.gather
     for module in ("dist_writer", "hf_writer"):
@@ -163,7 +164,7 @@ def test_an_interrupt_leaves_nothing(original: Path, tmp_path: Path, number: sig
         "run()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # starting Python can take minutes on a busy machine
     while not list(tmp_path.glob("out.tmp-*/__0_0.distcp")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
