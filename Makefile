@@ -6,16 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := megatron_prolong examples tools tests benchmarks setup.py
 
-.PHONY: demo test test-fast test-gpu test-slurm lint bench clean
+.PHONY: demo test test-all test-gpu test-slurm lint bench clean
 
 demo: $(VENV)/ready
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
 
+# By file: the ranks and runs that the tests of one file share are started once.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not gpu and not slurm" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not gpu and not slurm and not slow" -n 2 --dist loadfile
 
-test-fast: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not gpu and not slurm and not slow" -n 2 --dist loadgroup
+test-all: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not gpu and not slurm" -n 2 --dist loadfile
 
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -m gpu

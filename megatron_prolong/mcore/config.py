@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.transformer import TransformerConfig
 
+from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import ModelShape
 
@@ -32,9 +33,16 @@ def transformer_config(
     Args:
         shape: the Llama model.
         layout: tp, pp, cp and their options.
-        precision: "fp32", "bf16" or "fp8".
+        precision: "fp32" or "bf16".
         recompute: "none", "selective" (the MLP, whose activations are the largest) or "full" (every layer).
+
+    Raises:
+        UserError: fp8 was asked for.
     """
+    if precision == "fp8":
+        raise UserError(
+            "precision: fp8 needs Transformer Engine layer specs, which are not built yet; use bf16"
+        )
     dtype = params_dtype(precision)
     on_gpu = torch.cuda.is_available()
     return TransformerConfig(
