@@ -12,6 +12,7 @@ import pytest
 from samples import write_data
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation import alce
 from megatron_prolong.evaluation.backend import Prompt, encode
 from megatron_prolong.evaluation.prompts import prepare, render
 from megatron_prolong.evaluation.results import averages, read_results
@@ -20,6 +21,7 @@ from megatron_prolong.evaluation.suite import run_suite, runnable
 from megatron_prolong.evaluation.suite_report import changes, plot_suite, print_suite, summary
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.task import Inputs, Task
+from megatron_prolong.evaluation.tasks import longqa, summ
 
 
 @dataclass
@@ -45,6 +47,16 @@ class Parrot:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def shorter_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of 64K and more tokens would take the tests minutes."""
+    monkeypatch.setattr(longqa, "NARRATIVE_MIN_TOKENS", 4000)
+    monkeypatch.setattr(longqa, "INFBENCH_MIN_TOKENS", 4000)
+    monkeypatch.setattr(summ, "CASE_MIN_TOKENS", 4000)
+    # punkt is data that not every machine has; citations are split at ". " here
+    monkeypatch.setattr(alce, "split_sentences", lambda text: text.split(". "))
 
 
 @pytest.fixture
