@@ -3,7 +3,7 @@
 # Every line is a command you would use for a real run. Run it with `make demo`; results land in demo/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 
 SECONDS=0
 say() { printf '\n\033[1m== %s\033[0m (%d s so far)\n' "$*" $SECONDS; }
@@ -39,7 +39,7 @@ prolong convert to-hf demo/runs/long/sft demo/runs/long/export
 say "5/6 held-out loss by position, far beyond the base model's context; needles in a haystack"
 prolong eval perplexity base=demo/base_hf --compare 1k=demo/runs/long/1k --compare 4k=demo/runs/long/4k \
   --data demo/tokens/held_out --lengths 256,1K,4K --documents 12 --out demo/runs/long/evaluation
-prolong eval needle base=demo/base_hf --compare 4k=demo/runs/long/4k --lengths 256,1K,4K --depths 0,50,100 \
+prolong eval needle base=demo/base_hf --compare 4k=demo/runs/long/4k --lengths 256,1K --depths 0,50,100 \
   --trials 2 --out demo/runs/long/evaluation
 
 say "6/6 the exported model in transformers, and the report"
