@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_prolong.data.batch import NO_LABEL
 from megatron_prolong.mcore.attention import Documents, KeyValueCache
 from megatron_prolong.mcore.build import StageModel, build_model
 from megatron_prolong.mcore.checkpoint import load_weights
@@ -20,7 +21,6 @@ from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import read_shape
 
 PREFILL_TOKENS = 4096  # long enough for full matrix products, short enough to keep activations small
-NO_LABEL = -100
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_prolong.data.batch import NO_LABEL
 from megatron_prolong.mcore.attention import ContextParallel, Documents
 from megatron_prolong.mcore.groups import ParallelGroups
 from megatron_prolong.model.context_plan import EQUAL_COST_TOKENS, ContextPlan
 from megatron_prolong.recipe.schema import Layout
-
-NO_LABEL = -100
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
-import yaml
 
 from megatron_prolong.convert.initial import write_initial
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.load import load_recipe
+from megatron_prolong.recipe.load import dump_recipe, load_recipe
 from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.recipe.shape import model_directory
 from megatron_prolong.runtime.launch import World
@@ -80,8 +79,7 @@ def _agree_on_recipe(recipe: Recipe, log: RunLog | None) -> None:
                 log.say(f"changed since the last start: {notice}")
     dist.barrier()
     if log:
-        dumped = recipe.model_dump(mode="json", exclude_none=True)
-        path.write_text(yaml.safe_dump(dumped, sort_keys=False))
+        path.write_text(dump_recipe(recipe))
     dist.barrier()
 
 

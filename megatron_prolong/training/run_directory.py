@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_prolong.convert.manifest import MANIFEST
 from megatron_prolong.errors import UserError
 
-MANIFEST = "prolong.json"
 RESOLVED_RECIPE = "recipe.yaml"
 
 
