@@ -64,6 +64,7 @@ def _relaunch(processes: int) -> None:
 
 def _train(recipe: Recipe) -> None:  # type: ignore[name-defined]  # noqa: F821
     from megatron_prolong.runtime.launch import distributed
+    from megatron_prolong.runtime.lost_rank import RankLost
     from megatron_prolong.runtime.signals import REQUEUE_EXIT_CODE, stop_requests
     from megatron_prolong.training.run import train as train_recipe
     from megatron_prolong.training.stage import Preempted
@@ -75,6 +76,9 @@ def _train(recipe: Recipe) -> None:  # type: ignore[name-defined]  # noqa: F821
             if world.is_main:
                 print(f"{event}; continue with the same command")
             sys.exit(REQUEUE_EXIT_CODE)
+        except RankLost as event:
+            print(f"error: {event}", file=sys.stderr, flush=True)
+            os._exit(1)  # an orderly exit would wait for the rank that is gone
         if world.is_main:
             print(f"done: {final}")
 

@@ -42,6 +42,11 @@ class Watchdog:
         """Say that work on `step` begins now."""
         self._step, self._fed = step, time.monotonic()
 
+    @property
+    def where(self) -> str:
+        """What was being worked on, for messages."""
+        return "the start" if self._step is None else f"step {self._step}"
+
     def __enter__(self) -> Watchdog:
         self._fed = time.monotonic()
         self._thread.start()
@@ -57,9 +62,8 @@ class Watchdog:
                 self._bite()
 
     def _bite(self) -> None:
-        where = "before the first step" if self._step is None else f"in step {self._step}"
         print(
-            f"rank {self.rank} has made no progress for {self.timeout_seconds:.0f} s {where}; "
+            f"rank {self.rank} has made no progress for {self.timeout_seconds:.0f} s in {self.where}; "
             "it stops here so that the job can end. Its threads were at:",
             file=self._stream,
             flush=True,

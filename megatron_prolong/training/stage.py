@@ -23,6 +23,7 @@ from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.recipe.schema import Layout, Recipe, Stage, layout_of, precision_of, recompute_of
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
+from megatron_prolong.runtime.lost_rank import naming_lost_ranks
 from megatron_prolong.runtime.watchdog import Watchdog
 from megatron_prolong.training.balance import micro_batches, share_out
 from megatron_prolong.training.checkpoint import save_checkpoint, verify_checkpoint
@@ -95,9 +96,14 @@ def train_stage(
     Raises:
         Preempted: `stop_requested` said so; a checkpoint of the last finished step is on disk.
         UserError: the checkpoint or the data does not fit the recipe.
+        RankLost: another rank died.
     """
     layout = layout_of(recipe, stage)
-    with megatron(layout, stage.seed) as groups, Watchdog(world.rank, STEP_TIMEOUT_SECONDS) as watchdog:
+    with (
+        megatron(layout, stage.seed) as groups,
+        Watchdog(world.rank, STEP_TIMEOUT_SECONDS) as watchdog,
+        naming_lost_ranks(world.rank, lambda: f"{watchdog.where} of stage {stage.name}"),
+    ):
         run = _prepare(recipe, stage, start, layout, world, groups)
         state = _first_state(run, start)
         if log:
@@ -129,7 +135,7 @@ def _walk(
             spec=run.recipe.optimizer, lr=learning_rate(stage, step),
         )  # fmt: skip
         state = _advance(state, stage, sequences, metrics)
-        watchdog.feed(state.step)
+        watchdog.feed(state.step + 1)
         guard.check(metrics, sequences)
         if log:
             facts = _facts(state, metrics, stage, time.perf_counter() - started, run.world)
