@@ -34,7 +34,8 @@ def transformer_config(
         shape: the Llama model.
         layout: tp, pp, cp and their options.
         precision: "fp32" or "bf16".
-        recompute: "none", "selective" (the MLP, whose activations are the largest) or "full" (every layer).
+        recompute: "none", "selective" (the MLP, whose activations are the largest), "full" (every layer) or
+            "block:N" (the first N layers of each model chunk).
 
     Raises:
         UserError: fp8 was asked for.
@@ -67,6 +68,8 @@ def transformer_config(
         sequence_parallel=layout.sequence_parallel and layout.tp > 1,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.virtual_pp if layout.virtual_pp > 1 else None,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         # The interleaved schedule with two stages sends both ways between the same two ranks: one batch of
         # operations cannot tell them apart (Megatron-LM's arguments.py refuses that pair too).
         overlap_p2p_comm=layout.virtual_pp > 1,
@@ -91,11 +94,12 @@ def transformer_config(
 
 
 def _recompute(mode: str) -> dict[str, object]:
-    if mode == "full":
+    if mode == "full" or mode.startswith("block:"):
+        method, num_layers = ("uniform", 1) if mode == "full" else ("block", int(mode.removeprefix("block:")))
         return {
             "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
+            "recompute_method": method,
+            "recompute_num_layers": num_layers,
         }
     if mode == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}

@@ -70,11 +70,11 @@ class Passes:
 
 def passes(job: Job) -> Passes:
     """Executed passes under the job's recomputation; the chunked loss always recomputes its logits."""
-    full = job.recompute == "full"
+    again = job.recomputed_share
     return Passes(
-        layers=4.0 if full else 3.0,
+        layers=3.0 + again,
         mlp_again=1.0 if job.recompute == "selective" else 0.0,
         output=4.0,
-        attention_forward=2.0 if full else 1.0,
+        attention_forward=1.0 + again,
         attention_backward=FLASH_BACKWARD,
     )

@@ -35,7 +35,7 @@ class Job:
         sequence_length: tokens of a packed sequence.
         batch_sequences: packed sequences of a global batch.
         precision: "fp32", "bf16" or "fp8" (bf16 weights, fp8 matrix products).
-        recompute: "none", "selective" (the MLP) or "full" (every layer).
+        recompute: "none", "selective" (the MLP), "full" (every layer) or "block:N" (N layers of each chunk).
         loss_chunk_tokens: tokens whose logits exist at once.
         micro_batch_tokens: tokens that one data-parallel rank holds at a time; None for sequence_length.
         attention: kernel family, a field of the hardware table's `efficiency`.
@@ -88,10 +88,30 @@ class Job:
         tp = self.layout.tp
         return -(-self.rank_tokens // tp) if self.layout.sequence_parallel and tp > 1 else self.rank_tokens
 
+    def stage_layers(self, pp_rank: int) -> int:
+        """Layers of a rank of pipeline stage `pp_rank`."""
+        stages = self.layout.stage_layers(self.shape.num_layers)
+        assert stages is not None, "the layout was checked"
+        return stages[pp_rank]
+
     @property
-    def chunk_layers(self) -> int:
-        """Layers of one model chunk (of which a rank has virtual_pp)."""
-        return self.shape.num_layers // (self.layout.pp * self.layout.virtual_pp)
+    def longest_stage_layers(self) -> int:
+        """Layers of the pipeline stage that has most."""
+        return max(self.stage_layers(rank) for rank in range(self.layout.pp))
+
+    def recomputed_layers(self, chunk_layers: int) -> int:
+        """How many of a model chunk's layers are recomputed whole."""
+        if self.recompute == "full":
+            return chunk_layers
+        if self.recompute.startswith("block:"):
+            return min(int(self.recompute.removeprefix("block:")), chunk_layers)
+        return 0
+
+    @property
+    def recomputed_share(self) -> float:
+        """Share of the longest stage's layers that are recomputed whole."""
+        chunk_layers = self.longest_stage_layers // self.layout.virtual_pp
+        return self.recomputed_layers(chunk_layers) / chunk_layers
 
     @property
     def vocab_rows(self) -> int:

@@ -107,7 +107,7 @@ def stage_weights(job: Job, pp_rank: int) -> list[int]:
     held once when both are the same stage and twice otherwise.
     """
     shape, layout = job.shape, job.layout
-    sizes = list(layer_weights(shape, layout.tp).values()) * (shape.num_layers // layout.pp)
+    sizes = list(layer_weights(shape, layout.tp).values()) * job.stage_layers(pp_rank)
     vocabulary = job.vocab_rows * shape.hidden_size
     first, last = pp_rank == 0, pp_rank == layout.pp - 1
     if first:
@@ -186,10 +186,22 @@ def saved_by_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> dict[str, int]:
 _RECOMPUTED_MLP = ("fc1", "silu", "activation")
 
 
+def kept_by_chunk(job: Job, num_layers: int, kernels: Kernels = GPU_KERNELS) -> int:
+    """Bytes that a model chunk's layers keep from forward to backward, for one micro-batch."""
+    recomputed = job.recomputed_layers(num_layers)
+    kept = recomputed * layer_input_bytes(job) + (num_layers - recomputed) * kept_by_layer(job, kernels)
+    return kept + rotary_bytes(job) if recomputed else kept
+
+
+def layer_input_bytes(job: Job) -> int:
+    """The residual stream of a micro-batch: all that a recomputed layer keeps."""
+    return job.residual_tokens * job.shape.hidden_size * job.element_bytes
+
+
 def kept_by_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
-    """Bytes that one layer keeps from forward to backward, for one micro-batch, as `job.recompute` says."""
+    """Bytes that one layer keeps, for one micro-batch; with block:N, one behind the first N."""
     if job.recompute == "full":
-        return job.residual_tokens * job.shape.hidden_size * job.element_bytes
+        return layer_input_bytes(job)
     saved = saved_by_layer(job, kernels)
     if job.recompute == "selective":
         return sum(size for name, size in saved.items() if name not in _RECOMPUTED_MLP)
@@ -215,16 +227,14 @@ def activation_bytes(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> 
         waiting = chunks - 1 if job.layout.virtual_pp > 1 else 0
     else:
         waiting = min(chunks + 1, job.micro_batches) if job.layout.virtual_pp == 1 else chunks
-    residual = job.residual_tokens * job.shape.hidden_size * job.element_bytes
-    per_chunk = job.chunk_layers * kept_by_layer(job, kernels)
-    if job.recompute == "full":
-        per_chunk += rotary_bytes(job)  # an argument of every recomputed layer
+    residual = layer_input_bytes(job)
+    per_chunk = kept_by_chunk(job, job.stage_layers(pp_rank) // job.layout.virtual_pp, kernels)
     inputs = 3 * 8 * job.rank_tokens * job.micro_batches  # tokens, labels, positions: int64
     return chunks * per_chunk + waiting * residual + inputs + (loss_bytes(job, kernels) if is_last else 0)
 
 
 def rotary_bytes(job: Job) -> int:
-    """The fp32 angles of a micro-batch, shared by its layers."""
+    """The fp32 angles of a micro-batch: an argument of every recomputed layer, shared by them."""
     return job.rank_tokens * job.shape.head_dim * 4
 
 
@@ -241,7 +251,8 @@ def loss_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
 
 def layer_working(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     """While one layer runs backward: what was recomputed, and the gradients of its widest part."""
-    recomputed = sum(saved_by_layer(job, kernels).values()) - kept_by_layer(job, kernels)
+    kept = layer_input_bytes(job) if job.recomputed_share else kept_by_layer(job, kernels)
+    recomputed = sum(saved_by_layer(job, kernels).values()) - kept
     e, h = job.element_bytes, job.shape.hidden_size
     gathered = 2 * job.rank_tokens * h * e if job.residual_tokens < job.rank_tokens else 0
     weight_gradient = max(layer_weights(job.shape, job.layout.tp).values()) * e

@@ -207,8 +207,8 @@ def _elementwise_seconds(job: Job, gpu: Gpu) -> float:
     heads = (shape.num_heads + shape.num_kv_heads) * shape.head_dim // tp
     rotary = 6 * job.rank_tokens * heads * e
     swiglu = 3 * job.rank_tokens * shape.ffn_hidden_size // tp * e
-    forwards = 2 if job.recompute == "full" else 1
-    moved = (forwards + 2) * (residual + rotary + swiglu) * shape.num_layers / job.layout.pp
+    forwards = 1 + job.recomputed_share
+    moved = (forwards + 2) * (residual + rotary + swiglu) * job.longest_stage_layers
     return moved / (gpu.memory_bandwidth * gpu.efficiency.memory)
 
 
@@ -218,8 +218,8 @@ def _tensor_seconds(job: Job, gpu: Gpu) -> float:
     if tp == 1:
         return 0.0
     one = (tp - 1) / tp * job.rank_tokens * job.shape.hidden_size * job.element_bytes
-    rounds = 3 if job.recompute == "full" else 2
-    volume = 4 * rounds * one * job.shape.num_layers / job.layout.pp + 2 * one
+    rounds = 2 + job.recomputed_share
+    volume = 4 * rounds * one * job.longest_stage_layers + 2 * one
     return volume / gpu.bandwidth(tp, stride=1)
 
 

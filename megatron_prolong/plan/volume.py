@@ -57,8 +57,8 @@ def _tensor(job: Job, pp_rank: int) -> float:
         return 0.0
     unit = (layout.tp - 1) / layout.tp * job.rank_tokens * shape.hidden_size * job.element_bytes
     split = layout.sequence_parallel
-    per_layer = (4 + 6 if split else 8) + {"none": 0, "selective": 2, "full": 4}[job.recompute]
-    layers = shape.num_layers // layout.pp
+    per_layer = (4 + 6 if split else 8) + (2 if job.recompute == "selective" else 4 * job.recomputed_share)
+    layers = job.stage_layers(pp_rank)
     first, last = pp_rank == 0, pp_rank == layout.pp - 1
     # The embedding is scattered (or reduced) forward and gathered backward; the loss the other way round.
     ends = 2 * first + 2 * last
@@ -75,7 +75,7 @@ def context_bytes(job: Job) -> float:
     layout, shape, e = job.layout, job.shape, job.element_bytes
     if layout.cp == 1:
         return 0.0
-    t, again = job.rank_tokens, 1 if job.recompute == "full" else 0
+    t, again = job.rank_tokens, job.recomputed_share
     keys_values = 2 * t * shape.num_kv_heads * shape.head_dim // layout.tp
     if layout.cp_exchange == "a2a":
         queries_output = 2 * t * shape.num_heads * shape.head_dim // layout.tp
@@ -85,7 +85,7 @@ def context_bytes(job: Job) -> float:
         per_layer = ((2 + again) * e + 4) * (layout.cp - 1) * keys_values
     else:  # the ring's gradients make one step more, to come home
         per_layer = ((2 + again) * e * (layout.cp - 1) + 4 * layout.cp) * keys_values
-    return per_layer * shape.num_layers / layout.pp
+    return per_layer * job.longest_stage_layers
 
 
 def _pipeline(job: Job, pp_rank: int) -> int:

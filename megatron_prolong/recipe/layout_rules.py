@@ -47,6 +47,9 @@ def layout_problems(
 def _pipeline(layout: Layout) -> Iterator[LayoutProblem]:
     if layout.virtual_pp > 1 and layout.pp == 1:  # parallel_state.initialize_model_parallel
         yield LayoutProblem("virtual_pp", "needs pp of at least 2; set pp, or virtual_pp to 1")
+    for field in ("first_stage_layers", "last_stage_layers"):
+        if getattr(layout, field) is not None and layout.pp == 1:
+            yield LayoutProblem(field, "needs pp of at least 2: with pp 1 the one stage has every layer")
 
 
 def _tensor(layout: Layout, shape: ModelShape) -> Iterator[LayoutProblem]:
@@ -60,12 +63,15 @@ def _tensor(layout: Layout, shape: ModelShape) -> Iterator[LayoutProblem]:
 
 
 def _layers(layout: Layout, shape: ModelShape) -> Iterator[LayoutProblem]:
-    # transformer_block.get_num_layers_to_build
-    if shape.num_layers % layout.pp:
-        yield LayoutProblem("pp", f"must divide the model's {shape.num_layers} layers")
-    elif shape.num_layers // layout.pp % layout.virtual_pp:
-        rule = f"must divide the {shape.num_layers // layout.pp} layers of a pipeline rank"
-        yield LayoutProblem("virtual_pp", rule)
+    stages = layout.stage_layers(shape.num_layers)
+    if stages is None:
+        rule = (
+            f"must divide the model's {shape.num_layers} layers (what first_stage_layers and last_stage_layers "
+            "leave of them, over the other stages)"
+        )
+        yield LayoutProblem("pp", rule)
+    elif uneven := [layers for layers in stages if layers % layout.virtual_pp]:
+        yield LayoutProblem("virtual_pp", f"must divide the {uneven[0]} layers of a pipeline rank")
 
 
 def _sequence(layout: Layout, size: StageSize) -> Iterator[LayoutProblem]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +19,6 @@ from megatron_prolong.recipe.numbers import Count, Real
 from megatron_prolong.recipe.shape import ModelShape
 
 Precision = Literal["fp32", "bf16", "fp8"]
-Recompute = Literal["none", "selective", "full"]
 CpExchange = Literal["all_gather", "p2p", "a2a", "a2a+p2p"]
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -34,6 +34,15 @@ Mixture = Annotated[
     Discriminator(lambda value: "word" if isinstance(value, str) else "directories"),
 ]
 """Directories of MDS shards with their proportions, or the word mock."""
+
+
+def _recompute(mode: str) -> str:
+    if not re.fullmatch(r"none|selective|full|block:[1-9]\d*", mode):
+        raise ValueError(f"must be none, selective, full or block:N with a number of layers, not {mode!r}")
+    return mode
+
+
+Recompute = Annotated[str, AfterValidator(_recompute), Field(examples=["full"])]
 
 
 class _Frozen(BaseModel):
@@ -98,6 +107,10 @@ class Layout(_Frozen):
     """Pipeline-parallel ranks."""
     virtual_pp: Positive = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
+    first_stage_layers: Positive | None = None
+    """Layers of the first pipeline stage, which also holds the embedding; by default as many as the others have."""
+    last_stage_layers: Positive | None = None
+    """Layers of the last pipeline stage, which also computes the loss; by default as many as the others have."""
     cp: Positive = 1
     """Context-parallel ranks: each holds 1/cp of every packed sequence."""
     sequence_parallel: bool = True
@@ -112,6 +125,16 @@ class Layout(_Frozen):
         """Ranks that one copy of the model takes: tp·pp·cp."""
         return self.tp * self.pp * self.cp
 
+    def stage_layers(self, num_layers: int) -> tuple[int, ...] | None:
+        """Layers of each pipeline stage, None where they do not come out even
+        (megatron.core.transformer.transformer_block.get_num_layers_to_build)."""
+        ends = {0: self.first_stage_layers, self.pp - 1: self.last_stage_layers}
+        fixed = {stage: layers for stage, layers in ends.items() if layers is not None}
+        left, free = num_layers - sum(fixed.values()), self.pp - len(fixed)
+        if left < free or (left % free if free else left):
+            return None
+        return tuple(fixed.get(stage) or left // free for stage in range(self.pp))
+
 
 class LayoutOverride(_Frozen):
     """The fields of `layout` that one stage sets differently."""
@@ -119,6 +142,8 @@ class LayoutOverride(_Frozen):
     tp: Positive | None = None
     pp: Positive | None = None
     virtual_pp: Positive | None = None
+    first_stage_layers: Positive | None = None
+    last_stage_layers: Positive | None = None
     cp: Positive | None = None
     sequence_parallel: bool | None = None
     cp_exchange: CpExchange | None = None
@@ -149,6 +174,10 @@ class CheckpointSpec(_Frozen):
     """Steps between checkpoints; the last step of a stage is always saved."""
     keep: Positive = 2
     """Newest checkpoints of a stage that stay on disk."""
+    keep_every: Positive | None = None
+    """Checkpoints whose step is a multiple of this stay too; by default none."""
+    async_save: bool = True
+    """Write in the background while training goes on, from a copy in host memory as large as the checkpoint."""
 
 
 class LoggingSpec(_Frozen):
@@ -301,7 +330,8 @@ class Recipe(_Frozen):
     precision: Precision = "bf16"
     """fp32, or bf16 with fp32 main weights, or fp8 matrix products on top of bf16 (CUDA only)."""
     recompute: Recompute = "full"
-    """Activations recomputed in the backward pass: none, the MLP's (selective), or whole layers (full)."""
+    """Activations recomputed in the backward pass: none, the MLP's (selective), whole layers (full), or the first N
+    layers of each model chunk (block:N)."""
     loss_chunk_tokens: Positive = 2048
     """Tokens per block of logits, so that a long sequence's logits never exist at once."""
     optimizer: OptimizerSpec = OptimizerSpec()

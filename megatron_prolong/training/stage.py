@@ -20,13 +20,14 @@ from megatron_prolong.mcore.build import StageModel, build_model
 from megatron_prolong.mcore.checkpoint import load_weights, load_weights_and_optimizer
 from megatron_prolong.mcore.groups import ParallelGroups, megatron
 from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
+from megatron_prolong.recipe.load import dump_recipe
 from megatron_prolong.recipe.schema import Layout, Recipe, Stage, layout_of, precision_of, recompute_of
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
 from megatron_prolong.runtime.watchdog import Watchdog
 from megatron_prolong.training.balance import micro_batches, share_out
-from megatron_prolong.training.checkpoint import save_checkpoint, verify_checkpoint
+from megatron_prolong.training.checkpoint import CheckpointWriter, verify_checkpoint
 from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import RunLog
 from megatron_prolong.training.run_directory import Checkpoint
@@ -126,6 +127,10 @@ def _walk(
     """The loop: next batch, step, log, checkpoint."""
     stage, spec = run.stage, run.recipe.checkpoint
     guard = Guard(stage.name)
+    writer = CheckpointWriter(
+        run.recipe.run_dir / stage.name, spec, sidecar, dump_recipe(run.recipe),
+        report=(lambda facts: log.event("checkpoint", **facts)) if log else None,
+    )  # fmt: skip
     for step, sequences in stream(run.mixture, state.step, share=list):
         started = time.perf_counter()
         assignment = share_out(sequences, run.groups, stage.micro_batch_size, run.cost)
@@ -136,7 +141,12 @@ def _walk(
         )  # fmt: skip
         state = _advance(state, stage, sequences, metrics)
         watchdog.feed(state.step + 1)
-        guard.check(metrics, sequences)
+        writer.poll()
+        try:
+            guard.check(metrics, sequences)
+        except UserError:
+            writer.finish()  # saved before the damage, and every rank is here
+            raise
         if log:
             facts = _facts(state, metrics, stage, time.perf_counter() - started, run.world)
             log.step(
@@ -145,9 +155,11 @@ def _walk(
         last = state.step == stage.num_steps
         stopping = stop_requested()
         if last or stopping or state.step % spec.every == 0:
-            _save(run, state, sidecar)
+            writer.save(run.model, run.optimizer, _manifest(run, state))
         if stopping and not last:
+            writer.finish()
             raise Preempted(f"stopped after step {state.step} of stage {stage.name}")
+    writer.finish()
 
 
 def _prepare(
@@ -173,6 +185,7 @@ def _prepare(
     )
     verify_checkpoint(start.checkpoint.directory)
     if start.optimizer:
+        _refuse_other_optimizer(start.checkpoint, layout)
         optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
         load_weights_and_optimizer(start.checkpoint.directory, model, optimizer)
     else:
@@ -181,6 +194,16 @@ def _prepare(
         optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
     cost = CostModel.for_shape(shape)
     return StageRun(recipe, stage, layout, world, groups, model, optimizer, mixture, cost)
+
+
+def _refuse_other_optimizer(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Megatron's sharded and unsharded optimizers have files of their own; any other change of layout is fine."""
+    saved = checkpoint.manifest["layout"]["distributed_optimizer"]
+    if saved != layout.distributed_optimizer:
+        raise UserError(
+            f"{checkpoint.directory} was saved with layout.distributed_optimizer: {str(saved).lower()}, and its "
+            "optimizer state can only continue with that; set it so, or start the stage with carry.optimizer: false"
+        )
 
 
 def _first_state(run: StageRun, start: StageInput) -> TrainState:
@@ -239,22 +262,20 @@ def _peak_memory(world: World) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _save(run: StageRun, state: TrainState, sidecar: Path) -> None:
-    manifest = {
+def _manifest(run: StageRun, state: TrainState) -> dict[str, Any]:
+    """Content of a checkpoint's prolong.json."""
+    return {
         "format": 1,
         "kind": "training",
         "shape": run.model.shape.to_dict(),
         "dtype": str(run.model.config.params_dtype).removeprefix("torch."),
         "stage": run.stage.name,
+        "step": state.step,
         "sequence_length": run.stage.sequence_length,
         "layout": {**run.layout.model_dump(), "dp": run.groups.dp.size},
         "training": state.to_dict(),
         "versions": _versions(),
     }
-    save_checkpoint(
-        run.recipe.run_dir / run.stage.name, state.step, run.model, run.optimizer, manifest, sidecar,
-        keep=run.recipe.checkpoint.keep,
-    )  # fmt: skip
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ raises makes the case fail in the parent with its traceback, and the pool is sta
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import traceback
@@ -28,6 +29,7 @@ class RankPool:
     def __init__(self, size: int) -> None:
         self.size = size
         self._processes: list[Any] = []
+        self._pipes: tuple[Any, ...] = ()
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Results of all ranks, in order. Return numpy arrays or plain data."""
@@ -49,17 +51,20 @@ class RankPool:
 
     def close(self) -> None:
         """Ends the processes; the next `run` starts new ones."""
-        for process in self._processes:
+        for process, pipe in zip(self._processes, self._pipes, strict=True):
+            with contextlib.suppress(OSError):
+                pipe.send(None)  # an orderly end: saving a checkpoint leaves a child of its own
+            process.join(2)
             process.kill()
             process.join()
-        self._processes = []
+        self._processes, self._pipes = [], ()
 
     def _start(self) -> None:
         context = mp.get_context("spawn")
         store = Path(tempfile.mkdtemp()) / "store"
         self._pipes, ends = zip(*(context.Pipe() for _ in range(self.size)), strict=True)
         self._processes = [
-            context.Process(target=_serve, args=(rank, self.size, str(store), end), daemon=True)
+            context.Process(target=_serve, args=(rank, self.size, str(store), end))
             for rank, end in enumerate(ends)
         ]
         for process in self._processes:
@@ -76,8 +81,8 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
         world_size=size,
         timeout=timedelta(seconds=TIMEOUT_SECONDS),
     )
-    while True:
-        function, args = pipe.recv()
+    while (call := pipe.recv()) is not None:
+        function, args = call
         try:
             pipe.send((None, function(rank, *args)))
         except Exception:

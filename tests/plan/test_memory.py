@@ -10,6 +10,7 @@ from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.memory import (
     buffer_elements,
     in_flight,
+    kept_by_chunk,
     kept_by_layer,
     num_parameters,
     peak_memory,
@@ -74,6 +75,24 @@ def test_recompute_keeps_less_and_sequence_parallel_divides_the_residual_stream(
     assert kept_by_layer(split) * 4 == kept["full"]
     whole = replace(JOB, layout=Layout(tp=4, sequence_parallel=False))
     assert kept_by_layer(whole) == kept["full"]
+
+
+def test_recomputing_a_block_lies_between_none_and_full() -> None:
+    """Of 32 layers: block:0 would be none, block:32 is full; in between, bytes go in steps of one layer."""
+    kept = {n: kept_by_chunk(replace(JOB, recompute=f"block:{n}"), 32) for n in (1, 16, 17, 32)}
+    assert kept[32] == kept_by_chunk(replace(JOB, recompute="full"), 32)
+    layer = kept_by_layer(replace(JOB, recompute="none"))
+    assert kept[16] - kept[17] == layer - 65_536 * 4096 * 2 > 0
+    assert kept[1] < 32 * layer
+
+
+def test_uneven_stages_hold_the_layers_they_are_given() -> None:
+    job = replace(JOB, layout=Layout(pp=4, first_stage_layers=5, last_stage_layers=7))
+    assert [job.stage_layers(rank) for rank in range(4)] == [5, 10, 10, 7]
+    even = replace(JOB, layout=Layout(pp=4))
+    assert sum(sum(stage_weights(job, rank)) for rank in range(4)) == sum(
+        sum(stage_weights(even, rank)) for rank in range(4)
+    )
 
 
 @pytest.mark.parametrize(

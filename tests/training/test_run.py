@@ -82,6 +82,14 @@ def test_another_layout_continues_the_same_losses(workspace, undisturbed):
             assert loss == pytest.approx(undisturbed[key], rel=1e-5)
 
 
+def test_an_unsharded_optimizer_does_not_continue_a_sharded_one(workspace, undisturbed):
+    root = workspace.root
+    shutil.copytree(root / "undisturbed", root / "unsharded")
+    shutil.rmtree(root / "unsharded/long")
+    output = workspace.train("unsharded", "layout.distributed_optimizer=false", code=2)
+    assert "saved with layout.distributed_optimizer: true" in output and "Traceback" not in output
+
+
 def test_data_that_changed_under_a_begun_stage_is_noticed(workspace, undisturbed):
     root = workspace.root
     shutil.copytree(root / "undisturbed", root / "moved")

@@ -1,0 +1,43 @@
+"""A checkpoint belongs to no layout: saved after four steps at one, it continues at any other with the same losses.
+
+fp32: the first loss after the change within 1e-5 relative of the single process that never stopped, as in
+test_layouts.py; the weights and both Adam moments went through the file, or the later steps would drift apart.
+(Sharding the optimizer or not is no layout: Megatron has two file formats for it, and training refuses the change.)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from small_training import Job, assemble, train
+from test_layouts import LAYOUTS, assert_equal_weights, pool_of
+
+SINGLE: dict = {}
+QUICK = [
+    ("tp2 sp", "cp2 p2p"),
+    ("pp2 virtual 2", "dp2 distributed optimizer"),
+    ("dp2 distributed optimizer", ""),
+]
+SLOW = [
+    ("", "tp2 pp2"), ("tp2 pp2", "cp2 dp2"), ("cp4 a2a", "pp2 uneven"), ("dp4 distributed optimizer", "tp4 sp"),
+    ("pp2 uneven", "dp2 distributed optimizer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    ids=lambda name: (name or "single").replace(" ", "-"),
+)
+def test_continues_at_another_layout(request, tmp_path, before, after, checkpoint, single):
+    expected, expected_weights = single
+    first, second = LAYOUTS.get(before, SINGLE), LAYOUTS.get(after, SINGLE)
+    saved = tmp_path / "checkpoint"
+    saved.mkdir()
+    ranks = pool_of(request, first).run(train, Job(first, checkpoint, last=4, save=str(saved)))
+    np.testing.assert_allclose(ranks[0].losses, expected.losses[:4], rtol=1e-5)
+    ranks = pool_of(request, second).run(train, Job(second, str(saved), first=4))
+    for rank in ranks:
+        np.testing.assert_allclose(rank.losses, expected.losses[4:], rtol=1e-5)
+        np.testing.assert_allclose(rank.grad_norms, expected.grad_norms[4:], rtol=1e-5)
+    assert_equal_weights(assemble(ranks), expected_weights, 1e-5)
