@@ -103,6 +103,32 @@ def test_merge_refuses_other_columns_and_leaves_the_old_index(tmp_path: Path) ->
         merge_indexes([tmp_path / "a"], tmp_path / "b")
 
 
+@given(st.lists(st.integers(1, 70_000), min_size=1, max_size=6), st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_lengths_without_reading(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], fixed: bool
+) -> None:
+    """Whatever lies in front of the column, and across the sizes at which the stored length grows."""
+    path = tmp_path_factory.mktemp("lengths") / "data"
+    columns = {"a": "int16" if fixed else "str", "b": "ndarray:uint32", "c": "str", "d": "ndarray:uint8"}
+    with MDSWriter(path, columns, size_limit=100_000) as writer:
+        for number, length in enumerate(lengths):
+            first = number if fixed else "é" * number
+            arrays = {"b": np.zeros(length, np.uint32), "d": np.zeros(2 * length, np.uint8)}
+            writer.write({"a": first, "c": "x" * length, **arrays})
+    reader = MDSReader(path)
+    for column, factor in {"b": 1, "d": 2}.items():
+        found = [reader.array_lengths(column, number) for number in range(len(reader.shards))]
+        assert np.concatenate(found).tolist() == [factor * length for length in lengths]
+
+
+def test_arrays_of_more_axes_have_no_length(tmp_path: Path) -> None:
+    with MDSWriter(tmp_path / "data", {"a": "ndarray:uint8"}) as writer:
+        writer.write({"a": np.zeros((2, 3), np.uint8)})
+    with pytest.raises(UserError, match=r"shard\.00000\.mds: column a has arrays of more than one axis"):
+        MDSReader(tmp_path / "data").array_lengths("a", 0)
+
+
 def test_nothing_appears_under_the_name_when_writing_fails(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), MDSWriter(tmp_path / "data", COLUMNS, size_limit=100) as writer:
         for _ in range(10):
@@ -237,6 +263,7 @@ def test_garbage_never_crashes_the_reader(data: Path) -> None:
         try:
             for number in range(MDSReader(data).shards[0].num_samples):
                 MDSReader(data)[number]
+            MDSReader(data).array_lengths("input_ids", 0)
         except UserError as error:
             assert "shard.00000.mds" in str(error)
 

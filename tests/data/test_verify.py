@@ -4,9 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from documents import write_documents
 from packs import COLUMNS, numbered_packs, write_packs
+from typer.testing import CliRunner
 
+from megatron_prolong.cli.main import app
 from megatron_prolong.data.mds import MDSReader, MDSWriter
+from megatron_prolong.data.pack import PackOptions, pack
 from megatron_prolong.data.verify import verify
 from megatron_prolong.errors import UserError
 
@@ -49,6 +53,17 @@ def test_any_flipped_bit_is_found_by_the_hash(tmp_path: Path, position: int) -> 
     flip(directory / "shard.00002.mds", position)
     (problem,) = verify(directory).problems
     assert "shard.00002.mds" in problem
+
+
+def test_a_flipped_byte_in_packs_of_ours_is_found(tmp_path: Path) -> None:
+    """What the steps write has hashes, so that a changed token is noticed wherever it lies."""
+    pack([write_documents(tmp_path / "documents", [50] * 10)], tmp_path / "packs", PackOptions(40, "concat"))
+    (shard,) = (tmp_path / "packs").rglob("*.mds")
+    assert verify(tmp_path / "packs").num_unhashed == 0
+    flip(shard, shard.read_bytes().index(np.array([2007], "<u4").tobytes()))
+    result = CliRunner().invoke(app, ["data", "verify", str(tmp_path / "packs")])
+    assert isinstance(result.exception, UserError)  # which the program turns into exit code 2
+    assert f"{shard}: its xxh64 is" in str(result.exception)
 
 
 def test_without_hashes_damage_to_the_structure_is_found_and_the_rest_is_admitted(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 FIXTURES = Path(__file__).parent / "fixtures"
 COUNT = 9
 VARIANTS: dict[str, dict[str, Any]] = {
-    "mds_plain": {},
+    "mds_plain": {"hashes": []},
     "mds_hashed": {"hashes": ["sha1", "xxh64"], "size_limit": 900},
     "mds_zstd": {"compression": "zstd:7", "hashes": ["sha256", "xxh3_64"], "size_limit": 2000},
     "mds_gz": {"compression": "gz", "hashes": ["md5"], "size_limit": 2000},

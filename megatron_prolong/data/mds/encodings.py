@@ -154,15 +154,16 @@ def _decode_array(
         dtype = np.dtype(_DTYPE_OF_CODE[buffer[start]]).newbyteorder("<")
         start += 1
     if shape is None:
-        ndim, shape_dtype = buffer[start] >> 2, _SHAPE_DTYPES[buffer[start] & 3]
-        start += 1
-        shape_end = start + ndim * shape_dtype.itemsize
-        item = shape_dtype.itemsize
-        shape = tuple(
-            int.from_bytes(buffer[at : at + item], "little") for at in range(start, shape_end, item)
-        )
-        start = shape_end
+        ndim, item = buffer[start] >> 2, 1 << (buffer[start] & 3)
+        first, start = start + 1, start + 1 + ndim * item
+        if ndim == 1:  # nearly always, and worth the shorter way
+            shape = (int.from_bytes(buffer[first:start], "little"),)
+        else:
+            shape = tuple(
+                int.from_bytes(buffer[at : at + item], "little") for at in range(first, start, item)
+            )
     count = prod(shape)
     if start + count * dtype.itemsize != end:
         raise ValueError(f"an array of {dtype.name} {list(shape)} does not fill its {size} bytes")
-    return np.frombuffer(buffer, dtype, count, start).reshape(shape)
+    array = np.frombuffer(buffer, dtype, count, start)
+    return array if len(shape) == 1 else array.reshape(shape)

@@ -19,10 +19,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import zstandard
+from numpy.typing import NDArray
 
 from megatron_prolong.data.mds.compression import open_compressed, parse_compression
-from megatron_prolong.data.mds.encodings import Encoding, encoding
+from megatron_prolong.data.mds.encodings import Decode, encoding
 from megatron_prolong.data.mds.index import Shard, check_hashes, read_index
 from megatron_prolong.errors import UserError
 
@@ -55,10 +57,11 @@ class MDSReader(Sequence[dict[str, Any]]):
         self.columns: dict[str, str] = {name: stored[name] for name in wanted if name in stored}
         self._layout = self._plan(stored)
         self._sizes = struct.Struct(f"<{sum(size is None for _, size, _ in self._layout)}I")
+        self._fixed_bytes = self._sizes.size + sum(size or 0 for _, size, _ in self._layout)
 
-    def _plan(self, stored: Mapping[str, str]) -> list[tuple[str, int | None, Encoding | None]]:
+    def _plan(self, stored: Mapping[str, str]) -> list[tuple[str, int | None, Decode | None]]:
         """(name, fixed size, decoder or None to skip) of every stored column, in the order of the file."""
-        layout: list[tuple[str, int | None, Encoding | None]] = []
+        layout: list[tuple[str, int | None, Decode | None]] = []
         for name, kind in stored.items():
             try:
                 known = encoding(kind)
@@ -70,7 +73,7 @@ class MDSReader(Sequence[dict[str, Any]]):
                     ) from None
                 layout.append((name, None, None))
                 continue
-            layout.append((name, known.size, known if name in self.columns else None))
+            layout.append((name, known.size, known.decode if name in self.columns else None))
         return layout
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -104,18 +107,20 @@ class MDSReader(Sequence[dict[str, Any]]):
         column = "sizes"
         try:
             begin, end = _PAIR.unpack_from(data, 4 + 4 * sample)
-            sizes = iter(self._sizes.unpack_from(data, begin))
+            sizes = self._sizes.unpack_from(data, begin)
+            columns_end = begin + self._fixed_bytes + sum(sizes)
+            if columns_end != end or end > len(data):
+                raise ValueError(
+                    f"columns end at byte {columns_end}, the sample at {end}, the file at {len(data)}"
+                )
             at = begin + self._sizes.size
+            varying = iter(sizes)
             values: dict[str, Any] = {}
-            for column, fixed, decoder in self._layout:
-                size = next(sizes) if fixed is None else fixed
-                if at + size > end:
-                    raise ValueError("it reaches beyond the end of the sample")
-                if decoder is not None:
-                    values[column] = decoder.decode(data, at, size)
+            for column, fixed, decode in self._layout:
+                size = next(varying) if fixed is None else fixed
+                if decode is not None:
+                    values[column] = decode(data, at, size)
                 at += size
-            if at != end or end > len(data):
-                raise ValueError(f"columns end at byte {at}, the sample at {end}, the file at {len(data)}")
         except (ValueError, KeyError, IndexError, struct.error) as error:
             shard = self.shards[number]
             raise UserError(
@@ -123,6 +128,34 @@ class MDSReader(Sequence[dict[str, Any]]):
                 f"column {column}: {error}; the shard is damaged, fetch or write it again"
             ) from None
         return values
+
+    def array_lengths(self, column: str, number: int) -> NDArray[np.int64]:
+        """Elements of a column of one-axis arrays in every sample of shard `number`, int64 [samples].
+
+        Some twenty times faster than reading the samples. Raises UserError for a damaged shard, and when the
+        column's type does not name a dtype, or an array has more axes.
+        """
+        _, _, dtype = self.columns[column].partition(":")
+        data = np.frombuffer(self._maps.get(number) or self._map(number), np.uint8)
+        try:
+            offsets = np.frombuffer(data, "<u4", self.shards[number].num_samples + 1, 4).astype(np.int64)
+            begins, ends = offsets[:-1], offsets[1:]
+            at, num_varying = begins + self._sizes.size, 0
+            for name, fixed, _ in self._layout:
+                if fixed is None:
+                    size = data[(begins + 4 * num_varying)[:, None] + np.arange(4)].view("<u4")[:, 0]
+                    num_varying += 1
+                if name == column:
+                    break
+                at += size if fixed is None else fixed
+            num_axes, head = data[at] >> 2, 1 + (1 << (data[at] & 3).astype(np.int64))
+            lengths, rest = np.divmod(size - head, np.dtype(dtype).itemsize)
+            if (num_axes == 1).all() and not rest.any() and (at + size <= ends).all():
+                return lengths
+        except (ValueError, IndexError):
+            pass
+        self.verify(number)
+        raise UserError(f"{self.shards[number].path}: column {column} has arrays of more than one axis")
 
     def _map(self, number: int) -> mmap.mmap:
         shard = self.shards[number]
