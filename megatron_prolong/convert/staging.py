@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.publish import publish, remove_leftovers, temporary_name
 
 
 @contextlib.contextmanager
 def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
     """An empty directory to write into; named `final` when the block ends well, removed when it does not.
+
+    What an earlier attempt left that could not clean up (kill -9) is removed first.
 
     Args:
         needed_bytes: space the content takes; checked against the disk before anything is written.
@@ -24,9 +26,10 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
     """
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"{final}: already exists; choose another name or remove it")
-    partial = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    partial = temporary_name(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(final.parent, final.name)
         free = shutil.disk_usage(final.parent).free
         if free < needed_bytes:
             raise UserError(
@@ -34,10 +37,7 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
             )
         partial.mkdir()
         yield partial
-        _sync(partial)
-        if final.exists():
-            final.rmdir()
-        partial.rename(final)
+        publish(partial, final)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{final}: the disk is full; nothing was kept") from error
@@ -46,13 +46,3 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(directory: Path) -> None:
-    """Push everything to the disk, so that the rename can only expose complete content."""
-    for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -6,33 +6,137 @@ configs of the source, travelling along). Directories are written aside and rena
 
 from __future__ import annotations
 
+import os
+import queue
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    SerializationFormat,
+    _StorageWriterTransforms,
+    _write_item,
+)
+from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_prolong.convert.unpickle import load_metadata
 from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.build import StageModel
+from megatron_prolong.mcore.optimizer_shards import SHARDING_TYPE, optimizer_state
+from megatron_prolong.mcore.replace import replaced
 
 # Adam moments are saved per weight, in the weight's own shape, so that any layout can read them back.
 # Handed out as copies: Megatron writes the layout's process group into the dict it is given.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_METADATA = {"distrib_optim_sharding_type": SHARDING_TYPE, "chained_optim_avoid_prefix": True}
+
+
+def training_state(model: StageModel, optimizer: MegatronOptimizer | None) -> ShardedStateDict:
+    """What a checkpoint holds of this rank's weights and optimizer, as references."""
+    state = _model_state(model)
+    if optimizer is not None:
+        state["optimizer"] = optimizer_state(optimizer, state, _METADATA)
+    return state
+
+
+def state_bytes(state: ShardedStateDict) -> int:
+    """Size on disk of what this rank has to itself: summed over the ranks, the size of the checkpoint."""
+    return sum(
+        value.data.numel() * value.data.element_size()
+        for value in nested_values(state)
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and is_main_replica(value.replica_id)
+    )
+
+
+@dataclass
+class Snapshot:
+    """This rank's share of a checkpoint, copied to host memory: training may go on while it is written."""
+
+    directory: Path
+    request: AsyncRequest
+
+    def write(self) -> list[str]:
+        """Write and sync this rank's files; returns their names. Talks to nobody, so a thread can do it."""
+        if not self.request.async_fn_args:
+            return []
+        _, buckets, results = self.request.async_fn_args
+        written = {}
+        for index, (path, name, (objects, tensors)) in enumerate(buckets):
+            with Path(path).open("wb") as file:
+                written[index] = [
+                    _write_item(
+                        _StorageWriterTransforms(), file, data, item, name, SerializationFormat.TORCH_SAVE
+                    )
+                    for item, data in [*objects, *tensors]
+                ]
+                file.flush()
+                os.fsync(file.fileno())
+        results.put(written)
+        return [name for _, name, _ in buckets]
+
+    def finish(self) -> None:
+        """Write the table of contents, when every rank has written. Collective."""
+        for finalize in self.request.finalize_fns:
+            finalize()
+
+
+def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
+    """Share the writing out over all ranks that hold the same numbers, and copy this rank's share. Collective.
+
+    Megatron's own asynchronous writer forks processes (with CUDA and threads alive) and starts a manager to talk
+    to them, 3 s before the first byte; a thread needs neither, as torch.save and hashing let go of the interpreter.
+
+    Args:
+        directory: exists and is empty; gets common.pt now, the rest from `write` and `finish`.
+    """
+    strategy = FullyParallelSaveStrategyWrapper(
+        torch_dist.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    without_manager = (filesystem_async, "_get_write_results_queue", queue.SimpleQueue)
+    with warnings.catch_warnings(), replaced([without_manager]):
+        warnings.simplefilter("ignore")
+        request = dist_checkpointing.save(
+            state, str(directory), strategy, async_sharded_save=True, content_metadata=dict(_METADATA)
+        )
+    if request.async_fn_args:
+        rank, buckets, results = request.async_fn_args
+        # To pinned memory from a GPU; on CPU a copy, as these are the very weights that the next step changes.
+        copied = [
+            (path, name, (objects, [(item, _to_host(tensor)) for item, tensor in tensors]))
+            for path, name, (objects, tensors) in buckets
+        ]
+        request = request._replace(async_fn_args=[rank, copied, results], preload_fn=None)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return Snapshot(directory, request)
 
 
 def save_weights_and_optimizer(
     directory: Path, model: StageModel, optimizer: MegatronOptimizer | None
 ) -> None:
     """Write this rank's share into `directory`, which must exist and be empty. Collective."""
-    state = _model_state(model)
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=dict(_METADATA))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dist_checkpointing.save(state, str(directory), content_metadata=dict(_METADATA))
+    snapshot = take_snapshot(directory, training_state(model, optimizer))
+    snapshot.write()
+    dist.barrier()
+    snapshot.finish()
 
 
 def load_weights(directory: Path, model: StageModel) -> None:
@@ -68,13 +172,44 @@ def _without_extra_state(state: ShardedStateDict) -> ShardedStateDict:
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
+class _SafeReader(FileSystemReader):
+    """torch's reader, but for the table of contents: torch unpickles that file, which runs what is in it."""
+
+    def __init__(self, directory: str, cache_metadata: bool = False) -> None:
+        super().__init__(directory)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Built of plain data classes only; read once."""
+        if self._metadata is None:
+            self._metadata = load_metadata(Path(self.path) / ".metadata")
+        return self._metadata
+
+
+class _WeightsOnlyPlanner(torch_dist.MCoreLoadPlanner):
+    """Megatron's planner, but for stored objects: torch unpickles those without any restriction."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        """Plain values and tensors only."""
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
 def _read(directory: Path, state: ShardedStateDict) -> dict[str, Any]:
+    # The third pickle, common.pt, is loaded as weights only since torch 2.6; the tensors always were.
+    without_code = [
+        (torch_dist, "_get_filesystem_reader", _SafeReader),
+        (torch_dist, "MCoreLoadPlanner", _WeightsOnlyPlanner),
+    ]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), replaced(without_code):
             warnings.simplefilter("ignore")
             return dist_checkpointing.load(state, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"checkpoint {directory} does not fit this model: {error}") from error
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", non_blocking=True, copy=True)
 
 
 def _load_model(model: StageModel, loaded: dict[str, Any]) -> None:

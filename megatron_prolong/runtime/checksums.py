@@ -36,7 +36,7 @@ def write_checksums(directory: Path, entries: Mapping[str, list[int | str]] | No
     Args:
         entries: of all files, when the ranks have hashed their own; default: hash everything here.
     """
-    entries = hash_files(directory, _files(directory)) if entries is None else entries
+    entries = hash_files(directory, list_files(directory)) if entries is None else entries
     temporary = directory / f"{CHECKSUMS}.tmp-{os.getpid()}"
     with temporary.open("w", encoding="utf-8") as file:
         json.dump({"algorithm": "xxh3_128", "files": dict(sorted(entries.items()))}, file, indent=1)
@@ -55,7 +55,7 @@ def verify_checksums(directory: Path, share: slice = slice(None)) -> None:
         UserError: with every file that is missing, of another size, changed, or not in the list.
     """
     recorded = _read(directory)
-    present = _files(directory)
+    present = list_files(directory)
     problems = [f"{name}: not in {CHECKSUMS}" for name in present if name not in recorded]
     problems += [f"{name}: missing" for name in recorded if name not in present]
     names = sorted(set(recorded) & set(present))[share]
@@ -84,7 +84,7 @@ def _read(directory: Path) -> Entries:
     return entries
 
 
-def _files(directory: Path) -> list[str]:
+def list_files(directory: Path) -> list[str]:
     """Paths below `directory`, but for the checksums themselves (and a half-written list of them)."""
     paths = (path for path in directory.rglob("*") if path.is_file())
     names = sorted(path.relative_to(directory).as_posix() for path in paths)

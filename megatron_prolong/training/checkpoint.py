@@ -1,58 +1,178 @@
-"""Save a training checkpoint: written aside, pushed to the disk, and only then named."""
+"""Save training checkpoints without holding up the training: copied to memory, written beside it, named at the end.
+
+A save has three parts. `save` copies weights and optimizer to host memory and starts a thread that writes them
+(every rank its share). `poll`, once a step, finds out whether all ranks have written; then the checkpoint is
+completed: table of contents, checksums, synced to the disk, renamed, named by `latest`, old ones pruned. `finish`
+waits for that.
+Whatever happens before the rename, the checkpoint before this one is the newest.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.build import StageModel
-from megatron_prolong.mcore.checkpoint import save_weights_and_optimizer
+from megatron_prolong.mcore.checkpoint import Snapshot, state_bytes, take_snapshot, training_state
 from megatron_prolong.mcore.optimizer import MegatronOptimizer
-from megatron_prolong.runtime.checksums import CHECKSUMS, verify_checksums, write_checksums
-from megatron_prolong.training.run_directory import MANIFEST, prune, write_pointer
+from megatron_prolong.recipe.schema import CheckpointSpec
+from megatron_prolong.runtime.checksums import (
+    CHECKSUMS,
+    Entries,
+    hash_files,
+    list_files,
+    verify_checksums,
+    write_checksums,
+)
+from megatron_prolong.runtime.publish import publish
+from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, prune, write_pointer
 
 
-def save_checkpoint(
-    stage_dir: Path,
-    step: int,
-    model: StageModel,
-    optimizer: MegatronOptimizer,
-    manifest: dict[str, Any],
-    sidecar: Path,
-    keep: int,
-) -> Path:
-    """Save weights, optimizer and manifest as RUN/STAGE/step_N. Collective; returns the directory.
+@dataclass
+class PendingSave:
+    """A checkpoint between its snapshot and its name; `entries` or `problem` appear when this rank has written."""
+
+    snapshot: Snapshot
+    manifest: dict[str, Any]
+    num_bytes: int
+    stall_seconds: float
+    started: float
+    entries: Entries = field(default_factory=dict)
+    problem: str | None = None
+    thread: Thread | None = None
+
+    def write(self) -> None:
+        """Write and hash this rank's files; what goes wrong is kept for `CheckpointWriter` to raise."""
+        directory = self.snapshot.directory
+        try:
+            self.entries = hash_files(directory, self.snapshot.write())
+        except Exception as error:  # every rank has to hear of it, so it must not end the thread
+            self.problem = _describe(error)
+
+
+class CheckpointWriter:
+    """Saves the checkpoints of one stage as RUN/STAGE/step_N. Every method is collective.
 
     Args:
-        manifest: content of prolong.json without `step`.
+        stage_dir: RUN/STAGE.
         sidecar: the `hf/` directory that travels along.
-        keep: how many of the stage's checkpoints to keep.
+        recipe: the resolved recipe as text, which travels along too.
+        report: called on the main rank with the facts of every completed checkpoint.
     """
-    final = stage_dir / f"step_{step:08d}"
-    partial = stage_dir / f"{final.name}.partial"
-    is_main = dist.get_rank() == 0
-    if is_main:
-        for leftover in (partial, final):
-            shutil.rmtree(leftover, ignore_errors=True)
+
+    def __init__(
+        self,
+        stage_dir: Path,
+        spec: CheckpointSpec,
+        sidecar: Path,
+        recipe: str,
+        report: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self._stage_dir, self._spec, self._sidecar = stage_dir, spec, sidecar
+        self._recipe, self._report = recipe, report
+        self._pending: PendingSave | None = None
+
+    def save(self, model: StageModel, optimizer: MegatronOptimizer, manifest: dict[str, Any]) -> None:
+        """Begin to save; waits for the save before, and for this one unless `checkpoint.async_save`.
+
+        Args:
+            manifest: content of prolong.json, with `step`.
+
+        Raises:
+            UserError: not enough space, seen before anything is written, or anything that writing ran into.
+        """
+        self.finish()
+        started = time.perf_counter()
+        state = training_state(model, optimizer)
+        num_bytes = _sum(state_bytes(state))
+        partial = self._stage_dir / f"step_{manifest['step']:08d}.partial"
+        _on_main(lambda: self._make_room(partial, num_bytes))
+        snapshot = take_snapshot(partial, state)
+        pending = PendingSave(snapshot, manifest, num_bytes, time.perf_counter() - started, started)
+        # A daemon: a process that ends with an error does not wait for a checkpoint that cannot be completed.
+        pending.thread = Thread(target=pending.write, name="checkpoint", daemon=True)
+        pending.thread.start()
+        self._pending = pending
+        if not self._spec.async_save:
+            self.finish()
+
+    def poll(self) -> None:
+        """Complete the pending save if every rank has written its share."""
+        if (pending := self._pending) is not None:
+            assert pending.thread is not None
+            if _sum(int(pending.thread.is_alive())) == 0:
+                self.finish()
+
+    def finish(self) -> None:
+        """Wait for the pending save, if there is one, and complete it.
+
+        Raises:
+            UserError: it could not be written; nothing of it is left.
+        """
+        if (pending := self._pending) is None:
+            return
+        assert pending.thread is not None
+        self._pending = None
+        waiting = time.perf_counter()
+        pending.thread.join()
+        partial = pending.snapshot.directory
+        shares: list[tuple[Entries, str | None]] = [({}, None)] * dist.get_world_size()
+        dist.all_gather_object(shares, (pending.entries, pending.problem))
+        if problems := sorted({problem for _, problem in shares if problem}):
+            _on_main(lambda: shutil.rmtree(partial))
+            raise UserError.many(f"{partial.with_suffix('')} could not be saved:", problems)
+        pending.snapshot.finish()
+        entries = {name: entry for share, _ in shares for name, entry in share.items()}
+        _on_main(lambda: self._complete(partial, pending.manifest, entries))
+        if self._report:
+            now = time.perf_counter()
+            self._report(
+                {
+                    "stage": self._stage_dir.name,
+                    "step": pending.manifest["step"],
+                    "bytes": pending.num_bytes,
+                    "seconds": now - pending.started,
+                    "stall_seconds": pending.stall_seconds + now - waiting,
+                }
+            )
+
+    def _make_room(self, partial: Path, num_bytes: int) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
-    save_weights_and_optimizer(partial, model, optimizer)
-    dist.barrier()
-    if is_main:
-        shutil.copytree(sidecar, partial / "hf")
-        (partial / MANIFEST).write_text(json.dumps({**manifest, "step": step}, indent=2) + "\n")
-        write_checksums(partial)
-        _sync(partial)
-        partial.rename(final)
-        write_pointer(stage_dir, final.name)
-        prune(stage_dir, keep)
-    dist.barrier()
-    return final
+        free = shutil.disk_usage(partial).free
+        if free < num_bytes:
+            partial.rmdir()
+            raise UserError(
+                f"{partial.with_suffix('')} needs {num_bytes / 2**30:.1f} GiB, but the disk has {free / 2**30:.1f} "
+                "GiB free; make room, or keep fewer checkpoints (checkpoint.keep, checkpoint.keep_every), and "
+                "start again: the run continues from its newest checkpoint"
+            )
+
+    def _complete(self, partial: Path, manifest: dict[str, Any], entries: Entries) -> None:
+        try:
+            shutil.copytree(self._sidecar, partial / "hf")
+            (partial / RESOLVED_RECIPE).write_text(self._recipe)
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            rest = [name for name in list_files(partial) if name not in entries]
+            write_checksums(partial, {**entries, **hash_files(partial, rest)})
+            final = partial.with_suffix("")
+            publish(partial, final)
+            write_pointer(self._stage_dir, final.name)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        prune(self._stage_dir, self._spec.keep, self._spec.keep_every)
 
 
 def verify_checkpoint(directory: Path) -> None:
@@ -67,9 +187,29 @@ def verify_checkpoint(directory: Path) -> None:
         verify_checksums(directory, slice(dist.get_rank(), None, dist.get_world_size()))
 
 
-def _sync(directory: Path) -> None:
-    """Push every file of the directory to the disk, so that the rename can only expose complete content."""
-    for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+def _sum(number: int) -> int:
+    """Over all ranks, through the CPU: nothing waits for the GPU."""
+    total = torch.tensor(number)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def _on_main(action: Callable[[], object]) -> None:
+    """Do it on rank 0; if that fails, every rank raises the same UserError."""
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            problem = [str(error)]
+        except OSError as error:
+            problem = [_describe(error)]
+    dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(problem[0])
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; make room and start again: the run continues from its newest checkpoint"
+    return f"rank {dist.get_rank()}: {type(error).__name__}: {error}"

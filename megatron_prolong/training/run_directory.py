@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_prolong.convert.manifest import MANIFEST
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.publish import remove, remove_leftovers, write_durably
 
 RESOLVED_RECIPE = "recipe.yaml"
 
@@ -49,15 +50,19 @@ def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
 
 def write_pointer(stage_dir: Path, name: str) -> None:
     """Make `latest` name a checkpoint, in one atomic step."""
-    temporary = stage_dir / "latest.partial"
-    temporary.write_text(name + "\n")
-    temporary.replace(stage_dir / "latest")
+    write_durably(stage_dir / "latest", name + "\n")
 
 
-def prune(stage_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what interrupted saves left behind."""
-    complete = sorted(path for path in stage_dir.glob("step_*") if path.suffix != ".partial")
+def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and those of every `keep_every`-th step; and leftovers."""
+    complete = sorted(path for path in stage_dir.glob("step_*") if path.suffix == "")
     for old in complete[:-keep]:
-        shutil.rmtree(old)
-    for leftover in stage_dir.glob("*.partial"):
+        if keep_every is None or _step(old) % keep_every:
+            remove(old)
+    remove_leftovers(stage_dir)
+    for leftover in stage_dir.glob("step_*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _step(directory: Path) -> int:
+    return int(directory.name.removeprefix("step_"))

@@ -1,0 +1,75 @@
+"""What is written appears under its name only when all of it is on the disk; what a killed process left goes.
+
+A directory in the making is `NAME.tmp-PID` beside NAME, so that its leftovers can be told from work in progress.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+
+def temporary_name(final: Path) -> Path:
+    """Where this process writes what will be named `final`."""
+    return final.with_name(f"{final.name}.tmp-{os.getpid()}")
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Push the directory `partial` to the disk and name it `final`, taking the place of an older one."""
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    if final.exists():
+        remove(final)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file: a crash at any moment leaves the old or the new content."""
+    temporary = temporary_name(path)
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def remove(directory: Path) -> None:
+    """Delete a directory that may be complete; one half deleted no longer has its name."""
+    doomed = temporary_name(directory.with_name(f"{directory.name}.removed"))
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(parent: Path, name: str = "*") -> None:
+    """Delete what processes of this machine that no longer live left below `parent` as NAME.tmp-PID.
+
+    Another machine's processes cannot be seen from here: only call it where none can be at work on the same name.
+    """
+    for path in parent.glob(f"{name}.tmp-*"):
+        found = re.fullmatch(r".*\.tmp-(\d+)", path.name)
+        if found is None or _alive(int(found[1])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
