@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from megatron_prolong.errors import UserError
@@ -27,6 +28,12 @@ class Executor(Protocol):
         work and items must be picklable. The first exception stops the job and is raised here.
         """
         ...
+
+
+_KILLED = (
+    "a worker process was killed from outside, most often for lack of memory; {}. Run the same command again: "
+    "finished tasks are kept"
+)
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,7 @@ class LocalProcesses:
             for future in as_completed([pool.submit(work, item) for item in items]):
                 yield future.result()
         except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed from outside, most often for lack of memory; take fewer "
-                "--workers. Run the same command again: finished tasks are kept"
-            ) from None
+            raise UserError(_KILLED.format("take fewer --workers")) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -65,7 +69,10 @@ def _one_thread_each() -> None:
 
 @dataclass(frozen=True)
 class Ray:
-    """One Ray task per item. address: the cluster's; None for the environment's, or a local one."""
+    """One Ray task per item, tried again elsewhere (Ray's default: three times) when its worker dies.
+
+    address: the cluster's; None for the environment's, or a local one. All nodes must see the same files.
+    """
 
     address: str | None = None
 
@@ -73,23 +80,29 @@ class Ray:
         try:
             import ray
         except ImportError:
-            raise UserError("--executor ray needs the package ray: pip install 'ray>=2.9'") from None
+            raise UserError(
+                "--executor ray needs the package ray: pip install 'megatron-prolong[ray]'"
+            ) from None
         if not ray.is_initialized():
             ray.init(address=self.address, log_to_driver=False)
-        remote = ray.remote(_with_one_thread)
-        pending = [remote.remote(work, item) for item in items]
+        remote = ray.remote(_run_here)
+        pending = [remote.remote(str(Path.cwd()), work, item) for item in items]
         try:
             while pending:
                 finished, pending = ray.wait(pending)
                 yield from ray.get(finished)
         except ray.exceptions.RayTaskError as error:
             raise error.cause or error from None
+        except ray.exceptions.RayError as error:
+            raise UserError(f"{_KILLED.format('give each task more')} ({type(error).__name__})") from None
         finally:
             for reference in pending:
                 ray.cancel(reference)
 
 
-def _with_one_thread(work: Callable[[T], R], item: T) -> R:
+def _run_here(directory: str, work: Callable[[T], R], item: T) -> R:
+    """On any node: relative paths, and modules of the user's, are meant from where the command was given."""
+    os.chdir(directory)
     _one_thread_each()
     return work(item)
 

@@ -31,6 +31,15 @@ def die(number: int) -> int:
     return number
 
 
+def die_at_first(item: tuple[int, str]) -> int:
+    """Killed the first time it is tried, as by a machine that is taken away."""
+    number, tried = item
+    if number == 2 and not Path(tried).exists():
+        Path(tried).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
 def test_local_processes_give_every_result() -> None:
     for workers in (1, 3):
         assert sorted(LocalProcesses(workers).map(square, range(5))) == [0, 1, 4, 9, 16]
@@ -74,12 +83,18 @@ def test_outside_an_array_the_share_is_refused() -> None:
 def test_ray_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
     monkeypatch.setattr(pack_module, "TASK_TOKENS", 200)
-    source = write_documents(tmp_path / "documents", [97] * 30)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for Ray's workers to find these functions
+    monkeypatch.chdir(tmp_path)
+    source = write_documents(Path("documents"), [97] * 30)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        pack([source], tmp_path / "ray", PackOptions(64, "concat"), executor=Ray())
+        pack([source], Path("ray"), PackOptions(64, "concat"), executor=Ray())
         with pytest.raises(UserError, match=r"number . is bad"):
             list(Ray().map(refuse, [1, 2]))
+        items = [(number, str(tmp_path / f"tried{number}")) for number in range(4)]
+        assert sorted(Ray().map(die_at_first, items)) == [0, 1, 2, 3]
+        with pytest.raises(UserError, match=r"a worker process was killed.*Run the same command again"):
+            list(Ray().map(die, [1]))
     finally:
         ray.shutdown()
     pack([source], tmp_path / "local", PackOptions(64, "concat"))

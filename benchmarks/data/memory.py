@@ -1,0 +1,169 @@
+"""Peak memory of every step of the data engine as its input grows.
+
+    python benchmarks/data/memory.py --megabytes 100 1000 5000 --tokenize-megabytes 100 300 1000
+
+Each step runs in a fresh process with one worker and its memory is sampled every 20 ms. Counted is what
+belongs to the process (RssAnon); the pages of mapped files are the kernel's to take back. The larger inputs of the
+steps after tokenizing repeat the tokens of the first. Writes memory.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__)
+sys.path.insert(0, str(HERE.parents[1]))
+TOKENS_PER_MEGABYTE = 280_000  # of this text with this tokenizer
+
+
+def peak_mib(function: Callable[[], object]) -> float:
+    peak, done = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.02):
+            status = Path("/proc/self/status").read_text()
+            peak = max(peak, int(status.split("RssAnon:")[1].split()[0]) / 1024)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        function()
+    finally:
+        done.set()
+        watcher.join()
+    return round(peak, 1)
+
+
+def step_tokenize(work: Path) -> None:
+    from megatron_prolong.data.tokenize import tokenize
+
+    tokenize([str(work / "corpus.jsonl")], work / "tok", work / "out")
+
+
+def step_filter(work: Path) -> None:
+    from megatron_prolong.data.filter import FilterOptions, filter_documents
+
+    filter_documents([work / "documents"], work / "out", FilterOptions(min_length={"": 100}))
+
+
+def step_duplicates(work: Path) -> None:
+    from megatron_prolong.data.filter import FilterOptions, filter_documents
+
+    filter_documents([work / "documents"], work / "out", FilterOptions(duplicates=True))
+
+
+def step_pack_concat(work: Path) -> None:
+    from megatron_prolong.data.pack import PackOptions, pack
+
+    pack([work / "documents"], work / "out", PackOptions(65_536, "concat", shuffle_seed=0))
+
+
+def step_pack_single(work: Path) -> None:
+    from megatron_prolong.data.pack import PackOptions, pack
+
+    pack([work / "documents"], work / "out", PackOptions(65_536, "single", lengths=(4096, 16_384)))
+
+
+def step_pack_bestfit(work: Path) -> None:
+    from megatron_prolong.data.pack import PackOptions, pack
+
+    pack([work / "documents"], work / "out", PackOptions(65_536, "bestfit"))
+
+
+def step_inspect(work: Path) -> None:
+    from megatron_prolong.data.inspect import survey
+
+    survey(work / "documents")
+
+
+def step_verify(work: Path) -> None:
+    from megatron_prolong.data.verify import verify
+
+    assert not verify(work / "documents", 32_000).problems
+
+
+def step_mixture(work: Path) -> None:
+    """Every pack once, in the order of a training run, copied as training does."""
+    from megatron_prolong.data.mds import MDSReader
+    from megatron_prolong.data.mixture import Mixture
+
+    directory = work / "packs"
+    num_steps = len(MDSReader(directory)) // 8
+    mixture = Mixture(
+        {directory: 1.0}, sequence_length=65_536, batch_sequences=8, seed=0, num_steps=num_steps
+    )
+    for step in range(num_steps):
+        for ref in mixture.batch(step):
+            mixture.read(ref)
+
+
+STEPS = [name.removeprefix("step_") for name in globals() if name.startswith("step_")]
+
+
+def fresh(step: str, work: Path) -> float:
+    command = [sys.executable, str(HERE), "--step", step, "--work", str(work)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    shutil.rmtree(work / "out", ignore_errors=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    print(step, result, file=sys.stderr, flush=True)
+    return result["peak_mib"]
+
+
+def main(megabytes: list[int], tokenize_megabytes: list[int], scratch: Path | None) -> None:
+    from corpus import write_jsonl, write_repeated, write_tokenizer
+    from measure import machine
+
+    from megatron_prolong.data.pack import PackOptions, pack
+    from megatron_prolong.data.tokenize import tokenize
+
+    peaks: dict[str, dict[str, float]] = {step: {} for step in STEPS}
+
+    def save() -> None:
+        result: dict[str, Any] = {"machine": machine(), "peak_mib_by_megabytes_of_text": peaks}
+        (HERE.parent / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
+
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        work = Path(name)
+        write_tokenizer(work / "tok")
+        write_jsonl(work / "corpus.jsonl", 100 << 20)
+        tokenize([str(work / "corpus.jsonl")], work / "tok", work / "source")
+        for size in megabytes:
+            write_repeated(work / "source", work / "documents", size * TOKENS_PER_MEGABYTE)
+            pack([work / "documents"], work / "packs", PackOptions(65_536, "concat"))
+            for step in STEPS[1:]:
+                peaks[step][str(size)] = fresh(step, work)
+                save()
+            shutil.rmtree(work / "documents")
+            shutil.rmtree(work / "packs")
+        for size in tokenize_megabytes:
+            write_jsonl(work / "corpus.jsonl", size << 20)
+            peaks["tokenize"][str(size)] = fresh("tokenize", work)
+            save()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000, 5000])
+    parser.add_argument("--tokenize-megabytes", type=int, nargs="+", default=[100, 300, 1000])
+    parser.add_argument("--scratch", type=Path, help="where there is room for three times the largest")
+    parser.add_argument("--step", choices=STEPS)
+    parser.add_argument("--work", type=Path)
+    options = parser.parse_args()
+    if options.step:
+        print(json.dumps({"peak_mib": peak_mib(lambda: globals()[f"step_{options.step}"](options.work))}))
+    else:
+        main(options.megabytes, options.tokenize_megabytes, options.scratch)
