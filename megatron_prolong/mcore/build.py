@@ -12,6 +12,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_prolong.mcore.config import transformer_config
 from megatron_prolong.mcore.gpt import LongContextGPT
+from megatron_prolong.recipe.fp8 import Fp8Recipe
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import ModelShape
 
@@ -48,6 +49,7 @@ def build_model(
     *,
     precision: str,
     recompute: str = "none",
+    fp8_recipe: Fp8Recipe = "tensorwise",
     loss_chunk_tokens: int = 2048,
     training: bool = True,
 ) -> StageModel:
@@ -57,7 +59,9 @@ def build_model(
         shape: model shape; its `rope_base` is the base used.
         training: wrap in Megatron's DistributedDataParallel (gradients accumulate and reduce in fp32).
     """
-    config = transformer_config(shape, layout, precision=precision, recompute=recompute)
+    config = transformer_config(
+        shape, layout, precision=precision, recompute=recompute, fp8_recipe=fp8_recipe
+    )
     chunks: list[torch.nn.Module] = []
     for vp_stage in range(layout.virtual_pp):
         stage = vp_stage if layout.virtual_pp > 1 else None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.transformer import TransformerConfig
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.mcore.specs import runs_on_transformer_engine
+from megatron_prolong.recipe.fp8 import Fp8Recipe, fp8_problem
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import ModelShape
 
@@ -26,26 +30,25 @@ def params_dtype(precision: str) -> torch.dtype:
 
 
 def transformer_config(
-    shape: ModelShape, layout: Layout, *, precision: str, recompute: str
+    shape: ModelShape, layout: Layout, *, precision: str, recompute: str, fp8_recipe: Fp8Recipe = "tensorwise"
 ) -> TransformerConfig:
     """Build the config of one stage.
 
     Args:
         shape: the Llama model.
         layout: tp, pp, cp and their options.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16", or "fp8" for FP8 matrix products on bf16 weights.
         recompute: "none", "selective" (the MLP, whose activations are the largest), "full" (every layer) or
             "block:N" (the first N layers of each model chunk).
 
     Raises:
-        UserError: fp8 was asked for.
+        UserError: this machine cannot run that precision.
     """
-    if precision == "fp8":
-        raise UserError(
-            "precision: fp8 needs Transformer Engine layer specs, which are not built yet; use bf16"
-        )
     dtype = params_dtype(precision)
     on_gpu = torch.cuda.is_available()
+    on_te = runs_on_transformer_engine(dtype)
+    if on_gpu and precision == "fp32":
+        raise UserError("precision: fp32 runs on CPU only (the attention kernels of GPUs are bf16); use bf16")
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -75,6 +78,7 @@ def transformer_config(
         overlap_p2p_comm=layout.virtual_pp > 1,
         batch_p2p_comm=layout.virtual_pp == 1,
         context_parallel_size=layout.cp,
+        cp_comm_type=layout.cp_exchange,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -84,13 +88,31 @@ def transformer_config(
         # The loss is a sum; finalize_model_grads divides by the valid tokens of the whole global batch.
         calculate_per_token_loss=True,
         attention_softmax_in_fp32=True,
-        # These fusions are torch.compile'd or Apex kernels, made for CUDA.
+        # These fusions are torch.compile'd, TE's or Apex's kernels, made for CUDA.
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
+        apply_rope_fusion=on_te,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        # Megatron asks for Apex's extension even where TE's linears would do the work.
+        gradient_accumulation_fusion=on_te and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         **_recompute(recompute),
+        **(_fp8(fp8_recipe, layout, on_te) if precision == "fp8" else {}),
     )
+
+
+def _fp8(recipe: Fp8Recipe, layout: Layout, on_te: bool) -> dict[str, object]:
+    """E4M3 forward and E5M2 backward ("hybrid"); the first and last layer in bf16 where the recipe allows it."""
+    if not on_te:
+        raise UserError("precision: fp8 needs CUDA and Transformer Engine (see `prolong doctor`); use bf16")
+    problem = fp8_problem(recipe, torch.cuda.get_device_capability(), layout.cp)
+    if problem:
+        raise UserError(problem)
+    history: dict[str, object] = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return {
+        "fp8": "hybrid",
+        "fp8_recipe": recipe,
+        **(history if recipe == "delayed" else {"first_last_layers_bf16": True}),
+    }
 
 
 def _recompute(mode: str) -> dict[str, object]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_prolong.mcore.attention import Documents
 from megatron_prolong.mcore.config import padded_vocab_size
-from megatron_prolong.mcore.specs import native_block_spec
+from megatron_prolong.mcore.specs import block_spec
 from megatron_prolong.model.cross_entropy import chunked_cross_entropy
 from megatron_prolong.model.rope import angles, inverse_frequencies
 from megatron_prolong.recipe.shape import ModelShape
@@ -42,7 +42,7 @@ class LongContextGPT(GPTModel):
     ) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=native_block_spec(get_num_layers_to_build(config, vp_stage=vp_stage)),
+            transformer_layer_spec=block_spec(config, get_num_layers_to_build(config, vp_stage=vp_stage)),
             vocab_size=padded_vocab_size(shape.vocab_size, config.tensor_model_parallel_size),
             max_sequence_length=shape.max_length,
             pre_process=pre_process,

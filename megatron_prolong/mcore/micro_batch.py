@@ -39,6 +39,7 @@ def micro_batch(
     device: torch.device,
     split_threshold_tokens: int = 0,
     equal_cost_tokens: float = EQUAL_COST_TOKENS,
+    token_multiple: int = 1,
 ) -> MicroBatch:
     """Slice a packed batch for this rank: zigzag over context-parallel ranks, padded for sequence parallelism.
 
@@ -46,8 +47,9 @@ def micro_batch(
         tokens_T, labels_T, positions_T, cu_seqlens: the packed batch on CPU, as in `data.batch.PackedBatch`.
         split_threshold_tokens: documents shorter than this stay whole on one context-parallel rank.
         equal_cost_tokens: document length whose attention costs as much as the rest; deals the whole ones.
+        token_multiple: pad the tokens of each rank to a multiple of this (FP8 matrix products work on tiles).
     """
-    multiple = layout.tp if layout.sequence_parallel else 1
+    multiple = token_multiple * (layout.tp if layout.sequence_parallel else 1)
     plan = ContextPlan.build(
         cu_seqlens.tolist(),
         cp_size=groups.cp.size,

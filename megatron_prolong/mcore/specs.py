@@ -1,4 +1,4 @@
-"""Layer specs: which modules a transformer layer is made of. Transformer Engine on CUDA, native elsewhere."""
+"""Layer specs: which modules a transformer layer is made of. Transformer Engine where it can run, else native."""
 
 from __future__ import annotations
 
@@ -71,6 +71,22 @@ def native_layer_spec() -> ModuleSpec:
             },
         ),
     )
+
+
+def block_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+    """The `num_layers` layers of one pipeline stage and the final norm."""
+    if runs_on_transformer_engine(config.params_dtype):
+        from megatron_prolong.mcore.transformer_engine import transformer_engine_block_spec
+
+        return transformer_engine_block_spec(num_layers)
+    return native_block_spec(num_layers)
+
+
+def runs_on_transformer_engine(dtype: torch.dtype) -> bool:
+    """True on CUDA with Transformer Engine; fp32 stays native, for TE's fp32 attention materialises the scores."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return HAVE_TE and torch.cuda.is_available() and dtype != torch.float32
 
 
 def native_block_spec(num_layers: int) -> TransformerBlockSubmodules:

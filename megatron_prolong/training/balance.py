@@ -43,6 +43,7 @@ def micro_batches(
     layout: Layout,
     cost: CostModel,
     device: torch.device,
+    token_multiple: int = 1,
 ) -> list[MicroBatch]:
     """This rank's micro-batches, on its device."""
     pieces = [list(sequence.pieces()) for sequence in sequences]
@@ -66,6 +67,7 @@ def micro_batches(
                 device=device,
                 split_threshold_tokens=plan.split_threshold_tokens,
                 equal_cost_tokens=cost.equal_cost_tokens,
+                token_multiple=token_multiple,
             )
         )
     return batches

@@ -1,0 +1,162 @@
+"""Layers on NVIDIA Transformer Engine: norm and linear in one, FP8 products, cuDNN or FlashAttention-3 kernels.
+
+Used only where CUDA and Transformer Engine are there (`specs.block_spec`). The modules are Megatron's wrappers of
+TE; what is ours is how documents are handed to its attention. Weights have the same names as in the native spec.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import (
+    TEDotProductAttention,
+    TELayerNormColumnParallelLinear,
+    TENorm,
+    TERowParallelLinear,
+)
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_prolong.mcore.attention import ContextParallel, DocumentAttention, Documents
+
+# TE 2.9 asserts qkv_format != "thd" in all_gather and a2a+p2p (context_parallel.py): our own exchange does those.
+TE_EXCHANGES = ("p2p", "a2a")
+
+
+class TransformerEngineAttention(DocumentAttention):
+    """Documents through TEDotProductAttention in its packed "thd" format.
+
+    Without context parallelism, one call. With it, two: the documents split over the ranks (TE's zigzag layout and
+    its exchange), and those that are whole on this rank, without any exchange. Generation with a cache, and the
+    exchanges that TE refuses for packed documents, stay with DocumentAttention.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(
+            config, layer_number, attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection
+        )
+        arguments = (layer_number, attn_mask_type, attention_type)
+        options = {"softmax_scale": softmax_scale, "pg_collection": pg_collection}
+        alone = copy.copy(config)  # not replace(): Megatron's __post_init__ is not made to run twice
+        alone.context_parallel_size = 1
+        self.whole = TEDotProductAttention(alone, *arguments, **options)
+        self.split = None
+        if config.context_parallel_size > 1 and cp_comm_type in TE_EXCHANGES:
+            self.split = TEDotProductAttention(config, *arguments, cp_comm_type=cp_comm_type, **options)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """As DocumentAttention.forward."""
+        assert isinstance(packed_seq_params, Documents)
+        documents, context = packed_seq_params, packed_seq_params.context
+        if documents.caches is not None or (context is not None and self.split is None):
+            return super().forward(
+                query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
+            )
+        assert documents.cu_seqlens is not None
+        qkv, end = (query[:, 0], key[:, 0], value[:, 0]), query.shape[0]
+        boundaries = tuple(documents.cu_seqlens.tolist())
+        first = boundaries[0]  # behind the split documents
+        outs = []
+        if context is not None and first:
+            assert self.split is not None
+            outs.append(
+                self._attend(self.split, [x[:first] for x in qkv], split_documents(context, query.device))
+            )
+        if end > first:
+            packed = whole_documents(boundaries, end, query.device)
+            outs.append(self._attend(self.whole, [x[first:] for x in qkv], packed))
+        return torch.cat(outs).unsqueeze(1)
+
+    @staticmethod
+    def _attend(attention: torch.nn.Module, qkv: list[Tensor], packed: PackedSeqParams) -> Tensor:
+        return attention(*qkv, None, AttnMaskType.causal, packed_seq_params=packed)
+
+
+def whole_documents(boundaries: tuple[int, ...], end: int, device: torch.device) -> PackedSeqParams:
+    """Documents `boundaries` of this rank's slice, which ends at `end`; padding is one more document."""
+    ends = [*boundaries, end] if end > boundaries[-1] else list(boundaries)
+    return _packed(tuple(position - boundaries[0] for position in ends), None, device)
+
+
+def split_documents(context: ContextParallel, device: torch.device) -> PackedSeqParams:
+    """The documents split over the context-parallel ranks, their lengths over all of these ranks."""
+    return _packed(context.plan.cu_seqlens, context.plan.cu_seqlens_padded, device)
+
+
+@lru_cache(maxsize=64)  # every layer of a micro-batch asks for the same
+def _packed(
+    cu_seqlens: tuple[int, ...], cu_seqlens_padded: tuple[int, ...] | None, device: torch.device
+) -> PackedSeqParams:
+    longest = max(stop - start for start, stop in pairwise(cu_seqlens_padded or cu_seqlens))
+    lengths = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+    padded = torch.tensor(cu_seqlens_padded, dtype=torch.int32, device=device) if cu_seqlens_padded else None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=lengths,
+        cu_seqlens_kv=lengths,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules:
+    """`num_layers` TE layers (those of one pipeline stage) and the final norm."""
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=TELayerNormColumnParallelLinear,
+                    core_attention=TransformerEngineAttention,
+                    linear_proj=TERowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp,  # fused into linear_fc1
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)

@@ -1,0 +1,37 @@
+"""Which FP8 recipe runs on which GPU: a table, so that a wrong choice is refused before it costs queue time.
+
+Sources: transformer_engine/pytorch/quantization.py (check_fp8_support, check_mxfp8_support,
+check_fp8_block_scaling_support) and TransformerEngine issues 2892 and 2994.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Fp8Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
+
+# Compute capabilities from … up to (not including).
+_CAPABILITIES: dict[Fp8Recipe, tuple[tuple[int, int], tuple[int, int]]] = {
+    "tensorwise": ((8, 9), (99, 0)),  # Ada, Hopper, Blackwell: each tensor scaled by its current maximum
+    "delayed": ((8, 9), (99, 0)),  # by the maxima of earlier steps
+    "blockwise": ((9, 0), (10, 0)),  # Hopper: 128×128 blocks; Blackwell would emulate it with mxfp8
+    "mxfp8": ((10, 0), (12, 0)),  # Blackwell's own: blocks of 32
+}
+# Tokens per rank must be a multiple of this for every recipe (32 for mxfp8, 16 for the others).
+TOKEN_MULTIPLE = 32
+
+
+def fp8_problem(recipe: Fp8Recipe, capability: tuple[int, int], cp: int) -> str | None:
+    """Why this FP8 recipe cannot run on a GPU of this compute capability, or None.
+
+    FP8 is for matrix products; attention stays in bf16 (TE's FP8 attention of packed documents has no backward
+    before Blackwell).
+    """
+    lowest, beyond = _CAPABILITIES[recipe]
+    if not lowest <= capability < beyond:
+        possible = [name for name, (low, high) in _CAPABILITIES.items() if low <= capability < high]
+        advice = f"use fp8_recipe: {' or '.join(possible)}" if possible else "use precision: bf16"
+        return f"fp8_recipe {recipe} does not run on compute capability {capability[0]}.{capability[1]}: {advice}"
+    if recipe == "blockwise" and cp > 1:
+        return "fp8_recipe blockwise crashes on documents padded for context parallelism: use tensorwise"
+    return None

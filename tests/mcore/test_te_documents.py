@@ -1,0 +1,39 @@
+"""How documents are handed to Transformer Engine. The kernels themselves need a GPU (tests/gpu)."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_prolong.mcore.attention import ContextParallel
+from megatron_prolong.mcore.specs import runs_on_transformer_engine
+from megatron_prolong.mcore.transformer_engine import split_documents, whole_documents
+from megatron_prolong.model.context_plan import ContextPlan
+
+CPU = torch.device("cpu")
+
+
+def test_without_cuda_the_native_layers_are_taken():
+    assert not torch.cuda.is_available() and not runs_on_transformer_engine(torch.bfloat16)
+
+
+def test_whole_documents_start_at_zero_and_padding_is_one_more():
+    packed = whole_documents((5, 8, 20), 24, CPU)
+    assert packed.qkv_format == "thd"
+    assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 3, 15, 19]
+    assert packed.cu_seqlens_q.dtype == torch.int32
+    assert packed.max_seqlen_q == packed.max_seqlen_kv == 12
+    assert packed.cu_seqlens_q_padded is None
+    assert whole_documents((0, 7), 7, CPU).cu_seqlens_q.tolist() == [0, 7]
+
+
+def test_split_documents_have_their_length_over_all_ranks():
+    plan = ContextPlan.build([0, 10, 13, 30], cp_size=2, split_threshold_tokens=5)
+    packed = split_documents(ContextParallel(plan, 0, None, "p2p"), CPU)
+    assert packed.cu_seqlens_q.tolist() == [0, 10, 27]
+    assert packed.cu_seqlens_q_padded.tolist() == packed.cu_seqlens_kv_padded.tolist() == [0, 12, 32]
+    assert packed.max_seqlen_q == 20
+    assert plan.split_tokens * 2 == 32  # what both ranks hold together
+
+
+def test_every_layer_of_a_micro_batch_gets_the_same_tensors():
+    assert whole_documents((0, 4, 9), 9, CPU) is whole_documents((0, 4, 9), 9, CPU)
