@@ -5,8 +5,8 @@
 
 An 8B model with its optimizer does not fit one GPU, so each case takes whole training steps (forward, backward,
 clip, AdamW) of the real embedding and output layer with LAYERS[0] and LAYERS[1] layers. The difference is the time
-of a layer, and what 32 of them would take is extrapolated and labelled so. FLOPs are document-aware: attention counts
-Σ len² inside documents, and recomputation does not count (MFU, not HFU).
+of a layer, and what 32 of them would take is extrapolated and labelled so. FLOPs are document-aware: attention
+counts Σ len² inside documents, and recomputation does not count (MFU, not HFU).
 
 - native: our layers on PyTorch's kernels, bf16
 - te: our layers on Transformer Engine, bf16
