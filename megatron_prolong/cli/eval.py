@@ -55,6 +55,8 @@ def perplexity(
     results: dict[str, Perplexity] = {}
     for label, path in models_of(model, compare):
         with open_backend(path) as backend:
+            if backend is None:  # a rank that only lent its part of the model
+                continue
             passages = read_passages(data, backend.tokenizer, max(sizes), documents, seed)
             results[label] = measure(backend, passages, sizes)
     if not is_main():
@@ -98,6 +100,8 @@ def needle(
     results: dict[str, Any] = {}
     for label, path in models_of(model, compare):
         with open_backend(path, batch_size=trials) as backend:
+            if backend is None:  # a rank that only lent its part of the model
+                continue
             results[label] = needles.run(backend, text, sizes, fractions, trials=trials, seed=seed)
     if not is_main():
         return

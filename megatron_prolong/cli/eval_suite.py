@@ -80,7 +80,9 @@ def run(
         _run_short(models_of(model, compare), out, samples)
         return
     names = [name for name in tasks.split(",") if name]
-    chosen = runnable(select(suite, lengths_of(lengths), names), data, skip_missing)
+    chosen = select(suite, lengths_of(lengths), names)
+    if is_main():
+        chosen = runnable(chosen, data, skip_missing)
     text = read_text(haystack) if haystack else ""
     entails = load_nli(nli) if nli else None
     results = {}
@@ -89,6 +91,8 @@ def run(
         settings = Settings(tag, chat, too_long, stop_newline, overwrite, identity)
         opened = _open(path, backend, server, tokenizer, batch_size, load_tokenizer)
         with opened as loaded:
+            if loaded is None:  # a rank that only lent its part of the model
+                continue
             inputs = Inputs(data, loaded.tokenizer, seed, samples, text)
             results[label] = run_suite(chosen, loaded, inputs, settings, out / label, entails)
     if is_main():
@@ -158,7 +162,7 @@ def data_check(
 
 def _open(
     path: str, backend: str, server: str | None, tokenizer: Path | None, batch_size: int, load_tokenizer: Any
-) -> AbstractContextManager[Backend]:
+) -> AbstractContextManager[Backend | None]:
     from megatron_prolong.errors import UserError
     from megatron_prolong.evaluation.backend import open_backend
     from megatron_prolong.evaluation.http import Client

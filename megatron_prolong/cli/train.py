@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from megatron_prolong.recipe.schema import Recipe
+    from megatron_prolong.runtime.launch import World
+    from megatron_prolong.runtime.signals import StopRequest
+    from megatron_prolong.training.run import Evaluate
 
 RECIPE = Annotated[Path, typer.Argument(help="YAML recipe.")]
 OVERRIDES = Annotated[list[str] | None, typer.Argument(help="key.path=value, e.g. stage.64k.lr=2e-5")]
@@ -39,6 +45,10 @@ def train(
     world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
     if check:
         check_recipe(resolved, world_size)
+        if resolved.evaluation:
+            from megatron_prolong.evaluation.in_training import tasks_of
+
+            tasks_of(resolved.evaluation)
         print(f"{recipe}: ready for {world_size} rank(s), {len(resolved.stages)} stage(s)")
         return
     import torch
@@ -62,7 +72,7 @@ def _relaunch(processes: int) -> None:
     os.execv(sys.executable, [*launcher, "-m", "megatron_prolong", *command])
 
 
-def _train(recipe: Recipe) -> None:  # type: ignore[name-defined]  # noqa: F821
+def _train(recipe: Recipe) -> None:
     from megatron_prolong.runtime.launch import distributed
     from megatron_prolong.runtime.lost_rank import RankLost
     from megatron_prolong.runtime.signals import REQUEUE_EXIT_CODE, stop_requests
@@ -70,8 +80,9 @@ def _train(recipe: Recipe) -> None:  # type: ignore[name-defined]  # noqa: F821
     from megatron_prolong.training.stage import Preempted
 
     with stop_requests() as stop, distributed() as world:
+        evaluate = _evaluation(recipe, world, stop)
         try:
-            final = train_recipe(recipe, world, stop_requested=lambda: stop.agreed(world.device))
+            final = train_recipe(recipe, world, lambda: stop.agreed(world.device), evaluate)
         except Preempted as event:
             if world.is_main:
                 print(f"{event}; continue with the same command")
@@ -81,6 +92,17 @@ def _train(recipe: Recipe) -> None:  # type: ignore[name-defined]  # noqa: F821
             os._exit(1)  # an orderly exit would wait for the rank that is gone
         if world.is_main:
             print(f"done: {final}")
+
+
+def _evaluation(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
+    """The recipe's `evaluation:` for training to call, checked before any training."""
+    from megatron_prolong.evaluation.in_training import CheckpointEvaluation, tasks_of
+
+    spec = recipe.evaluation
+    if spec is None:
+        return None
+    out = recipe.run_dir / "evaluation"
+    return CheckpointEvaluation(spec, tasks_of(spec), out, world, lambda: stop.received is not None)
 
 
 def status(

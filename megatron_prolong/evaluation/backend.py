@@ -6,6 +6,7 @@ Three programs answer: Hugging Face transformers (`hf.py`), our own checkpoints 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prolong.convert.manifest import MANIFEST
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import model_directory
+from megatron_prolong.runtime.launch import read_rendezvous
 
 
 @dataclass(frozen=True)
@@ -99,19 +102,22 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
 
 @contextmanager
-def open_backend(path: Path | str, *, batch_size: int = 1, kind: str = "auto") -> Iterator[ScoringBackend]:
+def open_backend(
+    path: Path | str, *, batch_size: int = 1, kind: str = "auto"
+) -> Iterator[ScoringBackend | None]:
     """The backend for a directory: `megatron` for a checkpoint of ours (or a run's stage), else `hf`.
 
-    A checkpoint is split by tensor parallelism over the ranks of torchrun or srun, when started by one.
+    A checkpoint is spread over the ranks of torchrun or srun, when started by one (`megatron.open_megatron`): the
+    main rank gets the backend, the others None once it is done.
 
     Args:
         kind: "hf" or "megatron" insists on one of them.
 
     Raises:
-        UserError: the directory is neither, or not of the kind asked for.
+        UserError: the directory is neither, or not of the kind asked for; hf on several ranks.
     """
     directory = model_directory(path)
-    if (directory / "prolong.json").exists() and kind != "hf":
+    if (directory / MANIFEST).exists() and kind != "hf":
         from megatron_prolong.evaluation.megatron import open_megatron
 
         with open_megatron(directory, batch_size=batch_size) as backend:
@@ -119,6 +125,11 @@ def open_backend(path: Path | str, *, batch_size: int = 1, kind: str = "auto") -
     elif (directory / "config.json").exists() and kind != "megatron":
         from megatron_prolong.evaluation.hf import HuggingFaceBackend
 
+        if read_rendezvous(os.environ).size > 1:
+            raise UserError(
+                f"{path}: the hf backend runs in one process; `prolong convert to-megatron` makes a checkpoint "
+                "that is spread over all ranks"
+            )
         yield HuggingFaceBackend.open(directory, batch_size=batch_size)
     else:
         raise UserError(

@@ -1,13 +1,15 @@
 """The megatron backend: a training checkpoint evaluated in place on Megatron-Core, without conversion.
 
 Prefill is chunked and prompts are decoded side by side without padding (each is a document of one pack).
-Under torchrun the model is split over tensor-parallel ranks; every rank gets the same answers.
+On several ranks the model is split by tensor parallelism as far as its key/value heads go and repeated beyond;
+the replicas share out the prompts. The main rank evaluates, the others follow it (`crew.py`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode, load_tokenizer
+from megatron_prolong.evaluation.crew import Crew, crew
 from megatron_prolong.evaluation.hf import stop_tokens
 from megatron_prolong.mcore.groups import megatron
-from megatron_prolong.mcore.inference import InferenceModel, load_for_inference
+from megatron_prolong.mcore.inference import load_for_inference
 from megatron_prolong.recipe.schema import Layout
-from megatron_prolong.recipe.shape import read_json
-from megatron_prolong.runtime.launch import distributed
+from megatron_prolong.recipe.shape import ModelShape, read_json, read_shape
+from megatron_prolong.runtime.launch import World, distributed
 
 
 @dataclass(frozen=True)
 class MegatronBackend:
     """A checkpoint of ours; greedy, float32 on CPU and bfloat16 on CUDA."""
 
-    inference: InferenceModel
+    inference: Crew
     tokenizer: Any
     model: str
     max_length: int
@@ -58,21 +61,46 @@ class MegatronBackend:
 
 
 @contextmanager
-def open_megatron(directory: Path, *, batch_size: int = 1, seed: int = 42) -> Iterator[MegatronBackend]:
-    """Load a checkpoint directory; all ranks of the job hold one model together, split by tensor parallelism."""
-    with distributed() as world:
-        layout = Layout(tp=world.size, sequence_parallel=False)
-        with megatron(layout, seed):
-            precision = "fp32" if world.device.type == "cpu" else "bf16"
-            inference = load_for_inference(directory, layout, world.device, precision)
-            source = directory / "hf"
-            generation = source / "generation_config.json"
-            config = read_json(generation if generation.exists() else source / "config.json")
-            yield MegatronBackend(
-                inference=inference,
-                tokenizer=load_tokenizer(source),
-                model=str(directory),
-                max_length=inference.model.shape.max_length,
-                stop_ids=stop_tokens(config.get("eos_token_id")),
-                batch_size=batch_size,
-            )
+def open_megatron(
+    directory: Path, *, batch_size: int = 1, seed: int = 42, world: World | None = None
+) -> Iterator[MegatronBackend | None]:
+    """Load a checkpoint directory on all ranks of the job; collective, and outside any `megatron(…)`.
+
+    Args:
+        batch_size: prompts decoded together by each replica of the model.
+        world: the job's ranks if torch.distributed is running already; else it is started and ended here.
+
+    Yields:
+        On the main rank the backend. On the others None, once the main rank is done with it.
+    """
+    with ExitStack() as stack:
+        world = world or stack.enter_context(distributed())
+        shape = read_shape(directory)
+        layout = inference_layout(shape, world.size)
+        groups = stack.enter_context(megatron(layout, seed))
+        precision = "fp32" if world.device.type == "cpu" else "bf16"
+        inference = load_for_inference(directory, layout, world.device, precision)
+        members = stack.enter_context(crew(inference, world, groups.dp))
+        if members is None:
+            yield None
+        else:
+            yield _backend(directory, shape, members, batch_size * groups.dp.size)
+
+
+def inference_layout(shape: ModelShape, world_size: int) -> Layout:
+    """Tensor parallelism over as many of the ranks as divide the key/value heads; the rest are replicas."""
+    return Layout(tp=math.gcd(world_size, shape.num_kv_heads), sequence_parallel=False)
+
+
+def _backend(directory: Path, shape: ModelShape, members: Crew, batch_size: int) -> MegatronBackend:
+    source = directory / "hf"
+    generation = source / "generation_config.json"
+    config = read_json(generation if generation.exists() else source / "config.json")
+    return MegatronBackend(
+        inference=members,
+        tokenizer=load_tokenizer(source),
+        model=str(directory),
+        max_length=shape.max_length,
+        stop_ids=stop_tokens(config.get("eos_token_id")),
+        batch_size=batch_size,
+    )

@@ -305,6 +305,9 @@ class EvaluationSpec(_Frozen):
     """A light suite at the end of every stage; results go into the run directory and the metrics log."""
 
     suite: Literal["synthetic", "ruler", "helmet", "prolong"] = "synthetic"
+    every: Positive | None = None
+    """Also after every so many steps of a stage; training pauses for it. Only at the end by default."""
+
     """Which tasks; synthetic needs no data."""
     lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (8192,)
     """Prompt and answer together, in tokens."""

@@ -21,7 +21,7 @@ from megatron_prolong.recipe.shape import ModelShape, model_directory, read_json
 from megatron_prolong.recipe.source import Key, key_text
 
 # A run directory holds these beside its stages' directories.
-_RESERVED_STAGE_NAMES = ("initial", "export", "tensorboard")
+_RESERVED_STAGE_NAMES = ("initial", "export", "tensorboard", "evaluation")
 
 
 @dataclass

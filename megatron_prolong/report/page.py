@@ -102,19 +102,14 @@ def _memory(run: RunHistory) -> Iterator[str]:
 
 
 def _evaluation(run: RunHistory) -> Iterator[str]:
-    """Results among the events, and the JSON files an evaluation left in the run directory."""
+    """Scores along the run, from the events; and the JSON files that `prolong eval --out RUN/evaluation` left."""
     events = [event for event in run.events if event["event"] == "evaluation"]
-    files = sorted((run.directory / "evaluation").rglob("*.json"))
+    files = sorted((run.directory / "evaluation").glob("*.json"))
     if not events and not files:
         return
     yield heading("Evaluation")
     if events:
-        rows = [
-            (name, _short(value), str(event.get("stage", "–")), str(event.get("step", "–")))
-            for event in events
-            for name, value in _flat({k: v for k, v in event.items() if k not in _EVENT_KEYS})
-        ]
-        yield table(["result", "value", "stage", "step"], rows)
+        yield _scores(events)
     for path in files:
         yield note(str(path.relative_to(run.directory)))
         try:
@@ -123,6 +118,21 @@ def _evaluation(run: RunHistory) -> Iterator[str]:
             yield note(f"cannot be read: {error}")
             continue
         yield table(["result", "value"], [(name, _short(value)) for name, value in _flat(content)][:200])
+
+
+def _scores(events: list[dict[str, Any]]) -> str:
+    """One row per result, one column per checkpoint that was measured; a later measurement counts."""
+    columns: dict[str, dict[str, Any]] = {}
+    for event in events:
+        checkpoint = f"{event.get('stage', '–')} {event.get('step', '')}".strip()
+        found = event.get("scores") or {k: v for k, v in event.items() if k not in _EVENT_KEYS}
+        columns[checkpoint] = dict(_flat(found))
+    names = dict.fromkeys(name for found in columns.values() for name in found)
+    rows = [
+        (name, *(_short(found[name]) if name in found else "–" for found in columns.values()))
+        for name in names
+    ]
+    return table(["result", *columns], rows)
 
 
 _EVENT_KEYS = ("event", "time", "stage", "step")

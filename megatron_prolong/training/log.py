@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,14 @@ class RunLog:
         elif show:
             remaining = (num_steps - step) * facts["step_seconds"]
             self.say(f"{stage} {step}/{num_steps}  {status}  ETA {_duration(remaining)}")
+
+    def evaluation(self, stage: str, step: int, scores: Mapping[str, float]) -> None:
+        """Record what a checkpoint scored, 0 to 100 by task and length."""
+        self.event("evaluation", stage=stage, step=step, scores=scores)
+        for name, score in scores.items():
+            self.tensorboard.add_scalar(f"{stage}/evaluation/{name}", score, step)
+        shown = "  ".join(f"{name} {score:.1f}" for name, score in scores.items())
+        self.say(f"{stage} {step} evaluation: {shown}")
 
     def _write(self, record: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(record) + "\n")

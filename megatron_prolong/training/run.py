@@ -1,9 +1,9 @@
-"""The chain of stages: find where the run stands, and train on from there to the end."""
+"""The chain of stages: find where the run stands, and train on from there to the end, with pauses to evaluate."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,21 +13,30 @@ from megatron_prolong.convert.initial import write_initial
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import dump_recipe, load_recipe
-from megatron_prolong.recipe.schema import Recipe
+from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import model_directory
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.training.log import RunLog, open_log
-from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, Checkpoint
-from megatron_prolong.training.stage import StageInput, train_stage
+from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, Checkpoint, latest_checkpoint
+from megatron_prolong.training.stage import Preempted, StageInput, train_stage
 from megatron_prolong.training.state import StageStatus, chain_status, refuse_changes
 
+Evaluate = Callable[[Path], Mapping[str, float]]
+"""Measures a checkpoint. Collective, called outside any Megatron setup; returns scores to log on the main rank, and
+none when it has measured this checkpoint before."""
 
-def train(recipe: Recipe, world: World, stop_requested: Callable[[], bool]) -> Path:
+
+def train(
+    recipe: Recipe, world: World, stop_requested: Callable[[], bool], evaluate: Evaluate | None = None
+) -> Path:
     """Train every stage that is not done yet. Collective; returns the last stage's final checkpoint.
 
     Starting again after any interruption is the same call: finished stages are skipped, a begun one continues
     from its newest checkpoint.
+
+    Args:
+        evaluate: called with the checkpoints that the recipe's `evaluation:` wants measured.
 
     Raises:
         UserError: the recipe changed in a way that cannot be taken up half-way, or its inputs are unusable.
@@ -42,22 +51,68 @@ def train(recipe: Recipe, world: World, stop_requested: Callable[[], bool]) -> P
         _agree_on_recipe(recipe, log)
         initial = _initial_checkpoint(recipe, world)
         previous: Checkpoint | None = None
-        for status in chain_status(recipe, run_dir):
-            if status.word != "done":
-                start = _stage_input(status, previous, initial)
-                _announce(log, status, start)
-                train_stage(recipe, status.stage, start, world, log, stop_requested, initial.directory / "hf")
-            previous = chain_status(recipe, run_dir)[_index(recipe, status)].checkpoint
+        for stage in recipe.stages:
+            for checkpoint in _pieces(
+                recipe, stage, previous or initial, initial, world, log, stop_requested
+            ):
+                if evaluate and _wants_evaluation(recipe, stage, checkpoint.step):
+                    _evaluate(evaluate, stage, checkpoint, log, stop_requested)
+            previous = checkpoint
     assert previous is not None
     return previous.directory
 
 
-def _stage_input(status: StageStatus, previous: Checkpoint | None, initial: Checkpoint) -> StageInput:
+def _pieces(
+    recipe: Recipe,
+    stage: Stage,
+    previous: Checkpoint,
+    initial: Checkpoint,
+    world: World,
+    log: RunLog | None,
+    stop_requested: Callable[[], bool],
+) -> Iterator[Checkpoint]:
+    """Train a stage to its end in pieces that end where it is evaluated; yields its checkpoint between them."""
+    while True:
+        status = StageStatus(stage, latest_checkpoint(recipe.run_dir / stage.name))
+        if status.checkpoint is not None:
+            yield status.checkpoint
+        if status.word == "done":
+            return
+        until = next(
+            step
+            for step in range(status.step + 1, stage.num_steps + 1)
+            if _wants_evaluation(recipe, stage, step)
+        )
+        start = _stage_input(status, previous, initial)
+        _announce(log, status, start)
+        train_stage(recipe, stage, start, until, world, log, stop_requested, initial.directory / "hf")
+
+
+def _wants_evaluation(recipe: Recipe, stage: Stage, step: int) -> bool:
+    every = recipe.evaluation.every if recipe.evaluation else None
+    return step == stage.num_steps or (every is not None and step % every == 0)
+
+
+def _evaluate(
+    evaluate: Evaluate,
+    stage: Stage,
+    checkpoint: Checkpoint,
+    log: RunLog | None,
+    stop_requested: Callable[[], bool],
+) -> None:
+    scores = evaluate(checkpoint.directory)
+    if log and scores:
+        log.evaluation(stage.name, checkpoint.step, scores)
+    if stop_requested():
+        raise Preempted(f"stopped while evaluating step {checkpoint.step} of stage {stage.name}")
+
+
+def _stage_input(status: StageStatus, previous: Checkpoint, initial: Checkpoint) -> StageInput:
     """The carry-over rule of one stage."""
     if status.checkpoint is not None:
         return StageInput(status.checkpoint, optimizer=True, resume=True)
     carry = status.stage.carry
-    source = (previous or initial) if carry.weights else initial
+    source = previous if carry.weights else initial
     has_optimizer = source.manifest["kind"] == "training"
     return StageInput(source, optimizer=carry.optimizer and has_optimizer, resume=False)
 
@@ -103,7 +158,3 @@ def _initial_checkpoint(recipe: Recipe, world: World) -> Checkpoint:
             f"{converted} was not written by rank 0: is the run directory on a shared file system?"
         )
     return Checkpoint.open(converted)
-
-
-def _index(recipe: Recipe, status: StageStatus) -> int:
-    return [stage.name for stage in recipe.stages].index(status.stage.name)

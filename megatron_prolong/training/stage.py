@@ -84,12 +84,13 @@ def train_stage(
     recipe: Recipe,
     stage: Stage,
     start: StageInput,
+    until: int,
     world: World,
     log: RunLog | None,
     stop_requested: Callable[[], bool],
     sidecar: Path,
 ) -> None:
-    """Train `stage` from `start` to its last step, saving on the way. Collective.
+    """Train `stage` from `start` until a step (its last, or a pause), saving on the way and there. Collective.
 
     Args:
         sidecar: the `hf/` directory (tokenizer, configs) that every checkpoint takes along.
@@ -110,15 +111,17 @@ def train_stage(
         if log:
             log.event("stage_start", stage=stage.name, step=state.step, num_steps=stage.num_steps)
             with log.stage(stage.name, state.step, stage.num_steps):
-                _walk(run, state, sidecar, log, stop_requested, watchdog)
-            log.event("stage_end", stage=stage.name, step=stage.num_steps)
+                _walk(run, state, until, sidecar, log, stop_requested, watchdog)
+            if until == stage.num_steps:
+                log.event("stage_end", stage=stage.name, step=stage.num_steps)
         else:
-            _walk(run, state, sidecar, None, stop_requested, watchdog)
+            _walk(run, state, until, sidecar, None, stop_requested, watchdog)
 
 
 def _walk(
     run: StageRun,
     state: TrainState,
+    until: int,
     sidecar: Path,
     log: RunLog | None,
     stop_requested: Callable[[], bool],
@@ -152,13 +155,15 @@ def _walk(
             log.step(
                 stage.name, state.step, stage.num_steps, facts, show=step % run.recipe.logging.every == 0
             )
-        last = state.step == stage.num_steps
+        last = state.step == until
         stopping = stop_requested()
         if last or stopping or state.step % spec.every == 0:
             writer.save(run.model, run.optimizer, _manifest(run, state))
         if stopping and not last:
             writer.finish()
             raise Preempted(f"stopped after step {state.step} of stage {stage.name}")
+        if last:
+            break
     writer.finish()
 
 

@@ -1,0 +1,112 @@
+"""A model spread over ranks, asked by a program that runs on one of them.
+
+The main rank evaluates: it reads data, scores and writes files. Every call it makes of the model is told to the
+others, which make the same call on their parts, so nothing else of the evaluation knows how many ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_prolong.mcore.groups import Axis
+from megatron_prolong.mcore.inference import InferenceModel
+from megatron_prolong.runtime.launch import World
+
+# The others wait while the main rank prepares or scores a task, which may take long.
+PATIENCE = timedelta(days=7)
+
+Call = tuple[str, tuple[Any, ...]]
+_DISMISSED: Call = ("", ())
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The ranks of a job with one model each replica of which is spread over some of them.
+
+    The methods are those of `InferenceModel`; only the main rank calls them.
+
+    Attributes:
+        dp: the axis along which the model is repeated; the replicas share out the prompts of `generate`.
+        group: all ranks; None for a single one.
+    """
+
+    inference: InferenceModel
+    dp: Axis
+    group: dist.ProcessGroup | None
+
+    def token_logprobs(self, ids: Sequence[int]) -> Tensor:
+        """See `InferenceModel`; every replica does the same."""
+        return self._together("token_logprobs", ids)
+
+    def continuation_logprobs(
+        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """See `InferenceModel`; every replica does the same."""
+        return self._together("continuation_logprobs", prompt, continuations)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
+        """See `InferenceModel`; prompt i is decoded by replica i mod dp."""
+        return self._together("generate", prompts, max_new_tokens, stop_ids)
+
+    def serve(self) -> None:
+        """On every rank but the main one: join its calls until it is done."""
+        while (call := self._agree(None)) != _DISMISSED:
+            self._do(call)
+
+    def dismiss(self) -> None:
+        """The main rank is done."""
+        self._agree(_DISMISSED)
+
+    def _together(self, method: str, *arguments: Any) -> Any:
+        return self._do(self._agree((method, arguments)))
+
+    def _agree(self, call: Call | None) -> Call:
+        """The main rank's call, on every rank."""
+        told = [call]
+        if self.group is not None:
+            dist.broadcast_object_list(told, src=0, group=self.group)
+        assert told[0] is not None
+        return told[0]
+
+    def _do(self, call: Call) -> Any:
+        method, arguments = call
+        if method == "generate":
+            return self._share_out(*arguments)
+        return getattr(self.inference, method)(*arguments)
+
+    def _share_out(self, prompts: Any, max_new_tokens: int, stop_ids: Any) -> list[list[int]]:
+        mine = self.inference.generate(prompts[self.dp.rank :: self.dp.size], max_new_tokens, stop_ids)
+        if self.dp.size == 1:
+            return mine
+        everyone: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(everyone, (self.dp.rank, mine), group=self.group)
+        outputs: list[list[int]] = [[] for _ in prompts]
+        for replica, some in everyone:
+            outputs[replica :: self.dp.size] = some
+        return outputs
+
+
+@contextmanager
+def crew(inference: InferenceModel, world: World, dp: Axis) -> Iterator[Crew | None]:
+    """The model for the main rank to call; on every other rank, None once the main rank is done with it."""
+    group = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None
+    members = Crew(inference, dp, group)
+    if world.is_main:
+        try:
+            yield members
+        finally:
+            members.dismiss()
+    else:
+        members.serve()
+        yield None
+    if group is not None:
+        dist.destroy_process_group(group)

@@ -1,0 +1,104 @@
+"""The recipe's `evaluation:`: a light suite on the checkpoints of a run, called between two pieces of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_prolong.evaluation.backend import Backend, Prompt
+from megatron_prolong.evaluation.identity import model_identity
+from megatron_prolong.evaluation.megatron import open_megatron
+from megatron_prolong.evaluation.report import write_json
+from megatron_prolong.evaluation.run import Settings
+from megatron_prolong.evaluation.suite import run_suite, runnable
+from megatron_prolong.evaluation.suites import select
+from megatron_prolong.evaluation.task import Inputs, Task
+from megatron_prolong.recipe.schema import EvaluationSpec
+from megatron_prolong.runtime.launch import World
+
+SCORES = "scores.json"
+
+
+def tasks_of(spec: EvaluationSpec) -> list[Task]:
+    """What the recipe asks for.
+
+    Raises:
+        UserError: there is no such task, or its data is missing.
+    """
+    return runnable(select(spec.suite, spec.lengths, spec.tasks), spec.data, skip_missing=False)
+
+
+@dataclass(frozen=True)
+class CheckpointEvaluation:
+    """Call it with a finished checkpoint, on every rank and outside any Megatron setup: it makes its own.
+
+    Result files go to OUT/STAGE/step_00000125/, where `prolong eval compare` reads them. Lengths beyond the
+    model's are allowed, because seeing them fail before a stage and work after it is the point.
+
+    Attributes:
+        interrupted: the main rank asks between prompts whether to leave the rest for another time.
+    """
+
+    spec: EvaluationSpec
+    tasks: Sequence[Task]
+    out: Path
+    world: World
+    interrupted: Callable[[], bool]
+
+    def __call__(self, checkpoint: Path) -> dict[str, float]:
+        """TASK/LENGTH → 0 to 100, on the main rank; nothing elsewhere, when measured before, or interrupted."""
+        out = self.out / checkpoint.parent.name / checkpoint.name
+        identity = model_identity(checkpoint)
+        if self._agree(_measured(out / SCORES, identity)):
+            return {}
+        with open_megatron(checkpoint, world=self.world) as backend:
+            if backend is None:
+                return {}
+            inputs = Inputs(self.spec.data, backend.tokenizer, max_samples=self.spec.samples)
+            settings = Settings(too_long="allow", model_identity=identity)
+            try:
+                results = run_suite(
+                    self.tasks, _Interruptible(backend, self.interrupted), inputs, settings, out
+                )
+            except _Interrupted:
+                return {}
+        scores = {f"{result.name}/{result.length}": result.score for result in results}
+        write_json(out / SCORES, {"model_identity": identity, "scores": scores})
+        return scores
+
+    def _agree(self, answer: bool) -> bool:
+        """The main rank's answer, on every rank: file systems show a new file to others late."""
+        answers = [answer]
+        dist.broadcast_object_list(answers, src=0, device=self.world.device)
+        return answers[0]
+
+
+def _measured(scores: Path, identity: str) -> bool:
+    if not scores.exists():
+        return False
+    return bool(json.loads(scores.read_text(encoding="utf-8"))["model_identity"] == identity)
+
+
+class _Interrupted(Exception):  # noqa: N818 - an event, not an error
+    pass
+
+
+@dataclass(frozen=True)
+class _Interruptible:
+    """A backend that stops instead of generating once asked to; finished samples are on disk by then."""
+
+    backend: Backend
+    interrupted: Callable[[], bool]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        if self.interrupted():
+            raise _Interrupted
+        return self.backend.generate(prompts, max_new_tokens, stop)

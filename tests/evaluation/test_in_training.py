@@ -1,0 +1,155 @@
+"""`evaluation:` in a recipe: training pauses, measures its checkpoint, logs the scores, and goes on unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
+
+from megatron_prolong.cli.main import app
+from megatron_prolong.errors import UserError
+
+RECIPE = """\
+name: tiny
+run_dir: {run_dir}
+model:
+  init: {{num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, ffn_hidden_size: 64, max_length: 64}}
+  tokenizer: {tokenizer}
+precision: fp32
+recompute: none
+stages:
+  - {{name: short, sequence_length: 64, batch_tokens: 256, steps: 5, lr: 1e-2, mixture: mock}}
+{evaluation}
+"""
+EVALUATION = "evaluation: {every: 2, lengths: [1K, 2K], samples: 2, tasks: [niah_s_1]}"
+NAMES = {"ruler_niah_s_1/1024", "ruler_niah_s_1/2048"}
+
+
+class Runs:
+    """Runs of one recipe in real processes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def recipe(self, run: str, evaluation: str) -> Path:
+        path = self.root / f"{run}.yaml"
+        text = RECIPE.format(
+            run_dir=self.root / run, tokenizer=self.root / "tokenizer", evaluation=evaluation
+        )
+        path.write_text(text)
+        return path
+
+    def start(self, run: str, *arguments: str, evaluation: str = EVALUATION) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "megatron_prolong", "train", str(self.recipe(run, evaluation))]
+        return subprocess.Popen(
+            [*command, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def train(self, run: str, *arguments: str, code: int = 0, evaluation: str = EVALUATION) -> str:
+        process = self.start(run, *arguments, evaluation=evaluation)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == code, output
+        return output
+
+    def lines(self, run: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.root / run / "metrics.jsonl").read_text().splitlines()]
+
+    def losses(self, run: str) -> dict[int, float]:
+        return {line["step"]: line["loss"] for line in self.lines(run) if "loss" in line}
+
+    def scores(self, run: str) -> dict[int, dict[str, float]]:
+        return {line["step"]: line["scores"] for line in self.lines(run) if line.get("event") == "evaluation"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Runs:
+    root = tmp_path_factory.mktemp("evaluated")
+    tokenizer.save_pretrained(root / "tokenizer")
+    return Runs(root)
+
+
+@pytest.fixture(scope="module")
+def evaluated(runs: Runs) -> Runs:
+    runs.train("evaluated")
+    return runs
+
+
+def test_scores_of_every_pause_are_in_the_logs_and_the_report(evaluated: Runs) -> None:
+    scores = evaluated.scores("evaluated")
+    assert list(scores) == [2, 4, 5]
+    assert all(found.keys() == NAMES for found in scores.values())
+    events = EventAccumulator(str(evaluated.root / "evaluated/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("short/evaluation/ruler_niah_s_1/1024")] == [2, 4, 5]
+    report = CliRunner().invoke(app, ["report", str(evaluated.root / "evaluated")])
+    assert report.exit_code == 0
+    page = (evaluated.root / "evaluated/report.html").read_text()
+    assert all(name in page for name in NAMES)
+    folder = evaluated.root / "evaluated/evaluation/short"
+    compared = CliRunner().invoke(
+        app, ["eval", "compare", *(f"{step}={folder}/step_{step:08d}" for step in (2, 4, 5))]
+    )
+    assert compared.exit_code == 0, compared.output
+
+
+def test_the_pauses_change_no_loss(evaluated: Runs) -> None:
+    evaluated.train("undisturbed", evaluation="")
+    assert evaluated.losses("undisturbed") == evaluated.losses("evaluated")
+
+
+def test_only_what_is_not_measured_yet_is_measured(evaluated: Runs) -> None:
+    before = evaluated.lines("evaluated")
+    shutil.rmtree(evaluated.root / "evaluated/evaluation/short/step_00000005")
+    evaluated.train("evaluated")
+    (new,) = evaluated.lines("evaluated")[len(before) :]
+    assert (new["event"], new["step"]) == ("evaluation", 5)
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_the_same(evaluated: Runs) -> None:
+    """Trained on one rank; measured by two, each with half of the model."""
+    shutil.copytree(evaluated.root / "evaluated", evaluated.root / "pair")
+    shutil.rmtree(evaluated.root / "pair/evaluation")
+    (evaluated.root / "pair/metrics.jsonl").unlink()
+    (evaluated.root / "pair/recipe.yaml").unlink()
+    evaluated.train("pair", "layout.tp=2", "--processes", "2")
+    assert evaluated.scores("pair") == {5: evaluated.scores("evaluated")[5]}
+    (one,) = (evaluated.root / "evaluated/evaluation/short/step_00000005").glob("*_in2048_*.json")
+    two = evaluated.root / "pair/evaluation/short/step_00000005" / one.name
+    outputs = [[item["output"] for item in json.loads(path.read_text())["data"]] for path in (one, two)]
+    assert outputs[0] == outputs[1] and any(outputs[0])
+
+
+@pytest.mark.slow
+def test_asked_to_stop_while_evaluating_it_goes_on_later(runs: Runs) -> None:
+    long = "evaluation: {lengths: [2K], samples: 400, tasks: [niah_s_1]}"
+    process = runs.start("stopped", evaluation=long)
+    partial = runs.root / "stopped/evaluation/short/step_00000005"
+    deadline = time.monotonic() + 120
+    while not list(partial.glob("*.partial.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "stopped while evaluating step 5" in output
+    assert list(partial.glob("*.partial.jsonl")) and not runs.scores("stopped")
+
+
+def test_missing_data_is_found_before_training(runs: Runs) -> None:
+    recipe = runs.recipe("missing", "evaluation: {suite: helmet, tasks: [kilt_nq]}")
+    checked = CliRunner().invoke(app, ["train", str(recipe), "--check"])
+    assert isinstance(checked.exception, UserError) and "no data for kilt_nq" in str(checked.exception)
