@@ -29,6 +29,13 @@ def train(
     processes: Annotated[
         int, typer.Option(help="Start this many local processes (through torchrun) instead of one.")
     ] = 1,
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[STAGE:]STEP",
+            help="Make this step again, from the newest checkpoint before it, and print its batch; writes nothing.",
+        ),
+    ] = None,
 ) -> None:
     """Train every stage of a recipe that is not done yet.
 
@@ -54,7 +61,10 @@ def train(
     import torch
 
     check_recipe(resolved, world_size, on_cpu=not torch.cuda.is_available())
-    _train(resolved)
+    if replay is None:
+        _train(resolved)
+    else:
+        _replay(resolved, replay)
 
 
 def _relaunch(processes: int) -> None:
@@ -92,6 +102,19 @@ def _train(recipe: Recipe) -> None:
             os._exit(1)  # an orderly exit would wait for the rank that is gone
         if world.is_main:
             print(f"done: {final}")
+
+
+def _replay(recipe: Recipe, step: str) -> None:
+    from megatron_prolong.runtime.launch import distributed
+    from megatron_prolong.training.replay import parse_step, replay
+
+    stage, number = parse_step(step, recipe)
+    with distributed() as world:
+        for replayed in replay(recipe, stage, number, world):
+            if world.is_main:
+                print(f"{stage.name} {replayed.step}/{stage.num_steps}")
+                if replayed.step == number:
+                    print(*replayed.lines(), sep="\n")
 
 
 def _evaluation(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:

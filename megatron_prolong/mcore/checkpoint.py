@@ -7,6 +7,7 @@ configs of the source, travelling along). Directories are written aside and rena
 from __future__ import annotations
 
 import os
+import pickle
 import queue
 import warnings
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import (
     FileSystemReader,
     SerializationFormat,
@@ -206,6 +208,13 @@ def _read(directory: Path, state: ShardedStateDict) -> dict[str, Any]:
             return dist_checkpointing.load(state, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"checkpoint {directory} does not fit this model: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint {directory} holds more than tensors and plain values: {error}"
+        ) from error
+    except CheckpointException as error:
+        causes = sorted({str(cause).splitlines()[0] for cause, _ in error.failures.values()})
+        raise UserError.many(f"checkpoint {directory} cannot be read:", causes) from error
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
+from megatron_prolong.recipe.fp8 import Fp8Recipe
 from megatron_prolong.recipe.numbers import Count, Real
 from megatron_prolong.recipe.shape import ModelShape
 
@@ -304,10 +305,10 @@ class Origin:
 class EvaluationSpec(_Frozen):
     """A light suite at the end of every stage; results go into the run directory and the metrics log."""
 
-    suite: Literal["synthetic", "ruler", "helmet", "prolong"] = "synthetic"
     every: Positive | None = None
     """Also after every so many steps of a stage; training pauses for it. Only at the end by default."""
 
+    suite: Literal["synthetic", "ruler", "helmet", "prolong"] = "synthetic"
     """Which tasks; synthetic needs no data."""
     lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (8192,)
     """Prompt and answer together, in tokens."""
@@ -332,6 +333,8 @@ class Recipe(_Frozen):
     """How the model is spread over ranks, unless a stage says otherwise."""
     precision: Precision = "bf16"
     """fp32, or bf16 with fp32 main weights, or fp8 matrix products on top of bf16 (CUDA only)."""
+    fp8_recipe: Fp8Recipe = "tensorwise"
+    """How fp8 tensors are scaled; recipe/fp8.py says which GPU can do which."""
     recompute: Recompute = "full"
     """Activations recomputed in the backward pass: none, the MLP's (selective), whole layers (full), or the first N
     layers of each model chunk (block:N)."""

@@ -17,6 +17,7 @@ from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import model_directory
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lock import DirectoryLock
+from megatron_prolong.runtime.publish import write_durably
 from megatron_prolong.training.log import RunLog, open_log
 from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, Checkpoint, latest_checkpoint
 from megatron_prolong.training.stage import Preempted, StageInput, train_stage
@@ -83,7 +84,7 @@ def _pieces(
             for step in range(status.step + 1, stage.num_steps + 1)
             if _wants_evaluation(recipe, stage, step)
         )
-        start = _stage_input(status, previous, initial)
+        start = stage_input(status, previous, initial)
         _announce(log, status, start)
         train_stage(recipe, stage, start, until, world, log, stop_requested, initial.directory / "hf")
 
@@ -107,7 +108,7 @@ def _evaluate(
         raise Preempted(f"stopped while evaluating step {checkpoint.step} of stage {stage.name}")
 
 
-def _stage_input(status: StageStatus, previous: Checkpoint, initial: Checkpoint) -> StageInput:
+def stage_input(status: StageStatus, previous: Checkpoint, initial: Checkpoint) -> StageInput:
     """The carry-over rule of one stage."""
     if status.checkpoint is not None:
         return StageInput(status.checkpoint, optimizer=True, resume=True)
@@ -134,21 +135,24 @@ def _agree_on_recipe(recipe: Recipe, log: RunLog | None) -> None:
                 log.say(f"changed since the last start: {notice}")
     dist.barrier()
     if log:
-        path.write_text(dump_recipe(recipe))
+        write_durably(path, dump_recipe(recipe))
     dist.barrier()
+
+
+def initial_directory(recipe: Recipe) -> Path:
+    """Where the weights before the first stage are, or will be once converted or made."""
+    path = recipe.model.path and model_directory(recipe.model.path)
+    return path if path is not None and (path / MANIFEST).exists() else recipe.run_dir / "initial"
 
 
 def _initial_checkpoint(recipe: Recipe, world: World) -> Checkpoint:
     """The weights before the first stage, as a checkpoint any layout can load."""
-    path = recipe.model.path and model_directory(recipe.model.path)
-    if path is not None and (path / MANIFEST).exists():
-        return Checkpoint.open(path)
-    converted = recipe.run_dir / "initial"
+    converted = initial_directory(recipe)
     if world.is_main and not (converted / MANIFEST).exists():
         if converted.exists():
             shutil.rmtree(converted)
-        if path is not None:
-            to_megatron(path, converted)
+        if recipe.model.path is not None:
+            to_megatron(recipe.model.path, converted)
         else:
             assert recipe.model.init is not None and recipe.model.tokenizer is not None
             write_initial(recipe.model.init, recipe.model.tokenizer, converted, seed=recipe.stages[0].seed)

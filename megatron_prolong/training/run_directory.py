@@ -48,6 +48,11 @@ def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
     return Checkpoint.open(stage_dir / pointer.read_text().strip())
 
 
+def checkpoints(stage_dir: Path) -> list[Checkpoint]:
+    """The complete checkpoints of a stage, oldest first."""
+    return [Checkpoint.open(path) for path in sorted(stage_dir.glob("step_*")) if path.suffix == ""]
+
+
 def write_pointer(stage_dir: Path, name: str) -> None:
     """Make `latest` name a checkpoint, in one atomic step."""
     write_durably(stage_dir / "latest", name + "\n")

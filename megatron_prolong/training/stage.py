@@ -20,6 +20,7 @@ from megatron_prolong.mcore.build import StageModel, build_model
 from megatron_prolong.mcore.checkpoint import load_weights, load_weights_and_optimizer
 from megatron_prolong.mcore.groups import ParallelGroups, megatron
 from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
+from megatron_prolong.recipe import fp8
 from megatron_prolong.recipe.load import dump_recipe
 from megatron_prolong.recipe.schema import Layout, Recipe, Stage, layout_of, precision_of, recompute_of
 from megatron_prolong.recipe.shape import ModelShape
@@ -79,6 +80,19 @@ class StageRun:
     mixture: Mixture
     cost: CostModel
 
+    def update(self, step: int, sequences: list[PackedSequence]) -> StepMetrics:
+        """Make update `step` (counted from 0) with its global batch. Collective."""
+        stage, recipe = self.stage, self.recipe
+        assignment = share_out(sequences, self.groups, stage.micro_batch_size, self.cost)
+        batches = micro_batches(
+            sequences, assignment, self.groups, self.layout, self.cost, self.world.device,
+            token_multiple=fp8.TOKEN_MULTIPLE if precision_of(recipe, stage) == "fp8" else 1,
+        )  # fmt: skip
+        return train_step(
+            self.model, self.optimizer, batches, self.groups,
+            spec=recipe.optimizer, lr=learning_rate(stage, step),
+        )  # fmt: skip
+
 
 def train_stage(
     recipe: Recipe,
@@ -106,8 +120,8 @@ def train_stage(
         Watchdog(world.rank, STEP_TIMEOUT_SECONDS) as watchdog,
         naming_lost_ranks(world.rank, lambda: f"{watchdog.where} of stage {stage.name}"),
     ):
-        run = _prepare(recipe, stage, start, layout, world, groups)
-        state = _first_state(run, start)
+        run = prepare_stage(recipe, stage, start, layout, world, groups)
+        state = first_state(run, start)
         if log:
             log.event("stage_start", stage=stage.name, step=state.step, num_steps=stage.num_steps)
             with log.stage(stage.name, state.step, stage.num_steps):
@@ -136,12 +150,7 @@ def _walk(
     )  # fmt: skip
     for step, sequences in stream(run.mixture, state.step, share=list):
         started = time.perf_counter()
-        assignment = share_out(sequences, run.groups, stage.micro_batch_size, run.cost)
-        batches = micro_batches(sequences, assignment, run.groups, run.layout, run.cost, run.world.device)
-        metrics = train_step(
-            run.model, run.optimizer, batches, run.groups,
-            spec=run.recipe.optimizer, lr=learning_rate(stage, step),
-        )  # fmt: skip
+        metrics = run.update(step, sequences)
         state = _advance(state, stage, sequences, metrics)
         watchdog.feed(state.step + 1)
         writer.poll()
@@ -167,7 +176,7 @@ def _walk(
     writer.finish()
 
 
-def _prepare(
+def prepare_stage(
     recipe: Recipe, stage: Stage, start: StageInput, layout: Layout, world: World, groups: ParallelGroups
 ) -> StageRun:
     """Build model, optimizer and batch stream; load what the stage starts from."""
@@ -186,6 +195,7 @@ def _prepare(
         layout,
         precision=precision_of(recipe, stage),
         recompute=recompute_of(recipe, stage),
+        fp8_recipe=recipe.fp8_recipe,
         loss_chunk_tokens=recipe.loss_chunk_tokens,
     )
     verify_checkpoint(start.checkpoint.directory)
@@ -211,7 +221,7 @@ def _refuse_other_optimizer(checkpoint: Checkpoint, layout: Layout) -> None:
         )
 
 
-def _first_state(run: StageRun, start: StageInput) -> TrainState:
+def first_state(run: StageRun, start: StageInput) -> TrainState:
     """A fresh state, or the one saved with the stage's own checkpoint if the batch stream is still the same."""
     fingerprint = run.mixture.fingerprint()
     if not start.resume:

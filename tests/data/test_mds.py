@@ -6,10 +6,8 @@ Equality with the package that defines the format is in tests/parity/test_mds_st
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -278,18 +276,6 @@ def test_damaged_compressed_shard(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"shard.00000.mds.{compression}"):
             MDSReader(path)[0]
         assert [each.name for each in path.iterdir() if "tmp" in each.name] == []
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_compressed_shards_are_unpacked_beside_or_on_a_read_only_disk_elsewhere(small_disk: Path) -> None:

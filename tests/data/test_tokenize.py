@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -173,18 +171,6 @@ def test_chats_have_masks(tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"only\.jsonl, line at byte 0: the assistant says nothing"):
         run([only], tokenizer, tmp_path / "zeros", kind="chat")
     assert not (tmp_path / "zeros").exists()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_run_stopped_by_a_full_disk_continues_when_there_is_room(

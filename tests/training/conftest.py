@@ -24,7 +24,7 @@ model:
   tokenizer: {root}/tokenizer
 precision: fp32
 recompute: none
-checkpoint: {{every: 3, keep: 2}}
+checkpoint: {{every: {every}, keep: 2}}
 stages:
   - {{name: short, sequence_length: 64, batch_tokens: 256, steps: 6, lr: 1e-2, mixture: {{{root}/data: 1.0}}}}
   - name: long
@@ -43,9 +43,9 @@ class Workspace:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def recipe(self, run: str) -> Path:
+    def recipe(self, run: str, every: int = 3) -> Path:
         path = self.root / f"{run}.yaml"
-        path.write_text(RECIPE.format(run_dir=self.root / run, root=self.root))
+        path.write_text(RECIPE.format(run_dir=self.root / run, root=self.root, every=every))
         return path
 
     def start(self, run: str, *overrides: str) -> subprocess.Popen[str]:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.runtime.lock import DirectoryLock
+from megatron_prolong.training.replay import parse_step
 
 
 def test_a_run_learns_and_walks_its_stages(workspace, undisturbed):
@@ -137,3 +144,54 @@ def test_a_second_run_on_the_same_directory_is_refused(workspace, undisturbed):
     with DirectoryLock(workspace.root / "shared-directory"):
         output = workspace.train("shared-directory", code=2)
     assert str(os.getpid()) in output
+
+
+@pytest.mark.parametrize("step", ["short:5", "long:1"])
+def test_a_replayed_step_has_the_numbers_it_had_and_leaves_the_run_alone(workspace, undisturbed, step):
+    run = workspace.root / "undisturbed"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    output = workspace.train("undisturbed", "--replay", step)
+    stage, number = step.split(":")
+    loss, recorded = re.findall(r"loss ([\d.]+)", output)
+    assert loss == recorded == f"{undisturbed[stage, int(number)]:.6g}"
+    assert len(re.findall(rf"{workspace.root}/data, shard .*, sample \d+", output)) == 4
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_step_to_replay_must_be_clear(workspace):
+    recipe = load_recipe(workspace.recipe("unclear"))
+    assert parse_step("short:5", recipe) == (recipe.stages[0], 5)
+    for step, message in {
+        "5": "say of which stage",
+        "mid:5": "no stage mid",
+        "short:7": "steps 1 to 6",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            parse_step(step, recipe)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_like_the_undisturbed_run(workspace, undisturbed, kills):
+    """kill -9, saving after every step: a complete checkpoint is always the newest; in the end no bit differs."""
+    root, name = workspace.root, f"killed{kills}"
+    command = [
+        sys.executable,
+        Path(__file__).with_name("kill_runs.py"),
+        workspace.recipe(name, every=1),
+        str(kills),
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    print(result)
+    assert result["kills"] == kills and result["finished"]
+    expected = sums(root / "undisturbed/long/step_00000004")
+    for run in result["finished"]:
+        assert sums(Path(run) / "long/step_00000004") == expected
+
+
+def sums(directory: Path) -> dict[str, list]:
+    """Checksums of weights, optimizer and their metadata."""
+    files = json.loads((directory / "checksums.json").read_text())["files"]
+    return {name: files[name] for name in ("__0_0.distcp", "common.pt")}

@@ -1,0 +1,98 @@
+"""Make one step of a run again, to look at it: from the newest checkpoint before it, writing nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_prolong.data.packed import PackedSequence
+from megatron_prolong.data.stream import stream
+from megatron_prolong.errors import UserError
+from megatron_prolong.mcore.groups import megatron
+from megatron_prolong.recipe.schema import Recipe, Stage, layout_of
+from megatron_prolong.runtime.launch import World
+from megatron_prolong.training.run import initial_directory, stage_input
+from megatron_prolong.training.run_directory import Checkpoint, checkpoints, latest_checkpoint
+from megatron_prolong.training.stage import StageInput, first_state, prepare_stage
+from megatron_prolong.training.state import StageStatus
+from megatron_prolong.training.step import StepMetrics
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One step that was made again; `recorded` is its line of metrics.jsonl, if the run got that far."""
+
+    step: int
+    metrics: StepMetrics
+    sequences: list[PackedSequence]
+    recorded: dict[str, Any] | None
+
+    def lines(self) -> Iterator[str]:
+        """What there is to say about it."""
+        found = self.metrics
+        yield f"loss {found.loss:.6g}  grad norm {found.grad_norm:.6g}  lr {found.lr:.3g}"
+        if self.recorded is not None:
+            yield f"recorded: loss {self.recorded['loss']:.6g}  grad norm {self.recorded['grad_norm']:.6g}"
+        yield f"{found.num_targets:,} targets; the update was {'made' if found.updated else 'skipped'}"
+        yield "samples:"
+        for sequence in self.sequences:
+            yield f"  {sequence.identity}"
+
+
+def parse_step(text: str, recipe: Recipe) -> tuple[Stage, int]:
+    """STAGE:STEP, or STEP where the recipe has only one stage; steps count from 1, as in the log.
+
+    Raises:
+        UserError: no such stage or step.
+    """
+    name, _, number = text.rpartition(":")
+    stages = {stage.name: stage for stage in recipe.stages}
+    if not name and len(stages) > 1:
+        raise UserError(f"--replay {text}: say of which stage, e.g. {recipe.stages[-1].name}:{text}")
+    stage = stages.get(name) if name else recipe.stages[0]
+    if stage is None:
+        raise UserError(f"--replay {text}: the recipe has no stage {name}; it has {', '.join(stages)}")
+    if not number.isdecimal() or not 1 <= int(number) <= stage.num_steps:
+        raise UserError(f"--replay {text}: stage {stage.name} has the steps 1 to {stage.num_steps}")
+    return stage, int(number)
+
+
+def replay(recipe: Recipe, stage: Stage, step: int, world: World) -> Iterator[Replayed]:
+    """Make the steps from the newest checkpoint before `step` up to it. Collective; yields each as it is made.
+
+    Raises:
+        UserError: there is no such checkpoint, or it does not fit the recipe.
+    """
+    start = _start(recipe, stage, step)
+    recorded = _recorded(recipe.run_dir / "metrics.jsonl", stage.name)
+    layout = layout_of(recipe, stage)
+    with megatron(layout, stage.seed) as groups:
+        run = prepare_stage(recipe, stage, start, layout, world, groups)
+        for index, sequences in stream(run.mixture, first_state(run, start).step, share=list):
+            metrics = run.update(index, sequences)
+            yield Replayed(index + 1, metrics, sequences, recorded.get(index + 1))
+            if index + 1 == step:
+                return
+
+
+def _start(recipe: Recipe, stage: Stage, step: int) -> StageInput:
+    earlier = [saved for saved in checkpoints(recipe.run_dir / stage.name) if saved.step < step]
+    if earlier:
+        return StageInput(earlier[-1], optimizer=True, resume=True)
+    position = recipe.stages.index(stage)
+    initial = Checkpoint.open(initial_directory(recipe))
+    previous = latest_checkpoint(recipe.run_dir / recipe.stages[position - 1].name) if position else initial
+    if previous is None:
+        raise UserError(f"{recipe.run_dir}: no checkpoint before step {step} of stage {stage.name}")
+    return stage_input(StageStatus(stage, None), previous, initial)
+
+
+def _recorded(path: Path, stage: str) -> dict[int, dict[str, Any]]:
+    """The lines of metrics.jsonl about a stage's steps; the last one where a step was made twice."""
+    if not path.exists():
+        return {}
+    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return {record["step"]: record for record in records if record.get("stage") == stage and "loss" in record}

@@ -1,0 +1,279 @@
+"""Saving in the background: what is on the disk at every moment, whatever goes wrong; and loading runs no code."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.schema import CheckpointSpec, Layout, OptimizerSpec
+from megatron_prolong.recipe.shape import ModelShape
+from megatron_prolong.runtime.checksums import verify_checksums
+from megatron_prolong.runtime.publish import remove_leftovers
+from megatron_prolong.training import checkpoint
+from megatron_prolong.training.run_directory import latest_checkpoint
+
+SHAPE = ModelShape(
+    num_layers=2, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=99,
+    max_length=64, rope_base=1e4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory):
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@dataclass
+class FakeSnapshot:
+    """Writes a file of `num_bytes` when it is allowed to."""
+
+    directory: Path
+    num_bytes: int = 10
+    may_write: threading.Event = field(default_factory=threading.Event)
+
+    def write(self) -> list[str]:
+        assert self.may_write.wait(60)
+        (self.directory / "weights").write_bytes(bytes(self.num_bytes))
+        return ["weights"]
+
+    def finish(self) -> None:
+        (self.directory / "contents").write_text("weights")
+
+
+class Bench:
+    """A CheckpointWriter whose snapshots are fakes, kept in `snapshots`; they write at once unless `slow`."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, **spec: object) -> None:
+        self.snapshots: list[FakeSnapshot] = []
+        self.slow, self.num_bytes, self.reports = False, 10, []
+        monkeypatch.setattr(checkpoint, "training_state", lambda model, optimizer: {})
+        monkeypatch.setattr(checkpoint, "state_bytes", lambda state: 10)
+        monkeypatch.setattr(checkpoint, "take_snapshot", self._take)
+        (root / "hf").mkdir(exist_ok=True)
+        self.stage = root / "stage"
+        self.writer = checkpoint.CheckpointWriter(
+            self.stage, CheckpointSpec(**spec), root / "hf", "name: test\n", self.reports.append
+        )
+
+    def _take(self, directory: Path, state: object) -> FakeSnapshot:
+        snapshot = FakeSnapshot(directory, self.num_bytes)
+        if not self.slow:
+            snapshot.may_write.set()
+        self.snapshots.append(snapshot)
+        return snapshot
+
+    def save(self, step: int) -> None:
+        self.writer.save(None, None, {"step": step})
+
+    @property
+    def newest(self) -> int | None:
+        found = latest_checkpoint(self.stage)
+        if found is not None:
+            verify_checksums(found.directory)
+        return found and found.step
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.stage.iterdir())
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    return Bench(tmp_path, monkeypatch)
+
+
+def test_training_goes_on_while_it_is_written_and_nobody_sees_it_before(bench):
+    bench.save(1)
+    bench.writer.finish()
+    bench.slow = True
+    bench.save(2)  # returns although nothing can be written yet
+    bench.writer.poll()
+    assert bench.newest == 1 and bench.names == ["latest", "step_00000001", "step_00000002.partial"]
+    bench.snapshots[-1].may_write.set()
+    while bench.newest == 1:
+        bench.writer.poll()
+    assert bench.newest == 2
+    assert (bench.stage / "step_00000002" / "recipe.yaml").read_text() == "name: test\n"
+    assert bench.reports[-1]["step"] == 2
+
+
+def test_one_save_at_a_time(bench):
+    bench.slow = True
+    bench.save(1)
+    threading.Timer(0.2, bench.snapshots[0].may_write.set).start()
+    bench.save(2)
+    assert bench.newest == 1
+    bench.snapshots[1].may_write.set()
+    bench.writer.finish()
+    assert bench.newest == 2
+
+
+def test_without_async_it_is_complete_on_return(tmp_path, monkeypatch):
+    bench = Bench(tmp_path, monkeypatch, async_save=False)
+    bench.save(1)
+    assert bench.newest == 1
+
+
+def test_the_newest_and_every_nth_are_kept(tmp_path, monkeypatch):
+    bench = Bench(tmp_path, monkeypatch, keep=2, keep_every=4, async_save=False)
+    for step in range(1, 12):
+        bench.save(step)
+    kept = ["step_00000004", "step_00000008", "step_00000010", "step_00000011"]
+    assert bench.names == ["latest", *kept]
+
+
+def test_no_space_is_seen_before_anything_is_written(bench, monkeypatch):
+    bench.save(1)
+    bench.writer.finish()
+    usage = shutil.disk_usage(bench.stage)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=9))
+    with pytest.raises(UserError, match=r"step_00000002 needs .* GiB free"):
+        bench.save(2)
+    assert bench.newest == 1 and bench.names == ["latest", "step_00000001"]
+    assert len(bench.snapshots) == 1
+
+
+def test_a_disk_that_fills_up_loses_nothing(small_disk, monkeypatch):
+    """A real one, of 1 MiB: the first checkpoint stays, the second leaves nothing; with room it goes on."""
+    bench = Bench(small_disk, monkeypatch)
+    bench.num_bytes = 600_000
+    bench.save(1)
+    bench.writer.finish()
+    bench.save(2)
+    with pytest.raises(UserError, match=r"step_00000002 could not be saved:\n  - the disk is full"):
+        bench.writer.finish()
+    assert bench.newest == 1 and bench.names == ["latest", "step_00000001"]
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    bench.save(2)
+    bench.writer.finish()
+    assert bench.newest == 2
+
+
+def test_what_killed_processes_left_goes_and_what_others_are_doing_stays(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f"a.tmp-{dead.pid}", f"b.tmp-{dead.pid}", f"a.tmp-{os.getpid()}", "a", "a.tmp-notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    remove_leftovers(tmp_path, "a")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"b.tmp-{dead.pid}", f"a.tmp-{os.getpid()}", "a", "a.tmp-notes",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def trained():
+    """A model and optimizer after one update, inside Megatron's setup."""
+    from megatron_prolong.mcore.build import build_model
+    from megatron_prolong.mcore.groups import megatron
+    from megatron_prolong.mcore.optimizer import build_optimizer
+
+    with megatron(Layout(), seed=1):
+        model = build_model(SHAPE, Layout(), precision="fp32")
+        optimizer = build_optimizer(model, OptimizerSpec(), Layout(), lr=0.1)
+        with torch.no_grad():
+            for chunk in model.chunks:
+                for weight in chunk.parameters():
+                    weight.normal_()
+                    weight.main_grad.normal_()
+        optimizer.reload_model_params()
+        optimizer.step()
+        yield model, optimizer
+
+
+def numbers(model, optimizer) -> list[torch.Tensor]:
+    """Every weight and moment, copied."""
+    (inner,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    moments = [value for state in inner.optimizer.state.values() for value in state.values()]
+    return [tensor.detach().clone() for tensor in [*model.chunks[0].parameters(), *moments]]
+
+
+def test_a_snapshot_is_of_its_moment(trained, tmp_path):
+    """Everything changes between the copy and the writing; the file has what there was at the copy."""
+    from megatron_prolong.mcore.checkpoint import load_weights_and_optimizer, take_snapshot, training_state
+
+    model, optimizer = trained
+    expected = numbers(model, optimizer)
+    snapshot = take_snapshot(tmp_path, training_state(model, optimizer))
+    for _ in range(2):
+        optimizer.step()
+    assert not any(torch.equal(*pair) for pair in zip(expected, numbers(model, optimizer), strict=True))
+    snapshot.write()
+    snapshot.finish()
+    load_weights_and_optimizer(tmp_path, model, optimizer)
+    for found, wanted in zip(numbers(model, optimizer), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+class Exploit:
+    """Unpickling it makes a directory."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "__0_0.distcp"])
+def test_loading_runs_nothing_from_the_files(trained, tmp_path, name):
+    from megatron_prolong.mcore.checkpoint import load_weights_and_optimizer, save_weights_and_optimizer
+
+    model, optimizer = trained
+    directory, mark = tmp_path / "checkpoint", tmp_path / "ran"
+    directory.mkdir()
+    save_weights_and_optimizer(directory, model, optimizer)
+    load_weights_and_optimizer(directory, model, optimizer)
+    evil = io.BytesIO()
+    torch.save(Exploit(mark), evil)
+    path = directory / name
+    if name == ".metadata":
+        path.write_bytes(pickle.dumps(Exploit(mark)))
+        pickle.loads(path.read_bytes())  # it does work
+        mark.rmdir()
+    elif name == "common.pt":
+        path.write_bytes(evil.getvalue())
+    else:  # at the end of the file, where the table of contents now finds the first tensor
+        contents = pickle.loads((directory / ".metadata").read_bytes())
+        stored = next(iter(contents.storage_data.values()))
+        stored.offset, stored.length = path.stat().st_size, len(evil.getvalue())
+        (directory / ".metadata").write_bytes(pickle.dumps(contents))
+        path.write_bytes(path.read_bytes() + evil.getvalue())
+    with pytest.raises(UserError, match=str(directory)):
+        load_weights_and_optimizer(directory, model, optimizer)
+    assert not mark.exists()
+
+
+def test_stored_objects_are_plain_values_too(tmp_path):
+    """None is in our checkpoints, but Megatron's format may hold some."""
+    from megatron_prolong.mcore.checkpoint import _WeightsOnlyPlanner
+
+    planner = _WeightsOnlyPlanner()
+    planner.state_dict = {}
+    item = SimpleNamespace(dest_index=SimpleNamespace(fqn="object"))
+    for content, fine in (([1, {"a": None}], True), (Exploit(tmp_path / "ran"), False)):
+        value = io.BytesIO()
+        torch.save(content, value)
+        value.seek(0)
+        if fine:
+            planner.load_bytes(item, value)
+            assert planner.state_dict == {"object": content}
+        else:
+            with pytest.raises(pickle.UnpicklingError):
+                planner.load_bytes(item, value)
+    assert not (tmp_path / "ran").exists()
