@@ -134,7 +134,7 @@ def write_table(path: Path, blocks: Iterator[NDArray[np.void]]) -> None:
     """Write the blocks one after the other; read_table maps the file."""
     with path.open("wb") as file:
         for block in blocks:
-            block.tofile(file)
+            file.write(block.tobytes())  # not tofile, whose error would not say that the disk is full
 
 
 def read_table(path: Path, dtype: np.dtype) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Exact duplicates: documents with the same tokens as an earlier one. Costs 16 bytes of memory per document."""
+"""Exact duplicates: documents with the same tokens as an earlier one; some 40 bytes of memory per document."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 def find_duplicates(documents: Iterable[NDArray[np.uint32]]) -> NDArray[np.bool_]:
     """bool [documents]: True where an earlier document has the same tokens (equal 128-bit hashes)."""
-    digests = b"".join(xxhash.xxh3_128_digest(tokens.tobytes()) for tokens in documents)
+    digests = bytearray()
+    for tokens in documents:
+        digests += xxhash.xxh3_128_digest(tokens.data)
     hashes = np.frombuffer(digests, "V16")
     _, first = np.unique(hashes, return_index=True)
     duplicate = np.ones(len(hashes), bool)

@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.documents import TokenizedInputs
+from megatron_prolong.data.documents import TokenizedInputs, read_table
 from megatron_prolong.data.duplicates import find_duplicates
 from megatron_prolong.data.encoder import tokenizer_file
 from megatron_prolong.data.executors import Executor, LocalProcesses
 from megatron_prolong.data.job import REPORT, Job
 from megatron_prolong.data.mds import INDEX, MDSReader, MDSWriter
+from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.ngrams import DEFAULT_N, NgramIndex, evaluation_texts
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
@@ -193,13 +194,16 @@ def _tasks(inputs: Sequence[str]) -> dict[str, tuple[int, int]]:
 
 def _duplicates(job: Job, data: TokenizedInputs) -> Path:
     """The file that says of every sample whether it repeats an earlier one; made once per job."""
-    path = job.directory / "duplicates.npy"
+    path = job.directory / "duplicates"
     if not path.exists():
         numbers = track(range(len(data)), len(data), "finding duplicates")
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        with temporary.open("wb") as file:
-            np.save(file, find_duplicates(data.read(number)["input_ids"] for number in numbers))
-        temporary.replace(path)
+        try:
+            with disk_full_is_users(job.out), temporary.open("wb") as file:
+                file.write(find_duplicates(data.read(number)["input_ids"] for number in numbers).tobytes())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -229,7 +233,7 @@ class _Work:
     def __call__(self, directory: Path, samples: tuple[int, int]) -> None:
         data = TokenizedInputs(self.inputs)
         judge = _Judge(self.options)
-        duplicates = None if self.duplicates is None else np.load(self.duplicates, mmap_mode="r")
+        duplicates = None if self.duplicates is None else read_table(self.duplicates, np.dtype(bool))
         columns = {"input_ids": "ndarray:uint32", "length": "int", "domain": "str"}
         if data.has_mask:
             columns["mask"] = "ndarray:uint8"

@@ -296,8 +296,8 @@ class _PlanWriter:
         table["bos"] = rows["bos"] & (starts == 0)
         table["eos"] = rows["eos"] & (stops == bos + lengths + 1)
         self.num_tokens += int((stops - starts).sum())
-        table.tofile(self._files[0])
-        np.array(self._ends, "<i8").tofile(self._files[1])
+        self._files[0].write(table.tobytes())
+        self._files[1].write(np.array(self._ends, "<i8").tobytes())
         self._pieces, self._ends = [], []
 
     def close(self) -> None:

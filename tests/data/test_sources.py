@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import http.server
 import json
 import os
+import random
+import struct
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,14 +124,38 @@ def test_jsonl_parts_give_every_line_once(
     assert len(found) == len(lines)
 
 
-@pytest.mark.parametrize(
-    ("suffix", "compress"),
-    [(".gz", gzip.compress), (".bz2", bz2.compress), (".zst", zstandard.ZstdCompressor().compress)],
-)
-def test_jsonl_compressed(suffix: str, compress: object, tmp_path: Path) -> None:
+COMPRESSIONS = [(".gz", gzip.compress), (".bz2", bz2.compress), (".zst", zstandard.compress)]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), COMPRESSIONS)
+def test_jsonl_compressed(suffix: str, compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
     data = b'{"text": "one"}\n\n{"text": "two"}'
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(data[:16]) + compress(data[16:]))  # type: ignore[operator]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(data[:16]) + compress(data[16:]))
     assert [each.fields["text"] for each in read("jsonl", tmp_path)] == ["one", "two"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), COMPRESSIONS)
+def test_a_compressed_file_cut_short_is_noticed(
+    suffix: str, compress: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    """Wherever it is cut: the lines before the cut are whole, so nothing else would tell."""
+    rng = random.Random(0)
+    content = b"".join(b'{"text": "%d"}\n' % rng.getrandbits(200) for _ in range(3000))
+    whole = compress(content)
+    path = tmp_path / f"a.jsonl{suffix}"
+    for cut in (len(whole) // 2, len(whole) - 9, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=rf"a\.jsonl\{suffix}: cannot be read to its end"):
+            read("jsonl", path)
+    path.write_bytes(whole + whole)
+    assert len(read("jsonl", path)) == 6000
+
+
+def test_zstd_frames_without_content_are_passed_over(tmp_path: Path) -> None:
+    skippable = struct.pack("<II", 0x184D2A50, 4) + b"pzst"
+    line = zstandard.compress(b'{"text": "x"}\n')
+    (tmp_path / "a.jsonl.zst").write_bytes(skippable + line + skippable + line)
+    assert len(read("jsonl", tmp_path / "a.jsonl.zst")) == 2
 
 
 def test_jsonl_bad_lines_are_named(tmp_path: Path) -> None:
@@ -180,6 +210,23 @@ def test_parquet(tmp_path: Path) -> None:
         read("parquet", tmp_path)
 
 
+def test_parquet_damaged_or_none_at_all(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"row {number}" for number in range(1000)]})
+    pytest.importorskip("pyarrow.parquet").write_table(
+        table, path, compression="snappy", use_dictionary=False
+    )
+    content = bytearray(path.read_bytes())
+    content[100:200] = bytes(100)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.parquet, rows from 0: cannot be read"):
+        read("parquet", path)
+    path.write_bytes(b"no table")
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file"):
+        read("parquet", path)
+
+
 def test_saved_dataset(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     table = pytest.importorskip("pyarrow").table({"text": ["a", "b", "c"]})
@@ -206,6 +253,31 @@ def test_remote_paths_go_through_fsspec() -> None:
         source.parts("memory://elsewhere")
     with pytest.raises(UserError, match="remote paths need fsspec and the protocol's driver"):
         source.parts("nosuchprotocol://x")
+
+
+def test_remote_directories_are_listed(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    write_tree(tmp_path, {"b.jsonl.gz": gzip.compress(b"{}\n"), "a.jsonl": "{}", "readme": "x"})
+    parts = source_of("jsonl").parts(f"file://{tmp_path}")
+    assert [part.path for part in parts] == [
+        f"file://{tmp_path}/{name}" for name in ("a.jsonl", "b.jsonl.gz")
+    ]
+    assert sum(isinstance(found, Record) for part in parts for found in source_of("jsonl").read(part)) == 2
+
+
+def test_a_file_on_a_server(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    pytest.importorskip("aiohttp")  # fsspec's driver for http
+    write_tree(tmp_path, {"a.jsonl.gz": gzip.compress(b'{"text": "far away"}\n' * 9)})
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (part,) = source_of("jsonl").parts(f"http://127.0.0.1:{server.server_port}/a.jsonl.gz")
+        assert len(list(source_of("jsonl").read(part))) == 9
+        (tmp_path / "a.jsonl.gz").unlink()
+        with pytest.raises(UserError, match=r"a\.jsonl\.gz: cannot be read to its end"):
+            list(source_of("jsonl").read(part))
+        server.shutdown()
 
 
 def test_kinds_are_told_by_names_or_asked_for(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,7 +53,6 @@ def _list_local(path: str) -> list[tuple[str, int]]:
 
 def _list_remote(path: str) -> list[tuple[str, int]]:
     system, inner = _filesystem(path)
-    protocol = path.split("://", 1)[0]
     try:
         if system.isfile(inner):
             return [(path, int(system.size(inner) or 0))]
@@ -60,7 +61,7 @@ def _list_remote(path: str) -> list[tuple[str, int]]:
         raise UserError(f"{path}: {error}") from None
     if not details:
         raise UserError(f"{path}: nothing there")
-    return [(f"{protocol}://{name}", int(info.get("size") or 0)) for name, info in details.items()]
+    return [(system.unstrip_protocol(name), int(info.get("size") or 0)) for name, info in details.items()]
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
@@ -74,20 +75,64 @@ def _filesystem(path: str) -> tuple[Any, str]:
         ) from None
 
 
-def open_bytes(path: str) -> IO[bytes]:
-    """The file's bytes, decompressed by its suffix (.gz, .zst, .zstd, .bz2), for sequential reading."""
-    if is_remote(path):
-        system, inner = _filesystem(path)
-        raw: IO[bytes] = system.open(inner, "rb")
-    else:
-        raw = Path(path).open("rb")  # noqa: SIM115 - the caller closes it
+@contextmanager
+def open_bytes(path: str) -> Iterator[IO[bytes]]:
+    """The file's bytes, decompressed by its suffix (.gz, .zst, .zstd, .bz2), for sequential reading.
+
+    Raises UserError naming the file when it cannot be read to its end: damaged, cut short, out of reach.
+    """
+    try:
+        with _open(path) as raw, _decompressed(path, raw) as file:
+            yield file
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise UserError(f"{path}: cannot be read to its end ({error}); fetch it again") from None
+
+
+def _open(path: str) -> IO[bytes]:
+    if not is_remote(path):
+        return Path(path).open("rb")
+    system, inner = _filesystem(path)
+    file: IO[bytes] = system.open(inner, "rb")
+    return file
+
+
+def _decompressed(path: str, raw: IO[bytes]) -> IO[bytes]:
     if path.endswith(".gz"):
         return gzip.open(raw)  # type: ignore[return-value]
     if path.endswith((".zst", ".zstd")):
-        # Long-range windows up to 2 GiB occur in published JSONL.
-        unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        return io.BufferedReader(unpacker.stream_reader(raw, read_across_frames=True), 1 << 20)
+        return io.BufferedReader(_ZstdStream(raw), 1 << 20)
     return bz2.open(raw) if path.endswith(".bz2") else raw
+
+
+class _ZstdStream(io.RawIOBase):
+    """Frame after frame. The library's own stream takes a file that was cut short for one that is complete."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        # Long-range windows up to 2 GiB occur in published JSONL.
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame: Any = None
+        self._packed = b""
+        self._unpacked = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            self._packed = self._packed or self._raw.read(1 << 14)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the compressed file ends in the middle")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._unpacked = memoryview(self._frame.decompress(self._packed))
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._unpacked))
+        buffer[:count], self._unpacked = self._unpacked[:count], self._unpacked[count:]
+        return count
 
 
 def is_compressed(path: str) -> bool:

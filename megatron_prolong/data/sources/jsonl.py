@@ -6,6 +6,7 @@ A plain file is cut into parts by bytes; a line belongs to the part its first by
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import IO
 
@@ -39,8 +40,7 @@ class JsonLines:
                 # The line that crosses the start belongs to the part before. One byte back, so that a
                 # line beginning exactly at the start is kept.
                 file.seek(part.start - 1)
-                _, skipped = _read_line(file)
-                at = part.start - 1 + skipped
+                at = part.start - 1 + _skip_line(file, part.num_bytes + 1)
             while whole or at < part.stop:
                 line, num_bytes = _read_line(file)
                 if not num_bytes:
@@ -56,14 +56,18 @@ class JsonLines:
 def _read_line(file: IO[bytes]) -> tuple[bytes | None, int]:
     """The next line and its bytes; a line beyond the limit is passed over in small pieces (None)."""
     line = file.readline(MAX_RECORD_BYTES + 1)
-    num_bytes = len(line)
-    if num_bytes <= MAX_RECORD_BYTES:
-        return line, num_bytes
-    piece, line = line[-1:], b""
-    while piece and not piece.endswith(b"\n"):
+    if len(line) <= MAX_RECORD_BYTES:
+        return line, len(line)
+    return None, len(line) + (0 if line.endswith(b"\n") else _skip_line(file))
+
+
+def _skip_line(file: IO[bytes], limit: int = sys.maxsize) -> int:
+    """Passes over the rest of a line, or `limit` bytes and a little more of it; returns how many they were."""
+    skipped, piece = 0, b" "
+    while piece and not piece.endswith(b"\n") and skipped < limit:
         piece = file.readline(1 << 20)
-        num_bytes += len(piece)
-    return None, num_bytes
+        skipped += len(piece)
+    return skipped
 
 
 def _parse(name: str, line: bytes) -> Record | Bad:

@@ -33,10 +33,22 @@ class Parquet:
         file = _open_parquet(part.path)
         row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
         groups = list(range(part.start, part.stop))
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=groups):
-            for fields in batch.to_pylist():
+        batches = file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=groups)
+        while (batch := _next_batch(batches, f"{part.path}, rows from {row}")) is not None:
+            for fields in batch:
                 yield Record(f"{part.path}, row {row}", fields)
                 row += 1
+
+
+def _next_batch(batches: Iterator[Any], where: str) -> list[dict[str, Any]] | None:
+    """Rows; None at the end. Raises UserError where the file is damaged."""
+    import pyarrow
+
+    try:
+        batch = next(batches, None)
+        return None if batch is None else batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot be read ({error}); fetch the file again") from None
 
 
 def _open_parquet(path: str) -> Any:
