@@ -119,6 +119,14 @@ class Mixture:
             for number, (domain, share) in enumerate(zip(self._domains, self.proportions, strict=True))
         ]
 
+    def summary(self) -> str:
+        """One line for a log: share of every domain, and how often the run repeats it."""
+        return "; ".join(
+            f"{use.name} {use.proportion:.1%}, {use.epochs:.3g} epochs ({use.num_draws:,} draws of "
+            f"{use.num_samples:,} samples)"
+            for use in self.usage()
+        )
+
     def fingerprint(self) -> str:
         """Equal for two mixtures exactly when their batches are the same references at every common step."""
         sizes = [len(domain) for domain in self._domains]

@@ -130,6 +130,13 @@ def test_usage_reports_how_often_a_domain_repeats(sources: Path) -> None:
     assert uses["books"].num_draws == 48 and uses["books"].proportion == pytest.approx(0.6)
 
 
+def test_the_summary_says_it_in_a_line(sources: Path) -> None:
+    summary = mixture(sources, {"code": 3, "wiki": 1}, num_steps=10).summary()
+    code, wiki = (f"{sources / name} " for name in ("code", "wiki"))
+    assert summary.startswith(f"{code}75.0%, ") and f"; {wiki}25.0%, " in summary
+    assert f"{20 / SIZES['wiki']:.3g} epochs (20 draws of {SIZES['wiki']} samples)" in summary
+
+
 def test_the_fingerprint_is_that_of_the_stream(sources: Path, tmp_path: Path) -> None:
     base = mixture(sources).fingerprint()
     assert mixture(sources, {"code": 3, "books": 6, "wiki": 1}, num_steps=99).fingerprint() == base
