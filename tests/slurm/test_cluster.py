@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,15 +17,7 @@ import pytest
 from megatron_prolong.plan.launch import render_script, write_script
 from megatron_prolong.recipe.load import load_recipe
 
-ROOT = Path(__file__).parents[2]
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
-MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
-
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="slurmctld and slurmd need root here"),
-]
+pytestmark = pytest.mark.slurm
 
 RECIPE = """\
 name: tiny
@@ -40,21 +32,6 @@ stages:
   - {name: two, sequence_length: 128, batch_tokens: 512, steps: 2, lr: 1e-3, rope_base: 1e6, mixture: mock}
 """
 SECONDS = 600.0  # for a job to get anywhere on a busy two-core machine
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Two nodes, as tools/local_slurm.sh starts them."""
-    directory = tmp_path_factory.mktemp("slurm")
-    tool = ROOT / "tools" / "local_slurm.sh"
-    # In the container of a CI job munge or the ports may be out of reach; that is no fault of ours.
-    started = subprocess.run([tool, "start", directory], capture_output=True, text=True, timeout=60)
-    if started.returncode:
-        pytest.skip(f"no local Slurm: {started.stderr.strip()}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", f"{directory}/slurm.conf")
-        yield
-    subprocess.run([tool, "stop", directory], check=True, timeout=60)
 
 
 @pytest.fixture
