@@ -255,6 +255,12 @@ def test_remote_paths_go_through_fsspec() -> None:
         source.parts("nosuchprotocol://x")
 
 
+@pytest.mark.parametrize("kind", ["repositories", "mds"])
+def test_what_must_lie_on_a_disk_says_so(kind: str) -> None:
+    with pytest.raises(UserError, match=r"^s3:/.*copy it to"):
+        source_of(kind).parts("s3://bucket/data")
+
+
 def test_remote_directories_are_listed(tmp_path: Path) -> None:
     pytest.importorskip("fsspec")
     write_tree(tmp_path, {"b.jsonl.gz": gzip.compress(b"{}\n"), "a.jsonl": "{}", "readme": "x"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -89,6 +90,8 @@ def _show(columns: Mapping[str, str]) -> str:
 
 
 def _missing(directory: Path) -> str:
+    if re.match(r"\w+:/", str(directory)):
+        return f"{directory}: MDS data sets are memory-mapped, so copy it to a disk first (aws s3 sync, …)"
     if not directory.exists():
         return f"{directory}: no such directory; expected an MDS data set (a directory with {INDEX})"
     parts = sorted(path.parent.name for path in directory.glob(f"*/{INDEX}")) if directory.is_dir() else []

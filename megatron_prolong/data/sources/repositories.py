@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prolong.data.sources.base import MAX_RECORD_BYTES, Bad, Part, Record
+from megatron_prolong.data.sources.files import is_remote
 from megatron_prolong.errors import UserError
 
 _VERSION_CONTROL = {".git", ".hg", ".svn"}
@@ -39,6 +40,8 @@ class Repositories:
 
     def parts(self, path: str) -> list[Part]:
         root = Path(path)
+        if is_remote(path):
+            raise UserError(f"{path}: source trees are read from a disk only; copy it to one first")
         if not root.is_dir():
             raise UserError(f"{path}: no such directory; expected one whose subdirectories are source trees")
         repositories = sorted(entry for entry in root.iterdir() if entry.is_dir() and entry.name not in _SKIP)
