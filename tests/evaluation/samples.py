@@ -13,7 +13,8 @@ STORY = "Once a fox met a crow. "
 def write_data(root: Path) -> Path:
     """Everything the helmet suite reads at 8K."""
     _write(root / "json_kv/test_k105_dep6.jsonl", [_kv(n) for n in range(8)])
-    _write(root / "ruler/niah_multivalue/validation_8192.jsonl", [_needle(n) for n in range(4)])
+    for name in ("multivalue", "multikey_2", "multikey_3"):
+        _write(root / f"ruler/niah_{name}/validation_8192.jsonl", [_needle(n) for n in range(4)])
     for name, dep, extra in (("nq-dev", 6, {}), ("triviaqa-dev", 6, {}), ("hotpotqa-dev", 3, {})):
         rows = [_passages(n, f"question {n // 2}?") | extra for n in range(8)]
         _write(root / f"kilt/{name}-multikilt_1000_k50_dep{dep}.jsonl", rows)

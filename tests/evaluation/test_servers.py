@@ -3,78 +3,17 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import Server, client
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt
 from megatron_prolong.evaluation.http import Client
 from megatron_prolong.evaluation.judge import Judge, judge_results, last_object, summary_scores
 from megatron_prolong.evaluation.openai import OpenAIBackend
-
-
-class Server(ThreadingHTTPServer):
-    """Answers like an OpenAI-compatible server; the first `stumbles` requests fail with 503."""
-
-    def __init__(self, answer: str = "") -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.requests: list[tuple[str, dict[str, Any]]] = []
-        self.stumbles = 0
-        self.answer = answer
-        self.lock = threading.Lock()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self._reply(200, {"data": [{"id": "tiny", "max_model_len": 512}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append((self.path, body))
-            stumble = self.server.stumbles > 0
-            self.server.stumbles -= stumble
-        if stumble:
-            self._reply(503, {"error": "busy"})
-        elif "too long" in json.dumps(body):
-            self._reply(400, {"error": "maximum context length is 512 tokens"})
-        elif self.path == "/v1/completions":
-            self._reply(200, {"choices": [{"text": f"echo {body['prompt']}\nmore"}]})
-        else:
-            text = self.server.answer or f"chat {body['messages'][0]['content']}"
-            self._reply(200, {"choices": [{"message": {"content": text}}]})
-
-    def _reply(self, status: int, content: dict[str, Any]) -> None:
-        payload = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    running = Server()
-    thread = threading.Thread(target=running.serve_forever, daemon=True)
-    thread.start()
-    yield running
-    running.shutdown()
-    running.server_close()
-
-
-def client(server: Server, **options: Any) -> Client:
-    options = {"first_wait_seconds": 0.01, "timeout_seconds": 20.0, **options}
-    return Client(f"http://127.0.0.1:{server.server_port}/v1", **options)
 
 
 def test_prompts_come_back_in_order_after_failures(server: Server, tokenizer: Any) -> None:

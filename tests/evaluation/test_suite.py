@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from samples import write_data
+from stand_ins import Parrot, short_documents
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation import alce
-from megatron_prolong.evaluation.backend import Prompt, encode
+from megatron_prolong.evaluation.backend import encode
 from megatron_prolong.evaluation.prompts import prepare, render
 from megatron_prolong.evaluation.results import averages, read_results
 from megatron_prolong.evaluation.run import Settings, run_task
@@ -21,27 +20,6 @@ from megatron_prolong.evaluation.suite import run_suite, runnable
 from megatron_prolong.evaluation.suite_report import changes, plot_suite, print_suite, summary
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.task import Inputs, Task
-from megatron_prolong.evaluation.tasks import longqa, summ
-
-
-@dataclass
-class Parrot:
-    """A backend that answers with the last words of the prompt, and counts; dies after `lives` prompts."""
-
-    tokenizer: Any
-    max_length: int = 1 << 20
-    lives: int = 1 << 30
-    name: str = "parrot"
-    model: str = "parrot"
-    batch_size: int = 2
-    seen: list[str] = field(default_factory=list)
-
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
-        for prompt in prompts:
-            if len(self.seen) == self.lives:
-                raise KeyboardInterrupt
-            self.seen.append(prompt.text)
-        return [" fact 1, 12 > 3 [1]. " + prompt.text[-20:] for prompt in prompts]
 
 
 @pytest.fixture(scope="session")
@@ -51,12 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def shorter_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents of 64K and more tokens would take the tests minutes."""
-    monkeypatch.setattr(longqa, "NARRATIVE_MIN_TOKENS", 4000)
-    monkeypatch.setattr(longqa, "INFBENCH_MIN_TOKENS", 4000)
-    monkeypatch.setattr(summ, "CASE_MIN_TOKENS", 4000)
-    # punkt is data that not every machine has; citations are split at ". " here
-    monkeypatch.setattr(alce, "split_sentences", lambda text: text.split(". "))
+    short_documents(monkeypatch)
 
 
 @pytest.fixture
