@@ -232,6 +232,8 @@ def test_saved_dataset(tmp_path: Path) -> None:
     table = pytest.importorskip("pyarrow").table({"text": ["a", "b", "c"]})
     datasets.Dataset(table, fingerprint="test").save_to_disk(tmp_path / "saved")
     assert [each.fields["text"] for each in read("hf", tmp_path / "saved")] == ["a", "b", "c"]  # type: ignore[union-attr]
+    (part,) = source_of("hf").parts(f"file://{tmp_path}/saved")
+    assert len(list(source_of("hf").read(part))) == 3
     assert find_kind(str(tmp_path / "saved")) == "hf"
     with pytest.raises(UserError, match="no such directory"):
         read("hf", tmp_path / "nowhere")
