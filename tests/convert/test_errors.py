@@ -149,6 +149,29 @@ def test_the_disk_fills_up_midway(
     assert "disk is full" in _refused(lambda out: to_hf(converted, out), tmp_path)
 
 
+def test_a_real_disk_that_fills_up(
+    original: Path, converted: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else takes the space after the check: nothing of the conversion stays, all that was there does."""
+    (small_disk / "precious").write_bytes(bytes(900_000))
+    usage = shutil.disk_usage(small_disk)
+    for convert in (lambda out: to_megatron(original, out), lambda out: to_hf(converted, out)):
+        assert "GiB free" in _refused(convert, small_disk)
+        with monkeypatch.context() as patch:
+            patch.setattr(staging.shutil, "disk_usage", lambda _: usage._replace(free=10**9))
+            assert "the disk is full; nothing was kept" in _refused(convert, small_disk)
+    assert (small_disk / "precious").read_bytes() == bytes(900_000)
+
+
+def test_what_a_killed_conversion_left_is_removed(original: Path, tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f"out.tmp-{dead.pid}").mkdir()
+    (tmp_path / f"out.tmp-{dead.pid}" / "__0_0.distcp").write_bytes(b"half")
+    to_megatron(original, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"original", "out"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(original: Path, tmp_path: Path, number: signal.Signals) -> None:
     slow = (

@@ -82,7 +82,7 @@ def main() -> None:
         else:
             assert status == 0, Path(f"{run_dir}.log").read_text()[-3000:]
             finished.append(str(run_dir))
-            steps = [0, 0]
+            steps, longest = [0, 0], 0.7 * longest
     print(json.dumps({"kills": killed, "during_a_save": during_a_save, "finished": finished}))
 
 

@@ -5,24 +5,41 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import random
 import shutil
 import subprocess
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_prolong.data.batch import collate_pieces
+from megatron_prolong.data.packed import Piece
 from megatron_prolong.errors import UserError
+from megatron_prolong.mcore.build import StageModel, build_model
+from megatron_prolong.mcore.checkpoint import (
+    _WeightsOnlyPlanner,
+    load_weights_and_optimizer,
+    save_weights_and_optimizer,
+    take_snapshot,
+    training_state,
+)
+from megatron_prolong.mcore.groups import ParallelGroups, megatron
+from megatron_prolong.mcore.micro_batch import micro_batch
+from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.recipe.schema import CheckpointSpec, Layout, OptimizerSpec
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.checksums import verify_checksums
 from megatron_prolong.runtime.publish import remove_leftovers
 from megatron_prolong.training import checkpoint
 from megatron_prolong.training.run_directory import latest_checkpoint
+from megatron_prolong.training.step import train_step
 
 SHAPE = ModelShape(
     num_layers=2, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=99,
@@ -176,15 +193,17 @@ def test_what_killed_processes_left_goes_and_what_others_are_doing_stays(tmp_pat
     }  # fmt: skip
 
 
+class Trained(NamedTuple):
+    model: StageModel
+    optimizer: MegatronOptimizer
+    groups: ParallelGroups
+
+
 @pytest.fixture
 def trained():
     """A model and optimizer after one update, inside Megatron's setup."""
-    from megatron_prolong.mcore.build import build_model
-    from megatron_prolong.mcore.groups import megatron
-    from megatron_prolong.mcore.optimizer import build_optimizer
-
-    with megatron(Layout(), seed=1):
-        model = build_model(SHAPE, Layout(), precision="fp32")
+    with megatron(Layout(), seed=1) as groups:
+        model = build_model(SHAPE, Layout(), precision="fp32", recompute="full")
         optimizer = build_optimizer(model, OptimizerSpec(), Layout(), lr=0.1)
         with torch.no_grad():
             for chunk in model.chunks:
@@ -193,7 +212,7 @@ def trained():
                     weight.main_grad.normal_()
         optimizer.reload_model_params()
         optimizer.step()
-        yield model, optimizer
+        yield Trained(model, optimizer, groups)
 
 
 def numbers(model, optimizer) -> list[torch.Tensor]:
@@ -205,9 +224,7 @@ def numbers(model, optimizer) -> list[torch.Tensor]:
 
 def test_a_snapshot_is_of_its_moment(trained, tmp_path):
     """Everything changes between the copy and the writing; the file has what there was at the copy."""
-    from megatron_prolong.mcore.checkpoint import load_weights_and_optimizer, take_snapshot, training_state
-
-    model, optimizer = trained
+    model, optimizer, _ = trained
     expected = numbers(model, optimizer)
     snapshot = take_snapshot(tmp_path, training_state(model, optimizer))
     for _ in range(2):
@@ -218,6 +235,21 @@ def test_a_snapshot_is_of_its_moment(trained, tmp_path):
     load_weights_and_optimizer(tmp_path, model, optimizer)
     for found, wanted in zip(numbers(model, optimizer), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_a_step_draws_no_random_number(trained):
+    """Dropout is 0 and the data a function of the step, so no generator's state belongs in a checkpoint."""
+    model, optimizer, groups = trained
+    pieces = [Piece(np.arange(1, 1 + length, dtype=np.uint32), None) for length in (7, 20)]
+    batch = collate_pieces(pieces)
+    micro = micro_batch(
+        batch.tokens_T, batch.labels_T, batch.positions_T, batch.cu_seqlens,
+        groups=groups, layout=Layout(), device=torch.device("cpu"),
+    )  # fmt: skip
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    metrics = train_step(model, optimizer, [micro], groups, spec=OptimizerSpec(), lr=1e-3)
+    assert metrics.updated
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
 class Exploit:
@@ -232,9 +264,7 @@ class Exploit:
 
 @pytest.mark.parametrize("name", [".metadata", "common.pt", "__0_0.distcp"])
 def test_loading_runs_nothing_from_the_files(trained, tmp_path, name):
-    from megatron_prolong.mcore.checkpoint import load_weights_and_optimizer, save_weights_and_optimizer
-
-    model, optimizer = trained
+    model, optimizer, _ = trained
     directory, mark = tmp_path / "checkpoint", tmp_path / "ran"
     directory.mkdir()
     save_weights_and_optimizer(directory, model, optimizer)
@@ -261,8 +291,6 @@ def test_loading_runs_nothing_from_the_files(trained, tmp_path, name):
 
 def test_stored_objects_are_plain_values_too(tmp_path):
     """None is in our checkpoints, but Megatron's format may hold some."""
-    from megatron_prolong.mcore.checkpoint import _WeightsOnlyPlanner
-
     planner = _WeightsOnlyPlanner()
     planner.state_dict = {}
     item = SimpleNamespace(dest_index=SimpleNamespace(fqn="object"))
