@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import publish, remove_leftovers, temporary_name
+from megatron_prolong.runtime.publish import is_disk_full, publish, remove_leftovers, temporary_name
 
 
 @contextlib.contextmanager
@@ -38,10 +38,10 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         publish(partial, final)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError) as error:
+        if is_disk_full(error):
             raise UserError(f"{final}: the disk is full; nothing was kept") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"{final}: cannot be written: {error.strerror}") from error
         raise
     finally:

@@ -5,6 +5,7 @@ A directory in the making is `NAME.tmp-PID` beside NAME, so that its leftovers c
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -55,6 +56,17 @@ def remove_leftovers(parent: Path, name: str = "*") -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error, be it as its context: torch.save, told that a write has failed, trips
+    over its own half file and raises that instead.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _alive(pid: int) -> bool:

@@ -9,11 +9,11 @@ Whatever happens before the rename, the checkpoint before this one is the newest
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -35,7 +35,7 @@ from megatron_prolong.runtime.checksums import (
     verify_checksums,
     write_checksums,
 )
-from megatron_prolong.runtime.publish import publish
+from megatron_prolong.runtime.publish import is_disk_full, publish
 from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, prune, write_pointer
 
 
@@ -98,7 +98,8 @@ class CheckpointWriter:
         num_bytes = _sum(state_bytes(state))
         partial = self._stage_dir / f"step_{manifest['step']:08d}.partial"
         _on_main(lambda: self._make_room(partial, num_bytes))
-        snapshot = take_snapshot(partial, state)
+        with _full_disks_explained():
+            snapshot = take_snapshot(partial, state)
         pending = PendingSave(snapshot, manifest, num_bytes, time.perf_counter() - started, started)
         # A daemon: a process that ends with an error does not wait for a checkpoint that cannot be completed.
         pending.thread = Thread(target=pending.write, name="checkpoint", daemon=True)
@@ -132,7 +133,8 @@ class CheckpointWriter:
         if problems := sorted({problem for _, problem in shares if problem}):
             _on_main(lambda: shutil.rmtree(partial))
             raise UserError.many(f"{partial.with_suffix('')} could not be saved:", problems)
-        pending.snapshot.finish()
+        with _full_disks_explained():
+            pending.snapshot.finish()
         entries = {name: entry for share, _ in shares for name, entry in share.items()}
         _on_main(lambda: self._complete(partial, pending.manifest, entries))
         if self._report:
@@ -209,7 +211,18 @@ def _on_main(action: Callable[[], object]) -> None:
         raise UserError(problem[0])
 
 
+@contextmanager
+def _full_disks_explained() -> Iterator[None]:
+    """For Megatron's own small files, which rank 0 writes between collectives."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(_describe(error)) from error
+
+
 def _describe(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         return "the disk is full; make room and start again: the run continues from its newest checkpoint"
     return f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
