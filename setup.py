@@ -34,7 +34,7 @@ EXTRAS = {
     # sources that few need: Parquet, saved Hugging Face datasets, remote paths
     "data": ["pyarrow>=21,<27", "datasets>=5.2,<6", "fsspec>=2024.2"],
     "ray": ["ray>=2.60,<3"],
-    "eval": ["lm-eval>=0.4.9,<0.5"],
+    "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
     "dev": [
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",

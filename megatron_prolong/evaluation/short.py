@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.identity import model_identity
 from megatron_prolong.evaluation.published import published
 from megatron_prolong.evaluation.report import write_json
+from megatron_prolong.recipe.shape import read_json
 
 
 @dataclass(frozen=True)
@@ -56,20 +59,32 @@ def run_short(
         raise UserError(
             f"{model}: the short suite wants a Hugging Face directory; `prolong convert to-hf` makes one"
         )
-    scores: dict[str, float] = {}
+    about = {"model": str(model), "model_identity": model_identity(model), "samples": samples}
+    scores = _finished(out / "short.json", about)
     for task in tasks:
+        if task.name in scores:
+            continue
         found = evaluate(
             model="hf",
-            model_args=f"pretrained={model}",
+            model_args={"pretrained": str(model)},
             tasks=[task.name],
             num_fewshot=task.shots,
             limit=samples,
+            device="cuda" if torch.cuda.is_available() else "cpu",
             task_manager=manager,
             bootstrap_iters=0,
         )
         scores[task.name] = 100 * float(found["results"][task.name][task.metric])
-        write_json(out / "short.json", {"model": str(model), "samples": samples, "scores": scores})
+        write_json(out / "short.json", {**about, "scores": scores})
     return scores
+
+
+def _finished(path: Path, about: Mapping[str, object]) -> dict[str, float]:
+    """The scores in the file if they are of the same model and samples."""
+    if not path.exists():
+        return {}
+    content = read_json(path)
+    return dict(content["scores"]) if all(content[key] == value for key, value in about.items()) else {}
 
 
 def print_short(results: Mapping[str, Mapping[str, float]]) -> None:

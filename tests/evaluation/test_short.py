@@ -1,0 +1,76 @@
+"""lm-evaluation-harness on a checkpoint exported to Hugging Face's format, with a task that needs no network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_prolong.convert.to_hf import to_hf
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation import short
+from megatron_prolong.evaluation.backend import open_backend
+from megatron_prolong.evaluation.short import ShortTask, print_short, run_short
+
+TASK = """\
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{file}"}}}}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
+QUESTIONS = [
+    {
+        "question": f"The magic number {n} is",
+        "choices": ["the key", "in text", "a b", "mentioned"],
+        "label": n % 4,
+    }
+    for n in range(24)
+]
+TINY = ShortTask("tiny_choice", 0, "acc,none")
+
+
+def test_the_harness_scores_an_exported_checkpoint(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="pip install megatron-prolong[eval]")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    (tmp_path / "tiny.yaml").write_text(TASK.format(file=tmp_path / "questions.jsonl"))
+    exported = tmp_path / "exported"
+    to_hf(checkpoint, exported)
+    scores = run_short(exported, tmp_path / "out", tasks=(TINY,), task_directory=tmp_path)
+    assert scores == {"tiny_choice": pytest.approx(100 * accuracy(checkpoint))}
+    assert 0 < scores["tiny_choice"] < 100, "a task that is all right or all wrong would prove nothing"
+    monkeypatch.setattr(short, "_harness", lambda directory: (None, None))
+    assert run_short(exported, tmp_path / "out", tasks=(TINY,)) == scores, "a finished task is not run again"
+    print_short({"exported": scores})
+
+
+def accuracy(checkpoint: Path) -> float:
+    """The same questions, asked of the checkpoint before its export."""
+    right = 0
+    with open_backend(checkpoint) as backend:
+        assert backend is not None
+        for row in QUESTIONS:
+            prompt, *choices = (
+                backend.tokenizer(text, add_special_tokens=False)["input_ids"]
+                for text in (row["question"], *(f" {choice}" for choice in row["choices"]))
+            )
+            found = backend.continuation_logprobs([backend.tokenizer.bos_token_id, *prompt], choices)
+            right += found.index(max(found)) == row["label"]
+    return right / len(QUESTIONS)
+
+
+def test_a_checkpoint_must_be_exported_first(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short, "_harness", lambda directory: (None, None))
+    with pytest.raises(UserError, match="to-hf"):
+        run_short(checkpoint, tmp_path)
