@@ -34,6 +34,7 @@ EXTRAS = {
     # sources that few need: Parquet, saved Hugging Face datasets, remote paths
     "data": ["pyarrow>=21,<27", "datasets>=5.2,<6", "fsspec>=2024.2"],
     "ray": ["ray>=2.60,<3"],
+    "wandb": ["wandb>=0.19,<0.32"],
     "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
     "dev": [
         "pytest>=8,<10",

@@ -186,6 +186,8 @@ class LoggingSpec(_Frozen):
 
     every: Positive = 1
     """Steps between lines."""
+    wandb: Name | None = None
+    """Weights & Biases project that gets the same numbers, where `wandb` is installed."""
 
 
 class Carry(_Frozen):

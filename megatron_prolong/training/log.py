@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.schema import Recipe
 
 
 @dataclass
@@ -22,6 +25,7 @@ class RunLog:
     console: Console
     metrics: IO[str]
     tensorboard: SummaryWriter
+    wandb: Any = None  # a wandb.Run, where the recipe asks for one
     progress: Progress | None = None
     task: TaskID | None = None
 
@@ -52,9 +56,9 @@ class RunLog:
     def step(self, stage: str, step: int, num_steps: int, facts: dict[str, Any], *, show: bool) -> None:
         """Record one step: `facts` go to metrics.jsonl, the numbers among them to TensorBoard."""
         self._write({"time": time.time(), "stage": stage, "step": step, **facts})
-        for key, value in facts.items():
-            if isinstance(value, int | float):
-                self.tensorboard.add_scalar(f"{stage}/{key}", value, step)
+        self._scalars(
+            stage, step, {key: value for key, value in facts.items() if isinstance(value, int | float)}
+        )
         status = (
             f"loss {facts['loss']:.4f}  lr {facts['lr']:.2e}  grad {facts['grad_norm']:.2f}  "
             f"{facts['tokens_per_second']:,.0f} tok/s"
@@ -68,10 +72,17 @@ class RunLog:
     def evaluation(self, stage: str, step: int, scores: Mapping[str, float]) -> None:
         """Record what a checkpoint scored, 0 to 100 by task and length."""
         self.event("evaluation", stage=stage, step=step, scores=scores)
-        for name, score in scores.items():
-            self.tensorboard.add_scalar(f"{stage}/evaluation/{name}", score, step)
+        self._scalars(stage, step, {f"evaluation/{name}": score for name, score in scores.items()})
         shown = "  ".join(f"{name} {score:.1f}" for name, score in scores.items())
         self.say(f"{stage} {step} evaluation: {shown}")
+
+    def _scalars(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self.tensorboard.add_scalar(f"{stage}/{key}", value, step)
+        if self.wandb is not None:
+            self.wandb.log(
+                {f"{stage}/step": step, **{f"{stage}/{key}": value for key, value in values.items()}}
+            )
 
     def _write(self, record: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(record) + "\n")
@@ -79,14 +90,40 @@ class RunLog:
 
 
 @contextmanager
-def open_log(run_dir: Path) -> Iterator[RunLog]:
-    """Open the log files of a run, appending to what an earlier start wrote."""
+def open_log(recipe: Recipe) -> Iterator[RunLog]:
+    """Open the log files of a run, appending to what an earlier start wrote.
+
+    Raises:
+        UserError: the recipe asks for Weights & Biases, which is not installed.
+    """
+    run_dir = recipe.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     with (
         (run_dir / "metrics.jsonl").open("a") as metrics,
         SummaryWriter(str(run_dir / "tensorboard")) as tensorboard,
+        _wandb_run(recipe) if recipe.logging.wandb else nullcontext() as wandb,
     ):
-        yield RunLog(Console(), metrics, tensorboard)
+        yield RunLog(Console(), metrics, tensorboard, wandb)
+
+
+@contextmanager
+def _wandb_run(recipe: Recipe) -> Iterator[Any]:
+    """One wandb run per run directory: a training that continues appends to it."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "logging.wandb: not installed; pip install 'megatron-prolong[wandb]', or leave the key out"
+        ) from error
+    identity = hashlib.sha256(str(recipe.run_dir.resolve()).encode()).hexdigest()[:12]
+    run = wandb.init(
+        project=recipe.logging.wandb, name=recipe.name, id=identity, resume="allow", dir=recipe.run_dir,
+        config=recipe.model_dump(mode="json"),
+    )  # fmt: skip
+    for stage in recipe.stages:
+        run.define_metric(f"{stage.name}/*", step_metric=f"{stage.name}/step")
+    with run:
+        yield run
 
 
 def _duration(seconds: float) -> str:

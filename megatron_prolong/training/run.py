@@ -48,7 +48,7 @@ def train(
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(DirectoryLock(run_dir))
-        log = stack.enter_context(open_log(run_dir)) if world.is_main else None
+        log = stack.enter_context(open_log(recipe)) if world.is_main else None
         _agree_on_recipe(recipe, log)
         initial = _initial_checkpoint(recipe, world)
         previous: Checkpoint | None = None

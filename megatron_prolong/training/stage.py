@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,16 @@ def train_stage(
         run = prepare_stage(recipe, stage, start, layout, world, groups)
         state = first_state(run, start)
         if log:
-            log.event("stage_start", stage=stage.name, step=state.step, num_steps=stage.num_steps)
-            with log.stage(stage.name, state.step, stage.num_steps):
-                _walk(run, state, until, sidecar, log, stop_requested, watchdog)
-            if until == stage.num_steps:
-                log.event("stage_end", stage=stage.name, step=stage.num_steps)
-        else:
-            _walk(run, state, until, sidecar, None, stop_requested, watchdog)
+            mixture = run.mixture.summary()
+            log.event(
+                "stage_start", stage=stage.name, step=state.step, num_steps=stage.num_steps, mixture=mixture
+            )
+            if not start.resume:
+                log.say(f"stage {stage.name} draws {mixture}")
+        with log.stage(stage.name, state.step, stage.num_steps) if log else nullcontext():
+            _walk(run, state, until, sidecar, log, stop_requested, watchdog)
+        if log and until == stage.num_steps:
+            log.event("stage_end", stage=stage.name, step=stage.num_steps)
 
 
 def _walk(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -195,3 +196,16 @@ def sums(directory: Path) -> dict[str, list]:
     """Checksums of weights, optimizer and their metadata."""
     files = json.loads((directory / "checksums.json").read_text())["files"]
     return {name: files[name] for name in ("__0_0.distcp", "common.pt")}
+
+
+def test_weights_and_biases_gets_the_same_numbers_or_says_what_to_install(workspace, monkeypatch):
+    """Offline, as on a compute node; without the package, one message before anything is trained."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    options = ["logging.wandb=a-project", "stage.short.steps=2", "stage.long.steps=2"]
+    if importlib.util.find_spec("wandb") is None:
+        assert "pip install 'megatron-prolong[wandb]'" in workspace.train("tracked", *options, code=2)
+        return
+    workspace.train("tracked", *options)
+    (record,) = (workspace.root / "tracked/wandb").glob("offline-run-*/run-*.wandb")
+    content = record.read_bytes()
+    assert all(name.encode() in content for name in ("short/loss", "long/grad_norm", "long/step"))
