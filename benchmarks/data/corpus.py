@@ -33,6 +33,14 @@ def write_jsonl(path: Path, num_bytes: int) -> int:
     return written
 
 
+def write_document(path: Path, num_bytes: int) -> None:
+    """At least num_bytes as a single text."""
+    source = texts()
+    with path.open("w", encoding="utf-8") as out:
+        while out.tell() < num_bytes:
+            out.write(next(source))
+
+
 def write_tokenizer(path: Path) -> None:
     """Byte-level BPE of 32K words with Llama-3's regex, trained on the first texts."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers

@@ -1,6 +1,7 @@
 """Peak memory of every step of the data engine as its input grows.
 
     python benchmarks/data/memory.py --megabytes 100 1000 5000 --tokenize-megabytes 100 300 1000
+    python benchmarks/data/memory.py --only tokenize_document
 
 Each step runs in a fresh process with one worker and its memory is sampled every 20 ms. Counted is what
 belongs to the process (RssAnon); the pages of mapped files are the kernel's to take back. The larger inputs of the
@@ -48,6 +49,13 @@ def step_tokenize(work: Path) -> None:
     from megatron_prolong.data.tokenize import tokenize
 
     tokenize([str(work / "corpus.jsonl")], work / "tok", work / "out")
+
+
+def step_tokenize_document(work: Path) -> None:
+    """All the text as one document."""
+    from megatron_prolong.data.tokenize import tokenize
+
+    tokenize([str(work / "document.txt")], work / "tok", work / "out")
 
 
 def step_filter(work: Path) -> None:
@@ -121,33 +129,45 @@ def fresh(step: str, work: Path) -> float:
     return result["peak_mib"]
 
 
-def main(megabytes: list[int], tokenize_megabytes: list[int], scratch: Path | None) -> None:
-    from corpus import write_jsonl, write_repeated, write_tokenizer
+def main(options: argparse.Namespace) -> None:
+    from corpus import write_document, write_jsonl, write_repeated, write_tokenizer
     from measure import machine
 
     from megatron_prolong.data.pack import PackOptions, pack
     from megatron_prolong.data.tokenize import tokenize
 
-    peaks: dict[str, dict[str, float]] = {step: {} for step in STEPS}
+    path = HERE.parent / "memory.json"
+    peaks: dict[str, dict[str, float]] = {}
+    if options.only:
+        peaks = json.loads(path.read_bytes())["peak_mib_by_megabytes_of_text"]
+    wanted = options.only or STEPS
+    peaks |= {step: {} for step in wanted}
 
     def save() -> None:
         result: dict[str, Any] = {"machine": machine(), "peak_mib_by_megabytes_of_text": peaks}
-        (HERE.parent / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
+        path.write_text(json.dumps(result, indent=2) + "\n")
 
-    with tempfile.TemporaryDirectory(dir=scratch) as name:
+    with tempfile.TemporaryDirectory(dir=options.scratch) as name:
         work = Path(name)
         write_tokenizer(work / "tok")
-        write_jsonl(work / "corpus.jsonl", 100 << 20)
-        tokenize([str(work / "corpus.jsonl")], work / "tok", work / "source")
-        for size in megabytes:
+        later = [step for step in wanted if not step.startswith("tokenize")]
+        if later:
+            write_jsonl(work / "corpus.jsonl", 100 << 20)
+            tokenize([str(work / "corpus.jsonl")], work / "tok", work / "source")
+        for size in options.megabytes if later else []:
             write_repeated(work / "source", work / "documents", size * TOKENS_PER_MEGABYTE)
-            pack([work / "documents"], work / "packs", PackOptions(65_536, "concat"))
-            for step in STEPS[1:]:
+            if "mixture" in later:
+                pack([work / "documents"], work / "packs", PackOptions(65_536, "concat"))
+            for step in later:
                 peaks[step][str(size)] = fresh(step, work)
                 save()
             shutil.rmtree(work / "documents")
-            shutil.rmtree(work / "packs")
-        for size in tokenize_megabytes:
+            shutil.rmtree(work / "packs", ignore_errors=True)
+        for size in options.document_megabytes if "tokenize_document" in wanted else []:
+            write_document(work / "document.txt", size << 20)
+            peaks["tokenize_document"][str(size)] = fresh("tokenize_document", work)
+            save()
+        for size in options.tokenize_megabytes if "tokenize" in wanted else []:
             write_jsonl(work / "corpus.jsonl", size << 20)
             peaks["tokenize"][str(size)] = fresh("tokenize", work)
             save()
@@ -159,6 +179,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000, 5000])
     parser.add_argument("--tokenize-megabytes", type=int, nargs="+", default=[100, 300, 1000])
+    parser.add_argument("--document-megabytes", type=int, nargs="+", default=[10, 40])
+    parser.add_argument("--only", choices=STEPS, nargs="+", help="measure these again, keep the others")
     parser.add_argument("--scratch", type=Path, help="where there is room for three times the largest")
     parser.add_argument("--step", choices=STEPS)
     parser.add_argument("--work", type=Path)
@@ -166,4 +188,4 @@ if __name__ == "__main__":
     if options.step:
         print(json.dumps({"peak_mib": peak_mib(lambda: globals()[f"step_{options.step}"](options.work))}))
     else:
-        main(options.megabytes, options.tokenize_megabytes, options.scratch)
+        main(options)

@@ -138,7 +138,7 @@ def hasher(algorithm: str) -> Any:
     raise UserError(f"unknown hash {algorithm!r}; known: xxh64, xxh128, sha1, sha256, … (xxhash, hashlib)")
 
 
-def check_hashes(path: Path, expected: Mapping[str, str], parts: Iterable[bytes]) -> None:
+def check_hashes(path: Path, expected: Mapping[str, str], parts: Iterable[bytes | memoryview]) -> None:
     """Compare the hashes of a file, given as parts, with the index. Raises UserError naming file and hash."""
     hashers = {algorithm: hasher(algorithm) for algorithm in expected}
     for part in parts:
