@@ -2,7 +2,7 @@
 
     python benchmarks/convert/convert.py [--directory /scratch] [--layers 32] [--output result.json]
 
-Needs three times the checkpoint's size on disk (48 GB at 32 layers) and removes everything it made. Each
+Needs twice the checkpoint's size on disk (32 GB at 32 layers) and removes everything it made. Each
 measurement starts with the files of its input dropped from the page cache and ends when its output is on the disk
 (the converter syncs; `cp` is followed by `sync -f`). `cp` runs before and after each conversion, because disks
 change their mind; the ratio is against the mean of the two. Memory is the peak of RssAnon, sampled 50 times a
@@ -128,11 +128,8 @@ def main() -> None:
         copies = [copy_seconds(root / "hf", root / "copy")]
         for direction, source, target in (("to-megatron", "hf", "megatron"), ("to-hf", "megatron", "again")):
             measured = convert(direction, root / source, root / target)
-            if direction == "to-megatron":
-                copies.append(copy_seconds(root / "hf", root / "copy"))
-                shutil.rmtree(root / "hf")
-            else:
-                copies.append(copy_seconds(root / "again", root / "copy"))
+            shutil.rmtree(root / source)
+            copies.append(copy_seconds(root / target, root / "copy"))
             pair = copies[-2:]
             results[direction] = {
                 **{key: round(value, 1) for key, value in measured.items()},

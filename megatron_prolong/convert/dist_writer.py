@@ -11,6 +11,7 @@ import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
@@ -33,6 +34,7 @@ from megatron_prolong.convert.transfer import (
     split_files,
     write_files,
 )
+from megatron_prolong.runtime.checksums import Entries, HashingFile
 
 LARGEST_FILE = 4 * 2**30
 # Modules that announce an `_extra_state` object per layer (Transformer Engine keeps FP8 history there). Megatron
@@ -49,19 +51,29 @@ _EXTRA_STATE = tuple(
 )
 
 
-def write_torch_dist(directory: Path, tensors: list[tuple[Tensor2D, torch.dtype]], source: RowSource) -> None:
-    """Write the tensors (one entry per layer), read from `source`, into an empty directory."""
+def write_torch_dist(
+    directory: Path, tensors: list[tuple[Tensor2D, torch.dtype]], source: RowSource
+) -> Entries:
+    """Write the tensors (one entry per layer), read from `source`, into an empty directory.
+
+    Returns:
+        Checksums of the files with the tensors.
+    """
     items = [chunk for tensor, dtype in tensors for chunk in chunks(tensor, dtype)]
+
+    sums: Entries = {}
 
     def write(number: int, file_chunks: Iterator[Chunk]) -> list[tuple[Chunk, _StorageInfo]]:
         name = f"__0_{number}.distcp"
         entries = []
         buffer = ChunkBuffer()
-        with (directory / name).open("wb") as file:
+        with (directory / name).open("wb") as raw:
+            file: Any = HashingFile(raw)
             for chunk in file_chunks:
                 offset = file.tell()
                 torch.save(gather(chunk, source, buffer).view(_with_layer_axis(chunk, chunk.shape)), file)
                 entries.append((chunk, _StorageInfo(name, offset, file.tell() - offset)))
+            sums[name] = file.entry
         return entries
 
     written = write_files("writing Megatron checkpoint", split_files(items, LARGEST_FILE), write)
@@ -77,6 +89,7 @@ def write_torch_dist(directory: Path, tensors: list[tuple[Tensor2D, torch.dtype]
         "common_backend_version": 1,
     }
     (directory / "metadata.json").write_text(json.dumps(config))
+    return sums
 
 
 def _table_of_contents(

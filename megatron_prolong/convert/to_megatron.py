@@ -16,6 +16,7 @@ from megatron_prolong.convert.staging import staged_directory
 from megatron_prolong.convert.transfer import RowSource, output_dtype
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import ModelShape, read_json
+from megatron_prolong.runtime.checksums import write_checksums
 
 
 def to_megatron(hf_dir: Path | str, out: Path | str, dtype: str | None = None) -> None:
@@ -49,6 +50,7 @@ def write_checkpoint(
     num_bytes = sum(tensor.numel * stored.itemsize for tensor, stored in tensors)
     with staged_directory(out, num_bytes) as partial:
         copy_sidecar(sidecar, partial / HF_DIR)
-        write_torch_dist(partial, tensors, source)
+        sums = write_torch_dist(partial, tensors, source)
         # The embedding stands for the model: mixed files keep norms in fp32 at most.
         write_weights_manifest(partial, shape, dtype_name(tensors[0][1]))
+        write_checksums(partial, sums)

@@ -44,6 +44,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.mcore.optimizer_shards import SHARDING_TYPE, optimizer_state
 from megatron_prolong.mcore.replace import replaced
+from megatron_prolong.runtime.checksums import Entries, HashingFile
 
 # Adam moments are saved per weight, in the weight's own shape, so that any layout can read them back.
 # Handed out as copies: Megatron writes the layout's process group into the dict it is given.
@@ -62,8 +63,8 @@ def state_bytes(state: ShardedStateDict) -> int:
     """Size on disk of what this rank has to itself: summed over the ranks, the size of the checkpoint."""
     return sum(
         value.data.numel() * value.data.element_size()
-        for value in nested_values(state)
-        if isinstance(value, ShardedTensor | ShardedTensorFactory) and is_main_replica(value.replica_id)
+        for value in _tensors(state)
+        if is_main_replica(value.replica_id)
     )
 
 
@@ -74,24 +75,26 @@ class Snapshot:
     directory: Path
     request: AsyncRequest
 
-    def write(self) -> list[str]:
-        """Write and sync this rank's files; returns their names. Talks to nobody, so a thread can do it."""
+    def write(self) -> Entries:
+        """Write and sync this rank's files; returns their checksums. Talks to nobody, so a thread can do it."""
         if not self.request.async_fn_args:
-            return []
+            return {}
         _, buckets, results = self.request.async_fn_args
-        written = {}
+        written, entries = {}, {}
         for index, (path, name, (objects, tensors)) in enumerate(buckets):
             with Path(path).open("wb") as file:
+                hashing: Any = HashingFile(file)
                 written[index] = [
                     _write_item(
-                        _StorageWriterTransforms(), file, data, item, name, SerializationFormat.TORCH_SAVE
+                        _StorageWriterTransforms(), hashing, data, item, name, SerializationFormat.TORCH_SAVE
                     )
                     for item, data in [*objects, *tensors]
                 ]
+                entries[name] = hashing.entry
                 file.flush()
                 os.fsync(file.fileno())
         results.put(written)
-        return [name for _, name, _ in buckets]
+        return entries
 
     def finish(self) -> None:
         """Write the table of contents, when every rank has written. Collective."""
@@ -112,6 +115,7 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
         torch_dist.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
+    live = {value.data.untyped_storage().data_ptr() for value in _tensors(state)}
     without_manager = (filesystem_async, "_get_write_results_queue", queue.SimpleQueue)
     with warnings.catch_warnings(), replaced([without_manager]):
         warnings.simplefilter("ignore")
@@ -120,9 +124,8 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
         )
     if request.async_fn_args:
         rank, buckets, results = request.async_fn_args
-        # To pinned memory from a GPU; on CPU a copy, as these are the very weights that the next step changes.
         copied = [
-            (path, name, (objects, [(item, _to_host(tensor)) for item, tensor in tensors]))
+            (path, name, (objects, [(item, _to_host(tensor, live)) for item, tensor in tensors]))
             for path, name, (objects, tensors) in buckets
         ]
         request = request._replace(async_fn_args=[rank, copied, results], preload_fn=None)
@@ -217,7 +220,17 @@ def _read(directory: Path, state: ShardedStateDict) -> dict[str, Any]:
         raise UserError.many(f"checkpoint {directory} cannot be read:", causes) from error
 
 
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+def _tensors(state: ShardedStateDict) -> list[ShardedTensor | ShardedTensorFactory]:
+    return [
+        value for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)
+    ]
+
+
+def _to_host(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
+    """Into pinned memory from a GPU; on CPU copied, unless Megatron's writer has done so already (it does where a
+    tensor is part of a larger one)."""
+    if tensor.is_cpu and tensor.untyped_storage().data_ptr() not in live:
+        return tensor
     return tensor.detach().to("cpu", non_blocking=True, copy=True)
 
 

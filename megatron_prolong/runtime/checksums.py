@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO
 
 import xxhash
 
@@ -23,20 +25,46 @@ _THREADS = 8  # hashing and reading let go of the interpreter
 Entries = dict[str, list[int | str]]
 
 
+class HashingFile:
+    """A file being written that keeps the hash of what goes into it, so that it need not be read again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._size = file, xxhash.xxh3_128(), 0
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Append `content`."""
+        self._digest.update(content)
+        self._size += memoryview(content).nbytes
+        return self._file.write(content)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self._file.flush()
+
+    @property
+    def entry(self) -> list[int | str]:
+        """[bytes, hash]."""
+        return [self._size, self._digest.hexdigest()]
+
+
 def hash_files(directory: Path, names: Iterable[str]) -> Entries:
-    """path → [bytes, hash] of the named files; a rank can do this for the files that it has written."""
+    """path → [bytes, hash] of the named files."""
     names = list(names)
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: _hash(directory / name), names), strict=True))
 
 
-def write_checksums(directory: Path, entries: Mapping[str, list[int | str]] | None = None) -> None:
+def write_checksums(directory: Path, known: Mapping[str, list[int | str]] = MappingProxyType({})) -> None:
     """Write checksums.json for every file under `directory`, synced to disk.
 
     Args:
-        entries: of all files, when the ranks have hashed their own; default: hash everything here.
+        known: of the files that were hashed while they were written; the others are read here.
     """
-    entries = hash_files(directory, list_files(directory)) if entries is None else entries
+    entries = {**known, **hash_files(directory, [name for name in _files(directory) if name not in known])}
     temporary = directory / f"{CHECKSUMS}.tmp-{os.getpid()}"
     with temporary.open("w", encoding="utf-8") as file:
         json.dump({"algorithm": "xxh3_128", "files": dict(sorted(entries.items()))}, file, indent=1)
@@ -55,7 +83,7 @@ def verify_checksums(directory: Path, share: slice = slice(None)) -> None:
         UserError: with every file that is missing, of another size, changed, or not in the list.
     """
     recorded = _read(directory)
-    present = list_files(directory)
+    present = _files(directory)
     problems = [f"{name}: not in {CHECKSUMS}" for name in present if name not in recorded]
     problems += [f"{name}: missing" for name in recorded if name not in present]
     names = sorted(set(recorded) & set(present))[share]
@@ -84,7 +112,7 @@ def _read(directory: Path) -> Entries:
     return entries
 
 
-def list_files(directory: Path) -> list[str]:
+def _files(directory: Path) -> list[str]:
     """Paths below `directory`, but for the checksums themselves (and a half-written list of them)."""
     paths = (path for path in directory.rglob("*") if path.is_file())
     names = sorted(path.relative_to(directory).as_posix() for path in paths)

@@ -27,14 +27,7 @@ from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.mcore.checkpoint import Snapshot, state_bytes, take_snapshot, training_state
 from megatron_prolong.mcore.optimizer import MegatronOptimizer
 from megatron_prolong.recipe.schema import CheckpointSpec
-from megatron_prolong.runtime.checksums import (
-    CHECKSUMS,
-    Entries,
-    hash_files,
-    list_files,
-    verify_checksums,
-    write_checksums,
-)
+from megatron_prolong.runtime.checksums import CHECKSUMS, Entries, verify_checksums, write_checksums
 from megatron_prolong.runtime.publish import is_disk_full, publish
 from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, prune, write_pointer
 
@@ -53,10 +46,9 @@ class PendingSave:
     thread: Thread | None = None
 
     def write(self) -> None:
-        """Write and hash this rank's files; what goes wrong is kept for `CheckpointWriter` to raise."""
-        directory = self.snapshot.directory
+        """Write this rank's files; what goes wrong is kept for `CheckpointWriter` to raise."""
         try:
-            self.entries = hash_files(directory, self.snapshot.write())
+            self.entries = self.snapshot.write()
         except Exception as error:  # every rank has to hear of it, so it must not end the thread
             self.problem = _describe(error)
 
@@ -166,8 +158,7 @@ class CheckpointWriter:
             shutil.copytree(self._sidecar, partial / "hf")
             (partial / RESOLVED_RECIPE).write_text(self._recipe)
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-            rest = [name for name in list_files(partial) if name not in entries]
-            write_checksums(partial, {**entries, **hash_files(partial, rest)})
+            write_checksums(partial, entries)
             final = partial.with_suffix("")
             publish(partial, final)
             write_pointer(self._stage_dir, final.name)
@@ -180,7 +171,7 @@ class CheckpointWriter:
 def verify_checkpoint(directory: Path) -> None:
     """Refuse a checkpoint with a changed, cut-off or missing file. Collective: the ranks share the reading.
 
-    A converted checkpoint has no checksums (its weights were verified on the way) and is taken as it is.
+    A checkpoint without checksums (of another program, or the converter's before it had them) is taken as it is.
 
     Raises:
         UserError: naming every damaged file.

@@ -25,6 +25,7 @@ from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.convert.unpickle import load_common, load_metadata
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.checksums import verify_checksums
 
 
 @pytest.fixture
@@ -113,6 +114,16 @@ def test_damaged_torch_dist_files(converted: Path, tmp_path: Path) -> None:
     assert ".metadata: damaged" in _refused(lambda out: to_hf(converted, out), tmp_path)
     (converted / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     assert "'zarr'" in _refused(lambda out: to_hf(converted, out), tmp_path)
+
+
+def test_a_converted_checkpoint_has_checksums(converted: Path) -> None:
+    verify_checksums(converted)
+    for name in ("__0_0.distcp", ".metadata", "prolong.json", "hf/config.json"):
+        content = (converted / name).read_bytes()
+        (converted / name).write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+        with pytest.raises(UserError, match=rf"{name}: contents changed"):
+            verify_checksums(converted)
+        (converted / name).write_bytes(content)
 
 
 def test_a_checkpoint_of_another_shape(converted: Path, tmp_path: Path) -> None:

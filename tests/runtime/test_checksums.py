@@ -34,6 +34,15 @@ def test_every_flipped_byte_is_noticed(checkpoint):
     verify_checksums(checkpoint)
 
 
+def test_every_flipped_byte_of_the_list_itself_is_noticed(checkpoint):
+    original = (checkpoint / CHECKSUMS).read_bytes()
+    for place in range(len(original)):
+        changed = original[:place] + bytes([original[place] ^ 1]) + original[place + 1 :]
+        (checkpoint / CHECKSUMS).write_bytes(changed)
+        with pytest.raises(UserError):
+            verify_checksums(checkpoint)
+
+
 def test_cut_missing_and_added_files_are_all_listed(checkpoint):
     (checkpoint / "__0_0.distcp").write_bytes(b"short")
     (checkpoint / "empty").unlink()
@@ -59,8 +68,7 @@ def test_a_damaged_list_is_refused(checkpoint, content):
 
 def test_ranks_divide_hashing_and_verifying(checkpoint):
     names = ["__0_0.distcp", "empty", "hf/config.json"]
-    entries = hash_files(checkpoint, names[:1]) | hash_files(checkpoint, names[1:])
-    write_checksums(checkpoint, entries)
+    write_checksums(checkpoint, hash_files(checkpoint, names[:1]))
     (checkpoint / "empty").write_bytes(b"no longer")
     verify_checksums(checkpoint, slice(0, None, 2))  # the first and third file
     with pytest.raises(UserError, match="empty"):

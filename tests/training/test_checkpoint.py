@@ -35,7 +35,7 @@ from megatron_prolong.mcore.micro_batch import micro_batch
 from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.recipe.schema import CheckpointSpec, Layout, OptimizerSpec
 from megatron_prolong.recipe.shape import ModelShape
-from megatron_prolong.runtime.checksums import verify_checksums
+from megatron_prolong.runtime.checksums import Entries, hash_files, verify_checksums
 from megatron_prolong.runtime.publish import remove_leftovers
 from megatron_prolong.training import checkpoint
 from megatron_prolong.training.run_directory import latest_checkpoint
@@ -63,11 +63,11 @@ class FakeSnapshot:
     num_bytes: int = 10
     may_write: threading.Event = field(default_factory=threading.Event)
 
-    def write(self) -> list[str]:
+    def write(self) -> Entries:
         assert self.may_write.wait(60)
         with (self.directory / "weights").open("wb") as file:
             torch.save(torch.zeros(self.num_bytes, dtype=torch.uint8), file)
-        return ["weights"]
+        return hash_files(self.directory, ["weights"])
 
     def finish(self) -> None:
         (self.directory / "contents").write_text("weights")
