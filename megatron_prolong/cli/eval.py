@@ -10,7 +10,12 @@ from typer.core import TyperGroup
 
 
 class _RunByDefault(TyperGroup):
-    """`prolong eval MODEL --suite …` means `prolong eval run MODEL --suite …`."""
+    """`prolong eval MODEL --suite …` means `prolong eval run …`; `prolong eval --compare A B`, `… compare A B`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args[:1] == ["--compare"]:
+            args = ["compare", *args[1:]]
+        return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands:

@@ -103,7 +103,7 @@ def compare(
     directories: Annotated[
         list[str], typer.Argument(metavar="[LABEL=]RESULTS...", help="Folders of results.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Write compare.json and compare.png here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write compare.json, .png and .html here.")] = None,
     suite: Annotated[str | None, typer.Option(help="Show published scores of this suite.")] = None,
 ) -> None:
     """Results side by side: the table base → 64K → 512K → SFT with changes and confidence intervals."""
@@ -139,25 +139,27 @@ def data_check(
     tasks: Tasks = "",
 ) -> None:
     """What of a suite's data is there, what is missing, and how to get it."""
-    from rich.console import Console
     from rich.table import Table
 
-    from megatron_prolong.evaluation.data_check import how_to_get, needs
+    from megatron_prolong.cli.tables import print_table
+    from megatron_prolong.evaluation.data_check import how_to_get, llama2_hint, needs
     from megatron_prolong.evaluation.suites import select
 
     chosen = select(suite, lengths_of(lengths), [name for name in tasks.split(",") if name])
     table = Table(title=f"{suite} in {data or 'no directory (give --data)'}")
     for heading in ("file", "state", "tasks"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")  # a name that is cut cannot be looked for
     commands: dict[str, None] = {}
     for need in needs(chosen, data):
         missing = "made offline" if need.generated else "missing"
         table.add_row(need.path, "there" if need.found else missing, ", ".join(need.tasks))
         if not need.found and not need.generated:
             commands.setdefault(how_to_get(need.path, data or Path("data")))
-    Console().print(table)
+    print_table(table)
     if commands:
         print("To get what is missing:\n" + "\n".join(commands))
+    if hint := llama2_hint(chosen, data):
+        print(hint)
 
 
 def _open(
@@ -187,13 +189,17 @@ def _run_short(models: list[tuple[str, str]], out: Path, samples: int | None) ->
 
 def _report(results: Models, suite: str | None, out: Path | None, name: str = "suite") -> None:
     from megatron_prolong.evaluation.report import write_json
+    from megatron_prolong.evaluation.suite_page import suite_page
     from megatron_prolong.evaluation.suite_report import plot_suite, print_suite, summary
+    from megatron_prolong.page.html import write_page
 
     print_suite(results, suite)
     if out is not None:
-        write_json(out / f"{name}.json", summary(results))
-        plot_suite(results, out / f"{name}.png")
-        print(f"wrote {out / f'{name}.json'} and {out / f'{name}.png'}")
+        data, plot, page = (out / f"{name}.{suffix}" for suffix in ("json", "png", "html"))
+        write_json(data, summary(results))
+        plot_suite(results, plot)
+        write_page(page, suite_page(results, suite, plot))
+        print(f"wrote {data}, {plot} and {page}")
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -30,10 +31,13 @@ def track(
 
 
 def _lines(items: Iterable[T], total: int, what: str, amount: Callable[[T], int]) -> Iterator[T]:
-    done, last = 0, time.monotonic()
+    done, started = 0, time.monotonic()
+    last = started
     for item in items:
         yield item
         done += amount(item)
         if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            print(f"{what}: {done:,} of {total:,} ({done / max(total, 1):.0%})", file=sys.stderr, flush=True)
+            left = timedelta(seconds=round((last - started) * (total - done) / max(done, 1)))
+            share = f"{done:,} of {total:,} ({done / max(total, 1):.0%})"
+            print(f"{what}: {share}, ETA {left}", file=sys.stderr, flush=True)

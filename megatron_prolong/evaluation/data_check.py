@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prolong.evaluation.task import Task
+from megatron_prolong.evaluation.tasks.long_documents import LLAMA2
 
 ARCHIVE = (
     "curl -LO https://huggingface.co/datasets/princeton-nlp/HELMET/resolve/main/data.tar.gz  # 11 GB\n"
@@ -48,6 +49,18 @@ def needs(tasks: Sequence[Task], data: Path | None) -> list[Need]:
         )
         for path, users in readers.items()
     ]
+
+
+def llama2_hint(tasks: Sequence[Task], data: Path | None) -> str:
+    """What to add for documents cut to the same text as HELMET's; empty when there is nothing to say."""
+    cut = any(task.category in ("longqa", "summ") for task in tasks)
+    folder = (data or Path("data")) / LLAMA2
+    if not cut or folder.exists():
+        return ""
+    return (
+        "The model's tokenizer cuts long documents; for the same text as HELMET's, add Llama-2's (gated):\n"
+        f"hf download meta-llama/Llama-2-7b-hf --include 'token*' --local-dir {folder}"
+    )
 
 
 def how_to_get(path: str, data: Path) -> str:

@@ -21,6 +21,7 @@ from megatron_prolong.evaluation.prompts import Prepared, prepare, render
 from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.results import Result, read_result
 from megatron_prolong.evaluation.task import Entails, Inputs, Row, Task
+from megatron_prolong.evaluation.tasks.long_documents import has_llama2
 from megatron_prolong.recipe.numbers import format_count
 
 SHOWN_TOKENS = 500  # of the prompt's beginning and end, in the results
@@ -213,4 +214,5 @@ def _arguments(
         "too_long": settings.too_long,
         "generated": not from_file,
         "haystack": "prose given" if inputs.haystack else "noise",
+        "documents_cut_by": "Llama-2's tokenizer" if has_llama2(inputs) else "the model's tokenizer",
     }

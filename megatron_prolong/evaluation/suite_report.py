@@ -49,33 +49,61 @@ def _difference(before: Result, after: Result) -> Interval | None:
     return Interval(100 * found.mean, 100 * found.low, 100 * found.high)
 
 
-def print_suite(models: Models, suite: str | None) -> None:
+@dataclass(frozen=True)
+class Grid:
+    """A table for the terminal and for the page."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+
+
+def grids(models: Models, suite: str | None) -> list[Grid]:
     """Averages by category and length with published scores, then every task with its interval and change."""
-    console = Console()
-    _print_averages(console, models, suite)
-    _print_tasks(console, models)
+    return [_averages(models, suite), _tasks(models)]
+
+
+def cut_notes(models: Models) -> list[str]:
+    """How many contexts were cut to fit, per model and task."""
+    notes = []
     for label, results in models.items():
         if cut := [result for result in results if result.truncated]:
             counts = ", ".join(f"{one.name} {one.truncated}/{len(one.values)}" for one in cut)
-            console.print(f"{label}: contexts cut to fit: {counts}")
+            notes.append(f"{label}: contexts cut to fit: {counts}")
+    return notes
 
 
-def _print_averages(console: Console, models: Models, suite: str | None) -> None:
+def print_suite(models: Models, suite: str | None) -> None:
+    """The tables and notes on the terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a log or a pipe has room
+    for grid in grids(models, suite):
+        table = Table(title=grid.title)
+        for heading in grid.headings:
+            table.add_column(heading, justify="right")
+        for row in grid.rows:
+            table.add_row(*row)
+        console.print(table)
+    for line in cut_notes(models):
+        console.print(line, highlight=False)
+
+
+def _averages(models: Models, suite: str | None) -> Grid:
     by_model = {
         label: {(one.length, one.category): one for one in averages(results)}
         for label, results in models.items()
     }
     keys = sorted({key for found in by_model.values() for key in found})
     references = _references(suite, sorted({length for length, _ in keys}))
-    table = Table(title="Averages (0–100; * partly without a judge or inference model)")
-    for heading in ("length", "category", *by_model, *references):
-        table.add_column(heading, justify="right")
+    rows = []
     for length, category in keys:
         own = [_cell(found.get((length, category))) for found in by_model.values()]
         theirs = [reference.get((length, category)) for reference in references.values()]
         shown = ["" if score is None else f"{score:.1f}" for score in theirs]
-        table.add_row(format_count(length), category, *own, *shown)
-    console.print(table)
+        rows.append([format_count(length), category, *own, *shown])
+    title = "Averages (0–100; * partly without a judge or inference model)"
+    return Grid(title, ["length", "category", *by_model, *references], rows)
 
 
 def _cell(average: Average | None) -> str:
@@ -93,10 +121,7 @@ def _references(suite: str | None, lengths: Sequence[int]) -> dict[str, dict[tup
     return found
 
 
-def _print_tasks(console: Console, models: Models) -> None:
-    table = Table(title="Tasks: score [95% interval over questions], and change from the first model")
-    for heading in ("length", "task", "n", *models):
-        table.add_column(heading, justify="right")
+def _tasks(models: Models) -> Grid:
     change = (
         {(one.model, one.task, one.length): one.interval for one in changes(models)}
         if len(models) > 1
@@ -112,10 +137,13 @@ def _print_tasks(console: Console, models: Models) -> None:
     sizes = {
         (result.length, result.name): len(result.values) for results in models.values() for result in results
     }
-    for length, name in sorted(sizes):
-        row = [cells.get((length, name, label), "") for label in models]
-        table.add_row(format_count(length), name, str(sizes[length, name]), *row)
-    console.print(table)
+    rows = [
+        [format_count(length), name, str(sizes[length, name])]
+        + [cells.get((length, name, label), "") for label in models]
+        for length, name in sorted(sizes)
+    ]
+    title = "Tasks: score [95% interval over questions], and change from the first model"
+    return Grid(title, ["length", "task", "n", *models], rows)
 
 
 def _task_cell(result: Result, change: Interval | None) -> str:

@@ -17,6 +17,7 @@ from megatron_prolong.evaluation.prompts import prepare, render
 from megatron_prolong.evaluation.results import averages, read_results
 from megatron_prolong.evaluation.run import Settings, run_task
 from megatron_prolong.evaluation.suite import run_suite, runnable
+from megatron_prolong.evaluation.suite_page import suite_page
 from megatron_prolong.evaluation.suite_report import changes, plot_suite, print_suite, summary
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.task import Inputs, Task
@@ -56,6 +57,8 @@ def test_every_task_of_helmet_runs_and_is_averaged(inputs: Inputs, tmp_path: Pat
     assert all(one.interval is not None and one.interval.mean == 0 for one in changes(models))
     print_suite(models, "helmet")
     plot_suite(models, tmp_path / "suite.png")
+    page = suite_page(models, "helmet", tmp_path / "suite.png")
+    assert all(one.name in page for one in results) and "data:image/png;base64," in page
     assert json.dumps(summary(models), default=vars)
 
 

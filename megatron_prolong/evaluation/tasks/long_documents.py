@@ -18,9 +18,12 @@ OMITTED = " ... [the rest of the text is omitted]"
 
 def document_tokenizer(inputs: Inputs) -> Any:
     """Llama-2's tokenizer from the data directory, else the model's own."""
-    if inputs.data is not None and (inputs.data / LLAMA2).exists():
-        return load_tokenizer(inputs.data / LLAMA2)
-    return inputs.tokenizer
+    return load_tokenizer(inputs.data / LLAMA2) if inputs.data and has_llama2(inputs) else inputs.tokenizer
+
+
+def has_llama2(inputs: Inputs) -> bool:
+    """Whether documents are cut as HELMET cuts them."""
+    return inputs.data is not None and (inputs.data / LLAMA2).exists()
 
 
 def num_tokens(tokenizer: Any, text: str) -> int:
