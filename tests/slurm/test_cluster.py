@@ -35,11 +35,11 @@ SECONDS = 600.0  # for a job to get anywhere on a busy two-core machine
 
 
 @pytest.fixture
-def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with recipe, tokenizer and script, and the environment that jobs inherit."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    write_tokenizer(tmp_path / "tokenizer")
+    shutil.copytree(tokenizer, tmp_path / "tokenizer")
     loaded = load_recipe("recipe.yaml")
     script = render_script(loaded, Path("recipe.yaml"), nodes=2, gpus_per_node=8)
     write_script(script, tmp_path / "script.sh")
@@ -48,16 +48,6 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # node1 and node2 are names that only Slurm knows
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
-
-
-def write_tokenizer(directory: Path) -> None:
-    """Bytes are tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
-    directory.mkdir()
-    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def losses(run_dir: Path) -> dict[tuple[str, int], float]:
