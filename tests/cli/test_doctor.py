@@ -89,7 +89,7 @@ def test_what_a_recipe_lacks(recipe: Path) -> None:
 
 
 def test_checkpoints_that_do_not_fit_on_the_disk(recipe: Path) -> None:
-    code, found = findings(str(recipe), "checkpoint.keep=1000000000")
+    code, found = findings(str(recipe), "checkpoint.keep_every=1", "checkpoint.every=1", "stage.s.steps=1B")
     assert code == 1 and found["checkpoints"]["status"] == "missing"
     assert "checkpoint.keep" in found["checkpoints"]["remedy"]
 
