@@ -42,6 +42,14 @@ class StageModel:
             assert isinstance(chunk, DistributedDataParallel)
             chunk.zero_grad_buffer()
 
+    def gather_weights(self) -> None:
+        """Complete the last update on this rank: overlapped, the shards that other ranks updated come only with the
+        next forward pass, and until then weights are a step old here. Collective.
+        """
+        for chunk in self.chunks:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
 
 def build_model(
     shape: ModelShape,

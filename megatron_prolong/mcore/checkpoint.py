@@ -52,7 +52,8 @@ _METADATA = {"distrib_optim_sharding_type": SHARDING_TYPE, "chained_optim_avoid_
 
 
 def training_state(model: StageModel, optimizer: MegatronOptimizer | None) -> ShardedStateDict:
-    """What a checkpoint holds of this rank's weights and optimizer, as references."""
+    """What a checkpoint holds of this rank's weights and optimizer, as references. Collective."""
+    model.gather_weights()
     state = _model_state(model)
     if optimizer is not None:
         state["optimizer"] = optimizer_state(optimizer, state, _METADATA)
