@@ -3,7 +3,7 @@
     python benchmarks/checkpoint/stall.py [--directory /scratch] [--processes 1] [--output result.json]
 
 A Llama of 64 M parameters on CPU, 1 GB of weights and optimizer per checkpoint, saved every 8 of 26 steps. The
-runs take turns, twice. Stall is the time training stood still for a save (copying to memory, completing), as the
+runs take turns. Stall is the time training stood still for a save (copying to memory, completing), as the
 run's own metrics.jsonl has it; bandwidth is the checkpoint's bytes over the time from the snapshot to its name,
 checksums and fsync included. Beside it: the same bytes written and synced with dd, and Megatron's own
 dist_checkpointing.save of the same state (three times in one process: the first one starts another process).
@@ -117,10 +117,11 @@ def megatron_seconds(root: Path) -> list[float]:
 
 
 def main() -> None:
-    """Take turns, twice; print and write the result."""
+    """Take turns; print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -132,7 +133,7 @@ def main() -> None:
         Tokenizer(models.WordLevel(words, unk_token="t0")).save(str(root / "tokenizer/tokenizer.json"))
         (root / "recipe.yaml").write_text(RECIPE.format(root=root))
         turns: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-        for _ in range(2):
+        for _ in range(options.turns):
             for way in WAYS:
                 turns[way].append(run(root, way, options.processes))
                 print(way, json.dumps(turns[way][-1]), flush=True)

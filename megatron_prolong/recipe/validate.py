@@ -84,6 +84,7 @@ def find_problems(
     findings = Findings(recipe, doubtful)
     shape = _model(findings)
     _run_directory(findings)
+    _checkpoint(findings)
     _chain(findings, shape)
     for stage in recipe.stages:
         _stage(findings, stage)
@@ -179,6 +180,14 @@ def _run_directory(findings: Findings) -> None:
         findings.error(("run_dir",), f"{existing} is a file; name a directory")
     elif not os.access(existing, os.W_OK):
         findings.error(("run_dir",), f"{existing} is not writable; name another directory")
+
+
+def _checkpoint(findings: Findings) -> None:
+    spec = findings.recipe.checkpoint
+    if spec.keep_every is not None and spec.keep_every % spec.every:
+        key = ("checkpoint", "keep_every")
+        message = f"found {spec.keep_every}; must be a multiple of checkpoint.every, {spec.every}"
+        findings.error(key, message, uses=[("checkpoint", "every")])
 
 
 def _chain(findings: Findings, shape: ModelShape | None) -> None:

@@ -43,6 +43,7 @@ MISTAKES = [
     (["stage.one.seed=-1"], None, "stages.one.seed: found -1"),
     (["precision=fp16"], None, "precision: found 'fp16'; must be 'fp32', 'bf16' or 'fp8'"),
     (["optimizer.beta1=1"], None, "optimizer.beta1: found 1; must be less than 1"),
+    (["checkpoint.every=10", "checkpoint.keep_every=25"], None, "checkpoint.keep_every: found 25; must be a"),
     (["checkpoint.keep=0"], None, "checkpoint.keep: found 0; must be greater than 0"),
     (["stage.one.mixture={books: 0.5, code: 0.4}"], None, "the proportions sum to 0.9; they must sum to 1"),
     (["stage.one.mixture={}"], None, "stages.one.mixture: found no directory"),
