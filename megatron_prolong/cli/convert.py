@@ -71,8 +71,9 @@ def verify(
 ) -> None:
     """Compare two checkpoints tensor by tensor, and their configs; exit code 1 when they differ."""
     from megatron_prolong.convert.compare import compare
+    from megatron_prolong.recipe.shape import model_directory
 
-    comparison = compare(a, b)
+    comparison = compare(model_directory(a), model_directory(b))
     for line in comparison.lines():
         typer.echo(line)
     if not comparison.equal:
@@ -83,8 +84,9 @@ def verify(
 def inspect(checkpoint: Annotated[Path, typer.Argument(help="checkpoint of any kind")]) -> None:
     """Print what a checkpoint holds: step, layout, shape, RoPE base, every tensor."""
     from megatron_prolong.convert.describe import describe
+    from megatron_prolong.recipe.shape import model_directory
 
-    for line in describe(checkpoint):
+    for line in describe(model_directory(checkpoint)):
         typer.echo(line)
 
 
