@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from megatron_prolong.errors import UserError
 
 SEGMENT_CHARACTERS = 1 << 17
-_BATCH_CHARACTERS = 1 << 21
+_BATCH_CHARACTERS = 1 << 19
 _SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= [^\W\d_])")
 _SEARCH_CHARACTERS = 1 << 12
 
