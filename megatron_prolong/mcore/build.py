@@ -12,6 +12,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_prolong.mcore.config import transformer_config
 from megatron_prolong.mcore.gpt import LongContextGPT
+from megatron_prolong.mcore.offload import HostOffload
 from megatron_prolong.recipe.fp8 import Fp8Recipe
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import ModelShape
@@ -25,11 +26,13 @@ class StageModel:
         shape: the model, with the stage's RoPE base and length.
         config: Megatron's view of it.
         chunks: one module per virtual pipeline stage, DDP-wrapped when built for training.
+        offload: where activations wait for the backward pass, if not on the device.
     """
 
     shape: ModelShape
     config: TransformerConfig
     chunks: list[torch.nn.Module]
+    offload: HostOffload | None = None
 
     @property
     def bare_chunks(self) -> list[LongContextGPT]:
@@ -59,6 +62,7 @@ def build_model(
     recompute: str = "none",
     fp8_recipe: Fp8Recipe = "tensorwise",
     loss_chunk_tokens: int = 2048,
+    offload_activations: bool = False,
     training: bool = True,
 ) -> StageModel:
     """Build the chunks this pipeline rank owns; weights are zeros until a checkpoint is loaded.
@@ -89,7 +93,7 @@ def build_model(
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     if training:
         chunks = [_wrap_ddp(config, layout, chunk, index) for index, chunk in enumerate(chunks)]
-    return StageModel(shape, config, chunks)
+    return StageModel(shape, config, chunks, HostOffload(chunks) if offload_activations else None)
 
 
 def _wrap_ddp(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,7 @@ def forward_backward(
     model.config.no_sync_func = None
     iterators: list[Iterator[MicroBatch]] = [iter(batches) for _ in model.chunks]
     losses = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+        forward_step_func=partial(_forward_step, model.offload or nullcontext()),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
         num_microbatches=len(batches),
@@ -47,11 +48,14 @@ def forward_backward(
     return _reduce(losses, groups, batches[0].tokens.device)
 
 
-def _forward_step(data: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+def _forward_step(
+    saving: AbstractContextManager[Any], data: Iterator[MicroBatch], chunk: torch.nn.Module
+) -> tuple[Tensor, Any]:
     batch = next(data)
-    output = chunk(
-        batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.documents
-    )
+    with saving:
+        output = chunk(
+            batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.documents
+        )
     return output, partial(_loss, batch.num_targets)
 
 

@@ -36,6 +36,7 @@ class Job:
         batch_sequences: packed sequences of a global batch.
         precision: "fp32", "bf16" or "fp8" (bf16 weights, fp8 matrix products).
         recompute: "none", "selective" (the MLP), "full" (every layer) or "block:N" (N layers of each chunk).
+        offload: activations wait for the backward pass in host memory (the copies are taken to be hidden).
         loss_chunk_tokens: tokens whose logits exist at once.
         micro_batch_tokens: tokens that one data-parallel rank holds at a time; None for sequence_length.
         attention: kernel family, a field of the hardware table's `efficiency`.
@@ -48,6 +49,7 @@ class Job:
     batch_sequences: int
     precision: Precision = "bf16"
     recompute: Recompute = "full"
+    offload: bool = False
     loss_chunk_tokens: int = 2048
     micro_batch_tokens: int | None = None
     attention: str = ATTENTION_KERNEL
@@ -130,6 +132,7 @@ def job_of(recipe: Recipe, stage: Stage, shape: ModelShape, world_size: int) -> 
         batch_sequences=stage.batch_sequences,
         precision=precision_of(recipe, stage),
         recompute=recompute_of(recipe, stage),
+        offload=recipe.offload_activations,
         loss_chunk_tokens=recipe.loss_chunk_tokens,
         micro_batch_tokens=stage.micro_batch_tokens,
     )

@@ -340,6 +340,8 @@ class Recipe(_Frozen):
     recompute: Recompute = "full"
     """Activations recomputed in the backward pass: none, the MLP's (selective), whole layers (full), or the first N
     layers of each model chunk (block:N)."""
+    offload_activations: bool = False
+    """Keep in host memory what the backward pass needs; for sequences that do not fit otherwise."""
     loss_chunk_tokens: Positive = 2048
     """Tokens per block of logits, so that a long sequence's logits never exist at once."""
     optimizer: OptimizerSpec = OptimizerSpec()

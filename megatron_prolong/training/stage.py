@@ -201,6 +201,7 @@ def prepare_stage(
         recompute=recompute_of(recipe, stage),
         fp8_recipe=recipe.fp8_recipe,
         loss_chunk_tokens=recipe.loss_chunk_tokens,
+        offload_activations=recipe.offload_activations,
     )
     verify_checkpoint(start.checkpoint.directory)
     if start.optimizer:

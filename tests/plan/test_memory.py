@@ -8,6 +8,7 @@ from plan_shapes import LLAMA3_8B, TINY
 
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.memory import (
+    activation_bytes,
     buffer_elements,
     in_flight,
     kept_by_chunk,
@@ -84,6 +85,14 @@ def test_recomputing_a_block_lies_between_none_and_full() -> None:
     layer = kept_by_layer(replace(JOB, recompute="none"))
     assert kept[16] - kept[17] == layer - 65_536 * 4096 * 2 > 0
     assert kept[1] < 32 * layer
+
+
+def test_offloaded_activations_do_not_grow_with_the_layers() -> None:
+    job = replace(JOB, recompute="full")
+    deeper = replace(job, shape=replace(LLAMA3_8B, num_layers=64))
+    offloaded = activation_bytes(replace(job, offload=True), 0)
+    assert offloaded == activation_bytes(replace(deeper, offload=True), 0)
+    assert activation_bytes(job, 0) - offloaded == 30 * 65_536 * 4096 * 2  # of 32 layers, two are on the GPU
 
 
 def test_uneven_stages_hold_the_layers_they_are_given() -> None:
