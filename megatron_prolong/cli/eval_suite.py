@@ -47,6 +47,7 @@ def run(
     server: Server = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer of the served model.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together (hf, megatron).")] = 1,
+    cp: Annotated[int, typer.Option(min=1, help="Ranks that share each very long prompt (megatron).")] = 1,
     haystack: Annotated[Path | None, typer.Option(help="Text for generated needle tasks.")] = None,
     chat: Annotated[str, typer.Option(help="Chat template: auto (HELMET's choice), always, never.")] = "auto",
     too_long: Annotated[
@@ -89,7 +90,7 @@ def run(
     for label, path in models_of(model, compare):
         identity = model_identity(model_directory(path)) if backend != "openai" else ""
         settings = Settings(tag, chat, too_long, stop_newline, overwrite, identity)
-        opened = _open(path, backend, server, tokenizer, batch_size, load_tokenizer)
+        opened = _open(path, backend, server, tokenizer, batch_size, cp, load_tokenizer)
         with opened as loaded:
             if loaded is None:  # a rank that only lent its part of the model
                 continue
@@ -163,7 +164,13 @@ def data_check(
 
 
 def _open(
-    path: str, backend: str, server: str | None, tokenizer: Path | None, batch_size: int, load_tokenizer: Any
+    path: str,
+    backend: str,
+    server: str | None,
+    tokenizer: Path | None,
+    batch_size: int,
+    cp: int,
+    load_tokenizer: Any,
 ) -> AbstractContextManager[Backend | None]:
     from megatron_prolong.errors import UserError
     from megatron_prolong.evaluation.backend import open_backend
@@ -172,7 +179,7 @@ def _open(
 
     _one_of("--backend", backend, ("auto", "hf", "megatron", "openai"))
     if backend != "openai":
-        return open_backend(path, batch_size=batch_size, kind=backend)
+        return open_backend(path, batch_size=batch_size, kind=backend, cp=cp)
     if server is None or tokenizer is None:
         raise UserError(
             "--backend openai needs --server URL, and --tokenizer DIRECTORY to count and cut prompts with"

@@ -103,7 +103,7 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
 @contextmanager
 def open_backend(
-    path: Path | str, *, batch_size: int = 1, kind: str = "auto"
+    path: Path | str, *, batch_size: int = 1, kind: str = "auto", cp: int = 1
 ) -> Iterator[ScoringBackend | None]:
     """The backend for a directory: `megatron` for a checkpoint of ours (or a run's stage), else `hf`.
 
@@ -111,6 +111,7 @@ def open_backend(
     main rank gets the backend, the others None once it is done.
 
     Args:
+        cp: ranks that share each prompt (megatron).
         kind: "hf" or "megatron" insists on one of them.
 
     Raises:
@@ -120,7 +121,7 @@ def open_backend(
     if (directory / MANIFEST).exists() and kind != "hf":
         from megatron_prolong.evaluation.megatron import open_megatron
 
-        with open_megatron(directory, batch_size=batch_size) as backend:
+        with open_megatron(directory, batch_size=batch_size, cp=cp) as backend:
             yield backend
     elif (directory / "config.json").exists() and kind != "megatron":
         from megatron_prolong.evaluation.hf import HuggingFaceBackend

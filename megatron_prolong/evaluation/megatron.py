@@ -2,7 +2,8 @@
 
 Prefill is chunked and prompts are decoded side by side without padding (each is a document of one pack).
 On several ranks the model is split by tensor parallelism as far as its key/value heads go and repeated beyond;
-the replicas share out the prompts. The main rank evaluates, the others follow it (`crew.py`).
+the replicas share out the prompts, and context-parallel ranks share each of them. The main rank evaluates, the
+others follow it (`crew.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode, load_tokenizer
 from megatron_prolong.evaluation.crew import Crew, crew
 from megatron_prolong.evaluation.hf import stop_tokens
@@ -62,12 +64,13 @@ class MegatronBackend:
 
 @contextmanager
 def open_megatron(
-    directory: Path, *, batch_size: int = 1, seed: int = 42, world: World | None = None
+    directory: Path, *, batch_size: int = 1, cp: int = 1, seed: int = 42, world: World | None = None
 ) -> Iterator[MegatronBackend | None]:
     """Load a checkpoint directory on all ranks of the job; collective, and outside any `megatron(…)`.
 
     Args:
         batch_size: prompts decoded together by each replica of the model.
+        cp: ranks that share each prompt: the work of reading it, and its keys and values.
         world: the job's ranks if torch.distributed is running already; else it is started and ended here.
 
     Yields:
@@ -76,10 +79,10 @@ def open_megatron(
     with ExitStack() as stack:
         world = world or stack.enter_context(distributed())
         shape = read_shape(directory)
-        layout = inference_layout(shape, world.size)
+        layout = inference_layout(shape, world.size, cp)
         groups = stack.enter_context(megatron(layout, seed))
         precision = "fp32" if world.device.type == "cpu" else "bf16"
-        inference = load_for_inference(directory, layout, world.device, precision)
+        inference = load_for_inference(directory, layout, groups, world.device, precision)
         members = stack.enter_context(crew(inference, world, groups.dp))
         if members is None:
             yield None
@@ -87,9 +90,15 @@ def open_megatron(
             yield _backend(directory, shape, members, batch_size * groups.dp.size)
 
 
-def inference_layout(shape: ModelShape, world_size: int) -> Layout:
-    """Tensor parallelism over as many of the ranks as divide the key/value heads; the rest are replicas."""
-    return Layout(tp=math.gcd(world_size, shape.num_kv_heads), sequence_parallel=False)
+def inference_layout(shape: ModelShape, world_size: int, cp: int = 1) -> Layout:
+    """Tensor parallelism over as many of the ranks as divide the key/value heads; what is left are replicas.
+
+    Raises:
+        UserError: the ranks cannot be divided by cp.
+    """
+    if world_size % cp:
+        raise UserError(f"--cp {cp}: {world_size} ranks cannot be divided by it")
+    return Layout(tp=math.gcd(world_size // cp, shape.num_kv_heads), cp=cp, sequence_parallel=False)
 
 
 def _backend(directory: Path, shape: ModelShape, members: Crew, batch_size: int) -> MegatronBackend:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_prolong.model.attention import cached_attention, packed_attention
 from megatron_prolong.model.context_parallel import ContextPlan, context_attention
+from megatron_prolong.model.spread_cache import shared_attention, sliced_attention
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,15 @@ class ContextParallel:
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of one sequence's tokens so far, per layer: [S, G, D] each, grown by doubling."""
+    """Keys and values of one sequence's tokens so far, per layer: [S, G, D] each, grown by doubling.
+
+    Attributes:
+        length: tokens kept here; with a spread cache a part of them.
+        position: tokens of the sequence so far, on all ranks.
+    """
 
     length: int = 0
+    position: int = 0
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def extend(self, layer: int, key_TGD: Tensor, value_TGD: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,9 +70,25 @@ class KeyValueCache:
             grown[: self.length] = self.layers[layer][which][: self.length]
         return grown
 
-    def advance(self, num_tokens: int) -> None:
-        """Count the tokens that every layer has appended."""
-        self.length += num_tokens
+    def advance(self, kept: int, read: int) -> None:
+        """Count the tokens that every layer has appended here, and those that all ranks have read."""
+        self.length += kept
+        self.position += read
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the new tokens of caches that are spread over context-parallel ranks lie.
+
+    Attributes:
+        chunk_tokens: set when this rank has one slice of a chunk of one document; else every rank has all new
+            tokens of every document.
+        keeps: of which documents this rank keeps the keys and values.
+    """
+
+    group: dist.ProcessGroup
+    chunk_tokens: int | None
+    keeps: tuple[bool, ...]
 
 
 @dataclass
@@ -79,11 +102,13 @@ class Documents(PackedSeqParams):
         cu_seqlens: cumulative document starts of the whole micro-batch, [D+1] int32 on CPU.
         context: set when the micro-batch is split over context-parallel ranks.
         caches: set when generating: one per document, whose new tokens are those of this micro-batch.
+        spread: set when these caches are spread over ranks.
     """
 
     cu_seqlens: Tensor | None = None
     context: ContextParallel | None = None
     caches: tuple[KeyValueCache, ...] | None = None
+    spread: Spread | None = None
 
     def __post_init__(self) -> None:
         self.qkv_format = "sbhd"
@@ -148,10 +173,24 @@ class DocumentAttention(MegatronModule):
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """Each document's new tokens against all of its cached ones."""
         assert documents.caches is not None and documents.cu_seqlens is not None
-        outs = []
+        outs: list[Tensor] = []
         for cache, (start, end) in zip(
             documents.caches, pairwise(documents.cu_seqlens.tolist()), strict=True
         ):
+            if documents.spread is not None:
+                outs.append(self._spread(q[start:end], k[start:end], v[start:end], len(outs), documents))
+                continue
             keys, values = cache.extend(self.layer_number, k[start:end], v[start:end])
             outs.append(cached_attention(q[start:end], keys, values, len(keys), self.scale))
         return torch.cat(outs)
+
+    def _spread(self, q: Tensor, k: Tensor, v: Tensor, document: int, documents: Documents) -> Tensor:
+        """The same when every context-parallel rank has a part of the cache."""
+        spread, caches = documents.spread, documents.caches
+        assert spread is not None and caches is not None
+        keeps = spread.keeps[document]
+        kept = slice(None) if keeps else slice(0, 0)
+        keys, values = caches[document].extend(self.layer_number, k[kept], v[kept])
+        if spread.chunk_tokens is not None:
+            return sliced_attention(q, keys, values, spread.chunk_tokens, spread.group, self.scale)
+        return shared_attention(q, keys, values, keeps, spread.group, self.scale)

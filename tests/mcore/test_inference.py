@@ -18,8 +18,8 @@ def models(tmp_path_factory):
     hf = reference_llama()
     hf.save_pretrained(directory / "hf")
     to_megatron(directory / "hf", directory / "ours")
-    with distributed() as world, megatron(Layout(), seed=1):
-        yield hf, load_for_inference(directory / "ours", Layout(), world.device, "fp32")
+    with distributed() as world, megatron(Layout(), seed=1) as groups:
+        yield hf, load_for_inference(directory / "ours", Layout(), groups, world.device, "fp32")
 
 
 def test_token_logprobs_in_chunks(models, monkeypatch):
