@@ -18,7 +18,7 @@ from megatron_prolong.evaluation.results import averages, read_results
 from megatron_prolong.evaluation.run import Settings, run_task
 from megatron_prolong.evaluation.suite import run_suite, runnable
 from megatron_prolong.evaluation.suite_page import suite_page
-from megatron_prolong.evaluation.suite_report import changes, plot_suite, print_suite, summary
+from megatron_prolong.evaluation.suite_report import changes, grids, plot_suite, print_suite, summary
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.task import Inputs, Task
 
@@ -188,3 +188,14 @@ def test_file_names_are_helmets(inputs: Inputs, tmp_path: Path) -> None:
         "json_kv_v1_test_k105_dep6_in8192_size100_shots2_sampFalsemax100min0t0.0p1.0_chatFalse_42.json"
     )
     assert result.path.with_name(result.path.name + ".score").exists()
+
+
+def test_published_scores_stand_beside_ones_own(inputs: Inputs, tmp_path: Path) -> None:
+    result = replace(
+        run_task(only("kilt_nq"), Parrot(inputs.tokenizer), inputs, Settings(), tmp_path), length=131072
+    )
+    table = grids({"ours": [result]}, "helmet")[0]
+    (row,) = table.rows
+    shown = dict(zip(table.headings, row, strict=True))
+    assert shown["length"] == "128K" and float(shown["ours"]) == round(result.score, 1)
+    assert (shown["ProLong-8B (published)"], shown["Llama-3.1-8B-Instruct (published)"]) == ("63.2", "59.5")
