@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sysconfig
 from collections.abc import Iterator
 from itertools import cycle
@@ -13,10 +14,11 @@ MAX_FILE_BYTES = 400_000
 
 
 def texts() -> Iterator[str]:
-    """Every file once, then again from the start, for ever."""
+    """Every file once, in an order that mixes the packages; then again from the start, for ever."""
     roots = {Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")}
     files = sorted({file for root in roots for file in root.rglob("*") if file.suffix in SUFFIXES})
     files = [file for file in files if 0 < file.stat().st_size < MAX_FILE_BYTES]
+    random.Random(0).shuffle(files)
     for file in cycle(files):
         yield file.read_text(encoding="utf-8", errors="ignore") or "\n"
 

@@ -1,6 +1,6 @@
 """Peak memory of every step of the data engine as its input grows.
 
-    python benchmarks/data/memory.py --megabytes 100 1000 5000 --tokenize-megabytes 100 300 1000
+    python benchmarks/data/memory.py --megabytes 100 1000 5000 --tokenize-megabytes 30 100 300
     python benchmarks/data/memory.py --only tokenize_document
 
 Each step runs in a fresh process with one worker and its memory is sampled every 20 ms. Counted is what
@@ -178,7 +178,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000, 5000])
-    parser.add_argument("--tokenize-megabytes", type=int, nargs="+", default=[100, 300, 1000])
+    parser.add_argument("--tokenize-megabytes", type=int, nargs="+", default=[30, 100, 300])
     parser.add_argument("--document-megabytes", type=int, nargs="+", default=[10, 40])
     parser.add_argument("--only", choices=STEPS, nargs="+", help="measure these again, keep the others")
     parser.add_argument("--scratch", type=Path, help="where there is room for three times the largest")
