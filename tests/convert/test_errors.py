@@ -186,7 +186,8 @@ def test_what_a_killed_conversion_left_is_removed(original: Path, tmp_path: Path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(original: Path, tmp_path: Path, number: signal.Signals) -> None:
     slow = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's parent ignores it\n"
         "from megatron_prolong.convert import dist_writer\n"
         "gather = dist_writer.gather\n"
         "def slowly(*args):\n"
