@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -109,9 +108,4 @@ def write(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--case", type=json.loads, help="one measurement, as JSON")
-    arguments = parser.parse_args()
-    print(json.dumps(measure_case(arguments.case))) if arguments.case else main()
+    measure.run(__doc__, measure_case, main)

@@ -6,6 +6,7 @@ a measurement that runs out of it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -53,6 +54,20 @@ def in_fresh_process(script: str, arguments: dict[str, Any], timeout_seconds: fl
         reason = done.stderr.strip().splitlines()[-1:] or [f"ended by signal {-done.returncode}"]
         return {"failed": reason[0][:200]}
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def run(
+    description: str | None,
+    measure_case: Callable[[dict[str, Any]], dict[str, Any]],
+    main: Callable[[], None],
+) -> None:
+    """The command line of a script that measures in fresh processes: all of it, or the one case of a child."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", type=json.loads, help="one measurement, as JSON")
+    arguments = parser.parse_args()
+    print(json.dumps(measure_case(arguments.case))) if arguments.case else main()
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:

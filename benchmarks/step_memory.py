@@ -12,7 +12,6 @@ faster than the sequence would be logits or scores. A measurement may use 14 GiB
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -137,9 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--case", type=json.loads, help="one measurement, as JSON")
-    arguments = parser.parse_args()
-    print(json.dumps(measure_case(arguments.case))) if arguments.case else main()
+    measure.run(__doc__, measure_case, main)

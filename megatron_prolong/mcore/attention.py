@@ -148,13 +148,17 @@ class DocumentAttention(MegatronModule):
     ) -> Tensor:
         """See the class; `packed_seq_params` must be `Documents`, masks and biases are not used."""
         assert isinstance(packed_seq_params, Documents), "DocumentAttention needs Documents"
-        documents = packed_seq_params
-        q, k, v = query[:, 0], key[:, 0], value[:, 0]
+        out = self.attend(query[:, 0], key[:, 0], value[:, 0], packed_seq_params)
+        return torch.flatten(out, start_dim=1).unsqueeze(1)
+
+    def attend(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents) -> Tensor:
+        """out_TND of this rank's tokens; what other kernels replace."""
+        q, k, v = q_TND, k_TGD, v_TGD
         if documents.caches is not None:
-            out = self._cached(q, k, v, documents)
-        elif documents.context is not None:
+            return self._cached(q, k, v, documents)
+        if documents.context is not None:
             context = documents.context
-            out = context_attention(
+            return context_attention(
                 q,
                 k,
                 v,
@@ -165,10 +169,8 @@ class DocumentAttention(MegatronModule):
                 scale=self.scale,
                 subgroups=context.subgroups,
             )
-        else:
-            assert documents.cu_seqlens is not None
-            out = packed_attention(q, k, v, documents.cu_seqlens, self.scale)
-        return torch.flatten(out, start_dim=1).unsqueeze(1)
+        assert documents.cu_seqlens is not None
+        return packed_attention(q, k, v, documents.cu_seqlens, self.scale)
 
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """Each document's new tokens against all of its cached ones."""

@@ -37,33 +37,32 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
-def native_layer_spec() -> ModuleSpec:
-    """A Llama layer of Megatron's parallel linears with our norm and core attention: CPU, or CUDA without TE.
+def layer_spec(
+    *, qkv: type, attention: type, proj: type, fc1: type, fc2: type, norm: type = IdentityOp
+) -> ModuleSpec:
+    """A Llama layer of these modules; `norm` is left out where `qkv` and `fc1` begin with one of their own.
 
-    The norms are saved under the names of Transformer Engine's fused LayerNorm-Linear, so that one checkpoint
-    serves both specs.
+    Norms of their own are saved under the names of Transformer Engine's fused LayerNorm-Linear, so that one
+    checkpoint serves every spec.
     """
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=DocumentAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_qkv=qkv,
+                    core_attention=attention,
+                    linear_proj=proj,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -90,5 +89,13 @@ def runs_on_transformer_engine(dtype: torch.dtype) -> bool:
 
 
 def native_block_spec(num_layers: int) -> TransformerBlockSubmodules:
-    """`num_layers` native layers (those of one pipeline stage) and the final norm."""
-    return TransformerBlockSubmodules(layer_specs=[native_layer_spec()] * num_layers, layer_norm=RMSNorm)
+    """`num_layers` layers of Megatron's parallel linears with our norm and core attention, and the final norm."""
+    layer = layer_spec(
+        qkv=ColumnParallelLinear,
+        attention=DocumentAttention,
+        proj=RowParallelLinear,
+        fc1=ColumnParallelLinear,
+        fc2=RowParallelLinear,
+        norm=RMSNorm,
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

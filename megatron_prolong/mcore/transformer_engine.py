@@ -18,18 +18,14 @@ from megatron.core.extensions.transformer_engine import (
     TENorm,
     TERowParallelLinear,
 )
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
 from megatron_prolong.mcore.attention import ContextParallel, DocumentAttention, Documents
+from megatron_prolong.mcore.specs import layer_spec
 
 # TE 2.9 asserts qkv_format != "thd" in all_gather and a2a+p2p (context_parallel.py): our own exchange does those.
 TE_EXCHANGES = ("p2p", "a2a")
@@ -66,37 +62,24 @@ class TransformerEngineAttention(DocumentAttention):
         if config.context_parallel_size > 1 and cp_comm_type in TE_EXCHANGES:
             self.split = TEDotProductAttention(config, *arguments, cp_comm_type=cp_comm_type, **options)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """As DocumentAttention.forward."""
-        assert isinstance(packed_seq_params, Documents)
-        documents, context = packed_seq_params, packed_seq_params.context
+    def attend(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents) -> Tensor:
+        """As DocumentAttention.attend."""
+        context = documents.context
         if documents.caches is not None or (context is not None and self.split is None):
-            return super().forward(
-                query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
-            )
+            return super().attend(q_TND, k_TGD, v_TGD, documents)
         assert documents.cu_seqlens is not None
-        qkv, end = (query[:, 0], key[:, 0], value[:, 0]), query.shape[0]
+        qkv, end = (q_TND, k_TGD, v_TGD), len(q_TND)
         boundaries = tuple(documents.cu_seqlens.tolist())
         first = boundaries[0]  # behind the split documents
         outs = []
         if context is not None and first:
             assert self.split is not None
-            outs.append(
-                self._attend(self.split, [x[:first] for x in qkv], split_documents(context, query.device))
-            )
+            packed = split_documents(context, q_TND.device)
+            outs.append(self._attend(self.split, [x[:first] for x in qkv], packed))
         if end > first:
-            packed = whole_documents(boundaries, end, query.device)
+            packed = whole_documents(boundaries, end, q_TND.device)
             outs.append(self._attend(self.whole, [x[first:] for x in qkv], packed))
-        return torch.cat(outs).unsqueeze(1)
+        return torch.cat(outs)  # TE's outputs are flat already: [T, N·D]
 
     @staticmethod
     def _attend(attention: torch.nn.Module, qkv: list[Tensor], packed: PackedSeqParams) -> Tensor:
@@ -134,29 +117,11 @@ def _packed(
 
 def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules:
     """`num_layers` TE layers (those of one pipeline stage) and the final norm."""
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=TELayerNormColumnParallelLinear,
-                    core_attention=TransformerEngineAttention,
-                    linear_proj=TERowParallelLinear,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp,  # fused into linear_fc1
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear
-                ),
-            ),
-            mlp_bda=get_bias_dropout_add,
-        ),
+    layer = layer_spec(
+        qkv=TELayerNormColumnParallelLinear,
+        attention=TransformerEngineAttention,
+        proj=TERowParallelLinear,
+        fc1=TELayerNormColumnParallelLinear,
+        fc2=TERowParallelLinear,
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
