@@ -4,20 +4,20 @@ A packed sequence holds documents one after another; `cu_seqlens` are their star
 token sees another document, no score matrix or mask is ever built, and the backward is exact. Under tensor
 parallelism the heads are this rank's; context parallelism is context_parallel.py.
 
-Axes: T tokens (queries), S cached keys, N query heads, G key/value heads, D head dimension.
+Axes: T tokens (queries), S cached keys, N query heads, G key/value heads, R = N / G, D head dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_prolong.model.flash import Block, attend, attend_backward
+from megatron_prolong.model.flash import Block, attend, attend_backward, block_forward
 
 
 def packed_attention(
@@ -51,9 +51,20 @@ def cached_attention(
     The caches may be longer than `num_cached`: only their first `num_cached` rows (the T new ones included,
     already written) are read. Query i sees keys 0 … num_cached-T+i. No gradient. Returns out_TND.
     """
-    blocks = (Block(0, len(q_TND), 0, num_cached),)
-    out_TND, _ = attend(q_TND, k_cache_SGD, v_cache_SGD, blocks, causal=True, scale=_scale(q_TND, scale))
-    return out_TND
+    k_SGD, v_SGD, scale = k_cache_SGD[:num_cached], v_cache_SGD[:num_cached], _scale(q_TND, scale)
+    attend_cache = newest_token_forward if len(q_TND) == 1 else partial(block_forward, causal=True)
+    return attend_cache(q_TND, k_SGD, v_SGD, scale=scale)[0]
+
+
+def newest_token_forward(q_1ND: Tensor, k_SGD: Tensor, v_SGD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of one token over all keys: out_1ND and lse_1N, as `flash.attend`.
+
+    Query heads that share a key/value head run as the queries of one block, so that decoding reads the cache once,
+    not once for each of them.
+    """
+    q_RGD = q_1ND.unflatten(1, (k_SGD.shape[1], -1))[0].transpose(0, 1)
+    out_RGD, lse_RG = block_forward(q_RGD, k_SGD, v_SGD, causal=False, scale=scale)
+    return out_RGD.transpose(0, 1).flatten(0, 1).unsqueeze(0), lse_RG.T.flatten().unsqueeze(0)
 
 
 @lru_cache(maxsize=64)
