@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 
 Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 (default: as stored)")]
+Workers = Annotated[int | None, typer.Option(min=1, help="files written at once (default: cores, at most 4)")]
 Verify = Annotated[bool, typer.Option("--verify", help="compare tensors and logits afterwards")]
 # Relative to the largest logit. Both sides compute in fp32, in another order; a wrong RoPE base gives > 0.01.
 LARGEST_LOGIT_DIFFERENCE = 1e-3
@@ -25,13 +26,15 @@ def to_megatron(
     hf_dir: Annotated[Path, typer.Argument(help="Hugging Face Llama directory")],
     out: Annotated[Path, typer.Argument(help="checkpoint directory to make")],
     dtype: Dtype = None,
+    workers: Workers = None,
     verify: Verify = False,
 ) -> None:
     """Hugging Face -> Megatron, loadable at any layout."""
     from megatron_prolong.convert.to_megatron import to_megatron as convert
+    from megatron_prolong.convert.transfer import WORKERS
 
     with _terminable():
-        convert(hf_dir, out, dtype)
+        convert(hf_dir, out, dtype, workers=workers or WORKERS)
     typer.echo(f"wrote {out}")
     if verify:
         _verify(hf_dir, out, hf_dir=hf_dir, checkpoint=out, cast=dtype is not None)
@@ -44,6 +47,7 @@ def to_hf(
     rope_base: Annotated[float | None, typer.Option(help="RoPE base (default: as trained)")] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens (default: as trained)")] = None,
     dtype: Dtype = None,
+    workers: Workers = None,
     contradict: Annotated[
         bool, typer.Option("--contradict", help="allow a RoPE base or length other than what was trained")
     ] = False,
@@ -54,9 +58,19 @@ def to_hf(
 ) -> None:
     """Megatron -> Hugging Face; prints how config.json differs from the original's."""
     from megatron_prolong.convert.to_hf import to_hf as convert
+    from megatron_prolong.convert.transfer import WORKERS
 
     with _terminable():
-        changes = convert(checkpoint, out, rope_base, max_length, dtype, contradict=contradict, sidecar=hf)
+        changes = convert(
+            checkpoint,
+            out,
+            rope_base,
+            max_length,
+            dtype,
+            contradict=contradict,
+            sidecar=hf,
+            workers=workers or WORKERS,
+        )
     typer.echo(f"wrote {out}; what differs from the original's files:")
     for line in changes or ["nothing"]:
         typer.echo(f"  {line}")

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_prolong.convert.names import LAYERS, Tensor2D
 from megatron_prolong.convert.transfer import (
+    WORKERS,
     Chunk,
     ChunkBuffer,
     RowSource,
@@ -52,9 +53,11 @@ _EXTRA_STATE = tuple(
 
 
 def write_torch_dist(
-    directory: Path, tensors: list[tuple[Tensor2D, torch.dtype]], source: RowSource
+    directory: Path, tensors: list[tuple[Tensor2D, torch.dtype]], source: RowSource, workers: int = WORKERS
 ) -> Entries:
     """Write the tensors (one entry per layer), read from `source`, into an empty directory.
+
+    `workers` files are written at once.
 
     Returns:
         Checksums of the files with the tensors.
@@ -76,7 +79,9 @@ def write_torch_dist(
             sums[name] = file.entry
         return entries
 
-    written = write_files("writing Megatron checkpoint", split_files(items, LARGEST_FILE), write)
+    written = write_files(
+        "writing Megatron checkpoint", split_files(items, LARGEST_FILE, workers), write, workers
+    )
     entries = [entry for file in written for entry in file]
     contents = _table_of_contents(tensors, entries)
     _add_empty_extra_state(directory, contents)

@@ -14,16 +14,24 @@ import torch
 from megatron_prolong.convert.hf_weights import SAFETENSORS_DTYPES
 from megatron_prolong.convert.names import Tensor2D
 from megatron_prolong.convert.positioned import tensor_bytes
-from megatron_prolong.convert.transfer import Chunk, ChunkBuffer, RowSource, chunks, gather, write_files
+from megatron_prolong.convert.transfer import (
+    WORKERS,
+    Chunk,
+    ChunkBuffer,
+    RowSource,
+    chunks,
+    gather,
+    write_files,
+)
 
 LARGEST_SHARD = 5 * 10**9  # bytes; transformers' own default for Llama-3
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def write_safetensors(
-    directory: Path, tensors: list[tuple[Tensor2D, torch.dtype]], source: RowSource
+    directory: Path, tensors: list[tuple[Tensor2D, torch.dtype]], source: RowSource, workers: int = WORKERS
 ) -> None:
-    """Write model.safetensors, or model-0000n-of-0000N.safetensors and their index, into a directory."""
+    """Write model.safetensors, or model-0000n-of-0000N.safetensors (`workers` at once) and their index."""
     shards = _shards(tensors)
     names = (
         ["model.safetensors"]
@@ -39,7 +47,7 @@ def write_safetensors(
             for chunk in shard_chunks:
                 file.write(tensor_bytes(gather(chunk, source, buffer)))
 
-    write_files("writing safetensors", items, write)
+    write_files("writing safetensors", items, write, workers)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(_num_bytes(*entry) for entry in tensors)},

@@ -16,7 +16,7 @@ from megatron_prolong.convert.sidecar import (
     write_config,
 )
 from megatron_prolong.convert.staging import staged_directory
-from megatron_prolong.convert.transfer import output_dtype
+from megatron_prolong.convert.transfer import WORKERS, output_dtype
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import ModelShape, model_directory, read_json
 
@@ -30,6 +30,7 @@ def to_hf(
     *,
     contradict: bool = False,
     sidecar: Path | None = None,
+    workers: int = WORKERS,
 ) -> list[str]:
     """Export a checkpoint of ours, or a plain Megatron-LM torch_dist checkpoint of a Llama.
 
@@ -41,6 +42,7 @@ def to_hf(
         dtype: "bf16", "fp16" or "fp32"; as stored by default.
         contradict: write `rope_base` and `max_length` even where they differ from what was trained.
         sidecar: Hugging Face directory to take config and tokenizer from instead of the checkpoint's hf/.
+        workers: shards written at once, each by a thread with its own chunk.
 
     Returns:
         What changed in config.json and tokenizer_config.json against the source's, one line per field.
@@ -57,7 +59,7 @@ def to_hf(
         num_bytes = sum(tensor.numel * stored.itemsize for tensor, stored in tensors)
         with staged_directory(Path(out), num_bytes) as partial:
             changes = _write_sidecar(partial, opened.sidecar, shape, dtype_name(tensors[0][1]))
-            write_safetensors(partial, tensors, weights)
+            write_safetensors(partial, tensors, weights, workers)
     finally:
         weights.close()
     return changes

@@ -13,19 +13,22 @@ from megatron_prolong.convert.manifest import write_weights_manifest
 from megatron_prolong.convert.names import megatron_tensors
 from megatron_prolong.convert.sidecar import HF_DIR, copy_sidecar
 from megatron_prolong.convert.staging import staged_directory
-from megatron_prolong.convert.transfer import RowSource, output_dtype
+from megatron_prolong.convert.transfer import WORKERS, RowSource, output_dtype
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import ModelShape, read_json
 from megatron_prolong.runtime.checksums import write_checksums
 
 
-def to_megatron(hf_dir: Path | str, out: Path | str, dtype: str | None = None) -> None:
+def to_megatron(
+    hf_dir: Path | str, out: Path | str, dtype: str | None = None, *, workers: int = WORKERS
+) -> None:
     """Convert a Hugging Face Llama directory, without a GPU and without holding the model in memory.
 
     Args:
         hf_dir: config.json and safetensors (or legacy .bin) weights; tokenizer files travel along.
         out: directory to make; appears only when complete.
         dtype: "bf16", "fp16" or "fp32"; as stored by default.
+        workers: files written at once, each by a thread with its own chunk.
 
     Raises:
         UserError: not a Llama, missing or damaged files, `out` exists, disk full.
@@ -37,20 +40,25 @@ def to_megatron(hf_dir: Path | str, out: Path | str, dtype: str | None = None) -
     weights = HFWeights(hf_dir)
     try:
         weights.check(shape)
-        write_checkpoint(Path(out), shape, weights, parse_dtype(dtype), hf_dir)
+        write_checkpoint(Path(out), shape, weights, parse_dtype(dtype), hf_dir, workers)
     finally:
         weights.close()
 
 
 def write_checkpoint(
-    out: Path, shape: ModelShape, source: RowSource, dtype: torch.dtype | None, sidecar: Path
+    out: Path,
+    shape: ModelShape,
+    source: RowSource,
+    dtype: torch.dtype | None,
+    sidecar: Path,
+    workers: int = WORKERS,
 ) -> None:
     """Write a whole checkpoint directory: weights read from `source`, hf/ from `sidecar`, prolong.json."""
     tensors = [(tensor, output_dtype(tensor, source, dtype)) for tensor in megatron_tensors(shape)]
     num_bytes = sum(tensor.numel * stored.itemsize for tensor, stored in tensors)
     with staged_directory(out, num_bytes) as partial:
         copy_sidecar(sidecar, partial / HF_DIR)
-        sums = write_torch_dist(partial, tensors, source)
+        sums = write_torch_dist(partial, tensors, source, workers)
         # The embedding stands for the model: mixed files keep norms in fp32 at most.
         write_weights_manifest(partial, shape, dtype_name(tensors[0][1]))
         write_checksums(partial, sums)

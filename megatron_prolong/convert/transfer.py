@@ -20,7 +20,8 @@ from megatron_prolong.convert.names import Rows, Tensor2D
 from megatron_prolong.convert.progress import byte_progress
 
 CHUNK_BYTES = 32 * 2**20
-# Two keep the disk reading while the other writes; more only help on parallel file systems.
+# By default. Two keep the disk reading while the other writes; more only help on parallel file systems. Threads are
+# enough: reading, copying, hashing and writing all let go of the interpreter.
 WORKERS = min(4, os.cpu_count() or 1)
 
 File = TypeVar("File")
@@ -100,11 +101,11 @@ def gather(chunk: Chunk, source: RowSource, buffer: ChunkBuffer) -> Tensor:
     return out
 
 
-def split_files(items: Sequence[Chunk], largest_bytes: int) -> list[list[Chunk]]:
+def split_files(items: Sequence[Chunk], largest_bytes: int, workers: int) -> list[list[Chunk]]:
     """Cut a list of chunks, in order, into files of about equal size, none larger than `largest_bytes`."""
     total = sum(chunk.num_bytes for chunk in items)
     # One file per worker, so that they can write at once; a small model needs only one.
-    wanted = WORKERS if total > WORKERS * CHUNK_BYTES else 1
+    wanted = workers if total > workers * CHUNK_BYTES else 1
     share = min(largest_bytes, -(-total // wanted))
     files: list[list[Chunk]] = [[]]
     size = 0
@@ -118,9 +119,9 @@ def split_files(items: Sequence[Chunk], largest_bytes: int) -> list[list[Chunk]]
 
 
 def write_files(
-    title: str, files: Sequence[list[Chunk]], write: Callable[[int, Iterator[Chunk]], File]
+    title: str, files: Sequence[list[Chunk]], write: Callable[[int, Iterator[Chunk]], File], workers: int
 ) -> list[File]:
-    """Call `write(number, chunks)` for every file, several at once; its result per file.
+    """Call `write(number, chunks)` for every file, `workers` at once; its result per file.
 
     The chunk iterator stops the writer with an exception when another file failed or the user interrupts.
     """
@@ -128,7 +129,7 @@ def write_files(
     stop = threading.Event()
     with (
         byte_progress(title, total) as advance,
-        concurrent.futures.ThreadPoolExecutor(WORKERS) as pool,
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
     ):
 
         def watched(file: list[Chunk]) -> Iterator[Chunk]:

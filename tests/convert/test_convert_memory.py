@@ -19,8 +19,9 @@ SHAPE = ModelShape(
     num_layers=6, hidden_size=1024, ffn_hidden_size=3584, num_heads=16, num_kv_heads=4, head_dim=64,
     vocab_size=64_000, max_length=8192, rope_base=5e5,
 )  # fmt: skip
-# Converts in a process of its own, with chunks a sixteenth of the usual so that the bound is far below the model,
-# and prints by how much anonymous memory (what the process allocates; not the cached files) grew at most.
+# Converts in a process of its own, three files at once, with chunks a sixteenth of the usual so that the bound is
+# far below the model, and prints by how much anonymous memory (what the process allocates; not the cached files)
+# grew at most.
 MEASURE = """
 import sys, threading, time
 from pathlib import Path
@@ -43,7 +44,7 @@ def watch():
 
 start = peak = anonymous()
 threading.Thread(target=watch, daemon=True).start()
-(to_megatron if sys.argv[1] == "to_megatron" else to_hf)(sys.argv[2], sys.argv[3])
+(to_megatron if sys.argv[1] == "to_megatron" else to_hf)(sys.argv[2], sys.argv[3], workers=3)
 print(peak - start)
 """
 
