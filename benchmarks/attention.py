@@ -75,13 +75,14 @@ def main() -> None:
     rows = []
     for documents in ("short", "one"):
         for dtype in ("float32", "bfloat16"):
-            for tokens in (2048, 8192, 16384):
+            # one document in bf16 takes minutes per step without bf16 instructions
+            for tokens in (2048,) if (documents, dtype) == ("one", "bfloat16") else (2048, 8192, 16384):
                 row: dict[str, Any] = {"documents": documents, "dtype": dtype, "tokens": tokens}
                 row["num_documents"] = len(document_lengths(tokens, documents))
                 for way in WAYS:
                     if documents == "one" and way == "masked":
                         continue  # nothing to mask
-                    if dtype == "bfloat16" and (way == "masked" or documents == "one") and tokens > 2048:
+                    if dtype == "bfloat16" and way == "masked" and tokens > 2048:
                         continue  # minutes per step without bf16 instructions
                     case = {"way": way, "documents": documents, "dtype": dtype, "tokens": tokens}
                     case["repeats"] = 2 if way == "masked" or documents == "one" else 9
