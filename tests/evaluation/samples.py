@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_prolong.evaluation.tasks.ruler import FOLDERS
+
 LONG_TOKENS = 12000  # the tests lower the tasks' own bounds below this
 STORY = "Once a fox met a crow. "
 
 
 def write_data(root: Path) -> Path:
-    """Everything the helmet suite reads at 8K."""
+    """Everything the helmet and ruler suites read at 8K."""
     _write(root / "json_kv/test_k105_dep6.jsonl", [_kv(n) for n in range(8)])
-    for name in ("multivalue", "multikey_2", "multikey_3"):
-        _write(root / f"ruler/niah_{name}/validation_8192.jsonl", [_needle(n) for n in range(4)])
+    for name in FOLDERS.values():
+        _write(root / f"ruler/{name}/validation_8192.jsonl", [_needle(n) | _extra(name, n) for n in range(4)])
     for name, dep, extra in (("nq-dev", 6, {}), ("triviaqa-dev", 6, {}), ("hotpotqa-dev", 3, {})):
         rows = [_passages(n, f"question {n // 2}?") | extra for n in range(8)]
         _write(root / f"kilt/{name}-multikilt_1000_k50_dep{dep}.jsonl", rows)
@@ -68,6 +70,13 @@ def _needle(n: int) -> dict[str, Any]:
         "length": 64,
         "type_needle_v": "numbers",
     }
+
+
+def _extra(name: str, n: int) -> dict[str, Any]:
+    """What other RULER rows have besides a needle's fields."""
+    if name.startswith("qa"):
+        return {"question": f"question {n}?", "query": f"question {n}?"}
+    return {"example": f"example {n}" if n else "", "num_v": 5} if name in ("vt", "cwe") else {}
 
 
 def _passages(n: int, question: str) -> dict[str, Any]:

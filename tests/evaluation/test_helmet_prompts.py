@@ -1,0 +1,117 @@
+"""Every prompt, answer and score of the suite is that of HELMET's own code on the same files.
+
+Needs a checkout of HELMET, named by the environment variable HELMET, and what it imports (datasets, pytrec_eval).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from samples import write_data
+from stand_ins import short_documents
+
+from megatron_prolong.evaluation.prompts import prepare
+from megatron_prolong.evaluation.rows import read_split
+from megatron_prolong.evaluation.suites import select
+from megatron_prolong.evaluation.task import Inputs
+
+HELMET = Path(os.environ.get("HELMET", "missing"))
+pytestmark = pytest.mark.skipif(not (HELMET / "data.py").exists(), reason="HELMET=checkout not given")
+TASKS = {f"{task.category}-{task.name}": task for task in select("helmet", [8192]) + select("ruler", [8192])}
+UNSEEDED = ("narrativeqa", "multi_lexsum")  # whose demonstrations HELMET draws without a seed
+HUB = {
+    "CogComp/trec": ("trec", {"coarse_label": 6, "fine_label": 50}),
+    "PolyAI/banking77": ("banking77", {"label": 77}),
+    "clinc_oos": ("clinc_oos", {"intent": 151}),
+    "xingkunliuxtracta/nlu_evaluation_data": ("nlu_evaluation_data", {"label": 68}),
+    "narrativeqa": ("narrativeqa", {}),
+    "allenai/multi_lexsum": ("multi_lexsum", {}),
+    "xinrongzhang2022/infinitebench": ("infinitebench", {}),
+}
+OUTPUTS = (
+    "",
+    "A",
+    "{answer}",
+    "Answer: {answer}\nmore",
+    "label: 2",
+    "[ID: 3] > 14 > 1",
+    "no. {answer} it is",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def helmet(data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """HELMET's data.py and model_utils.py; the Hub's data sets are in `data`, and documents need not be long."""
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("pytrec_eval")
+    short_documents(monkeypatch)
+    load = datasets.load_dataset
+
+    def load_dataset(source: str, *arguments: Any, **options: Any) -> Any:
+        if source == "json":
+            return load(source, *arguments, **options)
+        folder, labels = HUB[source]
+        splits = datasets.DatasetDict()
+        for file in (data / "hf" / folder).glob("*.jsonl"):
+            splits[file.stem] = datasets.Dataset.from_list(read_split(file.parent, file.stem))
+        for field, size in labels.items():
+            splits = splits.cast_column(field, datasets.ClassLabel(num_classes=size))
+        return splits
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.syspath_prepend(str(HELMET))
+    code = re.sub(r"num_proc=\d+", "num_proc=None", (HELMET / "data.py").read_text(encoding="utf-8"))
+    module = ModuleType("helmet_data")
+    exec(code.replace("131072", "4000").replace("65536", "4000"), module.__dict__)
+    module.__dict__["AutoTokenizer"] = SimpleNamespace(from_pretrained=lambda name: tokenizer)
+    from model_utils import tokenize
+
+    yield SimpleNamespace(load_data=module.__dict__["load_data"], tokenize=tokenize)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_prompts_and_scores_are_helmets(name: str, helmet: Any, data: Path, tokenizer: Any) -> None:
+    task = TASKS[name]
+    if task.name.startswith(UNSEEDED):
+        task = replace(task, shots=0)
+    random.seed(42)
+    files = [str(data / file) if file else "" for file in (task.test_file, task.demo_file)]
+    arguments = SimpleNamespace(max_test_samples=5, shots=task.shots, seed=42)
+    theirs = helmet.load_data(arguments, task.name, *files)
+    rows = task.load(task, Inputs(data, tokenizer, max_samples=5))
+    assert len(rows) == len(theirs["data"]) > 1
+    for row, their_row in zip(rows, theirs["data"], strict=True):
+        assert row["answer"] == their_row["answer"]
+        for chat in (False, True):
+            whole = prepare(task, row, chat, tokenizer, 1 << 20)
+            for max_length in (1 << 20, len(whole.ids) + task.max_new_tokens - 9):
+                ids = helmet.tokenize(
+                    dict(their_row),
+                    theirs,
+                    tokenizer,
+                    max_length,
+                    task.max_new_tokens,
+                    chat,
+                    system_message=None,
+                ).input_ids[0]
+                assert prepare(task, row, chat, tokenizer, max_length).ids == ids.tolist()
+        gold = row["answer"] if isinstance(row["answer"], str) else str(row["answer"][0])
+        for output in OUTPUTS:
+            output = output.format(answer=gold)
+            scores, other = theirs["post_process"]({"output": output}, their_row)
+            scored = task.score(output, row)
+            assert scored.scores == pytest.approx(scores, abs=1.1e-5), output
+            assert scored.parsed == other["parsed_output"]
