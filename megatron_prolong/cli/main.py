@@ -44,7 +44,10 @@ app.command()(launch.launch)
 
 
 def run() -> None:
-    """Console entry point. `--debug` anywhere on the line keeps the traceback of a user error."""
+    """Console entry point. `--debug` anywhere on the line keeps the traceback of a user error.
+
+    A path that cannot be read or written is the user's to mend, wherever in the program it was met.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) != len(sys.argv) - 1
     try:
@@ -53,4 +56,9 @@ def run() -> None:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror} (--debug shows where)", file=sys.stderr)
         sys.exit(2)

@@ -45,7 +45,7 @@ def check(
     for stage in loaded.stages:
         print(
             f"{stage.name}: {stage.num_steps} steps of {stage.batch_sequences} × {stage.sequence_length} "
-            f"tokens ({stage.num_tokens / 2**30:.3g}B), lr {stage.lr:g} → {stage.min_lr:g}"
+            f"tokens ({stage.num_tokens:,} in all), lr {stage.lr:g} → {stage.min_lr:g}"
         )
     print(f"{recipe}: nothing wrong")
 

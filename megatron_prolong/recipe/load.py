@@ -25,6 +25,7 @@ _RULES = {
     "string_type": "must be text (put it in quotes)",
     "path_type": "must be a path",
     "list_type": "must be a list",
+    "tuple_type": "must be a list",
     "too_short": "must not be empty",
 }
 

@@ -83,8 +83,10 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Source:
 def _read_file(path: Path) -> Source:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the recipe: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot read the recipe: not UTF-8 text ({error.reason})") from error
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -93,9 +95,8 @@ def _read_file(path: Path) -> Source:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise UserError(
-            f"{path}: a recipe is a mapping (name:, model:, stages: …); found {type(data).__name__}"
-        )
+        found = "an empty file" if data is None else type(data).__name__
+        raise UserError(f"{path}: a recipe is a mapping (name:, model:, stages: …); found {found}")
     source.data = data
     return source
 
@@ -177,13 +178,17 @@ def _apply_override(source: Source, override: str) -> None:
     except yaml.YAMLError:
         value = text
     parts = path.strip().split(".")
+    if parts[0] == "base":
+        source.problems.append(f"override {override!r}: a base is named in the recipe file only")
+        return
     key: Key = ()
     target = source.data
     if parts[0] in ("stage", "stages") and path.strip() != "stages":
         stages = [stage for stage in source.data.get("stages") or [] if isinstance(stage, dict)]
         names = [str(stage.get("name")) for stage in stages]
         if len(parts) < 3 or parts[1] not in names:
-            near = get_close_matches(parts[1], names, n=1) if len(parts) > 1 else []
+            unknown = len(parts) > 1 and parts[1] not in names
+            near = get_close_matches(parts[1], names, n=1) if unknown else []
             hint = (
                 f"; did you mean stage.{near[0]}?"
                 if near

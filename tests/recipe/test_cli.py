@@ -44,7 +44,7 @@ def test_check(prolong: Callable[..., tuple], write: Write, recipe_data: dict[st
     path = write(recipe_data)
     code, out, err = prolong("recipe", "check", path, "--world-size", 8)
     assert (code, err) == (0, "")
-    assert "two: 32 steps of 8 × 4096 tokens" in out
+    assert "two: 32 steps of 8 × 4096 tokens (1,048,576 in all)" in out
     code, out, err = prolong("recipe", "check", path, "precision=fp8", "--world-size", 16, "--cpu")
     assert (code, out) == (2, "")
     assert err.startswith("error: recipe.yaml: the recipe has 3 problems:")  # each stage's dp, and fp8
@@ -53,3 +53,15 @@ def test_check(prolong: Callable[..., tuple], write: Write, recipe_data: dict[st
 def test_schema(prolong: Callable[..., tuple]) -> None:
     code, out, _ = prolong("recipe", "schema")
     assert code == 0 and "stages" in json.loads(out)["properties"]
+
+
+def test_a_path_that_cannot_be_written_is_one_line(
+    prolong: Callable[..., tuple], write: Write, recipe_data: dict[str, Any], tmp_path: Path
+) -> None:
+    path, absent = write(recipe_data), tmp_path / "file" / "script.sh"
+    absent.parent.write_text("a file where a directory is needed")
+    code, _, err = prolong("launch", path, "--output", absent)
+    assert code == 2
+    assert err.startswith(f"error: {absent.parent}: File exists")
+    with pytest.raises(FileExistsError):
+        prolong("launch", path, "--output", absent, "--debug")

@@ -87,7 +87,9 @@ def test_overrides(write: Write, recipe_data: dict[str, Any]) -> None:
         ("=3", "must look like key.path=value"),
         ("stage.on.lr=1", "did you mean stage.one?"),
         ("stage.zzz.lr=1", "the stages are one, two"),
-        ("stage.one=1", "must name a stage and a key"),
+        ("stage.one=1", "must name a stage and a key, stage.NAME.KEY=value; the stages are one, two"),
+        ("base=other.yaml", "a base is named in the recipe file only"),
+        ("evaluation.lengths=8K", "evaluation.lengths: found '8K'; must be a list"),
         ("layout.tpp=2", "layout.tpp: unknown key; did you mean layout.tp?"),
         ("stage.one.lr=fast", "override 'stage.one.lr=fast': stages.one.lr: found 'fast'"),
     ],
@@ -147,7 +149,7 @@ def test_circles_and_missing_bases(write: Write) -> None:
     [
         ("name: [", "not valid YAML"),
         ("- a\n- b\n", "a recipe is a mapping"),
-        ("", "a recipe is a mapping"),
+        ("", "a recipe is a mapping .* found an empty file"),
         ("name: !!python/name:os.system x", "not valid YAML"),
     ],
 )
@@ -157,8 +159,15 @@ def test_what_is_not_a_recipe(write: Write, text: str, message: str) -> None:
 
 
 def test_a_missing_file() -> None:
-    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot read the recipe"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot read the recipe: No such file"):
         load_recipe("nowhere.yaml")
+
+
+def test_a_file_that_is_no_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(UserError, match=r"latin\.yaml: cannot read the recipe: not UTF-8 text"):
+        load_recipe(path)
 
 
 def test_a_key_written_twice(write: Write, recipe_data: dict[str, Any]) -> None:
