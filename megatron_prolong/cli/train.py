@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_prolong.errors import UserError
+
 if TYPE_CHECKING:
     from megatron_prolong.recipe.schema import Recipe
     from megatron_prolong.runtime.launch import World
@@ -36,6 +38,10 @@ def train(
             help="Make this step again, from the newest checkpoint before it, and print its batch; writes nothing.",
         ),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="With --replay: directory for a profile of the step, one file per rank."),
+    ] = None,
 ) -> None:
     """Train every stage of a recipe that is not done yet.
 
@@ -46,6 +52,8 @@ def train(
     from megatron_prolong.recipe.load import load_recipe
     from megatron_prolong.recipe.validate import check as check_recipe
 
+    if trace is not None and replay is None:
+        raise UserError(f"--trace {trace}: needs --replay [STAGE:]STEP, the step to profile")
     if processes > 1:
         _relaunch(processes)
     resolved = load_recipe(recipe, overrides or [])
@@ -64,7 +72,7 @@ def train(
     if replay is None:
         _train(resolved)
     else:
-        _replay(resolved, replay)
+        _replay(resolved, replay, trace)
 
 
 def _relaunch(processes: int) -> None:
@@ -104,13 +112,13 @@ def _train(recipe: Recipe) -> None:
             print(f"done: {final}")
 
 
-def _replay(recipe: Recipe, step: str) -> None:
+def _replay(recipe: Recipe, step: str, trace: Path | None) -> None:
     from megatron_prolong.runtime.launch import distributed
     from megatron_prolong.training.replay import parse_step, replay
 
     stage, number = parse_step(step, recipe)
     with distributed() as world:
-        for replayed in replay(recipe, stage, number, world):
+        for replayed in replay(recipe, stage, number, world, trace):
             if world.is_main:
                 print(f"{stage.name} {replayed.step}/{stage.num_steps}")
                 if replayed.step == number:

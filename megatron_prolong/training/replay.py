@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch.profiler
 
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.stream import stream
@@ -60,8 +63,13 @@ def parse_step(text: str, recipe: Recipe) -> tuple[Stage, int]:
     return stage, int(number)
 
 
-def replay(recipe: Recipe, stage: Stage, step: int, world: World) -> Iterator[Replayed]:
+def replay(
+    recipe: Recipe, stage: Stage, step: int, world: World, trace: Path | None = None
+) -> Iterator[Replayed]:
     """Make the steps from the newest checkpoint before `step` up to it. Collective; yields each as it is made.
+
+    Args:
+        trace: directory for a profile of `step` itself; what came before it has warmed up.
 
     Raises:
         UserError: there is no such checkpoint, or it does not fit the recipe.
@@ -72,10 +80,26 @@ def replay(recipe: Recipe, stage: Stage, step: int, world: World) -> Iterator[Re
     with megatron(layout, stage.seed) as groups:
         run = prepare_stage(recipe, stage, start, layout, world, groups)
         for index, sequences in stream(run.mixture, first_state(run, start).step, share=list):
-            metrics = run.update(index, sequences)
+            is_last = index + 1 == step
+            with _tracing(
+                trace / f"{stage.name}_{step}_rank{world.rank}.json.gz" if trace and is_last else None
+            ):
+                metrics = run.update(index, sequences)
             yield Replayed(index + 1, metrics, sequences, recorded.get(index + 1))
-            if index + 1 == step:
+            if is_last:
                 return
+
+
+@contextmanager
+def _tracing(path: Path | None) -> Iterator[None]:
+    """Record every operator and kernel in between, for chrome://tracing or Perfetto."""
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        yield
+    profile.export_chrome_trace(str(path))
 
 
 def _start(recipe: Recipe, stage: Stage, step: int) -> StageInput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import os
@@ -151,12 +152,16 @@ def test_a_second_run_on_the_same_directory_is_refused(workspace, undisturbed):
 def test_a_replayed_step_has_the_numbers_it_had_and_leaves_the_run_alone(workspace, undisturbed, step):
     run = workspace.root / "undisturbed"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    output = workspace.train("undisturbed", "--replay", step)
+    trace = workspace.root / "trace" / f"{step.replace(':', '_')}_rank0.json.gz"
+    output = workspace.train("undisturbed", "--replay", step, f"--trace={trace.parent}")
     stage, number = step.split(":")
     loss, recorded = re.findall(r"loss ([\d.]+)", output)
     assert loss == recorded == f"{undisturbed[stage, int(number)]:.6g}"
     assert len(re.findall(rf"{workspace.root}/data, shard .*, sample \d+", output)) == 4
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    updates = [event for event in events if event["name"] == "aten::_fused_adamw_"]
+    assert len(updates) == 2, "one step updates two groups, with weight decay and without"
 
 
 def test_a_step_to_replay_must_be_clear(workspace):
