@@ -61,6 +61,19 @@ def test_arrays_are_views_of_the_file(tmp_path: Path) -> None:
     assert not tokens.flags.owndata and not tokens.flags.writeable
 
 
+def test_a_reader_of_many_shards_holds_few_files_open(tmp_path: Path) -> None:
+    """A map keeps its file open, and a process may have as few as 1,024; ProLong's data has thousands of shards."""
+    write(tmp_path / "data", [50] * 200, size_limit=1)
+    reader = MDSReader(tmp_path / "data")
+    assert len(reader.shards) == 200
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    arrays = [reader[number]["input_ids"].copy() for number in range(200)]
+    kept = reader[7]["input_ids"]
+    assert [int(reader[number]["input_ids"][0]) for number in reversed(range(200))] == [*reversed(range(200))]
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= 65
+    np.testing.assert_array_equal(kept, arrays[7])  # a view outlives its map's place in the reader
+
+
 def test_columns_can_be_chosen_and_unreadable_ones_left_out(tmp_path: Path) -> None:
     write(tmp_path / "data", [3, 4])
     index = tmp_path / "data" / "index.json"

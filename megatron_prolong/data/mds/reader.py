@@ -1,9 +1,9 @@
 """Random access to the samples of an MDS data set through memory maps.
 
-Opening reads index.json only. A shard is mapped when one of its samples is first asked for and stays mapped
-(it costs address space, not memory); arrays are views of the map. A compressed shard is unpacked once,
-beside the compressed file as the format's own reader does, or into an unnamed temporary file when the
-directory is read-only.
+Opening reads index.json only. A shard is mapped when one of its samples is asked for, and the last _MAX_MAPS of
+them stay mapped (a map costs address space and a file descriptor, not memory); arrays are views of the map and
+keep it. A compressed shard is unpacked once, beside the compressed file as the format's own reader does, or into an
+unnamed temporary file, kept mapped, when the directory is read-only.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from megatron_prolong.errors import UserError
 
 _PAIR = struct.Struct("<II")
 _CHUNK_BYTES = 1 << 20
+_MAX_MAPS = 64  # of every reader: 1,024 open files are a common limit, and a mixture has many domains
 
 
 class MDSReader(Sequence[dict[str, Any]]):
@@ -49,7 +50,9 @@ class MDSReader(Sequence[dict[str, Any]]):
         self._check_hashes = check_hashes
         self._starts = [shard.first for shard in self.shards]
         self._length = sum(shard.num_samples for shard in self.shards)
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: dict[int, mmap.mmap] = {}  # oldest first
+        self._unnamed: dict[int, mmap.mmap] = {}
+        self._checked: set[int] = set()
         stored = dict(self.shards[0].columns) if self.shards else {}
         wanted = sorted(stored if columns is None else columns)
         if self.shards and (absent := [name for name in wanted if name not in stored]):
@@ -158,15 +161,13 @@ class MDSReader(Sequence[dict[str, Any]]):
         raise UserError(f"{self.shards[number].path}: column {column} has arrays of more than one axis")
 
     def _map(self, number: int) -> mmap.mmap:
+        if number in self._unnamed:
+            return self._unnamed[number]
         shard = self.shards[number]
         if shard.packed is not None and not _has_size(shard.path, shard.raw.num_bytes):
             file = _unpack(shard)
         else:
-            if self._check_hashes:
-                _check_file(shard.path, shard.raw.num_bytes)
-                check_hashes(shard.path, shard.raw.hashes, _parts(shard.path))
-            _check_file(shard.path, shard.raw.num_bytes)
-            file = shard.path.open("rb")
+            file = self._open(number)
         with file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if int.from_bytes(data[:4], "little") != shard.num_samples:
@@ -174,8 +175,21 @@ class MDSReader(Sequence[dict[str, Any]]):
                 f"{shard.path} holds {int.from_bytes(data[:4], 'little')} samples, index.json says "
                 f"{shard.num_samples}; fetch or write the data set again"
             )
-        self._maps[number] = data
+        if shard.path.exists():
+            if len(self._maps) == _MAX_MAPS:
+                del self._maps[next(iter(self._maps))]
+            self._maps[number] = data
+        else:
+            self._unnamed[number] = data
         return data
+
+    def _open(self, number: int) -> IO[bytes]:
+        shard = self.shards[number]
+        _check_file(shard.path, shard.raw.num_bytes)
+        if self._check_hashes and number not in self._checked:
+            check_hashes(shard.path, shard.raw.hashes, _parts(shard.path))
+            self._checked.add(number)
+        return shard.path.open("rb")
 
     def verify(self, number: int) -> None:
         """Check shard `number` completely: size, hashes, and that every sample decodes. Raises UserError."""
