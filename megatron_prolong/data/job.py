@@ -68,7 +68,8 @@ class Job:
             )
         with disk_full_is_users(self.out):
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_json(self.directory / SETTINGS, dict(self.settings))
+            if begun is None:  # once, as it is the file that `finish` locks
+                write_json(self.directory / SETTINGS, dict(self.settings))
 
     def run(
         self,
@@ -104,7 +105,7 @@ class Job:
         Several jobs of an array may come here at once: one does it, the others find it done.
         """
         try:
-            with (self.directory / SETTINGS).open() as lock:
+            with (self.directory / SETTINGS).open("r+") as lock:  # NFS locks only what may be written
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not self.directory.exists():
                     return
