@@ -283,8 +283,8 @@ class _Judge:
             return "contaminated"
         if self._predicate is not None:
             verdict = self._predicate(candidate)
-            if verdict is not True:
-                return verdict if isinstance(verdict, str) and verdict else "predicate"
+            if isinstance(verdict, str) or not verdict:
+                return verdict or "predicate"
         return None
 
 

@@ -148,7 +148,7 @@ def test_predicate(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "def keep(document):\n"
         "    if 'secret' in document.text:\n"
         "        return 'has a secret'\n"
-        "    return len(document.tokens) > 5 and document.domain == 't'\n"
+        "    return document.domain == 't' and (document.tokens >= 0).sum() > 5  # numpy's bool\n"
     )
     monkeypatch.chdir(tmp_path)
     source = write_texts(tmp_path / "texts", ["a secret and more words", "x", "some words that are kept"])
