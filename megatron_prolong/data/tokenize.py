@@ -12,7 +12,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -91,7 +91,7 @@ def tokenize(
     """
     options = options or TokenizeOptions()
     if options.kind == "chat":
-        options = TokenizeOptions(**(asdict(options) | {"kind": "jsonl", "chat": True}))
+        options = replace(options, kind="jsonl", chat=True)
     kinds = [options.kind or find_kind(source) for source in sources]
     parts = [
         (kind, part)
@@ -114,13 +114,17 @@ def _settings(
     options: TokenizeOptions,
     parts: Sequence[tuple[str, Part]],
 ) -> dict[str, Any]:
-    digest = hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).hexdigest()
+    digest = hashlib.sha256(tokenizer_file(tokenizer).read_bytes())
+    if options.chat:
+        for name in ("tokenizer_config.json", "chat_template.jinja"):  # where the template may be
+            path = Path(tokenizer) / name
+            digest.update(path.read_bytes() if path.exists() else b"")
     listing = hashlib.sha256(repr(parts).encode()).hexdigest()
     return {
         "step": "tokenize",
         "sources": list(sources),
         "files": f"{len(parts)} parts, {sum(part.num_bytes for _, part in parts)} bytes, sha256 {listing}",
-        "tokenizer": f"sha256 {digest}",
+        "tokenizer": f"sha256 {digest.hexdigest()}",
         **asdict(options),
     }
 

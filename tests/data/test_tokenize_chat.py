@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama3 import llama3_tokenizer
+from llama3 import TEMPLATE, llama3_tokenizer
 
 from megatron_prolong.data.chat import encode
 from megatron_prolong.data.mds import MDSReader
@@ -87,3 +87,14 @@ def test_a_data_set_whose_masks_say_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="every token is marked as the assistant's"):
         tokenize([source], tmp_path / "tokenizer", tmp_path / "out", TokenizeOptions(kind="chat"))
     assert not (tmp_path / "out").exists()
+
+
+def test_another_template_is_another_job(tmp_path: Path, tokenizer: Path) -> None:
+    """tokenizer.json alone does not make a chat's tokens."""
+    source = write(tmp_path / "chats.jsonl", [{"messages": CHATS[0]}])
+    options = TokenizeOptions(kind="chat")
+    first = tokenize([source], tokenizer, tmp_path / "out", options)
+    assert tokenize([source], tokenizer, tmp_path / "out", options) == first
+    llama3_tokenizer(template=TEMPLATE.replace(" | trim", "")).save_pretrained(tokenizer)
+    with pytest.raises(UserError, match="exists already"):
+        tokenize([source], tokenizer, tmp_path / "out", options)
