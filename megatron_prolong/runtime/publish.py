@@ -37,10 +37,13 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Delete a directory that may be complete; one half deleted no longer has its name."""
+    """Delete a directory that may be complete; one half deleted no longer has its name.
+
+    What somebody still reads over NFS cannot be deleted yet: `remove_leftovers` of a later process does it.
+    """
     doomed = temporary_name(directory.with_name(f"{directory.name}.removed"))
     directory.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_leftovers(parent: Path, name: str = "*") -> None:

@@ -59,8 +59,13 @@ def write_pointer(stage_dir: Path, name: str) -> None:
 
 
 def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and those of every `keep_every`-th step; and leftovers."""
-    complete = sorted(path for path in stage_dir.glob("step_*") if path.suffix == "")
+    """Delete all but the newest `keep` checkpoints and those of every `keep_every`-th step; and leftovers.
+
+    The newest is the one that `latest` names. After a run was put back to an older one, those beyond it are of
+    another history, and stay until the run comes to their step.
+    """
+    newest = (stage_dir / "latest").read_text().strip()
+    complete = sorted(path for path in stage_dir.glob("step_*") if path.suffix == "" and path.name <= newest)
     for old in complete[:-keep]:
         if keep_every is None or _step(old) % keep_every:
             remove(old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -153,6 +154,37 @@ def test_the_newest_and_every_nth_are_kept(tmp_path, monkeypatch):
         bench.save(step)
     kept = ["step_00000004", "step_00000008", "step_00000010", "step_00000011"]
     assert bench.names == ["latest", *kept]
+
+
+def test_a_run_put_back_to_an_older_checkpoint_keeps_what_it_saves(tmp_path, monkeypatch):
+    """Newer ones of the history that was given up do not count: `latest` never names one that was deleted."""
+    bench = Bench(tmp_path, monkeypatch, keep=2, keep_every=10, async_save=False)
+    for step in range(5, 35, 5):
+        bench.save(step)
+    (bench.stage / "latest").write_text("step_00000010\n")
+    bench.save(15)
+    assert bench.newest == 15
+    bench.save(17)
+    assert bench.newest == 17
+    later = ["step_00000020", "step_00000025", "step_00000030"]
+    assert bench.names == ["latest", "step_00000010", "step_00000015", "step_00000017", *later]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_yet_stops_nothing(tmp_path, monkeypatch):
+    """On NFS a directory with a file that somebody still reads is never empty; it goes with the next leftovers."""
+    bench = Bench(tmp_path, monkeypatch, keep=1, async_save=False)
+    bench.save(1)
+    rmdir = os.rmdir
+
+    def busy(path, **options):
+        if "removed" in str(path):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    bench.save(2)
+    assert bench.newest == 2
+    assert not (bench.stage / "step_00000001").exists()
 
 
 def test_no_space_is_seen_before_anything_is_written(bench, monkeypatch):
