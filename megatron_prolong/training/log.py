@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -91,15 +92,19 @@ class RunLog:
 
 @contextmanager
 def open_log(recipe: Recipe) -> Iterator[RunLog]:
-    """Open the log files of a run, appending to what an earlier start wrote.
+    """Open the log files of a run, appending to what an earlier start wrote, less a line it was killed in.
 
     Raises:
         UserError: the recipe asks for Weights & Biases, which is not installed.
     """
     run_dir = recipe.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "metrics.jsonl"
+    if path.exists():
+        written = path.read_bytes()
+        os.truncate(path, written.rfind(b"\n") + 1)
     with (
-        (run_dir / "metrics.jsonl").open("a") as metrics,
+        path.open("a") as metrics,
         SummaryWriter(str(run_dir / "tensorboard")) as tensorboard,
         _wandb_run(recipe) if recipe.logging.wandb else nullcontext() as wandb,
     ):
