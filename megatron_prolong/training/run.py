@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,10 +19,13 @@ from megatron_prolong.recipe.shape import model_directory
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.runtime.publish import write_durably
+from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import RunLog, open_log
 from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, Checkpoint, latest_checkpoint
 from megatron_prolong.training.stage import Preempted, StageInput, train_stage
 from megatron_prolong.training.state import StageStatus, chain_status, refuse_changes
+
+CONVERSION_TIMEOUT = timedelta(days=1)  # hundreds of GB, from a slow disk to a slow disk
 
 Evaluate = Callable[[Path], Mapping[str, float]]
 """Measures a checkpoint. Collective, called outside any Megatron setup; returns scores to log on the main rank, and
@@ -73,12 +77,15 @@ def _pieces(
     stop_requested: Callable[[], bool],
 ) -> Iterator[Checkpoint]:
     """Train a stage to its end in pieces that end where it is evaluated; yields its checkpoint between them."""
+    guard = Guard(stage.name)
     while True:
-        status = StageStatus(stage, latest_checkpoint(recipe.run_dir / stage.name))
+        status = StageStatus(stage, _newest_checkpoint(recipe.run_dir / stage.name))
         if status.checkpoint is not None:
             yield status.checkpoint
         if status.word == "done":
             return
+        if stop_requested():
+            raise Preempted(f"stopped at step {status.step} of stage {stage.name}")
         until = next(
             step
             for step in range(status.step + 1, stage.num_steps + 1)
@@ -86,7 +93,14 @@ def _pieces(
         )
         start = stage_input(status, previous, initial)
         _announce(log, status, start)
-        train_stage(recipe, stage, start, until, world, log, stop_requested, initial.directory / "hf")
+        train_stage(recipe, stage, start, until, world, log, stop_requested, initial.directory / "hf", guard)
+
+
+def _newest_checkpoint(stage_dir: Path) -> Checkpoint | None:
+    """As rank 0 sees it: what another node sees of a network file system may be seconds old. Collective."""
+    found = [latest_checkpoint(stage_dir) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def _wants_evaluation(recipe: Recipe, stage: Stage, step: int) -> bool:
@@ -146,8 +160,9 @@ def initial_directory(recipe: Recipe) -> Path:
 
 
 def _initial_checkpoint(recipe: Recipe, world: World) -> Checkpoint:
-    """The weights before the first stage, as a checkpoint any layout can load."""
+    """The weights before the first stage, as a checkpoint any layout can load. Collective."""
     converted = initial_directory(recipe)
+    patient = dist.new_group(backend="gloo", timeout=CONVERSION_TIMEOUT)
     if world.is_main and not (converted / MANIFEST).exists():
         if converted.exists():
             shutil.rmtree(converted)
@@ -156,7 +171,8 @@ def _initial_checkpoint(recipe: Recipe, world: World) -> Checkpoint:
         else:
             assert recipe.model.init is not None and recipe.model.tokenizer is not None
             write_initial(recipe.model.init, recipe.model.tokenizer, converted, seed=recipe.stages[0].seed)
-    dist.barrier()
+    dist.barrier(patient)
+    dist.destroy_process_group(patient)
     if not (converted / MANIFEST).exists():
         raise UserError(
             f"{converted} was not written by rank 0: is the run directory on a shared file system?"

@@ -104,11 +104,13 @@ def train_stage(
     log: RunLog | None,
     stop_requested: Callable[[], bool],
     sidecar: Path,
+    guard: Guard,
 ) -> None:
     """Train `stage` from `start` until a step (its last, or a pause), saving on the way and there. Collective.
 
     Args:
         sidecar: the `hf/` directory (tokenizer, configs) that every checkpoint takes along.
+        guard: of the stage, and of the losses before `start`.
 
     Raises:
         Preempted: `stop_requested` said so; a checkpoint of the last finished step is on disk.
@@ -131,7 +133,7 @@ def train_stage(
             if not start.resume:
                 log.say(f"stage {stage.name} draws {mixture}")
         with log.stage(stage.name, state.step, stage.num_steps) if log else nullcontext():
-            _walk(run, state, until, sidecar, log, stop_requested, watchdog)
+            _walk(run, state, until, sidecar, log, stop_requested, guard, watchdog)
         if log and until == stage.num_steps:
             log.event("stage_end", stage=stage.name, step=stage.num_steps)
 
@@ -143,11 +145,11 @@ def _walk(
     sidecar: Path,
     log: RunLog | None,
     stop_requested: Callable[[], bool],
+    guard: Guard,
     watchdog: Watchdog,
 ) -> None:
     """The loop: next batch, step, log, checkpoint."""
     stage, spec = run.stage, run.recipe.checkpoint
-    guard = Guard(stage.name)
     writer = CheckpointWriter(
         run.recipe.run_dir / stage.name, spec, sidecar, dump_recipe(run.recipe),
         report=(lambda facts: log.event("checkpoint", **facts)) if log else None,

@@ -1,0 +1,120 @@
+"""How a run finds its way: pieces of a stage between evaluations, what ranks agree on, what is left in its log."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_prolong.recipe.schema import Recipe
+from megatron_prolong.runtime.launch import World
+from megatron_prolong.training import run
+from megatron_prolong.training.guard import Guard
+from megatron_prolong.training.log import open_log
+from megatron_prolong.training.replay import _recorded
+from megatron_prolong.training.run_directory import MANIFEST, Checkpoint, write_pointer
+from megatron_prolong.training.stage import Preempted
+
+WORLD = World(0, 1, 0, torch.device("cpu"))
+INITIAL = Checkpoint(Path("initial"), {"step": 0, "kind": "weights"})
+
+
+def recipe(root: Path) -> Recipe:
+    stage = {
+        "name": "short", "sequence_length": 64, "batch_tokens": 64, "steps": 5, "lr": 1e-3, "mixture": "mock",
+    }  # fmt: skip
+    return Recipe.model_validate(
+        {
+            "name": "r", "run_dir": root / "run", "model": {"path": "somewhere"}, "stages": [stage],
+            "evaluation": {"every": 2},
+        }
+    )  # fmt: skip
+
+
+def save(stage_dir: Path, step: int) -> None:
+    directory = stage_dir / f"step_{step:08d}"
+    directory.mkdir(parents=True)
+    (directory / MANIFEST).write_text(json.dumps({"step": step, "kind": "training"}))
+    write_pointer(stage_dir, directory.name)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_pause_for_evaluation_does_not_make_the_guard_forget(tmp_path, monkeypatch, one_rank):
+    """A stage evaluated every 40 steps would otherwise never have 50 losses to see a spike by."""
+    of, pieces = recipe(tmp_path), []
+
+    def train_stage(recipe, stage, start, until, world, log, stop_requested, sidecar, guard):
+        pieces.append((start.checkpoint.step, until, guard))
+        save(recipe.run_dir / stage.name, until)
+
+    monkeypatch.setattr(run, "train_stage", train_stage)
+    found = list(run._pieces(of, of.stages[0], INITIAL, INITIAL, WORLD, None, lambda: False))
+    assert [checkpoint.step for checkpoint in found] == [2, 4, 5]
+    assert [piece[:2] for piece in pieces] == [(0, 2), (2, 4), (4, 5)]
+    guards = [guard for *_, guard in pieces]
+    assert isinstance(guards[0], Guard) and all(guard is guards[0] for guard in guards)
+
+
+def test_asked_to_stop_it_begins_no_further_piece(tmp_path, monkeypatch, one_rank):
+    of = recipe(tmp_path)
+    save(of.run_dir / "short", 2)
+    monkeypatch.setattr(run, "train_stage", lambda *_: pytest.fail("a stage was begun"))
+    pieces = run._pieces(of, of.stages[0], INITIAL, INITIAL, WORLD, None, lambda: True)
+    assert next(pieces).step == 2
+    with pytest.raises(Preempted, match="step 2 of stage short"):
+        next(pieces)
+
+
+def _slowly(init, tokenizer, directory: Path, seed: int) -> None:
+    """Converting a large model takes longer than ranks may keep each other waiting elsewhere."""
+    time.sleep(5)
+    save(directory.parent, 0)
+    (directory.parent / "step_00000000").rename(directory)
+
+
+def _two_views(rank: int, root: str) -> None:
+    """Rank 1's node has not seen yet that `latest` was replaced."""
+    dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
+    found = run._newest_checkpoint(Path(root, str(rank)))
+    assert found is not None and found.step == 4
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
+    run.write_initial = _slowly
+    init = {
+        "num_layers": 1, "hidden_size": 8, "num_heads": 1, "num_kv_heads": 1, "ffn_hidden_size": 8,
+        "max_length": 64, "rope_base": 1e4,
+    }  # fmt: skip
+    fields = recipe(Path(root)).model_dump() | {"model": {"init": init, "tokenizer": root}}
+    world = World(rank, 2, rank, torch.device("cpu"))
+    assert run._initial_checkpoint(Recipe.model_validate(fields), world).step == 0
+    dist.destroy_process_group()
+
+
+def test_ranks_go_by_what_rank_0_sees_and_wait_for_its_conversion(tmp_path):
+    for rank, step in enumerate((4, 2)):
+        save(tmp_path / str(rank), step)
+    (tmp_path / "run").mkdir()
+    torch.multiprocessing.spawn(_two_views, (str(tmp_path),), nprocs=2)
+
+
+def test_half_a_line_of_a_process_that_died_does_not_spoil_the_next(tmp_path):
+    of = recipe(tmp_path)
+    metrics = of.run_dir / "metrics.jsonl"
+    for step in (1, 2):
+        with open_log(of) as log:
+            log._write({"stage": "short", "step": step, "loss": 2.0})
+        with metrics.open("a") as file:
+            file.write('{"stage": "short", "step": 9, "lo')
+    assert _recorded(metrics, "short").keys() == {1, 2}
+    lines = metrics.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines[:2]] == [1, 2] and len(lines) == 3
