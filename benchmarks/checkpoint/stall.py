@@ -1,6 +1,6 @@
 """What saving costs a run: `prolong train` with checkpoints in the background, in the foreground, and without any.
 
-    python benchmarks/checkpoint/stall.py [--directory /scratch] [--processes 1] [--output result.json]
+    python benchmarks/checkpoint/stall.py [--directory /scratch] [--processes 1]      # writes result.json
 
 A Llama of 64 M parameters on CPU, 1 GB of weights and optimizer per checkpoint, saved every 8 of 26 steps. The
 runs take turns. Stall is the time training stood still for a save (copying to memory, completing), as the
@@ -25,7 +25,7 @@ from typing import Any
 from tokenizers import Tokenizer, models
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from measure import machine
+from measure import write_result
 
 RECIPE = """\
 name: stall
@@ -116,57 +116,56 @@ def megatron_seconds(root: Path) -> list[float]:
     return json.loads(said.splitlines()[-1])
 
 
+def write_inputs(root: Path) -> None:
+    """Recipe and tokenizer."""
+    (root / "tokenizer").mkdir()
+    words = {f"t{number}": number for number in range(32_000)}
+    Tokenizer(models.WordLevel(words, unk_token="t0")).save(str(root / "tokenizer/tokenizer.json"))
+    (root / "recipe.yaml").write_text(RECIPE.format(root=root))
+
+
+def summary(saving: list[dict[str, Any]], without: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one way of saving, against those that never save."""
+    stalls = [stall for turn in saving for stall in turn["stall_seconds"]]
+    saves = [save for turn in saving for save in turn["save_seconds"]]
+    step = min(turn["step_seconds"] for turn in without)
+    fastest, fastest_without = (min(turn["steps_seconds"] for turn in turns) for turns in (saving, without))
+    return {
+        "stall_seconds": stalls,
+        "save_seconds": saves,
+        "gb_per_second": round(saving[0]["bytes"] / 1e9 / statistics.median(saves), 3),
+        "stall_percent_of_a_step": round(100 * statistics.median(stalls) / step, 1),
+        "stall_percent_at_every_125": round(100 * statistics.median(stalls) / (125 * step), 2),
+        "run_slower_than_without_percent": round(100 * (fastest / fastest_without - 1), 1),
+    }
+
+
 def main() -> None:
     """Take turns; print and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("result.json"))
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    described = machine()
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         root = Path(name)
-        (root / "tokenizer").mkdir()
-        words = {f"t{number}": number for number in range(32_000)}
-        Tokenizer(models.WordLevel(words, unk_token="t0")).save(str(root / "tokenizer/tokenizer.json"))
-        (root / "recipe.yaml").write_text(RECIPE.format(root=root))
+        write_inputs(root)
         turns: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for _ in range(options.turns):
             for way in WAYS:
                 turns[way].append(run(root, way, options.processes))
                 print(way, json.dumps(turns[way][-1]), flush=True)
         num_bytes = turns["background"][0]["bytes"]
-        results: dict[str, Any] = {"machine": described, "processes": options.processes, "bytes": num_bytes}
-        step = min(turn["step_seconds"] for turn in turns["none"])
-        results["step_seconds"] = round(step, 3)
+        result: dict[str, Any] = {"processes": options.processes, "bytes": num_bytes}
+        result["step_seconds"] = round(min(turn["step_seconds"] for turn in turns["none"]), 3)
         for way in ("background", "foreground"):
-            stalls = [stall for turn in turns[way] for stall in turn["stall_seconds"]]
-            saves = [save for turn in turns[way] for save in turn["save_seconds"]]
-            results[way] = {
-                "stall_seconds": stalls,
-                "save_seconds": saves,
-                "gb_per_second": round(num_bytes / 1e9 / statistics.median(saves), 3),
-                "stall_percent_of_a_step": round(100 * statistics.median(stalls) / step, 1),
-                "stall_percent_at_every_125": round(100 * statistics.median(stalls) / (125 * step), 2),
-                "run_slower_than_without_percent": round(
-                    100
-                    * (
-                        min(turn["steps_seconds"] for turn in turns[way])
-                        / min(turn["steps_seconds"] for turn in turns["none"])
-                        - 1
-                    ),
-                    1,
-                ),
-            }
-        results["dd_gb_per_second"] = round(num_bytes / 1e9 / dd_seconds(root, num_bytes), 3)
+            result[way] = summary(turns[way], turns["none"])
+        result["dd_gb_per_second"] = round(num_bytes / 1e9 / dd_seconds(root, num_bytes), 3)
         if options.processes == 1:
-            results["megatron_save_seconds"] = megatron_seconds(root)
-    text = json.dumps(results, indent=2)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+            result["megatron_save_seconds"] = megatron_seconds(root)
+    write_result(options.output, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """An 8B-shaped bf16 checkpoint of random numbers through the converter, beside `cp` of the same bytes.
 
-    python benchmarks/convert/convert.py [--directory /scratch] [--layers 32] [--output result.json]
+    python benchmarks/convert/convert.py [--directory /scratch] [--layers 32]     # writes result.json
 
 Needs twice the checkpoint's size on disk (32 GB at 32 layers) and removes everything it made. Each
 measurement starts with the files of its input dropped from the page cache and ends when its output is on the disk
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from measure import machine
+from measure import write_result
 
 from megatron_prolong.convert.hf_writer import write_safetensors
 from megatron_prolong.convert.names import Rows, hf_tensors
@@ -108,10 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("result.json"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a timeout removes the files too
     options = parser.parse_args()
-    described = machine()
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         root = Path(name)
         shape = llama3_8b(options.layers)
@@ -121,7 +120,6 @@ def main() -> None:
         write_safetensors(root / "hf", [(tensor, torch.bfloat16) for tensor in tensors], RandomBits())
         num_bytes = 2 * sum(tensor.numel for tensor in tensors)
         results: dict[str, Any] = {
-            "machine": described,
             "layers": options.layers,
             "gigabytes": num_bytes / 1e9,
         }
@@ -138,10 +136,7 @@ def main() -> None:
                 "times_cp": round(measured["seconds"] / (sum(pair) / 2), 2),
             }
             print(direction, json.dumps(results[direction]), flush=True)
-    text = json.dumps(results, indent=2)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    write_result(options.output, results)
 
 
 if __name__ == "__main__":
