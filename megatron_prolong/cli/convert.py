@@ -14,17 +14,19 @@ app = typer.Typer(
     help="Convert checkpoints between Hugging Face and Megatron, on any CPU.", no_args_is_help=True
 )
 
-Dtype = Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 (default: as stored)")]
-Workers = Annotated[int | None, typer.Option(min=1, help="files written at once (default: cores, at most 4)")]
-Verify = Annotated[bool, typer.Option("--verify", help="compare tensors and logits afterwards")]
+Dtype = Annotated[str | None, typer.Option(help="Write bf16, fp16 or fp32 (default: as stored).")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Files written at once (default: cores, at most 4).")
+]
+Verify = Annotated[bool, typer.Option("--verify", help="Compare tensors and logits afterwards.")]
 # Relative to the largest logit. Both sides compute in fp32, in another order; a wrong RoPE base gives > 0.01.
 LARGEST_LOGIT_DIFFERENCE = 1e-3
 
 
 @app.command("to-megatron")
 def to_megatron(
-    hf_dir: Annotated[Path, typer.Argument(help="Hugging Face Llama directory")],
-    out: Annotated[Path, typer.Argument(help="checkpoint directory to make")],
+    hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face Llama directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint directory to make.")],
     dtype: Dtype = None,
     workers: Workers = None,
     verify: Verify = False,
@@ -42,17 +44,23 @@ def to_megatron(
 
 @app.command("to-hf")
 def to_hf(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint of ours, or Megatron-LM's torch_dist")],
-    out: Annotated[Path, typer.Argument(help="Hugging Face directory to make")],
-    rope_base: Annotated[float | None, typer.Option(help="RoPE base (default: as trained)")] = None,
-    max_length: Annotated[int | None, typer.Option(help="tokens (default: as trained)")] = None,
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of ours, or Megatron-LM's torch_dist.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Hugging Face directory to make.")],
+    rope_base: Annotated[
+        float | None, typer.Option(min=1, help="RoPE base to write (default: as trained).")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest context to write, in tokens (default: as trained).")
+    ] = None,
     dtype: Dtype = None,
     workers: Workers = None,
     contradict: Annotated[
-        bool, typer.Option("--contradict", help="allow a RoPE base or length other than what was trained")
+        bool, typer.Option("--contradict", help="Allow a RoPE base or length other than what was trained.")
     ] = False,
     hf: Annotated[
-        Path | None, typer.Option("--hf", help="Hugging Face directory to take config and tokenizer from")
+        Path | None, typer.Option("--hf", help="Hugging Face directory to take config and tokenizer from.")
     ] = None,
     verify: Verify = False,
 ) -> None:
@@ -80,8 +88,8 @@ def to_hf(
 
 @app.command()
 def verify(
-    a: Annotated[Path, typer.Argument(help="checkpoint of any kind")],
-    b: Annotated[Path, typer.Argument(help="checkpoint of any kind")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint of any kind.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Checkpoint of any kind.")],
 ) -> None:
     """Compare two checkpoints tensor by tensor, and their configs; exit code 1 when they differ."""
     from megatron_prolong.convert.compare import compare
@@ -95,7 +103,9 @@ def verify(
 
 
 @app.command()
-def inspect(checkpoint: Annotated[Path, typer.Argument(help="checkpoint of any kind")]) -> None:
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of any kind.")],
+) -> None:
     """Print what a checkpoint holds: step, layout, shape, RoPE base, every tensor."""
     from megatron_prolong.convert.describe import describe
     from megatron_prolong.recipe.shape import model_directory

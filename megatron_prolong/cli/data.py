@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Tokenize, filter, pack and look at training data.", no_args_is_help=True)
 
-Paths = Annotated[list[str], typer.Argument(metavar="IN... OUT", help="inputs, then the directory to write")]
-Workers = Annotated[int, typer.Option(help="processes; 0 takes one per core", min=0)]
-ExecutorName = Annotated[str, typer.Option("--executor", help="local or ray")]
+Paths = Annotated[list[str], typer.Argument(metavar="IN... OUT", help="Inputs, then the directory to write.")]
+Workers = Annotated[int, typer.Option(help="Processes; 0 takes one per core.", min=0)]
+ExecutorName = Annotated[str, typer.Option("--executor", help="Where the work is done: local or ray.")]
 SlurmArray = Annotated[
-    bool, typer.Option("--slurm-array", help="do this Slurm array job's share (SLURM_ARRAY_TASK_ID, …_COUNT)")
+    bool,
+    typer.Option("--slurm-array", help="Do this Slurm array job's share (SLURM_ARRAY_TASK_ID, …_COUNT)."),
 ]
 
 
@@ -40,18 +41,20 @@ def sources() -> None:
 @app.command()
 def tokenize(
     paths: Paths,
-    tokenizer: Annotated[Path, typer.Option(help="directory with tokenizer.json, such as the model's")],
-    kind: Annotated[str | None, typer.Option(help="see `prolong data sources`; found out if absent")] = None,
-    domain: Annotated[str | None, typer.Option(help="name of the domain (default: the name of OUT)")] = None,
-    domain_field: Annotated[str | None, typer.Option(help="field of a record that names its domain")] = None,
-    text_field: Annotated[str, typer.Option(help="field that holds the text; `a.b` reaches inside")] = "text",
-    messages_field: Annotated[str, typer.Option(help="field that holds a chat's messages")] = "messages",
-    chat: Annotated[bool, typer.Option("--chat", help="records are chats, whatever their --kind")] = False,
+    tokenizer: Annotated[Path, typer.Option(help="Directory with tokenizer.json, such as the model's.")],
+    kind: Annotated[str | None, typer.Option(help="See `prolong data sources`; found out if absent.")] = None,
+    domain: Annotated[str | None, typer.Option(help="Name of the domain (default: the name of OUT).")] = None,
+    domain_field: Annotated[str | None, typer.Option(help="Field of a record that names its domain.")] = None,
+    text_field: Annotated[
+        str, typer.Option(help="Field that holds the text; `a.b` reaches inside.")
+    ] = "text",
+    messages_field: Annotated[str, typer.Option(help="Field that holds a chat's messages.")] = "messages",
+    chat: Annotated[bool, typer.Option("--chat", help="Records are chats, whatever their --kind.")] = False,
     max_chat_tokens: Annotated[
-        str | None, typer.Option(help="cut longer chats after the last whole assistant turn, e.g. 64K")
+        str | None, typer.Option(help="Cut longer chats after the last whole assistant turn, e.g. 64K.")
     ] = None,
     on_bad_input: Annotated[
-        str, typer.Option(help="stop at the first bad record, or skip and count")
+        str, typer.Option(help="Stop at the first bad record, or skip and count.")
     ] = "stop",
     workers: Workers = 0,
     executor: ExecutorName = "local",
@@ -91,23 +94,28 @@ def tokenize(
 def filter_(
     paths: Paths,
     min_length: Annotated[
-        list[str] | None, typer.Option(help="tokens, e.g. 64K; or for one domain, e.g. books=32K; repeatable")
+        list[str] | None,
+        typer.Option(help="Drop shorter ones: 64K tokens, or books=32K for one domain; repeatable."),
     ] = None,
-    max_length: Annotated[list[str] | None, typer.Option(help="likewise, above which to drop")] = None,
+    max_length: Annotated[
+        list[str] | None, typer.Option(help="Drop longer ones; written like --min-length.")
+    ] = None,
     duplicates: Annotated[
-        bool, typer.Option("--duplicates", help="drop exact duplicates but the first")
+        bool, typer.Option("--duplicates", help="Drop exact duplicates but the first.")
     ] = False,
     against: Annotated[
         list[str] | None,
-        typer.Option(help="file of an evaluation set (text, JSON, JSONL, Parquet); repeatable"),
+        typer.Option(help="File of an evaluation set (text, JSON, JSONL, Parquet); repeatable."),
     ] = None,
-    n: Annotated[int, typer.Option("--ngram", help="words that must be the same in a row")] = 13,
-    hits: Annotated[int, typer.Option(help="different n-grams that a document must share to be dropped")] = 1,
+    n: Annotated[int, typer.Option("--ngram", help="Words that must be the same in a row.")] = 13,
+    hits: Annotated[
+        int, typer.Option(help="Different n-grams that a document must share to be dropped.")
+    ] = 1,
     predicate: Annotated[
-        str | None, typer.Option(help="module:function; called with tokens, domain, text; True keeps")
+        str | None, typer.Option(help="module:function; called with tokens, domain, text; True keeps.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="the data's tokenizer, for --against and text")
+        Path | None, typer.Option(help="The data's tokenizer, for --against and text.")
     ] = None,
     workers: Workers = 0,
     executor: ExecutorName = "local",
@@ -142,24 +150,29 @@ def filter_(
 @app.command()
 def pack(
     paths: Paths,
-    length: Annotated[str, typer.Option(help="tokens of a pack, e.g. 64K")],
+    length: Annotated[str, typer.Option(help="Tokens of a pack, e.g. 64K.")],
     mode: Annotated[
         str,
         typer.Option(
             help="single: long documents cut into whole packs; concat: one after the other, a cut document "
-            "goes on in the next pack; bestfit: no document that fits is cut"
+            "goes on in the next pack; bestfit: no document that fits is cut."
         ),
     ],
-    min_length: Annotated[str, typer.Option(help="drop documents, and rests of documents, below this")] = "1",
+    min_length: Annotated[
+        str, typer.Option(help="Drop documents, and rests of documents, below this.")
+    ] = "1",
     lengths: Annotated[
-        str | None, typer.Option(help="single: chunk lengths, each into a subset of its own, e.g. 64K,512K")
+        str | None,
+        typer.Option(help="With single: chunk lengths, each into a subset of its own, e.g. 64K,512K."),
     ] = None,
-    overlap: Annotated[str, typer.Option(help="tokens that the next piece of a cut document repeats")] = "0",
-    intact: Annotated[bool, typer.Option("--intact", help="drop the rest of a cut document (chats)")] = False,
-    bos: Annotated[int | None, typer.Option(help="id to begin every document with (default: none)")] = None,
-    eos: Annotated[int | None, typer.Option(help="id to end every document with (default: none)")] = None,
-    shuffle_seed: Annotated[int | None, typer.Option(help="take the documents in random order")] = None,
-    domain: Annotated[str | None, typer.Option(help="name to write instead of the input's")] = None,
+    overlap: Annotated[str, typer.Option(help="Tokens that the next piece of a cut document repeats.")] = "0",
+    intact: Annotated[
+        bool, typer.Option("--intact", help="Drop the rest of a cut document (chats).")
+    ] = False,
+    bos: Annotated[int | None, typer.Option(help="Id to begin every document with (default: none).")] = None,
+    eos: Annotated[int | None, typer.Option(help="Id to end every document with (default: none).")] = None,
+    shuffle_seed: Annotated[int | None, typer.Option(help="Take the documents in random order.")] = None,
+    domain: Annotated[str | None, typer.Option(help="Name to write instead of the input's.")] = None,
     workers: Workers = 0,
     executor: ExecutorName = "local",
     slurm_array: SlurmArray = False,
@@ -195,7 +208,9 @@ def pack(
 
 
 @app.command()
-def merge(root: Annotated[Path, typer.Argument(help="directory with data sets somewhere below it")]) -> None:
+def merge(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Directory with data sets somewhere below it.")],
+) -> None:
     """Join all data sets below a directory under one index, leaving their shards where they are."""
     from megatron_prolong.data.mds import merge_tree
 
@@ -212,9 +227,12 @@ def _count(option: str, text: str) -> int:
     from megatron_prolong.recipe.numbers import parse_count
 
     try:
-        return parse_count(text)
+        count = parse_count(text)
     except ValueError as error:
         raise UserError(f"{option} {text}: {error}") from None
+    if count < 0:
+        raise UserError(f"{option} {text}: must not be negative")
+    return count
 
 
 def _by_domain(option: str, texts: list[str]) -> dict[str, int]:

@@ -34,6 +34,8 @@ def inspect(
 
     from megatron_prolong.data.inspect import domain_table, length_table, plot, preview, survey
 
+    if png is not None and png.suffix != ".png":
+        raise UserError(f"--png {png}: the name must end in .png")
     console = Console() if sys.stdout.isatty() else Console(width=140)
     if sample:
         if tokenizer is None:
@@ -45,8 +47,6 @@ def inspect(
     domains = survey(directory)
     console.print(domain_table(domains), length_table(domains))
     if png is not None:
-        if png.suffix != ".png":
-            raise UserError(f"--png {png}: the name must end in .png")
         temporary = png.with_name(f"{png.stem}.tmp.png")
         plot(domains, str(directory)).savefig(temporary, dpi=120)
         temporary.replace(png)

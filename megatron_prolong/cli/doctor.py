@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 def doctor(
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="Also say what this recipe lacks.")
+        Path | None, typer.Argument(metavar="RECIPE", help="Also say what this recipe lacks.")
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="E.g. layout.tp=2.")
+    ] = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="Ranks of the job; those visible here by default.")
     ] = None,

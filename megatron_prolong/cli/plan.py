@@ -17,7 +17,7 @@ def plan(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="E.g. model.path=DIR with config.json is enough."),
+        typer.Argument(metavar="KEY=VALUE", help="E.g. model.path=DIR with config.json is enough."),
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the job.")] = 8,
     gpu: Annotated[str, typer.Option(help="GPU model of the hardware table.")] = "h100-80g",

@@ -13,7 +13,7 @@ app = typer.Typer(help="Show, check and describe recipes.", no_args_is_help=True
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 (typer reads this annotation)
-    typer.Argument(metavar="[KEY=VALUE]...", help="E.g. stage.64k.lr=2e-5 layout.tp=2."),
+    typer.Argument(metavar="KEY=VALUE", help="E.g. stage.64k.lr=2e-5 layout.tp=2."),
 ]
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def runs(
-    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where runs are, or one run.")] = Path(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where runs are, or one run.")] = Path(
         "runs"
     ),
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

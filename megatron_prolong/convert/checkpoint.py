@@ -12,7 +12,7 @@ from megatron_prolong.convert.manifest import MANIFEST
 from megatron_prolong.convert.sidecar import HF_DIR
 from megatron_prolong.convert.unpickle import load_common
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import ModelShape, RopeScaling, read_json, read_shape
+from megatron_prolong.recipe.shape import ModelShape, RopeScaling, read_json, read_shape, stages_hint
 
 _ITERATION_POINTER = "latest_checkpointed_iteration.txt"
 
@@ -46,7 +46,7 @@ class MegatronCheckpoint:
             UserError: it is neither.
         """
         if not directory.is_dir():
-            raise UserError(f"{directory}: no such directory; expected a Megatron checkpoint")
+            raise UserError(f"{directory}: no such directory; expected a checkpoint")
         if (directory / MANIFEST).exists():
             return cls._open_ours(directory, sidecar)
         if (pointer := directory / _ITERATION_POINTER).exists():
@@ -55,6 +55,7 @@ class MegatronCheckpoint:
             return cls._open_megatron_lm(directory, sidecar)
         raise UserError(
             f"{directory}: not a Megatron torch_dist checkpoint (neither {MANIFEST} nor common.pt is there)"
+            + stages_hint(directory)
         )
 
     @classmethod

@@ -102,6 +102,12 @@ def model_directory(path: Path | str) -> Path:
     return path
 
 
+def stages_hint(directory: Path) -> str:
+    """What an error adds when somebody gives a run where a checkpoint is wanted."""
+    stages = ", ".join(str(pointer.parent) for pointer in sorted(directory.glob("*/latest")))
+    return f"; this is a run, give one of its stages: {stages}" if stages else ""
+
+
 def read_shape(path: Path | str) -> ModelShape:
     """The shape of a model: a Hugging Face directory (config.json), a checkpoint of ours (prolong.json), or
     the stage directory of a run.
@@ -121,7 +127,10 @@ def read_shape(path: Path | str) -> ModelShape:
             ) from error
     if (theirs := directory / "config.json").exists():
         return ModelShape.from_hf(read_json(theirs), str(theirs))
-    raise UserError(f"{directory}: holds neither config.json (Hugging Face) nor prolong.json (checkpoint)")
+    raise UserError(
+        f"{directory}: holds neither config.json (Hugging Face) nor prolong.json (checkpoint)"
+        + stages_hint(directory)
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

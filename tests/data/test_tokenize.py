@@ -209,6 +209,9 @@ def test_commands(tokenizer: Path, tmp_path: Path) -> None:
     ]
     result = invoke(app, [str(word) for word in [*words, "--workers", 1]])
     assert result.exit_code == 0 and "code: 3 documents" in result.output, result.output
+    negative = ["filter", tmp_path / "code", tmp_path / "long", "--min-length", "code=-1", "--workers", 1]
+    result = invoke(app, [str(word) for word in negative])
+    assert "--min-length -1: must not be negative" in str(result.exception)
     words = ["filter", tmp_path / "code", tmp_path / "long", "--min-length", "code=0.375K", "--workers", 1]
     result = invoke(app, [str(word) for word in words])
     assert result.exit_code == 0 and "kept 2 documents" in result.output, result.output

@@ -105,6 +105,8 @@ def test_read_shape_of_a_checkpoint_and_of_a_stage_directory(tmp_path: Path) -> 
     assert model_directory(tmp_path / "64k") == checkpoint
     for path in (checkpoint, tmp_path / "64k", tmp_path / "64k" / "latest"):
         assert read_shape(path) == SHAPES[1]
+    with pytest.raises(UserError, match=f"this is a run, give one of its stages: {tmp_path}/64k"):
+        read_shape(tmp_path)
 
 
 def test_read_shape_says_what_is_missing(tmp_path: Path) -> None:
