@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import Prompt, cut_at_stop
+from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode
 from megatron_prolong.evaluation.http import Client
 
 UNKNOWN_LENGTH = 1 << 62
@@ -49,9 +49,11 @@ class OpenAIBackend:
         return list(self.client.map(lambda prompt: self._one(prompt, max_new_tokens, stop), prompts))
 
     def _one(self, prompt: Prompt, max_new_tokens: int, stop: Sequence[str]) -> str:
+        # A prompt cut by HELMET's rule can be a few tokens too long to leave room for the whole answer.
+        room = self.max_length - len(encode(self.tokenizer, prompt))
         body: dict[str, Any] = {
             "model": self.model,
-            "max_tokens": max_new_tokens,
+            "max_tokens": max(1, min(max_new_tokens, room)),
             "temperature": 0.0,
             "top_p": 1.0,
             "seed": 42,
