@@ -126,7 +126,8 @@ def _long_documents(root: Path) -> None:
     for split in ("longbook_qa_eng", "longbook_choice_eng"):
         _write(root / f"hf/infinitebench/{split}.jsonl", rows)
     _write(
-        root / "hf/infinitebench/longbook_sum_eng.jsonl", [row | {"input": "", "options": []} for row in rows]
+        root / "hf/infinitebench/longbook_sum_eng.jsonl",
+        [row | {"input": "Summarize.", "options": []} for row in rows],
     )
     _write(
         root / "infbench/longbook_sum_eng_keypoints.jsonl",

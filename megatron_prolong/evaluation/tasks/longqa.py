@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 
 from megatron_prolong.evaluation.rows import read_split
 from megatron_prolong.evaluation.task import Inputs, Row, Scored, Task, shuffled, stable_seed
@@ -22,6 +24,8 @@ CHOICE = (
     "provided. Only one of the following options is correct, output the answer using one single letter "
     "(A, B, C, or D). Don't say anything else.\n\n{demo}{context}\n\nQuestion: {question}\nOptions:\n{options}"
 )
+QUESTION_EXAMPLE = "Question: {question}\nAnswer: {answer[0]}"
+CHOICE_EXAMPLE = "Question: {question}\nOptions:\n{options}\nAnswer: {answer[0]}"
 PROMPT_TOKENS = 200  # HELMET leaves this much for everything but document and answer
 NARRATIVE_MIN_TOKENS = 131072  # only documents longer than this are asked, at every length
 INFBENCH_MIN_TOKENS = 65536
@@ -51,7 +55,7 @@ def longqa_tasks(length: int) -> list[Task]:
             template=QUESTION,
             answer_prefix="Answer:",
             separator="\n\n",
-            load=load_infbench,
+            load=partial(load_infbench, "longbook_qa_eng", QUESTION_EXAMPLE.format_map),
             max_new_tokens=10,
             metrics=("rougeL_f1",),
             chat=True,
@@ -64,7 +68,7 @@ def longqa_tasks(length: int) -> list[Task]:
             template=CHOICE,
             answer_prefix="Answer:",
             separator="\n\n",
-            load=load_infbench,
+            load=partial(load_infbench, "longbook_choice_eng", CHOICE_EXAMPLE.format_map),
             score=_score_choice,
             max_new_tokens=10,
             metrics=("exact_match",),
@@ -109,13 +113,12 @@ def _narrative_demo(train: list[tuple[str, str]], shots: int, seed: int) -> str:
     return f"For example:\n\n{examples}\n\nNow, use the following story to answer the question:\n\n"
 
 
-def load_infbench(task: Task, inputs: Inputs) -> list[Row]:
-    """∞Bench: QA, choice or summary by the task's name."""
+def load_infbench(split: str, example: Callable[[Row], str], task: Task, inputs: Inputs) -> list[Row]:
+    """One of ∞Bench's splits; `example` is what a demonstration shows of another row."""
     assert inputs.data is not None
-    split = "longbook_" + task.name.removeprefix("infbench_").rsplit("_", 1)[0]
     tokenizer = document_tokenizer(inputs)
     rows = [_infbench_row(row, split) for row in read_split(inputs.data / "hf" / "infinitebench", split)]
-    rows = [{**row, "demo": _infbench_demo(row, rows, task.shots, inputs.seed)} for row in rows]
+    rows = [{**row, "demo": _infbench_demo(row, rows, example, task.shots, inputs.seed)} for row in rows]
     rows = [row for row in rows if num_tokens(tokenizer, row["context"]) >= INFBENCH_MIN_TOKENS]
     chosen = shuffled(rows, inputs.seed)[: task.samples(inputs)]
     return [{**row, "context": cut_document(tokenizer, row["context"], _budget(task))} for row in chosen]
@@ -132,20 +135,13 @@ def _infbench_row(row: Row, split: str) -> Row:
     return filled
 
 
-def _infbench_demo(row: Row, rows: list[Row], shots: int, seed: int) -> str:
-    """Two other questions of the same split, without their stories."""
+def _infbench_demo(row: Row, rows: list[Row], example: Callable[[Row], str], shots: int, seed: int) -> str:
+    """Two other rows of the same split, without their stories."""
     if not shots:
         return ""
     others = shuffled([other for other in rows if other["id"] != row["id"]], seed)[:shots]
-    examples = "\n\n".join(f"[story text]\n{_infbench_example(other)}" for other in others)
+    examples = "\n\n".join(f"[story text]\n{example(other)}" for other in others)
     return f"For example:\n\n{examples}\n\nNow, read the following story:\n\n"
-
-
-def _infbench_example(row: Row) -> str:
-    if not row["question"]:
-        return f"Summary: {row['answer'][0].strip()}"
-    options = f"Options:\n{row['options']}\n" if isinstance(row.get("options"), str) else ""
-    return f"Question: {row['question']}\n{options}Answer: {row['answer'][0]}"
 
 
 def _budget(task: Task) -> int:

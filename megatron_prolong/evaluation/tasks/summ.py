@@ -61,7 +61,12 @@ def summ_tasks(length: int) -> list[Task]:
 
 
 def _load_books(task: Task, inputs: Inputs) -> list[Row]:
-    return _with_key_points(load_infbench(task, inputs), inputs, BOOK_KEY_POINTS, "keypoints")
+    rows = load_infbench("longbook_sum_eng", _book_example, task, inputs)
+    return _with_key_points(rows, inputs, BOOK_KEY_POINTS, "keypoints")
+
+
+def _book_example(row: Row) -> str:
+    return f"Summary: {row['answer'][0].strip()}"
 
 
 def _load_cases(task: Task, inputs: Inputs) -> list[Row]:
