@@ -6,6 +6,7 @@ drawn, never single rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], questions: Sequence[Hashable], seed: int = 42) -> Interval:
-    """Mean over rows, interval over questions."""
+    """Mean over rows, interval over questions; rows of NaN do not count."""
     sums, counts = _by_question(values, questions)
     draws = _draws(len(sums), seed)
     means = sums[draws].sum(1) / counts[draws].sum(1)
@@ -44,8 +45,9 @@ def _by_question(
     values: Sequence[float], questions: Sequence[Hashable]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     number: dict[Hashable, int] = {}
-    places = np.array([number.setdefault(question, len(number)) for question in questions])
-    sums = np.bincount(places, weights=np.asarray(values, dtype=np.float64))
+    known = [pair for pair in zip(values, questions, strict=True) if not math.isnan(pair[0])]
+    places = np.array([number.setdefault(question, len(number)) for _, question in known])
+    sums = np.bincount(places, weights=np.array([value for value, _ in known], dtype=np.float64))
     return sums.astype(np.float64), np.bincount(places).astype(np.float64)
 
 

@@ -22,7 +22,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.http import Client
 from megatron_prolong.evaluation.partial import sample_key
 from megatron_prolong.evaluation.report import write_json
-from megatron_prolong.evaluation.results import JUDGED
+from megatron_prolong.evaluation.results import JUDGED, judged_path
 from megatron_prolong.evaluation.text_metrics import parse_output
 
 QUESTIONS = "narrativeqa_"
@@ -78,7 +78,7 @@ def judge_results(directory: Path, judge: Judge, helmet: Path) -> list[Path]:
     """Judge every result under `directory` that wants it and has none; returns the files written."""
     written = []
     for path in sorted(directory.glob("*.json")):
-        target = path.with_name(path.name.removesuffix(".json") + JUDGED)
+        target = judged_path(path)
         if path.name.endswith(JUDGED) or target.exists():
             continue
         if path.name.startswith(QUESTIONS):

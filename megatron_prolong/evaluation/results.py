@@ -26,7 +26,8 @@ class Result:
         scores: the task's metrics that are known, 0 to 100.
         missing: those that are not (no judge, no inference model).
         stand_in: ROUGE-L F1, 0 to 100, while a judge's score is missing.
-        values: per row, 0 to 1, of the first metric or its stand-in; for intervals.
+        values: per row, 0 to 1, of the first metric or its stand-in, for intervals; NaN where the judge's answer
+            could not be read.
         questions: which question each row asks.
         truncated: rows whose context was cut.
     """
@@ -36,7 +37,6 @@ class Result:
     category: str
     length: int
     model: str
-    model_identity: str
     generated: bool
     scores: dict[str, float]
     missing: tuple[str, ...]
@@ -58,9 +58,14 @@ class Result:
         return Interval(100 * found.mean, 100 * found.low, 100 * found.high)
 
 
+def judged_path(path: Path) -> Path:
+    """Where HELMET's scripts put the judged form of a result."""
+    return path.with_name(path.name.removesuffix(".json") + JUDGED)
+
+
 def read_result(path: Path) -> Result:
     """Read one result; the judge's file beside it (…-gpt4eval_o.json) wins."""
-    judged = path.with_name(path.name.removesuffix(".json") + JUDGED)
+    judged = judged_path(path)
     content = json.loads((judged if judged.exists() else path).read_text(encoding="utf-8"))
     arguments, items = content["args"], content["data"]
     averages = content["averaged_metrics"]
@@ -72,12 +77,11 @@ def read_result(path: Path) -> Result:
         category=arguments["category"],
         length=arguments["input_max_length"],
         model=arguments["model_name_or_path"],
-        model_identity=arguments["model_identity"],
         generated=arguments["generated"],
         scores=known,
         missing=tuple(name for name in names if name not in known),
         stand_in=averages.get(WITHOUT_JUDGE) if any(name.startswith("gpt-4") for name in names) else None,
-        values=tuple(_row_value(item, names[0]) for item in items),
+        values=tuple(_row_value(item, names[0] if names[0] in averages else WITHOUT_JUDGE) for item in items),
         questions=tuple(_question(item, arguments["question_field"], row) for row, item in enumerate(items)),
         truncated=sum(item["removed_tokens"] > 0 for item in items),
     )
@@ -103,17 +107,19 @@ def _is_result(path: Path) -> bool:
 
 
 def _row_value(item: dict[str, Any], metric: str) -> float:
-    """The row's own score of the first metric, 0 to 1; ROUGE where the judge's is missing."""
-    judged = item.get("gpt-4-scores")
-    if metric == "gpt-4-score" and judged:
+    """The row's own score of a metric, 0 to 1."""
+    if metric in SCALE:
+        judged = item.get("gpt-4-scores")
+        if not judged:
+            return float("nan")
+        if metric == "gpt-4-f1":
+            return float(judged["f1"])
         return float(judged["fluency"]) * float(judged["correctness"]) / 3
-    if metric == "gpt-4-f1" and judged:
-        return float(judged["f1"])
     if metric in ("str_em", "qampari_rec_top5"):
         from megatron_prolong.evaluation.alce import qampari_scores, str_em
 
         return str_em(item) if metric == "str_em" else qampari_scores(item)[metric]
-    return float(item[metric if metric in item else WITHOUT_JUDGE])
+    return float(item[metric])
 
 
 def _question(item: dict[str, Any], field: str, row: int) -> Hashable:

@@ -5,6 +5,7 @@ Result files have HELMET's names and fields (its collect_results reads them), be
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from megatron_prolong.evaluation.backend import Backend
 from megatron_prolong.evaluation.partial import Generated, PartialOutputs, sample_key
 from megatron_prolong.evaluation.prompts import Prepared, prepare, render
 from megatron_prolong.evaluation.report import write_json
-from megatron_prolong.evaluation.results import Result, read_result
+from megatron_prolong.evaluation.results import Result, judged_path, read_result
 from megatron_prolong.evaluation.task import Entails, Inputs, Row, Task
 from megatron_prolong.evaluation.tasks.long_documents import has_llama2
 from megatron_prolong.recipe.numbers import format_count
@@ -58,7 +59,7 @@ def run_task(
     out: Path,
     entails: Entails | None = None,
 ) -> Result:
-    """Run one task, or go on with it, or read its finished result.
+    """Run one task, or go on with it, or read its finished result if that is of the same model and settings.
 
     Raises:
         UserError: prompts that are too long for the model (with too_long "refuse"), missing data.
@@ -66,10 +67,9 @@ def run_task(
     max_length = _max_length(task, backend, settings)
     chat = _use_chat(task, backend, settings)
     path = out / file_name(task, inputs, settings, chat)
-    if path.exists() and not settings.overwrite:
-        known = read_result(path)
-        if known.model_identity == settings.model_identity:
-            return known
+    arguments = _arguments(task, backend, inputs, settings, chat)
+    if path.exists() and not settings.overwrite and _is_of(path, arguments):
+        return read_result(path)
     rows = task.load(task, inputs)
     if not rows:
         raise UserError(f"{task.name}: its data holds no example that qualifies; `prolong eval data check`")
@@ -87,8 +87,9 @@ def run_task(
         samples = [partial.done[key] for key in keys]
         seconds = time.monotonic() - started
         content = _score(task, rows, samples, entails, chat)
-        content["args"] = _arguments(task, backend, inputs, settings, chat)
+        content["args"] = arguments
         content["throughput"] = len(pending) / seconds if pending else 0.0
+        judged_path(path).unlink(missing_ok=True)  # its answers are no longer these
         write_json(path, content)
         write_json(path.with_name(path.name + ".score"), content["averaged_metrics"])
         partial.remove()
@@ -102,6 +103,14 @@ def file_name(task: Task, inputs: Inputs, settings: Settings, chat: bool) -> str
         f"{task.name}_{settings.tag}_{test_name}_in{task.length}_size{task.samples(inputs)}_shots{task.shots}"
         f"_sampFalsemax{task.max_new_tokens}min0t0.0p1.0_chat{chat}_{inputs.seed}.json"
     )
+
+
+def _is_of(path: Path, arguments: dict[str, Any]) -> bool:
+    """Whether a result was made with these arguments; a model that has moved is known by its identity."""
+    known = json.loads(path.read_text(encoding="utf-8"))["args"]
+    if arguments["model_identity"]:
+        known["model_name_or_path"] = arguments["model_name_or_path"]
+    return bool(known == arguments)
 
 
 def _max_length(task: Task, backend: Backend, settings: Settings) -> int:
@@ -213,6 +222,6 @@ def _arguments(
         "question_field": task.question,
         "too_long": settings.too_long,
         "generated": not from_file,
-        "haystack": "prose given" if inputs.haystack else "noise",
+        "haystack": f"prose {sample_key(inputs.haystack)[:8]}" if inputs.haystack else "noise",
         "documents_cut_by": "Llama-2's tokenizer" if has_llama2(inputs) else "the model's tokenizer",
     }

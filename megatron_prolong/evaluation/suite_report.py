@@ -22,7 +22,7 @@ Models = Mapping[str, Sequence[Result]]
 
 @dataclass(frozen=True)
 class Change:
-    """A task's difference from the first model, on the rows both have, 0 to 100; None where they differ."""
+    """A task's difference from the first model, 0 to 100, paired by row; None where rows or scores differ."""
 
     model: str
     task: str
@@ -43,7 +43,7 @@ def changes(models: Models) -> list[Change]:
 
 
 def _difference(before: Result, after: Result) -> Interval | None:
-    if before.questions != after.questions:
+    if (before.questions, before.missing) != (after.questions, after.missing):  # judged beside not judged
         return None
     found = difference_interval(before.values, after.values, before.questions)
     return Interval(100 * found.mean, 100 * found.low, 100 * found.high)

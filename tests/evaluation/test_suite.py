@@ -14,7 +14,7 @@ from stand_ins import Parrot, short_documents
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import encode
 from megatron_prolong.evaluation.prompts import prepare, render
-from megatron_prolong.evaluation.results import averages, read_results
+from megatron_prolong.evaluation.results import averages, judged_path, read_results
 from megatron_prolong.evaluation.run import Settings, run_task
 from megatron_prolong.evaluation.suite import run_suite, runnable
 from megatron_prolong.evaluation.suite_page import suite_page
@@ -105,6 +105,8 @@ def test_icl_maps_labels_to_numbers_of_each_question(inputs: Inputs) -> None:
             text, label = line.split("\nlabel: ")
             mapping.setdefault(int(text.rsplit(" ", 1)[1]) % 3, set()).add(label)
         assert all(len(numbers) == 1 for numbers in mapping.values())
+        labels = [line.split("\nlabel: ")[1] for line in lines]
+        assert all(len(set(labels[start : start + 3])) == 3 for start in range(0, 399, 3)), "not balanced"
         assert {row["answer"]} == mapping[row["coarse_label"]]
 
 
@@ -123,8 +125,13 @@ def test_long_documents_are_cut_and_say_so(inputs: Inputs) -> None:
     assert abs(len(inputs.tokenizer(row["context"])["input_ids"]) - 7892) < 40
 
 
+def test_books_are_demonstrated_by_their_summaries(inputs: Inputs) -> None:
+    task = only("infbench_sum")
+    assert task.load(task, inputs)[0]["demo"].count("[story text]\nSummary: because") == 2
+
+
 def test_truncation_keeps_the_question_and_is_counted(inputs: Inputs, tmp_path: Path) -> None:
-    task = replace(only("json_kv"), length=500)
+    task = only("json_kv")
     row = task.load(task, inputs)[0]
     whole = encode(inputs.tokenizer, render(task, row, chat=False))
     cut = prepare(task, row, False, inputs.tokenizer, len(whole) + task.max_new_tokens - 7)
@@ -132,10 +139,9 @@ def test_truncation_keeps_the_question_and_is_counted(inputs: Inputs, tmp_path: 
     assert cut.prompt.text.endswith(f"Key: {row['question']}\nCorresponding value:")
     with pytest.raises(UserError, match="alone take more"):
         prepare(task, row, False, inputs.tokenizer, task.max_new_tokens + 1)
-    result = run_task(task, Parrot(inputs.tokenizer), inputs, Settings(), tmp_path)
-    assert result.truncated == sum(
-        item["removed_tokens"] > 0 for item in json.loads(result.path.read_text())["data"]
-    )
+    for length, cut_rows in ((len(whole) + task.max_new_tokens - 20, 2), (8192, 0)):
+        asked = replace(task, length=length)
+        assert run_task(asked, Parrot(inputs.tokenizer), inputs, Settings(), tmp_path).truncated == cut_rows
 
 
 def test_a_stopped_run_continues_and_equals_an_unstopped_one(inputs: Inputs, tmp_path: Path) -> None:
@@ -156,13 +162,44 @@ def test_a_stopped_run_continues_and_equals_an_unstopped_one(inputs: Inputs, tmp
     assert len(third.seen) == 4, "another model in the same place is run"
 
 
+def test_a_result_of_other_settings_is_not_taken_for_this_one(inputs: Inputs, tmp_path: Path) -> None:
+    task = only("kilt_nq")
+    run_task(task, Parrot(inputs.tokenizer), inputs, Settings(model_identity="x"), tmp_path)
+    for changed in (
+        Settings(stop_newline=True, model_identity="x"),
+        Settings(too_long="allow", model_identity="x"),
+    ):
+        parrot = Parrot(inputs.tokenizer)
+        run_task(task, parrot, inputs, changed, tmp_path)
+        assert len(parrot.seen) == 4, changed
+        run_task(task, replace(parrot, model="moved"), inputs, changed, tmp_path)
+        assert len(parrot.seen) == 4, "the same model in another place is known"
+
+
+def test_a_judgement_goes_with_the_answers_it_was_of(inputs: Inputs, tmp_path: Path) -> None:
+    task = only("narrativeqa")
+    path = run_task(task, Parrot(inputs.tokenizer), inputs, Settings(), tmp_path).path
+    content = json.loads(path.read_text())
+    assert len(content["data"]) == 2
+    content["averaged_metrics"]["gpt-4-score"] = 3.0
+    content["data"][0]["gpt-4-scores"] = {"fluency": 1, "correctness": 3}
+    content["data"][1]["gpt-4-scores"] = None  # unreadable: neither in the mean nor in its interval
+    judged_path(path).write_text(json.dumps(content))
+    (judged,) = read_results(tmp_path)
+    assert judged.score == judged.interval.mean == 100.0
+    again = run_task(task, Parrot(inputs.tokenizer), inputs, Settings(model_identity="retrained"), tmp_path)
+    assert again.missing == ("gpt-4-score",) and not judged_path(path).exists()
+    (change,) = changes({"judged": [judged], "not judged": [again]})
+    assert change.interval is None
+
+
 def test_prompts_beyond_the_model_are_refused_cut_or_allowed(inputs: Inputs, tmp_path: Path) -> None:
     task = only("kilt_nq")
     lengths = [len(encode(inputs.tokenizer, render(task, row, False))) for row in task.load(task, inputs)]
     short = Parrot(inputs.tokenizer, max_length=min(lengths) + task.max_new_tokens - 5)
     with pytest.raises(UserError, match="--too-long allow"):
         run_task(task, short, inputs, Settings(), tmp_path)
-    cut = run_task(task, short, inputs, Settings(too_long="truncate", tag="cut"), tmp_path)
+    cut = run_task(task, short, inputs, Settings(too_long="truncate"), tmp_path)
     assert cut.truncated > 0
     assert run_task(task, short, inputs, Settings(too_long="allow"), tmp_path).truncated == 0
 
