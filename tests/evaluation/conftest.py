@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> Any:
-    """Bytes and a few merges; <bos> is put in front, as Llama-3's tokenizer does."""
+    """Bytes and a few merges."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()

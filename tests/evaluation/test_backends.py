@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from megatron_prolong.errors import UserError
@@ -76,6 +79,18 @@ def test_generation_ends_before_a_stop_text(hf_directory: Path) -> None:
         (whole,) = backend.generate(PROMPTS[:1], 24)
         (cut,) = backend.generate(PROMPTS[:1], 24, stop=[whole[3:5]])
     assert cut == whole[: whole.index(whole[3:5])]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_begins_with_one_bos(chat: bool, tokenizer: Any) -> None:
+    """Llama-3's tokenizer puts it in front of every text, and its chat template writes it as well."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    ids = encode(tokenizer, Prompt("What is the key?", chat))
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_neither_kind_of_model_is_refused(tmp_path: Path, hf_directory: Path) -> None:
