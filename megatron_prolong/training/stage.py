@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_prolong.data.balance import CostModel
@@ -21,6 +22,7 @@ from megatron_prolong.mcore.build import StageModel, build_model
 from megatron_prolong.mcore.checkpoint import load_weights, load_weights_and_optimizer
 from megatron_prolong.mcore.groups import ParallelGroups, megatron
 from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
+from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.recipe import fp8
 from megatron_prolong.recipe.load import dump_recipe
 from megatron_prolong.recipe.schema import Layout, Recipe, Stage, layout_of, precision_of, recompute_of
@@ -166,7 +168,7 @@ def _walk(
             writer.finish()  # saved before the damage, and every rank is here
             raise
         if log:
-            facts = _facts(state, metrics, stage, time.perf_counter() - started, run.world)
+            facts = _facts(run, state, metrics, sequences, time.perf_counter() - started)
             log.step(
                 stage.name, state.step, stage.num_steps, facts, show=step % run.recipe.logging.every == 0
             )
@@ -259,20 +261,23 @@ def _advance(
 
 
 def _facts(
-    state: TrainState, metrics: StepMetrics, stage: Stage, seconds: float, world: World
+    run: StageRun, state: TrainState, metrics: StepMetrics, sequences: list[PackedSequence], seconds: float
 ) -> dict[str, Any]:
     """One line of metrics.jsonl."""
+    pairs = sum(float(np.square(np.diff(sequence.boundaries)).sum()) for sequence in sequences)
+    flops = model_flops(run.model.shape, run.stage.batch_tokens, pairs)
     return {
         "loss": metrics.loss,
         "lr": metrics.lr,
         "grad_norm": metrics.grad_norm,
         "tokens": state.tokens,
         "valid_tokens": metrics.num_targets,
-        "tokens_per_second": stage.batch_tokens / seconds,
+        "tokens_per_second": run.stage.batch_tokens / seconds,
+        "tflops_per_rank": flops / seconds / run.world.size / 1e12,
         "step_seconds": seconds,
         "skipped": state.skipped,
         "domains": state.domain_tokens,
-        "peak_memory_bytes": _peak_memory(world),
+        "peak_memory_bytes": _peak_memory(run.world),
     }
 
 

@@ -30,7 +30,8 @@ stages:
 def step(stage: str, number: int, **facts: Any) -> str:
     base = {
         "time": 1.7e9 + number, "stage": stage, "step": number, "loss": 5 - number / 10, "lr": 1e-3,
-        "grad_norm": 1.0, "tokens": 1024 * number, "tokens_per_second": 512.0, "step_seconds": 2.0,
+        "grad_norm": 1.0, "tokens": 1024 * number, "tokens_per_second": 512.0, "tflops_per_rank": 0.5,
+        "step_seconds": 2.0,
         "valid_tokens": 1000, "peak_memory_bytes": 3 * 10**9,
         "domains": {"books": 768 * number, "code": 256 * number},
     }  # fmt: skip
@@ -105,7 +106,7 @@ def test_the_page_has_everything(run: Path) -> None:
         models.base.0.score|stage_start|sequence_length: 256"""
     for expected in map(str.strip, expectations.split("|")):
         assert expected in html, expected
-    assert html.count("<svg") == 4 + 1 + 1 + 1  # curves, domains of both stages, memory
+    assert html.count("<svg") == 5 + 1 + 1 + 1  # curves, domains of both stages, memory
     assert html.count("<polyline") >= 2 * 4 + 1  # the NaN breaks one line in two
     assert "NaN" not in html.split("<pre>")[0] and "http" not in html
 

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_prolong.errors import UserError
@@ -139,6 +140,21 @@ def test_asked_to_stop_it_saves_and_continues_bit_for_bit(workspace, undisturbed
     assert "continue with the same command" in output
     workspace.train("asked", "checkpoint.every=100")
     assert workspace.losses("asked") == undisturbed
+
+
+def test_the_logged_flops_are_those_of_the_documents(workspace, undisturbed):
+    lines = (workspace.root / "undisturbed/metrics.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if "loss" in record]
+    logged = np.array([step["tflops_per_rank"] * 1e12 * step["step_seconds"] for step in steps])
+    # Forward and twice that backward; per layer of width 32, 4 heads in 2 groups: q, k, v, projection, MLP.
+    weights = 4 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64) + 32 * 100
+    without_attention = 3 * 2 * weights * 256
+    one_document_per_sequence = (
+        3 * 4 * (2 * 32 * 64**2) * 4
+    )  # 2·n²·width forward, four sequences of 64 tokens
+    attention = (logged - without_attention) / one_document_per_sequence
+    assert (attention > 0.5 - 1e-6).all() and (attention < 1).all()  # each sequence is cut into two documents
+    assert len(set(attention.round(6))) > 1
 
 
 def test_a_second_run_on_the_same_directory_is_refused(workspace, undisturbed):
