@@ -18,7 +18,7 @@ _CURVES = (
     ("grad_norm", "gradient norm", "Global gradient norm before clipping."),
     ("lr", "learning rate", "Learning rate."),
     ("tokens_per_second", "tokens per second", "Throughput over all ranks."),
-    ("tflops_per_rank", "TFLOP/s per rank", "Model FLOPs of the documents' real lengths; over the GPU's peak: MFU."),
+    ("tflops_per_rank", "TFLOP/s per rank", "Model FLOPs by the real documents; over the GPU's peak: MFU."),
 )
 
 
