@@ -1,0 +1,131 @@
+"""Citation and judge's scores are those of HELMET's eval_alce.py and scripts/eval_gpt4_*.py on the same outputs.
+
+Needs a checkout of HELMET, named by the environment variable HELMET, and what it imports (pytrec_eval).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from strings import sentence
+
+from megatron_prolong.evaluation import alce
+from megatron_prolong.evaluation.http import Client
+from megatron_prolong.evaluation.judge import Judge, judge_results
+
+HELMET = Path(os.environ.get("HELMET", "missing"))
+pytestmark = pytest.mark.skipif(not (HELMET / "eval_alce.py").exists(), reason="HELMET=checkout not given")
+DOCUMENTS = [{"title": f"D{n}", "text": f"Paris {n}"} for n in range(6)]
+
+
+def supports(passage: str, claim: str) -> bool:
+    """A model of entailment with opinions: the sum of the passage's numbers, and the length of the claim."""
+    return (sum(int(word) for word in passage.split() if word.isdigit()) + len(claim)) % 3 > 0
+
+
+def import_script(name: str, monkeypatch: pytest.MonkeyPatch, folder: str = "") -> Any:
+    pytest.importorskip("pytrec_eval")
+    monkeypatch.syspath_prepend(str(HELMET))
+    monkeypatch.syspath_prepend(str(HELMET / folder))
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_citation_scores_are_helmets(listed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    theirs = import_script("eval_alce", monkeypatch)
+    split = lambda text: text.split(". ")  # noqa: E731 - punkt is data that not every machine has
+    monkeypatch.setattr(theirs, "autoais_model", "stands in")
+    monkeypatch.setattr(theirs, "_run_nli_autoais", lambda passage, claim: int(supports(passage, claim)))
+    monkeypatch.setattr(theirs, "sent_tokenize", split)
+    monkeypatch.setattr(alce, "split_sentences", split)
+    rng = random.Random(1)
+    items = []
+    for number in range(300):
+        cited = "".join(f"{sentence(rng)} [{rng.randint(0, 7)}][{rng.randint(1, 6)}]. " for _ in range(3))
+        gold = {"qa_pairs": [{"short_answers": ["Paris", "3,000"]}, {"short_answers": ["born 1950"]}]}
+        if listed:
+            gold = {"answers": [["Paris", "the paris"], ["New York"], ["hotel"], ["B."], ["C"], ["1989"]]}
+        output = rng.choice([cited, sentence(rng), cited.replace(". ", ", ")])
+        items.append(
+            {"question": f"q{number}?", "answer": "Paris", "output": output, "docs": DOCUMENTS, **gold}
+        )
+    path = tmp_path / f"alce_{'qampari' if listed else 'asqa'}.json"
+    path.write_text(json.dumps({"data": items}))
+    theirs.main(["--f", str(path), "--citations", "--no_rouge"])
+    expected = json.loads(Path(f"{path}.score").read_text())
+    ours = json.loads(json.dumps(alce.summarise(items, supports, listed=listed)))
+    assert ours.pop("citation_positions") == expected["citation_positions"]
+    assert ours == pytest.approx({name: expected[name] for name in ours})
+    assert 10 < ours["citation_rec"] < 90 and 10 < ours["citation_prec"] < 90
+
+
+@dataclass
+class Oracle:
+    """A judging model for both programs: HELMET's asks in a batch, ours one by one."""
+
+    asked: list[str] = field(default_factory=list)
+
+    def answer(self, prompt: str) -> str:
+        rng = random.Random(prompt)
+        scores = {"fluency": rng.randint(0, 1), "correctness": rng.randint(0, 3), "recall": rng.randint(0, 2)}
+        scores |= {"precision": rng.randint(0, 3), "sentence_count": 3}
+        return rng.choice(
+            [
+                'First {"fluency": 9}. So ' + json.dumps(scores),
+                f"```json\n{json.dumps(scores)}\n```",
+                "unsure",
+            ]
+        )
+
+    def generate_batch(self, prompt: list[str], batch_file: str) -> list[dict[str, str]]:
+        self.asked += prompt
+        return [{"output": self.answer(text)} for text in prompt]
+
+
+@pytest.mark.parametrize("name", ["narrativeqa", "infbench_sum_eng", "multi_lexsum"])
+def test_judgements_are_helmets(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = "eval_gpt4_longqa" if name == "narrativeqa" else "eval_gpt4_summ"
+    theirs = import_script(script, monkeypatch, "scripts")
+    rng = random.Random(2)
+    items = [
+        {
+            "id": n,
+            "question": f"q{n}",
+            "answer": ["the fox", "fox"],
+            "summary/long": f"long {n}",
+            "output": sentence(rng) + "\nAnswer:\n more",
+            "keypoints": ["a", "b"][: n % 3],
+        }
+        for n in range(150)
+    ]
+    for folder, points in (
+        ("infbench/longbook_sum_eng_keypoints", "keypoints"),
+        ("multi_lexsum/multi_lexsum_val", "summary/short_keypoints"),
+    ):
+        file = tmp_path / "data" / f"{folder}.jsonl"
+        file.parent.mkdir(parents=True)
+        file.write_text(
+            "".join(json.dumps({"id": item["id"], points: item["keypoints"]}) + "\n" for item in items)
+        )
+    path = tmp_path / f"{name}_v1.json"
+    path.write_text(json.dumps({"data": items, "averaged_metrics": {}}))
+    monkeypatch.chdir(tmp_path)
+    oracle, asked = Oracle(), []
+    expected = theirs.check_metrics(oracle, str(path), str(tmp_path / "theirs"))["averaged_metrics"]
+
+    def one(judge: Judge, prompt: str, max_tokens: int) -> str:
+        asked.append(prompt)
+        return oracle.answer(prompt)
+
+    monkeypatch.setattr(Judge, "_one", one)
+    (written,) = judge_results(tmp_path, Judge(Client("", concurrency=1), "o", tmp_path / "cache"), HELMET)
+    assert asked == list(dict.fromkeys(oracle.asked))
+    assert json.loads(written.read_text())["averaged_metrics"] == pytest.approx(expected)
+    assert all(value > 0 for value in expected.values())
