@@ -44,6 +44,7 @@ def launch(
     )
     if output is not None:
         write_script(script, output)
+        print(f"wrote {output}", file=sys.stderr)
     if submit:
         print(submit_script(script))
     elif output is None:

@@ -60,5 +60,6 @@ def run() -> None:
     except OSError as error:
         if debug or error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror} (--debug shows where)", file=sys.stderr)
+        path = error.filename2 or error.filename  # of a rename, the name that was wanted
+        print(f"error: {path}: {error.strerror} (--debug shows where)", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +29,12 @@ def runs(
 
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give the one that holds run directories")
-    found = [read_run(path) for path in find_runs(directory)]
+    found = []
+    for path in find_runs(directory):
+        try:
+            found.append(read_run(path))
+        except UserError as error:  # one damaged run does not hide the others
+            print(f"warning: left out: {error}", file=sys.stderr)
     if json_output:
         print(json.dumps([_facts(run) for run in found], indent=1))
         return

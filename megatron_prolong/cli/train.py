@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_prolong.cli.recipe import Overrides, RecipePath
 from megatron_prolong.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,19 +18,16 @@ if TYPE_CHECKING:
     from megatron_prolong.runtime.signals import StopRequest
     from megatron_prolong.training.run import Evaluate
 
-RECIPE = Annotated[Path, typer.Argument(help="YAML recipe.")]
-OVERRIDES = Annotated[list[str] | None, typer.Argument(help="key.path=value, e.g. stage.64k.lr=2e-5")]
-
 
 def train(
-    recipe: RECIPE,
-    overrides: OVERRIDES = None,
+    recipe: RecipePath,
+    overrides: Overrides = None,
     check: Annotated[
         bool,
         typer.Option("--check", help="Check recipe, data and checkpoints for this many ranks; do not train."),
     ] = False,
     processes: Annotated[
-        int, typer.Option(help="Start this many local processes (through torchrun) instead of one.")
+        int, typer.Option(min=1, help="Start this many local processes (through torchrun) instead of one.")
     ] = 1,
     replay: Annotated[
         str | None,
@@ -54,10 +52,9 @@ def train(
 
     if trace is not None and replay is None:
         raise UserError(f"--trace {trace}: needs --replay [STAGE:]STEP, the step to profile")
-    if processes > 1:
-        _relaunch(processes)
     resolved = load_recipe(recipe, overrides or [])
-    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    launched = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    world_size = processes if processes > 1 else launched
     if check:
         check_recipe(resolved, world_size)
         if resolved.evaluation:
@@ -66,6 +63,9 @@ def train(
             tasks_of(resolved.evaluation)
         print(f"{recipe}: ready for {world_size} rank(s), {len(resolved.stages)} stage(s)")
         return
+    if processes > 1:
+        check_recipe(resolved, processes)  # here: torchrun would bury the message under a report of its own
+        _relaunch(processes)
     import torch
 
     check_recipe(resolved, world_size, on_cpu=not torch.cuda.is_available())
@@ -137,8 +137,10 @@ def _evaluation(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | N
 
 
 def status(
-    run: Annotated[Path, typer.Argument(help="Run directory (or a recipe, whose run_dir is looked at).")],
-    overrides: OVERRIDES = None,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run directory (or a recipe, whose run_dir is looked at).")
+    ],
+    overrides: Overrides = None,
 ) -> None:
     """Show where the chain of stages of a run stands."""
     from rich.console import Console

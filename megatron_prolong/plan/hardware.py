@@ -92,12 +92,16 @@ def load_hardware(path: Path | None = None) -> dict[str, Gpu]:
     path = path or HARDWARE_FILE
     try:
         content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a hardware table: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as a hardware table: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
+        raise UserError(f"{path}: a hardware table is GPU names with their numbers; copy {HARDWARE_FILE}")
     try:
         return {name: Gpu(name=name, **entry) for name, entry in content.items()}
-    except (ValidationError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a hardware table (see the packaged hardware.yaml): {error}") from error
+    except (ValidationError, TypeError) as error:
+        raise UserError(f"{path}: not a hardware table (like {HARDWARE_FILE}): {error}") from error
 
 
 def find_gpu(name: str, path: Path | None = None) -> Gpu:

@@ -122,7 +122,11 @@ document.getElementById("probe").textContent = JSON.stringify({
 </script>"""
 
 
-def test_what_is_missing_is_named(model: Path) -> None:
+def test_what_is_missing_is_named(model: Path, tmp_path: Path) -> None:
+    for text in ("", "h100", "h100: 80"):
+        (tmp_path / "table.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"table\.yaml: a hardware table is GPU names with their numbers"):
+            run(model, "--hardware", str(tmp_path / "table.yaml"))
     with pytest.raises(UserError, match=r"--gpu x100: unknown GPU; known are a100-80g, h100-80g"):
         run(model, "--gpu", "x100")
     with pytest.raises(UserError, match="no such stage, only 64k, 512k, sft"):

@@ -65,3 +65,16 @@ def test_a_path_that_cannot_be_written_is_one_line(
     assert err.startswith(f"error: {absent.parent}: File exists")
     with pytest.raises(FileExistsError):
         prolong("launch", path, "--output", absent, "--debug")
+    code, _, err = prolong("launch", path, "--output", tmp_path)
+    assert code == 2 and f"error: {tmp_path}: Is a directory" in err  # not the temporary name
+
+
+def test_a_bad_recipe_stops_before_torchrun(
+    prolong: Callable[..., tuple],
+    write: Write,
+    recipe_data: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("torchrun was started"))
+    code, _, err = prolong("train", write(recipe_data), "--processes", 3)
+    assert code == 2 and err.startswith("error: recipe.yaml: the recipe has ")

@@ -126,3 +126,13 @@ def test_a_browser_draws_the_page(run: Path, tmp_path: Path) -> None:
     assert colours is not None
     drawn = {colour for _, colour in colours}
     assert {(0, 0x72, 0xB2), (0xE6, 0x9F, 0)} <= drawn  # the first two stages' lines
+
+
+def test_a_damaged_run_does_not_hide_the_others(run: Path) -> None:
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b"\x9e\xff")  # a disk's rubbish after the last line
+    (run.parent / "damaged").mkdir()
+    (run.parent / "damaged/recipe.yaml").write_text("")
+    result = CliRunner().invoke(app, ["runs", str(run.parent)])
+    assert result.exit_code == 0 and "3/10" in result.stdout
+    assert f"warning: left out: {run.parent}/damaged/recipe.yaml" in result.stderr
