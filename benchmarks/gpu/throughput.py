@@ -55,6 +55,7 @@ def mixtures(tiny: bool) -> dict[str, LengthMixture]:
         "one document, 64K": single_document(65_536),
         "one document, 128K": single_document(131_072),
         "ProLong 512K": PROLONG_512K,
+        "one document, 512K": single_document(524_288),
     }
 
 
