@@ -18,10 +18,8 @@ def model_problems(path: Path) -> list[str]:
     if (directory / "prolong.json").exists():
         complete = (directory / ".metadata").exists()
         return [] if complete else [f"{directory} holds no .metadata: the checkpoint is not complete"]
-    if not any(directory.glob("*.safetensors")):
-        return [
-            f"{directory} holds no *.safetensors (pickled .bin weights are not read): convert the weights"
-        ]
+    if not [*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]:
+        return [f"{directory} holds no weights: neither *.safetensors nor pytorch_model*.bin"]
     return []
 
 

@@ -30,6 +30,11 @@ def test_the_good_recipe_is_good(write: Write, recipe_data: dict[str, Any]) -> N
     assert findings.warnings == []
 
 
+def test_pickled_weights_are_weights(write: Write, recipe_data: dict[str, Any], workdir: Path) -> None:
+    (workdir / "model" / "model.safetensors").rename(workdir / "model" / "pytorch_model.bin")
+    assert problems_of(write(recipe_data), []) == []
+
+
 # One mistake each: overrides, world size, and what must be said about it (and nothing else).
 MISTAKES = [
     (["stage.one.batch_tokens=9000"], None, "stages.one.batch_tokens: found 9000; must be a multiple of"),
@@ -55,7 +60,7 @@ MISTAKES = [
     (["model.path=absent"], None, "model.path: absent: no such directory"),
     (["model.path=books"], None, "model.path: books: holds neither config.json"),
     (["model.path=qwen"], None, "qwen/config.json does not describe a Llama model"),
-    (["model.path=unconverted"], None, "model.path: unconverted holds no *.safetensors"),
+    (["model.path=weightless"], None, "model.path: weightless holds no weights"),
     (["model.path=unfinished"], None, "model.path: unfinished holds no .metadata"),
     (["model.tokenizer=books"], None, "model.tokenizer: books: no tokenizer.json there"),
     (["model.tokenizer=large"], None, "model.tokenizer: large has 301 tokens, but the model has"),
@@ -95,8 +100,8 @@ def inputs(workdir: Path) -> None:
     write_model(workdir / "qwen")
     config = json.loads((workdir / "qwen" / "config.json").read_text())
     (workdir / "qwen" / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
-    write_model(workdir / "unconverted")
-    (workdir / "unconverted" / "model.safetensors").rename(workdir / "unconverted" / "pytorch_model.bin")
+    write_model(workdir / "weightless")
+    (workdir / "weightless" / "model.safetensors").unlink()
     (workdir / "unfinished").mkdir()
     (workdir / "unfinished" / "prolong.json").write_text(json.dumps({"shape": SHAPE.to_dict()}))
 
