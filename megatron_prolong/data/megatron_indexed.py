@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.data.mds import MDSReader, MDSWriter
+from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
@@ -174,7 +175,7 @@ def to_megatron(directory: Path, prefix: Path) -> int:
             f"{directory} has a mask column, which Megatron's format cannot hold; "
             "without it, training would not know the assistant's tokens"
         )
-    with IndexedWriter(prefix) as writer:
+    with disk_full_is_users(prefix), IndexedWriter(prefix) as writer:
         for number in track(range(len(reader)), len(reader), f"{prefix}: samples"):
             identity = Identity(str(directory), reader.shard_of(number).raw.basename, number)
             sequence = PackedSequence.from_sample(reader[number], identity)

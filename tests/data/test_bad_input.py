@@ -20,6 +20,7 @@ from megatron_prolong.data import filter as filter_module
 from megatron_prolong.data import pack as pack_module
 from megatron_prolong.data.filter import FilterOptions, filter_documents
 from megatron_prolong.data.mds import MDSReader, MDSWriter
+from megatron_prolong.data.megatron_indexed import to_megatron
 from megatron_prolong.data.pack import PackOptions, pack
 from megatron_prolong.errors import UserError
 
@@ -149,6 +150,13 @@ def test_one_line_of_a_gigabyte(name: str, tokenizer: Path, tmp_path: Path) -> N
         assert code == 0, message
         report = json.loads((tmp_path / "out" / "report.json").read_text())
         assert report["documents"] == 1 and report["left_out"] == {"document: too long": 1}
+
+
+def test_a_full_disk_while_writing_megatrons_files(tmp_path: Path, small_disk: Path) -> None:
+    source = write_documents(tmp_path / "source", [50_000] * 10)
+    with pytest.raises(UserError, match=r"disk/out: the disk is full"):
+        to_megatron(source, small_disk / "out")
+    assert not list(small_disk.iterdir())
 
 
 @pytest.mark.parametrize("step", ["pack", "plan", "filter", "duplicates"])
