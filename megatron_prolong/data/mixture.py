@@ -93,7 +93,7 @@ class Mixture:
         self._interleave = Interleave(self.proportions, num_slots)
 
     def batch(self, step: int) -> list[SampleRef]:
-        """The batch_sequences samples of a step, in the order in which ranks share them out."""
+        """The batch_sequences samples of a step."""
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of a run of {self.num_steps} steps")
         first = step * self.batch_sequences
@@ -159,16 +159,3 @@ def _open(
     if problems:
         raise UserError.many("the mixture cannot be read:", problems)
     return opened
-
-
-def rank_share(refs: Sequence[SampleRef], rank: int, num_ranks: int) -> list[SampleRef]:
-    """The part of a global batch that falls to one data-parallel rank: every num_ranks-th sequence.
-
-    Raises UserError when the ranks do not divide the batch.
-    """
-    if len(refs) % num_ranks:
-        raise UserError(
-            f"a global batch of {len(refs)} sequences cannot be shared by {num_ranks} data-parallel ranks; "
-            "choose batch_tokens so that the ranks divide the number of sequences"
-        )
-    return list(refs[rank::num_ranks])

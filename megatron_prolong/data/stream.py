@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from megatron_prolong.data.mixture import Mixture, SampleRef
+from megatron_prolong.data.mixture import Mixture
 from megatron_prolong.data.packed import PackedSequence
 
 _STEPS_AHEAD = 2  # one being read while one waits; 8M tokens of a step are 32 MiB
 
-Share = Callable[[Sequence[SampleRef]], Sequence[SampleRef]]
 
+def stream(mixture: Mixture, first_step: int) -> Iterator[tuple[int, list[PackedSequence]]]:
+    """(step, global batch) for every step from first_step to the end of the run.
 
-def stream(mixture: Mixture, first_step: int, share: Share) -> Iterator[tuple[int, list[PackedSequence]]]:
-    """(step, this rank's sequences) for every step from first_step to the end of the run.
-
-    share: picks this rank's sequences of a global batch, as `mixture.rank_share` does.
+    Every rank reads it all, as documents are dealt to ranks by their lengths (data/balance), not by sequences.
     The thread reads and decompresses with numpy only, and lets go of the interpreter while doing so. An error
     in it is raised here at the step it belongs to. Closing the generator (or dropping it) ends the thread.
     """
 
     def read(step: int) -> list[PackedSequence]:
-        return [mixture.read(ref) for ref in share(mixture.batch(step))]
+        return [mixture.read(ref) for ref in mixture.batch(step)]
 
     waiting: deque[Future[list[PackedSequence]]] = deque()
     pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")

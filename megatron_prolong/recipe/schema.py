@@ -10,6 +10,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -273,6 +274,13 @@ class Stage(_Frozen):
     def min_lr(self) -> float:
         """Learning rate at the last step."""
         return self.lr * self.min_lr_ratio
+
+    @property
+    def domain_names(self) -> dict[str, str]:
+        """Directory of the mixture → the shortest ends of the paths that tell them apart, for logs."""
+        paths = [] if self.mixture == "mock" else list(self.mixture)
+        depths = ({str(path): "/".join(path.parts[-depth:]) for path in paths} for depth in count(1))
+        return next(names for names in depths if len(set(names.values())) == len(names))
 
 
 @dataclass(frozen=True)

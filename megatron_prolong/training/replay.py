@@ -79,7 +79,7 @@ def replay(
     layout = layout_of(recipe, stage)
     with megatron(layout, stage.seed) as groups:
         run = prepare_stage(recipe, stage, start, layout, world, groups)
-        for index, sequences in stream(run.mixture, first_state(run, start).step, share=list):
+        for index, sequences in stream(run.mixture, first_state(run, start).step):
             is_last = index + 1 == step
             with _tracing(
                 trace / f"{stage.name}_{step}_rank{world.rank}.json.gz" if trace and is_last else None

@@ -156,7 +156,7 @@ def _walk(
         run.recipe.run_dir / stage.name, spec, sidecar, dump_recipe(run.recipe),
         report=(lambda facts: log.event("checkpoint", **facts)) if log else None,
     )  # fmt: skip
-    for step, sequences in stream(run.mixture, state.step, share=list):
+    for step, sequences in stream(run.mixture, state.step):
         started = time.perf_counter()
         metrics = run.update(step, sequences)
         state = _advance(state, stage, sequences, metrics)
@@ -248,9 +248,10 @@ def first_state(run: StageRun, start: StageInput) -> TrainState:
 def _advance(
     state: TrainState, stage: Stage, sequences: list[PackedSequence], metrics: StepMetrics
 ) -> TrainState:
-    domains = Counter(state.domain_tokens)
+    domains, names = Counter(state.domain_tokens), stage.domain_names
     for sequence in sequences:
-        domains[Path(sequence.identity.domain).name] += sequence.num_tokens
+        domain = sequence.identity.domain
+        domains[names.get(domain, domain)] += sequence.num_tokens
     return replace(
         state,
         step=state.step + 1,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from packs import numbered_packs, write_packs
 
 from megatron_prolong.data.mds import MDSWriter
-from megatron_prolong.data.mixture import Mixture, SampleRef, rank_share
+from megatron_prolong.data.mixture import Mixture, SampleRef
 from megatron_prolong.errors import UserError
 
 SIZES = {"code": 7, "books": 40, "wiki": 1}
@@ -59,23 +59,6 @@ def test_starting_at_any_step_equals_no_stop(sources: Path, start: int, seed: in
     resumed = mixture(sources, seed=seed)
     assert [resumed.batch(step) for step in range(start, 12)] == expected[start:]
     assert [resumed.batch(step) for step in reversed(range(12))] == expected[::-1]
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
-def test_the_ranks_together_consume_the_same_global_batches(sources: Path, num_ranks: int) -> None:
-    def key(ref: SampleRef) -> tuple[int, int, int]:
-        return ref.domain, ref.index, ref.epoch
-
-    mixed = mixture(sources)
-    for step in range(mixed.num_steps):
-        parts = [rank_share(mixture(sources).batch(step), rank, num_ranks) for rank in range(num_ranks)]
-        assert {len(part) for part in parts} == {8 // num_ranks}
-        assert sorted((ref for part in parts for ref in part), key=key) == sorted(mixed.batch(step), key=key)
-
-
-def test_ranks_that_do_not_divide_the_batch_are_refused(sources: Path) -> None:
-    with pytest.raises(UserError, match="8 sequences cannot be shared by 3"):
-        rank_share(mixture(sources).batch(0), 0, 3)
 
 
 def test_nothing_is_seen_twice_before_all_is_seen_once(sources: Path) -> None:

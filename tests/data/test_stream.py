@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from packs import numbered_packs, write_packs
 
-from megatron_prolong.data.mixture import Mixture, SampleRef, rank_share
+from megatron_prolong.data.mixture import Mixture, SampleRef
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.stream import stream
 from megatron_prolong.errors import UserError
@@ -24,11 +24,9 @@ def test_it_delivers_what_the_mixture_says(tmp_path: Path, first_step: int) -> N
     mixture = open_mixture(write_packs(tmp_path / "d", numbered_packs(10)))
     got = [
         (step, [packed.identity.index for packed in sequences])
-        for step, sequences in stream(mixture, first_step, lambda refs: rank_share(refs, 1, 2))
+        for step, sequences in stream(mixture, first_step)
     ]
-    assert got == [
-        (step, [ref.index for ref in rank_share(mixture.batch(step), 1, 2)]) for step in range(first_step, 6)
-    ]
+    assert got == [(step, [ref.index for ref in mixture.batch(step)]) for step in range(first_step, 6)]
     assert not readers()
 
 
@@ -46,7 +44,7 @@ def test_it_reads_ahead_but_not_far(tmp_path: Path) -> None:
         return read(ref)
 
     mixture.read = spy  # type: ignore[method-assign]
-    batches = stream(mixture, 0, list)
+    batches = stream(mixture, 0)
     next(batches)
     assert third_read.wait(10), "two steps are read while the first is trained on"
     time.sleep(0.2)  # a third step ahead would be read now
@@ -61,7 +59,7 @@ def test_a_bad_sample_is_raised_at_its_step(tmp_path: Path) -> None:
     assert bad_step > 0
     seen = []
     with pytest.raises(UserError, match="sample 22: 9 tokens"):
-        for step, _ in stream(mixture, 0, list):
+        for step, _ in stream(mixture, 0):
             seen.append(step)
     assert seen == list(range(bad_step))
     assert not readers()
@@ -69,6 +67,6 @@ def test_a_bad_sample_is_raised_at_its_step(tmp_path: Path) -> None:
 
 def test_leaving_early_ends_the_thread(tmp_path: Path) -> None:
     mixture = open_mixture(write_packs(tmp_path / "d", numbered_packs(10)))
-    for _ in stream(mixture, 0, list):
+    for _ in stream(mixture, 0):
         break
     assert not readers()

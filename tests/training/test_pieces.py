@@ -7,10 +7,12 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training import run
@@ -18,7 +20,9 @@ from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import open_log
 from megatron_prolong.training.replay import _recorded
 from megatron_prolong.training.run_directory import MANIFEST, Checkpoint, write_pointer
-from megatron_prolong.training.stage import Preempted
+from megatron_prolong.training.stage import Preempted, _advance
+from megatron_prolong.training.state import TrainState
+from megatron_prolong.training.step import StepMetrics
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 INITIAL = Checkpoint(Path("initial"), {"step": 0, "kind": "weights"})
@@ -105,6 +109,21 @@ def test_ranks_go_by_what_rank_0_sees_and_wait_for_its_conversion(tmp_path):
         save(tmp_path / str(rank), step)
     (tmp_path / "run").mkdir()
     torch.multiprocessing.spawn(_two_views, (str(tmp_path),), nprocs=2)
+
+
+def test_domains_of_one_name_are_counted_apart(tmp_path):
+    """`prolong data pack --lengths` calls every source's packs alike: 65536-524288."""
+    directories = [tmp_path / "code/64-64", tmp_path / "books/64-64"]
+    stage = recipe(tmp_path).stages[0].model_copy(update={"mixture": dict.fromkeys(directories, 0.5)})
+    sequences = [
+        PackedSequence(np.zeros(length, np.uint32), np.array([0, length]), None, Identity(str(path), "-", 0))
+        for path, length in zip(directories, (64, 60), strict=True)
+    ]
+    metrics = StepMetrics(2.0, grad_norm=1.0, lr=1e-3, num_targets=3, updated=True)
+    state = _advance(TrainState(stage="short"), stage, sequences, metrics)
+    assert state.domain_tokens == {"code/64-64": 64, "books/64-64": 60}
+    alone = stage.model_copy(update={"mixture": {directories[0]: 1.0}})
+    assert _advance(state, alone, sequences[:1], metrics).domain_tokens["64-64"] == 64
 
 
 def test_half_a_line_of_a_process_that_died_does_not_spoil_the_next(tmp_path):
