@@ -10,12 +10,14 @@ from typing import Any
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.bootstrap import Interval, mean_interval
+from megatron_prolong.evaluation.suites import CATEGORIES
 
 JUDGED = "-gpt4eval_o.json"
 # How HELMET puts scores on a 0 to 100 scale; averaged_metrics holds the others so already.
 SCALE = {"gpt-4-score": 100 / 3, "gpt-4-f1": 100}
 # Shown in place of a judge's score while there is none.
 WITHOUT_JUDGE = "rougeL_f1"
+MEAN = "mean"
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def _question(item: dict[str, Any], field: str, row: int) -> Hashable:
 
 @dataclass(frozen=True)
 class Average:
-    """A category at one length. partial: some of its scores are missing or stand-ins."""
+    """A category at one length, or MEAN of HELMET's. partial: some of its scores are missing or stand-ins."""
 
     category: str
     length: int
@@ -139,17 +141,29 @@ class Average:
 
 
 def averages(results: Iterable[Result]) -> list[Average]:
-    """Mean of every category's scores at every length (metrics weigh equally, as in HELMET's Cite)."""
-    groups: dict[tuple[int, str], list[Result]] = {}
+    """Mean of every category's scores at every length (metrics weigh equally, as in HELMET's Cite), then of these.
+
+    The last is HELMET's and ProLong's overall score: every category weighs the same, and RULER is none of them.
+    """
+    groups: dict[int, dict[str, list[Result]]] = {}
     for result in results:
-        groups.setdefault((result.length, result.category), []).append(result)
+        groups.setdefault(result.length, {}).setdefault(result.category, []).append(result)
     found = []
-    for (length, category), members in sorted(groups.items()):
-        scores = [score for result in members for score in _counted(result)]
-        partial = any(result.missing for result in members)
-        mean = sum(scores) / len(scores) if scores else float("nan")
-        found.append(Average(category, length, mean, partial, len(members)))
+    for length, categories in sorted(groups.items()):
+        own = [_average(category, length, members) for category, members in sorted(categories.items())]
+        found += own
+        counted = [one for one in own if one.category in CATEGORIES]
+        if len(counted) > 1:
+            score = sum(one.score for one in counted) / len(counted)
+            partial, tasks = any(one.partial for one in counted), sum(one.tasks for one in counted)
+            found.append(Average(MEAN, length, score, partial, tasks))
     return found
+
+
+def _average(category: str, length: int, members: Sequence[Result]) -> Average:
+    scores = [score for result in members for score in _counted(result)]
+    mean = sum(scores) / len(scores) if scores else float("nan")
+    return Average(category, length, mean, any(result.missing for result in members), len(members))
 
 
 def _counted(result: Result) -> Sequence[float]:

@@ -13,7 +13,8 @@ from rich.table import Table
 from megatron_prolong.evaluation.bootstrap import Interval, difference_interval
 from megatron_prolong.evaluation.published import published
 from megatron_prolong.evaluation.report import new_figure, save_figure
-from megatron_prolong.evaluation.results import Average, Result, averages
+from megatron_prolong.evaluation.results import MEAN, Average, Result, averages
+from megatron_prolong.evaluation.suites import CATEGORIES
 from megatron_prolong.recipe.numbers import format_count
 
 Models = Mapping[str, Sequence[Result]]
@@ -94,8 +95,8 @@ def _averages(models: Models, suite: str | None) -> Grid:
         label: {(one.length, one.category): one for one in averages(results)}
         for label, results in models.items()
     }
-    keys = sorted({key for found in by_model.values() for key in found})
-    references = _references(suite, sorted({length for length, _ in keys}))
+    keys = sorted({key for found in by_model.values() for key in found}, key=_mean_last)
+    references = _references(suite, keys)
     rows = []
     for length, category in keys:
         own = [_cell(found.get((length, category))) for found in by_model.values()]
@@ -112,12 +113,23 @@ def _cell(average: Average | None) -> str:
     return f"{average.score:.1f}{'*' if average.partial else ''}"
 
 
-def _references(suite: str | None, lengths: Sequence[int]) -> dict[str, dict[tuple[int, str], float]]:
+def _mean_last(key: tuple[int, str]) -> tuple[int, bool, str]:
+    length, category = key
+    return length, category == MEAN, category
+
+
+def _references(
+    suite: str | None, keys: Sequence[tuple[int, str]]
+) -> dict[str, dict[tuple[int, str], float]]:
+    """Published scores by model and key; their mean only over just the categories shown."""
     found: dict[str, dict[tuple[int, str], float]] = {}
-    for length in lengths:
+    for length in dict.fromkeys(length for length, _ in keys):
+        shown = [category for at, category in keys if at == length and category in CATEGORIES]
         for model, scores in published(suite or "", length).items():
             cells = found.setdefault(f"{model} (published)", {})
             cells.update({(length, category): score for category, score in scores.items()})
+            if shown and all(category in scores for category in shown):
+                cells[length, MEAN] = sum(scores[category] for category in shown) / len(shown)
     return found
 
 
