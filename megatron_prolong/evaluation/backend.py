@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_prolong.convert.manifest import MANIFEST
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import model_directory
+from megatron_prolong.recipe.shape import model_directory, stages_hint
 from megatron_prolong.runtime.launch import read_rendezvous
 
 
@@ -136,7 +136,7 @@ def open_backend(
         raise UserError(
             f"{path}: not a Hugging Face model (config.json) for the hf backend, nor a checkpoint of ours "
             "(prolong.json) or a run's stage directory for the megatron backend; `prolong convert` makes either "
-            "from the other"
+            f"from the other{stages_hint(directory)}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import indent
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Backend
@@ -31,7 +32,10 @@ def runnable(tasks: Sequence[Task], data: Path | None, skip_missing: bool) -> li
     if skip_missing and able:
         print(f"skipped for want of data: {', '.join(names)}", file=sys.stderr)
         return able
-    problems = [f"{folder / path}\n      {how_to_get(path, folder)}" for path in paths]
+    files: dict[str, list[str]] = {}  # by the remedy, which many share
+    for path in paths:
+        files.setdefault(how_to_get(path, folder), []).append(str(folder / path))
+    problems = [f"{', '.join(found)}\n{indent(remedy, ' ' * 6)}" for remedy, found in files.items()]
     raise UserError.many(
         f"no data for {', '.join(names)}; fetch it and give --data, or leave these out with --skip-missing:",
         problems,

@@ -53,21 +53,17 @@ def select(suite: str, lengths: Sequence[int], names: Iterable[str] = ()) -> lis
     """The tasks of a suite at some lengths; `names` keeps those whose name or category contains one of them.
 
     Raises:
-        UserError: unknown suite, or nothing is left.
+        UserError: unknown suite, or a name that no task has.
     """
     if suite not in SUITES:
         raise UserError(f"--suite {suite}: unknown; there are {', '.join([*SUITES, 'short'])}")
     tasks = [task for length in lengths for task in SUITES[suite](length)]
     wanted = list(names)
-    chosen = [
-        task
-        for task in tasks
-        if not wanted or any(name in (task.category, task.name) or name in task.name for name in wanted)
-    ]
-    if not chosen:
+    named = {name: [task for task in tasks if name == task.category or name in task.name] for name in wanted}
+    if unknown := [name for name in wanted if not named[name]]:
         known = sorted({task.name for task in tasks})
         raise UserError(
-            f"suite {suite} has no task {', '.join(wanted)} at {', '.join(map(format_count, lengths))}; "
+            f"suite {suite} has no task {', '.join(unknown)} at {', '.join(map(format_count, lengths))}; "
             f"it has {', '.join(known) or 'none'}"
         )
-    return chosen
+    return [task for task in tasks if not wanted or any(task in found for found in named.values())]

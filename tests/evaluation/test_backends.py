@@ -98,3 +98,7 @@ def test_neither_kind_of_model_is_refused(tmp_path: Path, hf_directory: Path) ->
         pass
     with pytest.raises(UserError, match="megatron"), open_backend(hf_directory, kind="megatron"):
         pass
+    (tmp_path / "run" / "64k").mkdir(parents=True)
+    (tmp_path / "run" / "64k" / "latest").write_text("step_00000001")
+    with pytest.raises(UserError, match="give one of its stages: .*run/64k"), open_backend(tmp_path / "run"):
+        pass

@@ -15,6 +15,7 @@ from megatron_prolong.evaluation.backend import encode
 from megatron_prolong.evaluation.needle import NOISE, make_needle
 from megatron_prolong.evaluation.prompts import render
 from megatron_prolong.evaluation.sentences import split_sentences
+from megatron_prolong.evaluation.suite import runnable
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.synthetic.size import largest_fit
 from megatron_prolong.evaluation.task import Inputs, Task
@@ -149,3 +150,16 @@ def test_sentences_without_nltk_data_name_the_command(monkeypatch: pytest.Monkey
     monkeypatch.setattr(nltk.data, "path", [])
     with pytest.raises(UserError, match=r"nltk\.downloader punkt_tab"):
         split_sentences("One. Two.")
+
+
+def test_a_task_that_the_suite_lacks_is_refused_beside_one_it_has() -> None:
+    assert [task.name for task in select("synthetic", [1024], ["recall"])] == ["json_kv"]
+    with pytest.raises(UserError, match="suite synthetic has no task nothing at 1K; it has json_kv, ruler_"):
+        select("synthetic", [1024], ["json_kv", "nothing"])
+
+
+def test_files_with_one_remedy_share_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        runnable(select("helmet", [8192], ["kilt"]), tmp_path, skip_missing=False)
+    assert str(caught.value).count("data.tar.gz  # 11 GB") == 1
+    assert "kilt/nq-dev-multikilt_1000_k50_dep6.jsonl, " in str(caught.value)
