@@ -69,6 +69,12 @@ def run_task(
     path = out / file_name(task, inputs, settings, chat)
     arguments = _arguments(task, backend, inputs, settings, chat)
     if path.exists() and not settings.overwrite and _is_of(path, arguments):
+        result = read_result(path)
+        if not (result.missing and task.summarise and entails):
+            return result
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["averaged_metrics"] = task.summarise(content["data"], entails)
+        _write(path, content)
         return read_result(path)
     rows = task.load(task, inputs)
     if not rows:
@@ -90,10 +96,14 @@ def run_task(
         content["args"] = arguments
         content["throughput"] = len(pending) / seconds if pending else 0.0
         judged_path(path).unlink(missing_ok=True)  # its answers are no longer these
-        write_json(path, content)
-        write_json(path.with_name(path.name + ".score"), content["averaged_metrics"])
+        _write(path, content)
         partial.remove()
     return read_result(path)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_json(path, content)
+    write_json(path.with_name(path.name + ".score"), content["averaged_metrics"])
 
 
 def file_name(task: Task, inputs: Inputs, settings: Settings, chat: bool) -> str:

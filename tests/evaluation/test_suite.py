@@ -179,6 +179,16 @@ def test_a_result_of_other_settings_is_not_taken_for_this_one(inputs: Inputs, tm
         assert len(parrot.seen) == 4, "the same model in another place is known"
 
 
+def test_citations_are_scored_later_without_asking_again(inputs: Inputs, tmp_path: Path) -> None:
+    task, parrot = only("alce_asqa"), Parrot(inputs.tokenizer)
+    assert run_task(task, parrot, inputs, Settings(), tmp_path).missing == ("citation_rec", "citation_prec")
+    entails = lambda passage, claim: "fact 0" in passage  # noqa: E731
+    later = run_task(task, parrot, inputs, Settings(), tmp_path, entails)
+    assert len(parrot.seen) == 2 and not later.missing
+    straight = run_task(task, parrot, inputs, Settings(), tmp_path / "straight", entails)
+    assert later.scores == straight.scores and later.scores["citation_rec"] > 0
+
+
 def test_a_judgement_goes_with_the_answers_it_was_of(inputs: Inputs, tmp_path: Path) -> None:
     task = only("narrativeqa")
     path = run_task(task, Parrot(inputs.tokenizer), inputs, Settings(), tmp_path).path
