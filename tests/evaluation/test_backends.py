@@ -100,5 +100,5 @@ def test_neither_kind_of_model_is_refused(tmp_path: Path, hf_directory: Path) ->
         pass
     (tmp_path / "run" / "64k").mkdir(parents=True)
     (tmp_path / "run" / "64k" / "latest").write_text("step_00000001")
-    with pytest.raises(UserError, match="give one of its stages: .*run/64k"), open_backend(tmp_path / "run"):
+    with pytest.raises(UserError, match=r"give one of its stages: .*run/64k"), open_backend(tmp_path / "run"):
         pass
