@@ -85,7 +85,7 @@ def run(
     if is_main():
         chosen = runnable(chosen, data, skip_missing)
     text = read_text(haystack) if haystack else ""
-    entails = load_nli(nli) if nli else None
+    entails = load_nli(nli) if nli and is_main() else None
     results = {}
     for label, path in models_of(model, compare):
         identity = model_identity(model_directory(path)) if backend != "openai" else ""
@@ -109,7 +109,10 @@ def compare(
 ) -> None:
     """Results side by side: the table base → 64K → 512K → SFT with changes and confidence intervals."""
     from megatron_prolong.evaluation.results import read_results
+    from megatron_prolong.evaluation.suites import SUITES
 
+    if suite is not None:
+        _one_of("--suite", suite, (*SUITES, "short"))
     results = {label: read_results(Path(path)) for label, path in models_of(directories[0], directories[1:])}
     _report(results, suite, out, name="compare")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 from samples import write_data
 from stand_ins import Parrot, short_documents
+from typer.testing import CliRunner
 
+from megatron_prolong.cli import eval_suite
+from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import encode
 from megatron_prolong.evaluation.prompts import prepare, render
@@ -187,6 +191,20 @@ def test_citations_are_scored_later_without_asking_again(inputs: Inputs, tmp_pat
     assert len(parrot.seen) == 2 and not later.missing
     straight = run_task(task, parrot, inputs, Settings(), tmp_path / "straight", entails)
     assert later.scores == straight.scores and later.scores["citation_rec"] > 0
+
+
+def test_only_the_main_rank_loads_the_inference_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "here"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(eval_suite, "_open", lambda *_: nullcontext(None))
+    missing = tmp_path / "no model here"
+    arguments = ["eval", "run", str(tmp_path), "--out", str(tmp_path), "--nli", str(missing)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    monkeypatch.setenv("RANK", "0")
+    refused = CliRunner().invoke(app, [*arguments, "--suite", "synthetic"])
+    assert isinstance(refused.exception, UserError) and str(missing) in str(refused.exception)
 
 
 def test_a_judgement_goes_with_the_answers_it_was_of(inputs: Inputs, tmp_path: Path) -> None:
