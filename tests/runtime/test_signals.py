@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -38,6 +39,42 @@ def test_the_second_signal_ends_the_process_at_once():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout == "alive\n"
     assert done.returncode == 128 + signal.SIGTERM
+
+
+IN_A_COLLECTIVE = """
+import sys, time
+import torch.distributed as dist
+from megatron_prolong.runtime import signals
+signals._SAME_REQUEST_SECONDS = 0.5
+rank = int(sys.argv[1])
+with signals.stop_requests():
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+    print("ready", flush=True)
+    time.sleep(600) if rank else dist.barrier()
+"""
+
+
+def test_the_second_signal_ends_a_process_that_hangs_in_a_collective(tmp_path):
+    """Where the main thread runs no handlers, and the first signal is never noticed."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_A_COLLECTIVE, str(rank), tmp_path / "store"],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        assert [process.stdout.readline() for process in ranks] == ["ready\n"] * 2
+        time.sleep(0.5)
+        ranks[0].send_signal(signal.SIGTERM)
+        time.sleep(1)
+        assert ranks[0].poll() is None
+        ranks[0].send_signal(signal.SIGTERM)
+        assert ranks[0].wait(timeout=60) == 128 + signal.SIGTERM
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
 
 
 def _asked_on_rank_1(rank: int, store: str) -> None:
