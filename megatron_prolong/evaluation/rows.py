@@ -30,15 +30,20 @@ def read_rows(path: Path) -> list[Row]:
     return list(content["data"] if isinstance(content, dict) else content)
 
 
-def read_split(directory: Path, split: str) -> list[Row]:
-    """One split of a data set on disk: SPLIT.jsonl, SPLIT.json, SPLIT*.parquet, or save_to_disk's SPLIT/."""
+def read_split(directory: Path, split: str, columns: list[str] | None = None) -> list[Row]:
+    """One split of a data set on disk: SPLIT.jsonl, SPLIT.json, SPLIT*.parquet, or save_to_disk's SPLIT/.
+
+    Args:
+        columns: the only ones wanted; the rest may be left unread (NarrativeQA's stories take ten gigabytes).
+    """
     for suffix in (".jsonl", ".json"):
         if (path := directory / f"{split}{suffix}").exists():
             return read_rows(path)
     if parts := sorted(directory.glob(f"{split}*.parquet")):
-        return [row for part in parts for row in _parquet(part)]
+        return [row for part in parts for row in _parquet(part, columns)]
     if (directory / split / "state.json").exists():
-        return [dict(row) for row in _saved(directory / split)]
+        saved = _saved(directory / split)
+        return list(saved.select_columns(columns) if columns else saved)
     raise UserError(
         f"{directory}: no split {split} ({split}.jsonl, {split}*.parquet, or a folder written by save_to_disk); "
         "`prolong eval data check` says how to get it"
@@ -55,12 +60,12 @@ def _json_lines(path: Path) -> Iterator[Row]:
                     raise UserError(f"{path}, line {number}: not JSON: {error}") from error
 
 
-def _parquet(path: Path) -> list[Row]:
+def _parquet(path: Path, columns: list[str] | None = None) -> list[Row]:
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"{path}: reading Parquet needs `pip install megatron-prolong[eval]`") from error
-    return list(pyarrow.parquet.read_table(path).to_pylist())
+    return list(pyarrow.parquet.read_table(path, columns=columns).to_pylist())
 
 
 def _saved(directory: Path) -> Any:

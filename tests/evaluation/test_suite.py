@@ -19,6 +19,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import encode
 from megatron_prolong.evaluation.prompts import prepare, render
 from megatron_prolong.evaluation.results import averages, judged_path, read_results
+from megatron_prolong.evaluation.rows import read_split
 from megatron_prolong.evaluation.run import Settings, run_task
 from megatron_prolong.evaluation.suite import run_suite, runnable
 from megatron_prolong.evaluation.suite_page import suite_page
@@ -233,6 +234,20 @@ def test_prompts_beyond_the_model_are_refused_cut_or_allowed(inputs: Inputs, tmp
     cut = run_task(task, short, inputs, Settings(too_long="truncate"), tmp_path)
     assert cut.truncated > 0
     assert run_task(task, short, inputs, Settings(too_long="allow"), tmp_path).truncated == 0
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_splits_of_the_hub_are_read_by_column(form: str, tmp_path: Path) -> None:
+    """NarrativeQA's training stories, which no prompt shows, are ten gigabytes."""
+    datasets = pytest.importorskip("datasets", reason="pip install megatron-prolong[eval]")
+    rows = [{"story": "long", "question": {"text": f"q{n}"}} for n in range(3)]
+    split = datasets.Dataset.from_list(rows)
+    if form == "parquet":
+        split.to_parquet(tmp_path / "train-0000.parquet")
+    else:
+        split.save_to_disk(tmp_path / "train")
+    assert read_split(tmp_path, "train") == rows
+    assert read_split(tmp_path, "train", ["question"]) == [{"question": row["question"]} for row in rows]
 
 
 def test_missing_data_is_listed_with_commands(tokenizer: Any, tmp_path: Path) -> None:

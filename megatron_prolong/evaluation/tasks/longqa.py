@@ -82,7 +82,8 @@ def _load_narrative(task: Task, inputs: Inputs) -> list[Row]:
     assert inputs.data is not None
     directory = inputs.data / "hf" / "narrativeqa"
     tokenizer = document_tokenizer(inputs)
-    train = [(row["question"]["text"], row["answers"][0]["text"]) for row in read_split(directory, "train")]
+    shown = read_split(directory, "train", ["question", "answers"])
+    train = [(row["question"]["text"], row["answers"][0]["text"]) for row in shown]
     rows: list[Row] = []
     for row in shuffled(read_split(directory, "test"), inputs.seed):
         text = row["document"]["text"]
