@@ -110,18 +110,24 @@ def _run_here(directory: str, work: Callable[[T], R], item: T) -> R:
 def array_share(items: Sequence[T], environment: Mapping[str, str]) -> list[T]:
     """The items of this job of a Slurm array: every n-th, beginning at the job's place in the array.
 
-    Array ids may begin anywhere and have a step, as in `--array=1-31:2`. When only some ids are submitted
-    again (`--array=7`), that job takes what is left, since finished tasks are never in `items`' way.
-    Raises UserError when the variables are absent.
+    Array ids may begin anywhere and have a step, as in `--array=1-31:2`. A single one submitted again
+    (`--array=7`) takes what is left, since finished tasks are never in `items`' way.
+    Raises UserError when the variables are absent, and for a list of ids, whose jobs cannot know of each other.
     """
     try:
         task_id = int(environment["SLURM_ARRAY_TASK_ID"])
         count = int(environment["SLURM_ARRAY_TASK_COUNT"])
         first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
-        step = int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
+        last = int(environment.get("SLURM_ARRAY_TASK_MAX", task_id))
+        step = max(int(environment.get("SLURM_ARRAY_TASK_STEP", 1)), 1)
     except KeyError as error:
         raise UserError(
             f"--slurm-array: {error.args[0]} is not set; submit with `sbatch --array=0-31`"
         ) from None
-    place = (task_id - first) // max(step, 1)
+    if (last - first) // step >= count:
+        raise UserError(
+            f"--slurm-array: {count} array ids from {first} to {last} are a list, not a range; submit "
+            f"`--array=0-{count - 1}`: finished tasks are not done again"
+        )
+    place = (task_id - first) // step
     return list(items[place % count :: count])

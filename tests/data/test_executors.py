@@ -65,6 +65,7 @@ def test_shares_of_an_array_cover_everything_once(items: int, count: int, first:
                 "SLURM_ARRAY_TASK_ID": str(first + place * step),
                 "SLURM_ARRAY_TASK_COUNT": str(count),
                 "SLURM_ARRAY_TASK_MIN": str(first),
+                "SLURM_ARRAY_TASK_MAX": str(first + (count - 1) * step),
                 "SLURM_ARRAY_TASK_STEP": str(step),
             },
         )
@@ -77,6 +78,19 @@ def test_shares_of_an_array_cover_everything_once(items: int, count: int, first:
 def test_outside_an_array_the_share_is_refused() -> None:
     with pytest.raises(UserError, match="SLURM_ARRAY_TASK_ID is not set; submit with"):
         array_share([1], {})
+
+
+def test_a_list_of_array_ids_is_refused() -> None:
+    """As --array=3,7: two jobs that cannot know of each other, and would do the same half of the tasks."""
+    array = {
+        "SLURM_ARRAY_TASK_ID": "7",
+        "SLURM_ARRAY_TASK_COUNT": "2",
+        "SLURM_ARRAY_TASK_MIN": "3",
+        "SLURM_ARRAY_TASK_MAX": "7",
+        "SLURM_ARRAY_TASK_STEP": "1",
+    }
+    with pytest.raises(UserError, match="--array=0-1"):
+        array_share([1], array)
 
 
 @pytest.mark.slow
