@@ -76,6 +76,8 @@ class Judge:
 
 def judge_results(directory: Path, judge: Judge, helmet: Path) -> list[Path]:
     """Judge every result under `directory` that wants it and has none; returns the files written."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; give the folder of one model's results")
     written = []
     for path in sorted(directory.glob("*.json")):
         target = judged_path(path)

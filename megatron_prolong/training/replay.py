@@ -18,7 +18,12 @@ from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.recipe.schema import Recipe, Stage, layout_of
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training.run import initial_directory, stage_input
-from megatron_prolong.training.run_directory import Checkpoint, checkpoints, latest_checkpoint
+from megatron_prolong.training.run_directory import (
+    RESOLVED_RECIPE,
+    Checkpoint,
+    checkpoints,
+    latest_checkpoint,
+)
 from megatron_prolong.training.stage import StageInput, first_state, prepare_stage
 from megatron_prolong.training.state import StageStatus
 from megatron_prolong.training.step import StepMetrics
@@ -103,6 +108,8 @@ def _tracing(path: Path | None) -> Iterator[None]:
 
 
 def _start(recipe: Recipe, stage: Stage, step: int) -> StageInput:
+    if not (recipe.run_dir / RESOLVED_RECIPE).exists():
+        raise UserError(f"{recipe.run_dir}: no run is here, so there is no step of it to make again")
     earlier = [saved for saved in checkpoints(recipe.run_dir / stage.name) if saved.step < step]
     if earlier:
         return StageInput(earlier[-1], optimizer=True, resume=True)

@@ -36,8 +36,10 @@ class Checkpoint:
         """Read the manifest; raises UserError when the directory is not a checkpoint of ours."""
         try:
             return cls(directory, json.loads((directory / MANIFEST).read_text()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{directory} is not a checkpoint: {error}") from error
+        except OSError as error:
+            raise UserError(f"{directory} is not a checkpoint: {MANIFEST}: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{directory} is not a checkpoint: {MANIFEST}: {error}") from error
 
 
 def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
@@ -45,7 +47,13 @@ def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
     pointer = stage_dir / "latest"
     if not pointer.exists():
         return None
-    return Checkpoint.open(stage_dir / pointer.read_text().strip())
+    newest = stage_dir / pointer.read_text().strip()
+    if not newest.is_dir():
+        there = ", ".join(path.name for path in sorted(stage_dir.glob("step_*")) if path.suffix == "")
+        raise UserError(
+            f"{pointer}: {newest.name} is not there; write another name into it: {there or 'none left'}"
+        )
+    return Checkpoint.open(newest)
 
 
 def checkpoints(stage_dir: Path) -> list[Checkpoint]:

@@ -81,6 +81,8 @@ def test_the_judge_scores_caches_and_resumes(server: Server, tmp_path: Path) -> 
     with (tmp_path / "cache.jsonl").open("a") as file:
         file.write('{"key": "cut o')
     judge_results(tmp_path, judge, helmet)
+    with pytest.raises(UserError, match="give the folder of one model's results"):
+        judge_results(tmp_path / "nowhere", judge, helmet)
     assert len(server.requests) == 3, "the second run must find every answer in the cache"
 
 

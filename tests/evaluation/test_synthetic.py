@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import encode
 from megatron_prolong.evaluation.needle import NOISE, make_needle
@@ -81,7 +83,8 @@ def test_chains_of_variables_lead_to_the_value(tokenizer: Any) -> None:
         steps += [f"VAR {after} = VAR {before}" for before, after in itertools.pairwise(names)]
         places = [row["context"].index(step) for step in steps]
         assert places == sorted(places) and len(names) == 5
-        assert row["example"].count("VAR ") >= 5 and row["example"].endswith("\n\n")
+        assert row["example"].count("VAR ") == 5
+        assert row["example"] == row["example"].rstrip() + "\n\n", "RULER's distance to the question"
 
 
 def test_common_and_frequent_words_are_the_most_frequent(tokenizer: Any) -> None:
@@ -152,8 +155,10 @@ def test_sentences_without_nltk_data_name_the_command(monkeypatch: pytest.Monkey
         split_sentences("One. Two.")
 
 
-def test_a_task_that_the_suite_lacks_is_refused_beside_one_it_has() -> None:
+def test_unknown_suites_and_tasks_are_refused_also_beside_known_ones() -> None:
     assert [task.name for task in select("synthetic", [1024], ["recall"])] == ["json_kv"]
+    refused = CliRunner().invoke(app, ["eval", "compare", "results", "--suite", "synthetics"])
+    assert str(refused.exception).startswith("--suite synthetics: must be one of helmet, ruler")
     with pytest.raises(UserError, match="suite synthetic has no task nothing at 1K; it has json_kv, ruler_"):
         select("synthetic", [1024], ["json_kv", "nothing"])
 

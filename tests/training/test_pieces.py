@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training import run
 from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import open_log
-from megatron_prolong.training.replay import _recorded
-from megatron_prolong.training.run_directory import MANIFEST, Checkpoint, write_pointer
+from megatron_prolong.training.replay import _recorded, _start
+from megatron_prolong.training.run_directory import MANIFEST, Checkpoint, latest_checkpoint, write_pointer
 from megatron_prolong.training.stage import Preempted, _advance
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics
@@ -137,3 +138,16 @@ def test_half_a_line_of_a_process_that_died_does_not_spoil_the_next(tmp_path):
     assert _recorded(metrics, "short").keys() == {1, 2}
     lines = metrics.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines[:2]] == [1, 2] and len(lines) == 3
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    of = recipe(tmp_path)
+    with pytest.raises(UserError, match="no run is here"):
+        _start(of, of.stages[0], 1)
+    (tmp_path / "short" / "step_00000002").mkdir(parents=True)
+    write_pointer(tmp_path / "short", "step_00000003")
+    with pytest.raises(UserError, match=r"step_00000003 is not there; .*: step_00000002$"):
+        latest_checkpoint(tmp_path / "short")
+    write_pointer(tmp_path / "short", "step_00000002")
+    with pytest.raises(UserError, match=r"is not a checkpoint: prolong\.json: No such file"):
+        latest_checkpoint(tmp_path / "short")
