@@ -81,20 +81,17 @@ class InferenceModel:
     ) -> list[list[int]]:
         """Greedy continuation of every prompt, without the prompt and without the stop token."""
         caches = [KeyValueCache() for _ in prompts]
-        outputs: list[list[int]] = [[] for _ in prompts]
-        following = [self._prefill(prompt, cache) for prompt, cache in zip(prompts, caches, strict=True)]
+        outputs = [[self._prefill(prompt, cache)] for prompt, cache in zip(prompts, caches, strict=True)]
         active = list(range(len(prompts)))
-        for _ in range(max_new_tokens):
-            active = [index for index in active if following[index] not in stop_ids]
+        for _ in range(max_new_tokens - 1):
+            active = [index for index in active if outputs[index][-1] not in stop_ids]
             if not active:
                 break
-            for index in active:
-                outputs[index].append(following[index])
-            news = [torch.tensor([following[index]], device=self.device) for index in active]
+            news = [torch.tensor(outputs[index][-1:], device=self.device) for index in active]
             logits_DV = self._forward(news, [caches[index] for index in active])
             for index, token in zip(active, logits_DV.argmax(-1).tolist(), strict=True):
-                following[index] = token
-        return outputs
+                outputs[index].append(token)
+        return [output[:-1] if output[-1] in stop_ids else output for output in outputs]
 
     def _prefill(self, prompt: Sequence[int], cache: KeyValueCache) -> int:
         """Feed a prompt; returns the most likely next token."""

@@ -45,3 +45,21 @@ def test_greedy_generation_of_prompts_of_different_lengths(models):
     assert ours.generate(prompts, 12, stop_ids=[]) == expected
     stop = expected[0][4]
     assert ours.generate(prompts, 12, stop_ids=[stop])[0] == expected[0][: expected[0].index(stop)]
+
+
+def test_no_token_is_read_in_vain(models, monkeypatch):
+    """The last token of an answer, and one that ends it, are not fed to the model again."""
+    _, ours = models
+    passes = []
+    forward = inference.InferenceModel._forward
+    monkeypatch.setattr(
+        inference.InferenceModel,
+        "_forward",
+        lambda *given, **named: passes.append(1) or forward(*given, **named),
+    )
+    (answer,) = ours.generate([[1, 2, 3]], 6, stop_ids=[])
+    assert len(answer) == 6 and len(passes) == 6
+    first = answer.index(answer[3])
+    passes.clear()
+    assert ours.generate([[1, 2, 3]], 6, stop_ids=[answer[3]]) == [answer[:first]]
+    assert len(passes) == first + 1
