@@ -39,7 +39,7 @@ def _row(count: int, seed: int, index: int) -> Row:
     rng = random.Random(f"vt-{seed}-{index}")
     example_context, example_value, example_names = _chain(rng, EXAMPLE_NOISES, letters=3)
     fields = {"context": example_context, "query": example_value, "num_v": HOPS + 1}
-    example = f"{PROBLEM.format(**fields)} {ANSWER.format(**fields)} {' '.join(example_names)}\n"
+    example = f"{PROBLEM.format(**fields)} {ANSWER.format(**fields)} {' '.join(example_names)}"
     context, value, names = _chain(rng, max(count, HOPS + 1), letters=5)
     return {
         "index": index,
