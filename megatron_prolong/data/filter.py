@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,6 +30,7 @@ from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.ngrams import DEFAULT_N, NgramIndex, evaluation_texts
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.publish import temporary_name
 
 TASK_BYTES = 1 << 28
 _MAX_EXAMPLES = 20
@@ -197,7 +197,7 @@ def _duplicates(job: Job, data: TokenizedInputs) -> Path:
     path = job.directory / "duplicates"
     if not path.exists():
         numbers = track(range(len(data)), len(data), "finding duplicates")
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        temporary = temporary_name(path)
         try:
             with disk_full_is_users(job.out), temporary.open("wb") as file:
                 file.write(find_duplicates(data.read(number)["input_ids"] for number in numbers).tobytes())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from megatron_prolong.data.mds import INDEX, merge_indexes
 from megatron_prolong.data.mds.writer import disk_full_is_users, refuse_existing
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.publish import temporary_name
 
 T = TypeVar("T")
 SETTINGS = "job.json"
@@ -154,7 +154,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write through a temporary file, so that a reader never sees half of it."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = temporary_name(path)
     try:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         temporary.replace(path)

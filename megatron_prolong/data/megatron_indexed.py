@@ -14,7 +14,6 @@ and is refused; the domain is given by the user on the way back.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.publish import temporary_name
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")
@@ -48,7 +48,7 @@ class IndexedWriter:
             if path.exists():
                 raise UserError(f"{path} exists already; remove it or choose another prefix")
         self._paths[0].parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = [path.with_name(f"{path.name}.tmp-{os.getpid()}") for path in self._paths]
+        self._temporary = [temporary_name(path) for path in self._paths]
         self._file = self._temporary[0].open("wb")
         self._lengths: list[NDArray[np.int32]] = []
         self._sequences_of_documents: list[int] = []

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from megatron_prolong.data.mds import INDEX, MDSWriter
 from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.packing import Losses, Pack, Rules, best_fit, concatenate, cut_by_lengths
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.publish import temporary_name
 
 Mode = Literal["single", "concat", "bestfit"]
 TASK_TOKENS = 1 << 26
@@ -185,7 +185,7 @@ def _plan(job: Job, inputs: Sequence[str], options: PackOptions) -> _Plan:
     """Make the plan, or take the one that an earlier or concurrent run of this job made."""
     directory = job.directory / "plan"
     if not directory.exists():
-        temporary = job.directory / f"plan.tmp-{os.getpid()}"
+        temporary = temporary_name(directory)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:

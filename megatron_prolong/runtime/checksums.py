@@ -7,7 +7,6 @@ accident (a bad disk, a cut-off copy), not against malice.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import BinaryIO
 import xxhash
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.publish import write_durably
 
 CHECKSUMS = "checksums.json"
 _CHUNK_BYTES = 4 << 20
@@ -65,12 +65,8 @@ def write_checksums(directory: Path, known: Mapping[str, list[int | str]] = Mapp
         known: of the files that were hashed while they were written; the others are read here.
     """
     entries = {**known, **hash_files(directory, [name for name in _files(directory) if name not in known])}
-    temporary = directory / f"{CHECKSUMS}.tmp-{os.getpid()}"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump({"algorithm": "xxh3_128", "files": dict(sorted(entries.items()))}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(directory / CHECKSUMS)
+    content = {"algorithm": "xxh3_128", "files": dict(sorted(entries.items()))}
+    write_durably(directory / CHECKSUMS, json.dumps(content, indent=1))
 
 
 def verify_checksums(directory: Path, share: slice = slice(None)) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_prolong.data.mds.index import INDEX, read_index
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.publish import temporary_name
 
 
 def merge_indexes(directories: Sequence[Path], out: Path) -> int:
@@ -31,7 +31,7 @@ def merge_indexes(directories: Sequence[Path], out: Path) -> int:
                     entry[key]["basename"] = (relative / entry[key]["basename"]).as_posix()
             entries.append(entry)
     path = Path(out) / INDEX
-    temporary = path.with_name(f"{INDEX}.tmp-{os.getpid()}")
+    temporary = temporary_name(path)
     previous = path.read_bytes() if path.exists() else None
     try:
         temporary.write_text(json.dumps({"version": 2, "shards": entries}, sort_keys=True))

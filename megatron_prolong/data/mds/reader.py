@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import mmap
 import operator
-import os
 import struct
 import tempfile
 import zlib
@@ -27,6 +26,7 @@ from megatron_prolong.data.mds.compression import open_compressed, parse_compres
 from megatron_prolong.data.mds.encodings import Decode, encoding
 from megatron_prolong.data.mds.index import Shard, check_hashes, read_index
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.publish import temporary_name
 
 _PAIR = struct.Struct("<II")
 _CHUNK_BYTES = 1 << 20
@@ -233,7 +233,7 @@ def _unpack(shard: Shard) -> IO[bytes]:
     path, file = shard.delivered
     _check_file(path, file.num_bytes)
     check_hashes(path, file.hashes, _parts(path))
-    temporary = shard.path.with_name(f"{shard.path.name}.tmp-{os.getpid()}")
+    temporary = temporary_name(shard.path)
     try:
         raw: IO[bytes] = temporary.open("w+b")
     except OSError:

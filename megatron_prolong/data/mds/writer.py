@@ -6,9 +6,7 @@ Given the same samples and options the shard files are byte for byte those of th
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +20,7 @@ from megatron_prolong.data.mds.compression import compressed_writer, parse_compr
 from megatron_prolong.data.mds.encodings import encoding
 from megatron_prolong.data.mds.index import INDEX, hasher
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.publish import is_disk_full, temporary_name
 
 HASHES = ("xxh64",)
 """Recorded by default, so that a flipped bit is found: 0.1 ms per MiB, a tenth of what packing it takes."""
@@ -74,7 +73,7 @@ class MDSWriter:
         self._shards: list[dict[str, Any]] = []
         self._buffer = _buffer(min(size_limit, SHARD_BYTES))
         self._clear()
-        self._temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        self._temporary = temporary_name(self.path)
         shutil.rmtree(self._temporary, ignore_errors=True)
         self._temporary.mkdir(parents=True)
 
@@ -204,7 +203,7 @@ class disk_full_is_users:  # noqa: N801 - reads as a phrase in `with`
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise UserError(
                 f"{self.path}: the disk is full; what was unfinished has been removed. Free space "
                 "(or choose another place) and run the same command again"
