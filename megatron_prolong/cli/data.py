@@ -22,6 +22,7 @@ app = typer.Typer(help="Tokenize, filter, pack and look at training data.", no_a
 Paths = Annotated[list[str], typer.Argument(metavar="IN... OUT", help="Inputs, then the directory to write.")]
 Workers = Annotated[int, typer.Option(help="Processes; 0 takes one per core.", min=0)]
 ExecutorName = Annotated[str, typer.Option("--executor", help="Where the work is done: local or ray.")]
+UINT32 = 2**32 - 1  # the largest token id, and NumPy's largest seed
 SlurmArray = Annotated[
     bool,
     typer.Option("--slurm-array", help="Do this Slurm array job's share (SLURM_ARRAY_TASK_ID, …_COUNT)."),
@@ -169,9 +170,15 @@ def pack(
     intact: Annotated[
         bool, typer.Option("--intact", help="Drop the rest of a cut document (chats).")
     ] = False,
-    bos: Annotated[int | None, typer.Option(help="Id to begin every document with (default: none).")] = None,
-    eos: Annotated[int | None, typer.Option(help="Id to end every document with (default: none).")] = None,
-    shuffle_seed: Annotated[int | None, typer.Option(help="Take the documents in random order.")] = None,
+    bos: Annotated[
+        int | None, typer.Option(min=0, max=UINT32, help="Id to begin every document with (default: none).")
+    ] = None,
+    eos: Annotated[
+        int | None, typer.Option(min=0, max=UINT32, help="Id to end every document with (default: none).")
+    ] = None,
+    shuffle_seed: Annotated[
+        int | None, typer.Option(min=0, max=UINT32, help="Seed of a random order of the documents.")
+    ] = None,
     domain: Annotated[str | None, typer.Option(help="Name to write instead of the input's.")] = None,
     workers: Workers = 0,
     executor: ExecutorName = "local",

@@ -37,7 +37,7 @@ Compare = Annotated[
 ]
 Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, e.g. 512,2K,8K.")]
 Out = Annotated[Path, typer.Option(help="Directory for results.")]
-Seed = Annotated[int, typer.Option(help="Chooses passages, haystacks and needles.")]
+Seed = Annotated[int, typer.Option(min=0, help="Chooses passages, haystacks and needles.")]
 
 
 @app.command()

@@ -61,7 +61,7 @@ def run(
         bool, typer.Option("--stop-newline", help="End answers at a line break.")
     ] = False,
     tag: Annotated[str, typer.Option(help="Part of the file names; HELMET's scripts look for v1.")] = "v1",
-    seed: Annotated[int, typer.Option(help="HELMET's is 42.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, help="HELMET's is 42.")] = 42,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Run finished tasks again.")] = False,
 ) -> None:
     """Run a suite; `prolong eval MODEL --suite …` is the same. A stopped run goes on with the same command."""

@@ -35,7 +35,7 @@ class DirectoryLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{self.path.parent}: cannot be locked for this run: {error}") from error
+            raise UserError(f"{self.path.parent}: cannot be locked for this run: {error.strerror}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

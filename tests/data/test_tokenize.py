@@ -209,6 +209,9 @@ def test_commands(tokenizer: Path, tmp_path: Path) -> None:
     ]
     result = invoke(app, [str(word) for word in [*words, "--workers", 1]])
     assert result.exit_code == 0 and "code: 3 documents" in result.output, result.output
+    for wrong in (["--bos", -1], ["--eos", 2**32], ["--shuffle-seed", -1]):
+        words = ["pack", tmp_path / "code", tmp_path / "packs", "--length", "1K", "--mode", "concat", *wrong]
+        assert invoke(app, [str(word) for word in words]).exit_code == 2
     negative = ["filter", tmp_path / "code", tmp_path / "long", "--min-length", "code=-1", "--workers", 1]
     result = invoke(app, [str(word) for word in negative])
     assert "--min-length -1: must not be negative" in str(result.exception)
