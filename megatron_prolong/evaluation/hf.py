@@ -105,18 +105,16 @@ class HuggingFaceBackend:
         padded = any(len(prompt) != width for prompt in prompts)
         cache = _new_cache()
         following = self._prefill(ids_BT, mask_BT if padded else None, cache)
-        outputs: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        for _ in range(max_new_tokens):
-            tokens = following.tolist()
-            running = {row for row in running if tokens[row] not in self.stop_ids}
-            for row in running:
-                outputs[row].append(tokens[row])
-            if not running:
+        outputs = [[token] for token in following.tolist()]
+        for _ in range(max_new_tokens - 1):
+            if all(output[-1] in self.stop_ids for output in outputs):
                 break
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(prompts), 1)], dim=1)
             following = self._forward(following[:, None], mask_BT if padded else None, cache)
-        return outputs
+            for output, token in zip(outputs, following.tolist(), strict=True):
+                if output[-1] not in self.stop_ids:
+                    output.append(token)
+        return [output[:-1] if output[-1] in self.stop_ids else output for output in outputs]
 
     def _prefill(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: Any) -> Tensor:
         """Feed the prompts chunk by chunk; returns the most likely next token of each, [B]."""

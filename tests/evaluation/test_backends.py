@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,18 @@ def test_hf_batches_and_chunks_generate_what_transformers_generates(
     monkeypatch.setattr(hf, "PREFILL_CHUNK_TOKENS", 16)
     model = AutoModelForCausalLM.from_pretrained(hf_directory, dtype=torch.float32)
     with open_backend(hf_directory, batch_size=3) as backend:
-        expected = []
+        answers = []
         for prompt in PROMPTS:
             ids = torch.tensor([encode(backend.tokenizer, prompt)])
             output = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1)
-            expected.append(backend.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+            answers.append(output[0, ids.shape[1] :].tolist())
+        expected = backend.tokenizer.batch_decode(answers, skip_special_tokens=True)
         assert backend.generate(PROMPTS, 12) == expected
-    assert len(set(expected)) == 3
+        stop = answers[0][4]  # the first answer ends before the others
+        cut = [answer[: answer.index(stop)] if stop in answer else answer for answer in answers]
+        stopping = replace(backend, stop_ids=frozenset([stop]))
+        assert stopping.generate(PROMPTS, 12) == backend.tokenizer.batch_decode(cut)
+    assert len(set(expected)) == 3 and cut[0] != answers[0] and cut != [[], [], []]
 
 
 def test_megatron_equals_hf_token_by_token(hf_directory: Path, checkpoint: Path) -> None:
