@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_prolong.mcore.attention import Documents
 from megatron_prolong.mcore.config import padded_vocab_size
 from megatron_prolong.mcore.specs import block_spec
-from megatron_prolong.model.cross_entropy import chunked_cross_entropy
+from megatron_prolong.model.cross_entropy import VocabularyShard, cross_entropy_sum, token_losses
 from megatron_prolong.model.rope import angles, inverse_frequencies
 from megatron_prolong.recipe.shape import ModelShape
 
@@ -62,7 +62,8 @@ class LongContextGPT(GPTModel):
         return (decoder_input, angles(position_ids[0], inverse), *rest)
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Token losses [1, T] fp32 with labels (0 where the label is -100), else hidden states or logits.
+        """With labels the sum of the token losses, or without gradients each of them: [1, T] fp32, 0 where the
+        label is -100. Otherwise hidden states or logits.
 
         When generating, logits are those of each document's last token only: [1, D, V].
         """
@@ -79,17 +80,14 @@ class LongContextGPT(GPTModel):
         )
         hidden_TH = self._for_parallel_output(hidden_states)[:, 0]
         group = self.pg_collection.tp
-        rows = weight.shape[0]
-        losses = chunked_cross_entropy(
-            hidden_TH,
-            weight,
-            labels[0],
-            vocab_start=rows * torch.distributed.get_rank(group),
-            real_vocab_size=self.real_vocab_size,
-            chunk_tokens=self.loss_chunk_tokens,
+        shard = VocabularyShard(
+            start=len(weight) * torch.distributed.get_rank(group),
+            real_size=self.real_vocab_size,
             group=group if torch.distributed.get_world_size(group) > 1 else None,
         )
-        return losses.unsqueeze(0)
+        if torch.is_grad_enabled():
+            return cross_entropy_sum(hidden_TH, weight, labels[0], shard, self.loss_chunk_tokens)
+        return token_losses(hidden_TH, weight, labels[0], shard, self.loss_chunk_tokens).unsqueeze(0)
 
     def _for_parallel_output(self, hidden_states: Tensor) -> Tensor:
         """All tokens on every tensor-parallel rank; backward sums the ranks' partial gradients."""

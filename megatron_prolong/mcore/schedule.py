@@ -59,8 +59,8 @@ def _forward_step(
     return output, partial(_loss, batch.num_targets)
 
 
-def _loss(num_targets: int, losses_1T: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, int]]:
-    total = losses_1T.sum()
+def _loss(num_targets: int, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, int]]:
+    total = losses.sum()
     return total, torch.tensor(num_targets, dtype=torch.int), (total.detach(), num_targets)
 
 

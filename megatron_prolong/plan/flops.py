@@ -2,8 +2,8 @@
 
 Two counts, never to be mixed:
 - *model* FLOPs: what the mathematics needs (forward, and twice that backward); MFU is these over the peak.
-- *hardware* FLOPs: what is executed: recomputation, the scores again inside the flash backward (2.5 times the
-  forward, Dao 2023 section 3.1) and the logits again in the loss's backward.
+- *hardware* FLOPs: what is executed: recomputation too, and the scores again inside the flash backward (2.5 times
+  the forward, Dao 2023 section 3.1).
 
 A product of [m,k] by [k,n] is 2·m·k·n. Causal attention over a document of n tokens is two products over n²/2
 pairs: 2·n²·(heads·head size) forward. Norms, activations and the embedding's lookup are not counted.
@@ -69,12 +69,12 @@ class Passes:
 
 
 def passes(job: Job) -> Passes:
-    """Executed passes under the job's recomputation; the chunked loss always recomputes its logits."""
+    """Executed passes under the job's recomputation; the chunked loss never makes its logits twice."""
     again = job.recomputed_share
     return Passes(
         layers=3.0 + again,
         mlp_again=1.0 if job.recompute == "selective" else 0.0,
-        output=4.0,
+        output=3.0,
         attention_forward=1.0 + again,
         attention_backward=FLASH_BACKWARD,
     )

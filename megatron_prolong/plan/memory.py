@@ -245,8 +245,7 @@ def loss_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     """Saved by final norm, output layer and loss: no logits. The loss is one micro-batch at a time."""
     t, s, h, e = job.rank_tokens, job.residual_tokens, job.shape.hidden_size, job.element_bytes
     norm = s * h * e + s * 4 if kernels.norm else 2 * s * h * 4 + s * 4
-    gathered = t * h * e  # hidden states of all the rank's tokens, input of the output layer
-    return norm + gathered + t * 4  # and the log-sum-exp
+    return norm + t * h * e  # the gradient of the hidden states of all the rank's tokens, made in the forward
 
 
 # --- working memory -----------------------------------------------------------------------------------------
@@ -281,12 +280,12 @@ def attention_gradients(job: Job) -> int:
 
 
 def loss_working(job: Job) -> int:
-    """While one chunk of the loss runs backward: its logits, and gradients of hidden states and weight."""
+    """The weight's fp32 gradient, and with it one chunk's logits and all hidden states, or its copy in e bytes."""
     chunk = min(job.loss_chunk_tokens, job.rank_tokens)
     e, h = job.element_bytes, job.shape.hidden_size
     logits = chunk * job.vocab_rows * (4 if job.precision == "fp32" else 4 + e)
-    weight_gradient = job.vocab_rows * h * (4 if job.precision == "fp32" else 4 + e)
-    return logits + weight_gradient + job.rank_tokens * h * e
+    copied = 0 if job.precision == "fp32" else job.vocab_rows * h * e
+    return job.vocab_rows * h * 4 + max(logits + job.rank_tokens * h * e, copied)
 
 
 def exchange_bytes(job: Job) -> int:
