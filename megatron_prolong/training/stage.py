@@ -156,8 +156,8 @@ def _walk(
         run.recipe.run_dir / stage.name, spec, sidecar, dump_recipe(run.recipe),
         report=(lambda facts: log.event("checkpoint", **facts)) if log else None,
     )  # fmt: skip
+    started = time.perf_counter()
     for step, sequences in stream(run.mixture, state.step):
-        started = time.perf_counter()
         metrics = run.update(step, sequences)
         state = _advance(state, stage, sequences, metrics)
         watchdog.feed(state.step + 1)
@@ -181,6 +181,7 @@ def _walk(
             raise Preempted(f"stopped after step {state.step} of stage {stage.name}")
         if last:
             break
+        started = time.perf_counter()  # so that waiting for data counts, and saving does not
     writer.finish()
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training import run
+from megatron_prolong.training import stage as stage_module
 from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import open_log
 from megatron_prolong.training.replay import _recorded, _start
@@ -36,7 +38,7 @@ def recipe(root: Path) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "r", "run_dir": root / "run", "model": {"path": "somewhere"}, "stages": [stage],
-            "evaluation": {"every": 2},
+            "evaluation": {"every": 2}, "checkpoint": {"every": 1},
         }
     )  # fmt: skip
 
@@ -110,6 +112,36 @@ def test_ranks_go_by_what_rank_0_sees_and_wait_for_its_conversion(tmp_path):
         save(tmp_path / str(rank), step)
     (tmp_path / "run").mkdir()
     torch.multiprocessing.spawn(_two_views, (str(tmp_path),), nprocs=2)
+
+
+def test_waiting_for_data_is_part_of_a_steps_time_and_saving_is_not(tmp_path, monkeypatch):
+    """Or a slow disk would show nowhere, and a checkpoint as a slow step."""
+    clock, times = [0.0], []
+
+    def take(seconds, result=None):
+        clock[0] += seconds
+        return result
+
+    def read(mixture, first_step):
+        yield from ((step, take(3, [])) for step in range(first_step, 5))
+
+    writer = SimpleNamespace(poll=lambda: None, finish=lambda: None, save=lambda *_: take(100))
+    metrics = StepMetrics(2.0, grad_norm=1.0, lr=1e-3, num_targets=3, updated=True)
+    of = recipe(tmp_path)
+    at = SimpleNamespace(
+        recipe=of, stage=of.stages[0], mixture=None, model=None, optimizer=None,
+        update=lambda *_: take(2, metrics),
+    )  # fmt: skip
+    monkeypatch.setattr(stage_module, "stream", read)
+    monkeypatch.setattr(stage_module, "CheckpointWriter", lambda *_, **__: writer)
+    monkeypatch.setattr(stage_module, "dump_recipe", lambda _: "")
+    monkeypatch.setattr(stage_module, "_manifest", lambda *_: {})
+    monkeypatch.setattr(stage_module, "_facts", lambda *facts: times.append(facts[-1]))
+    monkeypatch.setattr(stage_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    log, watchdog = SimpleNamespace(step=lambda *_, **__: None), SimpleNamespace(feed=lambda _: None)
+    state = TrainState(stage="short")
+    stage_module._walk(at, state, 3, tmp_path, log, lambda: False, Guard("short"), watchdog)
+    assert times == [5, 5, 5]
 
 
 def test_domains_of_one_name_are_counted_apart(tmp_path):
