@@ -1,0 +1,59 @@
+"""Every `prolong` command line in README and docs has subcommands, options and arguments that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from typer.core import TyperGroup
+
+from megatron_prolong.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+
+
+def command_lines(page: Path) -> list[str]:
+    """Lines of code blocks that start with `prolong`, whole where they go on after a backslash."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    found = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [line for line in found if line.startswith("prolong ")]
+
+
+def parse(line: str) -> None:
+    """Let the command's own parser read the line, without running it."""
+    words = shlex.split(line, comments=True)[1:]
+    command = typer.main.get_command(app)
+    while isinstance(command, TyperGroup):
+        if words[0] == "--compare":  # `prolong eval --compare` is `prolong eval compare`
+            words[0] = "compare"
+        context = command.context_class(command)
+        _, command, words = command.resolve_command(context, words)
+        assert command is not None
+    command.make_context("prolong", words)
+
+
+@pytest.mark.parametrize("line", [line for page in PAGES for line in command_lines(page)])
+def test_the_command_exists(line: str) -> None:
+    parse(line)
+
+
+def test_there_are_commands() -> None:
+    assert sum(len(command_lines(page)) for page in PAGES) > 40
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("prolong data pak a b", "pak"),
+        ("prolong plan a --gpsu 8", "gpsu"),
+        ("prolong eval a --suite b", "out"),
+    ],
+)
+def test_a_wrong_command_is_noticed(line: str, wrong: str) -> None:
+    with pytest.raises(Exception, match=wrong):
+        parse(line)
