@@ -75,13 +75,13 @@ class Judge:
 
 
 def judge_results(directory: Path, judge: Judge, helmet: Path) -> list[Path]:
-    """Judge every result under `directory` that wants it and has none; returns the files written."""
+    """Judge every result under `directory` that wants it and has none by this judge; returns the files written."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give the folder of one model's results")
     written = []
     for path in sorted(directory.glob("*.json")):
         target = judged_path(path)
-        if path.name.endswith(JUDGED) or target.exists():
+        if path.name.endswith(JUDGED) or _judged_by(target, judge.model):
             continue
         if path.name.startswith(QUESTIONS):
             content = _judge_questions(path, judge, helmet)
@@ -92,6 +92,13 @@ def judge_results(directory: Path, judge: Judge, helmet: Path) -> list[Path]:
         write_json(target, content)
         written.append(target)
     return written
+
+
+def _judged_by(target: Path, model: str) -> bool:
+    """HELMET's own files, which do not name their judge, are left as they are."""
+    if not target.exists():
+        return False
+    return bool(json.loads(target.read_text(encoding="utf-8")).get("judge", {}).get("model", model) == model)
 
 
 def _judge_questions(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:

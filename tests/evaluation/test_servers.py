@@ -84,6 +84,9 @@ def test_the_judge_scores_caches_and_resumes(server: Server, tmp_path: Path) -> 
     with pytest.raises(UserError, match="give the folder of one model's results"):
         judge_results(tmp_path / "nowhere", judge, helmet)
     assert len(server.requests) == 3, "the second run must find every answer in the cache"
+    assert not judge_results(tmp_path, judge, helmet)
+    assert judge_results(tmp_path, Judge(client(server), "other", judge.cache), helmet) == [written]
+    assert len(server.requests) == 6, "another judge is asked anew"
 
 
 def test_summary_scores() -> None:
