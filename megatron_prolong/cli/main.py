@@ -24,6 +24,7 @@ from megatron_prolong.errors import UserError
 app = typer.Typer(
     name="prolong",
     help="Long-context continued training of Llama models on Megatron-Core.",
+    epilog="--debug, anywhere on the line, shows where an error arose.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

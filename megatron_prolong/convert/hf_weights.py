@@ -97,7 +97,9 @@ def _shards(directory: Path) -> list[Path]:
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
         if (directory / index).exists():
-            weight_map = read_json(directory / index).get("weight_map", {})
+            weight_map = read_json(directory / index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{directory / index}: it has no weight_map of names to files; copy it again")
             paths = [directory / name for name in sorted(set(weight_map.values()))]
             missing = [path.name for path in paths if not path.exists()]
             if missing:

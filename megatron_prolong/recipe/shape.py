@@ -202,17 +202,31 @@ def _not_llama(config: dict[str, Any]) -> list[str]:
 
 def _missing(config: dict[str, Any]) -> list[str]:
     required = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    optional = (
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "initializer_range",
+    )
     return [
         f"{key} is {config.get(key)!r}; a positive whole number is needed"
         for key in required
         if not isinstance(config.get(key), int) or config[key] <= 0
+    ] + [
+        f"{key} is {config[key]!r}; a number is needed"
+        for key in optional
+        if not isinstance(config.get(key), int | float | None)
     ]
 
 
 def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None, list[str]]:
     """RoPE base, Llama-3.1 scaling and problems, from either spelling."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    base = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    base = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
+    if not isinstance(base, int | float):
+        return 0.0, None, [f"rope_theta is {base!r}; a number is needed"]
+    base = float(base)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return base, None, []

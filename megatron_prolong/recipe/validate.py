@@ -161,10 +161,8 @@ def _shape_problems(shape: ModelShape) -> list[str]:
 def _vocabulary(findings: Findings, shape: ModelShape) -> None:
     path = findings.recipe.model.tokenizer_path
     assert path is not None, "a model with a shape has a path or a tokenizer"
-    if tokenizer_problems(path):
-        findings.warn(
-            ("model", "path"), "holds no tokenizer.json; set model.tokenizer to export and evaluate"
-        )
+    if problems := tokenizer_problems(path):
+        findings.warn(("model", "path"), f"{problems[0]}; set model.tokenizer to export and evaluate")
     elif (size := vocabulary_size(path)) > shape.vocab_size:
         findings.error(
             ("model", "tokenizer"),

@@ -81,6 +81,8 @@ def test_missing_shards(tmp_path: Path) -> None:
         shard.unlink()
     message = _refused(lambda out: to_megatron(original, out), tmp_path)
     assert shards[1].name in message and shards[2].name in message
+    (original / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    assert "it has no weight_map" in _refused(lambda out: to_megatron(original, out), tmp_path)
 
 
 def test_directories_that_are_something_else(original: Path, converted: Path, tmp_path: Path) -> None:

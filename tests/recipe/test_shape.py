@@ -82,6 +82,8 @@ def test_the_source_config_travels_along() -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "unquantised"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; a number is needed"),
+        ({"rope_parameters": {"rope_theta": "large"}}, "rope_theta is 'large'; a number is needed"),
     ],
 )
 def test_other_models_are_refused(change: dict[str, Any], reason: str) -> None:

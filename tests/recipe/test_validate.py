@@ -30,6 +30,12 @@ def test_the_good_recipe_is_good(write: Write, recipe_data: dict[str, Any]) -> N
     assert findings.warnings == []
 
 
+def test_a_damaged_tokenizer_is_called_so(write: Write, recipe_data: dict[str, Any], workdir: Path) -> None:
+    (workdir / "model" / "tokenizer.json").write_text("{")
+    (warning,) = find_problems(load_recipe(write(recipe_data)), 8).warnings
+    assert "tokenizer.json: cannot be read as JSON" in warning
+
+
 def test_pickled_weights_are_weights(write: Write, recipe_data: dict[str, Any], workdir: Path) -> None:
     (workdir / "model" / "model.safetensors").rename(workdir / "model" / "pytorch_model.bin")
     assert problems_of(write(recipe_data), []) == []
