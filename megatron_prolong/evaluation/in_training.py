@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,9 @@ class CheckpointEvaluation:
         """TASK/LENGTH → 0 to 100, on the main rank; nothing elsewhere, when measured before, or interrupted."""
         out = self.out / checkpoint.parent.name / checkpoint.name
         identity = model_identity(checkpoint)
-        if self._agree(_measured(out / SCORES, identity)):
+        tasks = [f"{task.name}/{task.length}" for task in self.tasks]
+        about = {"model_identity": identity, "samples": self.spec.samples, "tasks": tasks}
+        if self._agree(_measured(out / SCORES, about)):
             return {}
         with open_megatron(checkpoint, world=self.world) as backend:
             if backend is None:
@@ -68,7 +70,7 @@ class CheckpointEvaluation:
             except _Interrupted:
                 return {}
         scores = {f"{result.name}/{result.length}": result.score for result in results}
-        write_json(out / SCORES, {"model_identity": identity, "scores": scores})
+        write_json(out / SCORES, {**about, "scores": scores})
         return scores
 
     def _agree(self, answer: bool) -> bool:
@@ -78,10 +80,11 @@ class CheckpointEvaluation:
         return answers[0]
 
 
-def _measured(scores: Path, identity: str) -> bool:
+def _measured(scores: Path, about: Mapping[str, object]) -> bool:
+    """Whether there are scores of just this model and these questions."""
     if not scores.exists():
         return False
-    return bool(json.loads(scores.read_text(encoding="utf-8"))["model_identity"] == identity)
+    return bool(about.items() <= json.loads(scores.read_text(encoding="utf-8")).items())
 
 
 class _Interrupted(Exception):  # noqa: N818 - an event, not an error

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.in_training import _measured
 
 RECIPE = """\
 name: tiny
@@ -116,6 +117,16 @@ def test_only_what_is_not_measured_yet_is_measured(evaluated: Runs) -> None:
     evaluated.train("evaluated")
     (new,) = evaluated.lines("evaluated")[len(before) :]
     assert (new["event"], new["step"]) == ("evaluation", 5)
+
+
+def test_scores_of_other_questions_do_not_count(tmp_path: Path) -> None:
+    about = {"model_identity": "x", "samples": 2, "tasks": ["ruler_vt/1024"]}
+    path = tmp_path / "scores.json"
+    assert not _measured(path, about)
+    path.write_text(json.dumps({**about, "scores": {"ruler_vt/1024": 1.0}}))
+    assert _measured(path, about)
+    for changed in ({"model_identity": "y"}, {"samples": 3}, {"tasks": ["ruler_vt/1024", "ruler_vt/2048"]}):
+        assert not _measured(path, {**about, **changed})
 
 
 @pytest.mark.slow
