@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -73,10 +72,9 @@ def _domains(one: StageHistory) -> Iterator[str]:
     )
     if not counts:
         return
-    asked: dict[str, float] = defaultdict(float)
-    if one.stage.mixture != "mock":
-        for path, share in one.stage.mixture.items():
-            asked[path.name] += share
+    names = one.stage.domain_names
+    shares = {} if one.stage.mixture == "mock" else one.stage.mixture
+    asked = {names[str(path)]: share for path, share in shares.items()}
     total = sum(counts.values()) or 1.0
     yield heading(f"Tokens by domain, stage {one.stage.name}")
     largest = max(counts.values())
