@@ -70,13 +70,14 @@ class FilterOptions:
 @dataclass
 class FilterReport:
     """tokens == kept_tokens + sum(tokens of dropped). dropped: reason to [documents, tokens].
-    examples: why documents were found contaminated, the first few."""
+    domains: those of all documents, sorted. examples: why documents were found contaminated, the first few."""
 
     documents: int = 0
     tokens: int = 0
     kept_documents: int = 0
     kept_tokens: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
+    domains: list[str] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
 
     def add(self, other: Mapping[str, Any]) -> None:
@@ -84,6 +85,7 @@ class FilterReport:
             setattr(self, name, getattr(self, name) + other[name])
         for reason, (documents, tokens) in other["dropped"].items():
             self._drop(reason, documents, tokens)
+        self.domains = sorted({*self.domains, *other["domains"]})
         self.examples = (self.examples + other["examples"])[:_MAX_EXAMPLES]
 
     def _drop(self, reason: str, documents: int, tokens: int) -> None:
@@ -91,7 +93,9 @@ class FilterReport:
         counts[0] += documents
         counts[1] += tokens
 
-    def count(self, num_tokens: int, reason: str | None) -> None:
+    def count(self, domain: str, num_tokens: int, reason: str | None) -> None:
+        if domain not in self.domains:
+            self.domains = sorted([*self.domains, domain])
         self.documents += 1
         self.tokens += num_tokens
         if reason is None:
@@ -156,7 +160,7 @@ def filter_documents(
         work = _Work(names, options, duplicates)
         if not job.run(tasks, work, executor or LocalProcesses(1), slurm):
             return None
-        job.finish(tasks, lambda: vars(_sum(job, tasks)))
+        job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
     report = FilterReport()
     report.add(json.loads((Path(out) / REPORT).read_bytes()))
     return report
@@ -207,10 +211,15 @@ def _duplicates(job: Job, data: TokenizedInputs) -> Path:
     return path
 
 
-def _sum(job: Job, tasks: Iterable[str]) -> FilterReport:
+def _sum(job: Job, tasks: Iterable[str], options: FilterOptions) -> FilterReport:
     total = FilterReport()
     for report in job.task_reports(tasks):
         total.add(report)
+    if unknown := sorted({*options.min_length, *options.max_length} - {"", *total.domains}):
+        raise UserError(
+            f"{job.out}: a length is given for {', '.join(unknown)}, but no document is of that domain; "
+            f"there are {', '.join(filter(None, total.domains)) or 'none'}"
+        )
     if not total.kept_documents:
         raise UserError.many(
             f"{job.out}: not one of {total.documents:,} documents is left; dropped:",
@@ -245,7 +254,7 @@ class _Work:
                 candidate = Candidate(tokens, domain, data.name(number), judge.tokenizer)
                 repeats = duplicates is not None and bool(duplicates[number])
                 reason = judge.reason(candidate, repeats, report)
-                report.count(len(tokens), reason)
+                report.count(domain, len(tokens), reason)
                 if reason is None:
                     writer.write({**sample, "domain": domain, "length": len(tokens)})
             writer.attach_json(REPORT, vars(report))

@@ -115,7 +115,7 @@ def open_backend(
         kind: "hf" or "megatron" insists on one of them.
 
     Raises:
-        UserError: the directory is neither, or not of the kind asked for; hf on several ranks.
+        UserError: the directory is neither, or not of the kind asked for; hf on several ranks or with cp.
     """
     directory = model_directory(path)
     if (directory / MANIFEST).exists() and kind != "hf":
@@ -126,7 +126,7 @@ def open_backend(
     elif (directory / "config.json").exists() and kind != "megatron":
         from megatron_prolong.evaluation.hf import HuggingFaceBackend
 
-        if read_rendezvous(os.environ).size > 1:
+        if read_rendezvous(os.environ).size > 1 or cp > 1:
             raise UserError(
                 f"{path}: the hf backend runs in one process; `prolong convert to-megatron` makes a checkpoint "
                 "that is spread over all ranks"

@@ -187,6 +187,10 @@ def test_refusals(tmp_path: Path) -> None:
         UserError, match=r"not one of 2 documents is left; dropped:\n  - too short: 2 documents"
     ):
         run([source], tmp_path / "out", min_length={"": 99})
+    books = write_documents(tmp_path / "books", [30], domain="books")
+    with pytest.raises(UserError, match="given for bok, but no document is of that domain; there are books"):
+        run([books], tmp_path / "misspelt", max_length={"bok": 99})
+    assert not (tmp_path / "out").exists() and not (tmp_path / "misspelt").exists()
     assert not (tmp_path / "out").exists()
     pack([source], tmp_path / "packs", PackOptions(8, "concat"))
     with pytest.raises(UserError, match="packed already"):
