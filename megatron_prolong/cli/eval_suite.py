@@ -92,10 +92,10 @@ def run(
         settings = Settings(tag, chat, too_long, stop_newline, overwrite, identity)
         opened = _open(path, backend, server, tokenizer, batch_size, cp, load_tokenizer)
         with opened as loaded:
-            if loaded is None:  # a rank that only lent its part of the model
-                continue
-            inputs = Inputs(data, loaded.tokenizer, seed, samples, text)
-            results[label] = run_suite(chosen, loaded, inputs, settings, out / label, entails)
+            if loaded is not None:  # None: a rank that only lent its part of the model
+                inputs = Inputs(data, loaded.tokenizer, seed, samples, text)
+                results[label] = run_suite(chosen, loaded, inputs, settings, out / label, entails)
+        del loaded  # the next model needs the memory
     if is_main():
         _report(results, suite, out)
 
