@@ -15,6 +15,7 @@ command -v debootstrap >/dev/null || { echo "error: needs debootstrap (apt-get i
 
 root=${1:-$(mktemp -d -t prolong-root-XXXXXX)}
 mkdir -p "$root"
+chmod 755 "$root" # mktemp's is closed to the image's user
 mounts=()
 cleanup() {
     for ((i = ${#mounts[@]} - 1; i >= 0; i--)); do umount "${mounts[i]}"; done
