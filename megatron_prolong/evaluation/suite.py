@@ -37,7 +37,8 @@ def runnable(tasks: Sequence[Task], data: Path | None, skip_missing: bool) -> li
         files.setdefault(how_to_get(path, folder), []).append(str(folder / path))
     problems = [f"{', '.join(found)}\n{indent(remedy, ' ' * 6)}" for remedy, found in files.items()]
     raise UserError.many(
-        f"no data for {', '.join(names)}; fetch it and give --data, or leave these out with --skip-missing:",
+        f"no data for {', '.join(names)}; fetch it and name its directory (--data, in a recipe "
+        "evaluation.data), or leave these out (--skip-missing, evaluation.tasks):",
         problems,
     )
 
