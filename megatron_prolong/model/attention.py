@@ -10,7 +10,7 @@ Axes: T tokens (queries), S cached keys, N query heads, G key/value heads, R = N
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -51,18 +51,21 @@ def cached_attention(
     The caches may be longer than `num_cached`: only their first `num_cached` rows (the T new ones included,
     already written) are read. Query i sees keys 0 … num_cached-T+i. No gradient. Returns out_TND.
     """
-    k_SGD, v_SGD, scale = k_cache_SGD[:num_cached], v_cache_SGD[:num_cached], _scale(q_TND, scale)
-    attend_cache = newest_token_forward if len(q_TND) == 1 else partial(block_forward, causal=True)
-    return attend_cache(q_TND, k_SGD, v_SGD, scale=scale)[0]
+    k_SGD, v_SGD = k_cache_SGD[:num_cached], v_cache_SGD[:num_cached]
+    return cache_forward(q_TND, k_SGD, v_SGD, causal=True, scale=_scale(q_TND, scale))[0]
 
 
-def newest_token_forward(q_1ND: Tensor, k_SGD: Tensor, v_SGD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of one token over all keys: out_1ND and lse_1N, as `flash.attend`.
+def cache_forward(
+    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`flash.block_forward` of new tokens over a cache: out_TND and lse_TN.
 
-    Query heads that share a key/value head run as the queries of one block, so that decoding reads the cache once,
-    not once for each of them.
+    A single token sees every key. Its query heads that share a key/value head run as the queries of one block, so
+    that decoding reads the cache once, not once for each of them.
     """
-    q_RGD = q_1ND.unflatten(1, (k_SGD.shape[1], -1))[0].transpose(0, 1)
+    if len(q_TND) != 1:
+        return block_forward(q_TND, k_SGD, v_SGD, causal, scale)
+    q_RGD = q_TND.unflatten(1, (k_SGD.shape[1], -1))[0].transpose(0, 1)
     out_RGD, lse_RG = block_forward(q_RGD, k_SGD, v_SGD, causal=False, scale=scale)
     return out_RGD.transpose(0, 1).flatten(0, 1).unsqueeze(0), lse_RG.T.flatten().unsqueeze(0)
 

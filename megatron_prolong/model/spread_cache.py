@@ -14,14 +14,12 @@ heads, G key/value heads, D head dimension.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prolong.model.attention import newest_token_forward
-from megatron_prolong.model.flash import Block, attend, block_forward
+from megatron_prolong.model.attention import cache_forward
+from megatron_prolong.model.flash import Block, attend
 
 
 def slice_of(num_tokens: int, rank: int, num_ranks: int) -> slice:
@@ -63,8 +61,7 @@ def shared_attention(
     q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, keeper: bool, group: dist.ProcessGroup, scale: float
 ) -> Tensor:
     """Attention of tokens that all ranks of `group` have; the keys and values of the `keeper` end with theirs."""
-    attend_cache = newest_token_forward if len(q_TND) == 1 else partial(block_forward, causal=keeper)
-    out, lse = attend_cache(q_TND, k_SGD, v_SGD, scale=scale)
+    out, lse = cache_forward(q_TND, k_SGD, v_SGD, causal=keeper, scale=scale)
     weighted = _weighted(out, lse, group)
     dist.all_reduce(weighted, group=group)
     return _divided(weighted).to(q_TND.dtype)
