@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_prolong.cli.recipe import Overrides
+
 if TYPE_CHECKING:
     from megatron_prolong.recipe.schema import Recipe
     from megatron_prolong.recipe.shape import ModelShape
@@ -17,9 +19,7 @@ def doctor(
     recipe: Annotated[
         Path | None, typer.Argument(metavar="RECIPE", help="Also say what this recipe lacks.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="E.g. layout.tp=2.")
-    ] = None,
+    overrides: Overrides = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="Ranks of the job; those visible here by default.")
     ] = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +136,15 @@ class HuggingFaceBackend:
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
-            **self._with_cache(cache),
+            **{self._cache_argument: cache},
         ).logits
         return logits_B1V[:, -1].argmax(-1)
 
-    def _with_cache(self, cache: Any) -> dict[str, Any]:
-        """The argument that carries the cache: `cache` since transformers 5.23, `past_key_values` before."""
+    @cached_property
+    def _cache_argument(self) -> str:
+        """What carries the cache: `cache` since transformers 5.23, `past_key_values` before."""
         known = inspect.signature(self.module.forward).parameters
-        return {"cache" if "cache" in known else "past_key_values": cache}
+        return "cache" if "cache" in known else "past_key_values"
 
     def _logprobs(self, ids_1T: Tensor, cache: Any) -> Tensor:
         """Log-probabilities of tokens 1..T−1, float32 [T−1]; the last token is not fed."""
@@ -150,7 +152,7 @@ class HuggingFaceBackend:
         pieces = []
         for start in range(0, len(targets_T), SCORE_CHUNK_TOKENS):
             chunk = slice(start, min(start + SCORE_CHUNK_TOKENS, len(targets_T)))
-            logits_1TV = self.module(ids_1T[:, chunk], use_cache=True, **self._with_cache(cache)).logits
+            logits_1TV = self.module(ids_1T[:, chunk], use_cache=True, **{self._cache_argument: cache}).logits
             logits_TV = logits_1TV[0].float()
             chosen_T = logits_TV.gather(-1, targets_T[chunk, None])[:, 0]
             pieces.append(chosen_T - logits_TV.logsumexp(-1))
