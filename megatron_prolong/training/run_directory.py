@@ -49,7 +49,7 @@ def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
         return None
     newest = stage_dir / pointer.read_text().strip()
     if not newest.is_dir():
-        there = ", ".join(path.name for path in sorted(stage_dir.glob("step_*")) if path.suffix == "")
+        there = ", ".join(path.name for path in _complete(stage_dir))
         raise UserError(
             f"{pointer}: {newest.name} is not there; write another name into it: {there or 'none left'}"
         )
@@ -58,7 +58,7 @@ def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
 
 def checkpoints(stage_dir: Path) -> list[Checkpoint]:
     """The complete checkpoints of a stage, oldest first."""
-    return [Checkpoint.open(path) for path in sorted(stage_dir.glob("step_*")) if path.suffix == ""]
+    return [Checkpoint.open(path) for path in _complete(stage_dir)]
 
 
 def write_pointer(stage_dir: Path, name: str) -> None:
@@ -73,13 +73,18 @@ def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
     another history, and stay until the run comes to their step.
     """
     newest = (stage_dir / "latest").read_text().strip()
-    complete = sorted(path for path in stage_dir.glob("step_*") if path.suffix == "" and path.name <= newest)
-    for old in complete[:-keep]:
+    history = [path for path in _complete(stage_dir) if path.name <= newest]
+    for old in history[:-keep]:
         if keep_every is None or _step(old) % keep_every:
             remove(old)
     remove_leftovers(stage_dir)
     for leftover in stage_dir.glob("step_*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _complete(stage_dir: Path) -> list[Path]:
+    """Oldest first; what is being written or deleted has a suffix."""
+    return sorted(path for path in stage_dir.glob("step_*") if path.suffix == "")
 
 
 def _step(directory: Path) -> int:
