@@ -54,12 +54,7 @@ def our_case(tokens: int, loss_chunk_tokens: int) -> dict[str, Any]:
         optimizer = build_optimizer(model, spec, layout, lr=1e-5)
         pieces = (Piece(document.numpy().astype("uint32"), None) for document in documents(tokens))
         batch = collate_pieces(pieces)
-        batches = [
-            micro_batch(
-                batch.tokens_T, batch.labels_T, batch.positions_T, batch.cu_seqlens,
-                groups=groups, layout=layout, device=world.device,
-            )
-        ]  # fmt: skip
+        batches = [micro_batch(batch, groups=groups, layout=layout, device=world.device)]
         return step_memory(lambda: train_step(model, optimizer, batches, groups, spec=spec, lr=1e-5).loss)
 
 

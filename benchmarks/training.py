@@ -108,12 +108,7 @@ def measure_ours(case: dict[str, Any], docs: list[torch.Tensor]) -> dict[str, An
         load_weights(checkpoint, model)
         optimizer = build_optimizer(model, spec, layout, lr=LR)
         batch = collate_pieces(Piece(document.numpy().astype("uint32"), None) for document in docs)
-        batches = [
-            micro_batch(
-                batch.tokens_T, batch.labels_T, batch.positions_T, batch.cu_seqlens,
-                groups=groups, layout=layout, device=world.device,
-            )
-        ]  # fmt: skip
+        batches = [micro_batch(batch, groups=groups, layout=layout, device=world.device)]
         return measure_step(
             case, lambda: train_step(model, optimizer, batches, groups, spec=spec, lr=LR).loss
         )

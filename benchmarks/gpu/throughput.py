@@ -99,8 +99,7 @@ def our_step(
     batch = collate_pieces(Piece(document.numpy().astype("uint32"), None) for document in docs)
     batches = [
         micro_batch(
-            batch.tokens_T, batch.labels_T, batch.positions_T, batch.cu_seqlens,
-            groups=groups, layout=layout, device=world.device,
+            batch, groups=groups, layout=layout, device=world.device,
             token_multiple=TOKEN_MULTIPLE if precision == "fp8" else 1,
         )
     ]  # fmt: skip

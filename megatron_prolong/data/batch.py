@@ -1,7 +1,7 @@
 """From packed sequences to the tensors of one micro-batch.
 
-A micro-batch is any bag of documents laid end to end, so that a rank may take whole packed sequences
-(`collate`) or documents balanced by cost (`collate_pieces`). The labels do not depend on that choice:
+A micro-batch is any bag of documents laid end to end, whichever were dealt to the rank; the labels do not depend
+on the company:
 
 - the label of a token is the next token of the same document;
 - the last token of each document has none, so no loss is taken across a boundary, the first token of a
@@ -18,14 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prolong.data.packed import PackedSequence, Piece
-from megatron_prolong.errors import UserError
+from megatron_prolong.data.packed import Piece
 
 NO_LABEL = -100
 
@@ -47,43 +45,6 @@ class PackedBatch:
         shape = self.tokens_T.shape
         assert len(shape) == 1 and self.labels_T.shape == shape and self.positions_T.shape == shape
         assert self.cu_seqlens.dtype == torch.int32 and self.cu_seqlens.ndim == 1
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.tokens_T)
-
-    @cached_property
-    def max_document_tokens(self) -> int:
-        return int(self.cu_seqlens.diff().max())
-
-    @cached_property
-    def num_targets(self) -> int:
-        """How many tokens carry loss: what the losses of a global batch are averaged over."""
-        return int((self.labels_T != NO_LABEL).sum())
-
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on a device; the two counts are taken along, so that asking costs no device sync."""
-        moved = PackedBatch(
-            tokens_T=self.tokens_T.to(device, non_blocking=True),
-            labels_T=self.labels_T.to(device, non_blocking=True),
-            positions_T=self.positions_T.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
-        )
-        moved.__dict__.update(max_document_tokens=self.max_document_tokens, num_targets=self.num_targets)
-        return moved
-
-
-def collate(sequence: PackedSequence, sequence_length: int) -> PackedBatch:
-    """One packed sequence, padded to sequence_length tokens.
-
-    Raises UserError when it is longer: a stage reads packs of its own length and never splits them.
-    """
-    if sequence.num_tokens > sequence_length:
-        raise UserError(
-            f"{sequence.identity}: {sequence.num_tokens} tokens do not fit the stage's sequence length of "
-            f"{sequence_length}; pack the source with `prolong data pack --length {sequence_length}`"
-        )
-    return collate_pieces(sequence.pieces(), sequence_length)
 
 
 def collate_pieces(pieces: Iterable[Piece], num_tokens: int | None = None) -> PackedBatch:

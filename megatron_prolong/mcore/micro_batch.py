@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_prolong.data.batch import NO_LABEL
+from megatron_prolong.data.batch import NO_LABEL, PackedBatch
 from megatron_prolong.mcore.attention import ContextParallel, Documents
 from megatron_prolong.mcore.groups import ParallelGroups
 from megatron_prolong.model.context_plan import EQUAL_COST_TOKENS, ContextPlan
@@ -29,10 +29,7 @@ class MicroBatch:
 
 
 def micro_batch(
-    tokens_T: Tensor,
-    labels_T: Tensor,
-    positions_T: Tensor,
-    cu_seqlens: Tensor,
+    packed: PackedBatch,
     *,
     groups: ParallelGroups,
     layout: Layout,
@@ -44,14 +41,14 @@ def micro_batch(
     """Slice a packed batch for this rank: zigzag over context-parallel ranks, padded for sequence parallelism.
 
     Args:
-        tokens_T, labels_T, positions_T, cu_seqlens: the packed batch on CPU, as in `data.batch.PackedBatch`.
+        packed: on CPU.
         split_threshold_tokens: documents shorter than this stay whole on one context-parallel rank.
         equal_cost_tokens: document length whose attention costs as much as the rest; deals the whole ones.
         token_multiple: pad the tokens of each rank to a multiple of this (FP8 matrix products work on tiles).
     """
     multiple = token_multiple * (layout.tp if layout.sequence_parallel else 1)
     plan = ContextPlan.build(
-        cu_seqlens.tolist(),
+        packed.cu_seqlens.tolist(),
         cp_size=groups.cp.size,
         multiple=multiple,
         split_threshold_tokens=split_threshold_tokens,
@@ -62,11 +59,11 @@ def micro_batch(
         context = ContextParallel(
             plan, groups.cp.rank, groups.cp.group, layout.cp_exchange, groups.hierarchical_cp
         )
-    labels = plan.take(labels_T, groups.cp.rank, NO_LABEL)
+    labels = plan.take(packed.labels_T, groups.cp.rank, NO_LABEL)
     return MicroBatch(
-        tokens=plan.take(tokens_T, groups.cp.rank, 0).unsqueeze(0).to(device, non_blocking=True),
+        tokens=plan.take(packed.tokens_T, groups.cp.rank, 0).unsqueeze(0).to(device, non_blocking=True),
         labels=labels.unsqueeze(0).to(device, non_blocking=True),
-        positions=plan.take(positions_T, groups.cp.rank, 0).unsqueeze(0).to(device, non_blocking=True),
+        positions=plan.take(packed.positions_T, groups.cp.rank, 0).unsqueeze(0).to(device, non_blocking=True),
         documents=Documents(cu_seqlens=torch.tensor(plan.local_cu_seqlens(groups.cp.rank)), context=context),
         num_targets=int((labels != NO_LABEL).sum()),
     )

@@ -58,10 +58,7 @@ def micro_batches(
         packed = collate_pieces(chosen, None if chosen else 1)
         batches.append(
             micro_batch(
-                packed.tokens_T,
-                packed.labels_T,
-                packed.positions_T,
-                packed.cu_seqlens,
+                packed,
                 groups=groups,
                 layout=layout,
                 device=device,

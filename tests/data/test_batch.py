@@ -1,12 +1,10 @@
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_prolong.data.batch import NO_LABEL, PackedBatch, collate, collate_pieces
+from megatron_prolong.data.batch import NO_LABEL, PackedBatch, collate_pieces
 from megatron_prolong.data.packed import Identity, PackedSequence, Piece
-from megatron_prolong.errors import UserError
 
 
 def piece(tokens: list[int], mask: list[int] | None = None) -> Piece:
@@ -47,8 +45,6 @@ def test_labels_positions_and_boundaries_of_any_bag(bag: list[Piece], padding: i
     lengths = [len(one.tokens) for one in bag] + [padding] * (padding > 0)
     assert batch.positions_T.tolist() == [place for length in lengths for place in range(length)]
     assert batch.cu_seqlens.tolist() == [0, *np.cumsum(lengths).tolist()]
-    assert batch.max_document_tokens == max(lengths)
-    assert batch.num_targets == sum(label != NO_LABEL for one in bag for label in labels_by_hand(one))
 
 
 @given(documents)
@@ -70,7 +66,7 @@ def test_a_worked_example() -> None:
         mask=np.array([0, 0, 1, 1, 1, 1], np.uint8),
         identity=Identity("d", "s", 0),
     )
-    batch = collate(packed, 8)
+    batch = collate_pieces(packed.pieces(), 8)
     assert batch.tokens_T.tolist() == [5, 6, 7, 8, 9, 4, 0, 0]
     assert batch.labels_T.tolist() == [-100, 7, -100, 9, -100, -100, -100, -100]
     assert batch.positions_T.tolist() == [0, 1, 2, 0, 1, 0, 0, 1]
@@ -81,19 +77,4 @@ def test_a_worked_example() -> None:
 
 def test_an_idle_rank_gets_padding_without_loss() -> None:
     batch = collate_pieces([], 4)
-    assert batch.num_targets == 0 and batch.num_tokens == 4 and batch.cu_seqlens.tolist() == [0, 4]
-
-
-def test_a_sequence_longer_than_the_stage_is_refused_by_name() -> None:
-    packed = PackedSequence(
-        np.zeros(9, np.uint32), np.array([0, 9]), None, Identity("data/code", "shard.00000.mds", 3)
-    )
-    with pytest.raises(UserError, match=r"data/code, shard shard\.00000\.mds, sample 3: 9 tokens .* 8"):
-        collate(packed, 8)
-
-
-def test_moving_keeps_the_counts() -> None:
-    batch = collate_pieces([piece([1, 2, 3]), piece([4])])
-    moved = batch.to("cpu")
-    assert moved.__dict__["max_document_tokens"] == 3 and moved.__dict__["num_targets"] == 2
-    assert torch.equal(moved.labels_T, batch.labels_T)
+    assert batch.labels_T.tolist() == [NO_LABEL] * 4 and batch.cu_seqlens.tolist() == [0, 4]

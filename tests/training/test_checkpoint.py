@@ -275,10 +275,7 @@ def test_a_step_draws_no_random_number(trained):
     model, optimizer, groups = trained
     pieces = [Piece(np.arange(1, 1 + length, dtype=np.uint32), None) for length in (7, 20)]
     batch = collate_pieces(pieces)
-    micro = micro_batch(
-        batch.tokens_T, batch.labels_T, batch.positions_T, batch.cu_seqlens,
-        groups=groups, layout=Layout(), device=torch.device("cpu"),
-    )  # fmt: skip
+    micro = micro_batch(batch, groups=groups, layout=Layout(), device=torch.device("cpu"))
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     metrics = train_step(model, optimizer, [micro], groups, spec=OptimizerSpec(), lr=1e-3)
     assert metrics.updated
