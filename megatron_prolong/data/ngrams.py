@@ -26,17 +26,15 @@ DEFAULT_N = 13
 
 
 class NgramIndex:
-    """All n-grams of the texts. ignored: how many of the texts have fewer than n words and cannot match."""
+    """All n-grams of the texts; a text of fewer than n words has none."""
 
     def __init__(self, texts: Iterable[str], n: int = DEFAULT_N) -> None:
         self.n = n
-        self.ignored = 0
         self._numbers: dict[str, int] = {}
         hashes: list[NDArray[np.uint64]] = []
         for text in texts:
             words = _WORD.findall(text.lower())
             if len(words) < n:
-                self.ignored += 1
                 continue
             for word in words:
                 self._numbers.setdefault(word, len(self._numbers) + 1)

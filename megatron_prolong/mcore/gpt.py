@@ -58,8 +58,7 @@ class LongContextGPT(GPTModel):
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, **kwargs)
-        inverse = self.inverse_frequencies.to(position_ids.device)
-        return (decoder_input, angles(position_ids[0], inverse), *rest)
+        return (decoder_input, angles(position_ids[0], self.inverse_frequencies), *rest)
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """With labels the sum of the token losses, or without gradients each of them: [1, T] fp32, 0 where the
@@ -83,7 +82,7 @@ class LongContextGPT(GPTModel):
         shard = VocabularyShard(
             start=len(weight) * torch.distributed.get_rank(group),
             real_size=self.real_vocab_size,
-            group=group if torch.distributed.get_world_size(group) > 1 else None,
+            group=group,
         )
         if torch.is_grad_enabled():
             return cross_entropy_sum(hidden_TH, weight, labels[0], shard, self.loss_chunk_tokens)

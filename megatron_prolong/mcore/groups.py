@@ -42,11 +42,6 @@ class ParallelGroups:
     dp_cp: Axis
     hierarchical_cp: tuple[dist.ProcessGroup, ...] = ()
 
-    @property
-    def is_last_stage(self) -> bool:
-        """True where the loss is computed: the last pipeline stage."""
-        return self.pp.rank == self.pp.size - 1
-
 
 @contextlib.contextmanager
 def megatron(layout: Layout, seed: int) -> Iterator[ParallelGroups]:

@@ -86,21 +86,6 @@ def block_forward(
     return attend(q_TND, k_SGD, v_SGD, (Block(0, len(q_TND), 0, len(k_SGD)),), causal, scale)
 
 
-def block_backward(
-    dout_TND: Tensor,
-    q_TND: Tensor,
-    k_SGD: Tensor,
-    v_SGD: Tensor,
-    out_TND: Tensor,
-    lse_TN: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend_backward` for one block of all queries and all keys."""
-    blocks = (Block(0, len(q_TND), 0, len(k_SGD)),)
-    return attend_backward(dout_TND, q_TND, k_SGD, v_SGD, out_TND, lse_TN, blocks, causal, scale)
-
-
 def merge(
     out_TND: Tensor, lse_TN: Tensor, other_out_TND: Tensor, other_lse_TN: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -370,13 +370,6 @@ class Recipe(_Frozen):
         """Where the values were written, for messages."""
         return self._origin
 
-    def stage(self, name: str) -> Stage:
-        """The stage of that name. Raises KeyError."""
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise KeyError(name)
-
 
 def layout_of(recipe: Recipe, stage: Stage) -> Layout:
     """The layout a stage runs at: the recipe's, with the stage's own fields over it."""

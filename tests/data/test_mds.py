@@ -218,8 +218,6 @@ def test_wrong_hash(data: Path) -> None:
     flip(data / "shard.00001.mds", -1)
     assert len(list(MDSReader(data))) == 20  # unnoticed without a check
     with pytest.raises(UserError, match=r"shard.00001.mds: its sha1 is \w+, index.json says \w+"):
-        list(MDSReader(data, check_hashes=True))
-    with pytest.raises(UserError, match=r"shard.00001.mds: its sha1"):
         MDSReader(data).verify(1)
 
 

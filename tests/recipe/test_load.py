@@ -117,7 +117,7 @@ def test_bases_merge_deeply_and_stages_by_name(write: Write, recipe_data: dict[s
     assert recipe.name == "child" and recipe.run_dir == Path("runs/child")
     assert (recipe.layout.tp, recipe.layout.cp, recipe.optimizer.clip) == (2, 4, 0.5)
     assert [stage.name for stage in recipe.stages] == ["one", "two", "three"]
-    two = recipe.stage("two")
+    two = recipe.stages[1]
     assert (two.steps, two.tokens, two.lr) == (3, None, 5e-6)  # steps replaces the base's tokens
     assert two.mixture == {Path("code"): 1.0}  # replaced whole
     assert str(recipe.origin.place(("stages", "two", "lr"))).startswith("sub/grandparent.yaml:")

@@ -36,23 +36,18 @@ _MAX_MAPS = 64  # of every reader: 1,024 open files are a common limit, and a mi
 class MDSReader(Sequence[dict[str, Any]]):
     """`reader[i]` is sample i as {column: value}; arrays are read-only views, copy them to keep or change.
 
-    path: directory with index.json. columns: read only these (default all). check_hashes: compare every
-    shard with the hashes in the index when it is first used (reads it once; compressed shards are always
-    checked, since they are read anyway).
+    path: directory with index.json. columns: read only these (default all). Hashes are compared when a compressed
+    shard is unpacked, and by `verify`.
     Raises UserError naming file, sample and column for a missing or damaged file.
     """
 
-    def __init__(
-        self, path: Path | str, *, columns: Iterable[str] | None = None, check_hashes: bool = False
-    ) -> None:
+    def __init__(self, path: Path | str, *, columns: Iterable[str] | None = None) -> None:
         self.path = Path(path)
         self.shards = read_index(self.path)
-        self._check_hashes = check_hashes
         self._starts = [shard.first for shard in self.shards]
         self._length = sum(shard.num_samples for shard in self.shards)
         self._maps: dict[int, mmap.mmap] = {}  # oldest first
         self._unnamed: dict[int, mmap.mmap] = {}
-        self._checked: set[int] = set()
         stored = dict(self.shards[0].columns) if self.shards else {}
         wanted = sorted(stored if columns is None else columns)
         if self.shards and (absent := [name for name in wanted if name not in stored]):
@@ -80,7 +75,7 @@ class MDSReader(Sequence[dict[str, Any]]):
         return layout
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, tuple(self.columns), self._check_hashes)
+        return _reopen, (self.path, tuple(self.columns))
 
     def __len__(self) -> int:
         return self._length
@@ -167,7 +162,8 @@ class MDSReader(Sequence[dict[str, Any]]):
         if shard.packed is not None and not _has_size(shard.path, shard.raw.num_bytes):
             file = _unpack(shard)
         else:
-            file = self._open(number)
+            _check_file(shard.path, shard.raw.num_bytes)
+            file = shard.path.open("rb")
         with file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if int.from_bytes(data[:4], "little") != shard.num_samples:
@@ -183,14 +179,6 @@ class MDSReader(Sequence[dict[str, Any]]):
             self._unnamed[number] = data
         return data
 
-    def _open(self, number: int) -> IO[bytes]:
-        shard = self.shards[number]
-        _check_file(shard.path, shard.raw.num_bytes)
-        if self._check_hashes and number not in self._checked:
-            check_hashes(shard.path, shard.raw.hashes, _parts(shard.path))
-            self._checked.add(number)
-        return shard.path.open("rb")
-
     def verify(self, number: int) -> None:
         """Check shard `number` completely: size, hashes, and that every sample decodes. Raises UserError."""
         shard = self.shards[number]
@@ -201,8 +189,8 @@ class MDSReader(Sequence[dict[str, Any]]):
             self._read(number, sample)
 
 
-def _reopen(path: Path, columns: Sequence[str], check: bool) -> MDSReader:
-    return MDSReader(path, columns=columns, check_hashes=check)
+def _reopen(path: Path, columns: Sequence[str]) -> MDSReader:
+    return MDSReader(path, columns=columns)
 
 
 def _has_size(path: Path, num_bytes: int) -> bool:

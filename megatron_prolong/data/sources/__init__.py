@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_prolong.data.sources import jsonl, text
 from megatron_prolong.data.sources.base import Bad, Part, Record, Source
 from megatron_prolong.data.sources.files import COMPRESSED, is_remote
 from megatron_prolong.data.sources.jsonl import JsonLines
@@ -50,16 +52,11 @@ def find_kind(path: str) -> str:
     return kinds.pop()
 
 
-def _kinds(names: object) -> set[str]:
-    from megatron_prolong.data.sources.jsonl import SUFFIXES as JSONL
-    from megatron_prolong.data.sources.text import SUFFIXES as TEXT
-
+def _kinds(names: Iterable[str]) -> set[str]:
+    known = {"text": text.SUFFIXES, "jsonl": jsonl.SUFFIXES, "parquet": (".parquet",)}
     kinds: set[str] = set()
-    for name in names:  # type: ignore[attr-defined]
-        stem = name
+    for name in names:
         for suffix in COMPRESSED:
-            stem = stem.removesuffix(suffix)
-        for kind, suffixes in {"text": TEXT, "jsonl": JSONL, "parquet": (".parquet",)}.items():
-            if stem.lower().endswith(suffixes):
-                kinds.add(kind)
+            name = name.removesuffix(suffix)
+        kinds |= {kind for kind, suffixes in known.items() if name.lower().endswith(suffixes)}
     return kinds
