@@ -89,27 +89,27 @@ class TransformerEngineAttention(DocumentAttention):
 def whole_documents(boundaries: tuple[int, ...], end: int, device: torch.device) -> PackedSeqParams:
     """Documents `boundaries` of this rank's slice, which ends at `end`; padding is one more document."""
     ends = [*boundaries, end] if end > boundaries[-1] else list(boundaries)
-    return _packed(tuple(position - boundaries[0] for position in ends), None, device)
+    return _packed(tuple(position - boundaries[0] for position in ends), device)
 
 
 def split_documents(context: ContextParallel, device: torch.device) -> PackedSeqParams:
-    """The documents split over the context-parallel ranks, their lengths over all of these ranks."""
-    return _packed(context.plan.cu_seqlens, context.plan.cu_seqlens_padded, device)
+    """The documents split over the context-parallel ranks, their lengths over all of these ranks.
+
+    The padding behind a document counts as its last tokens: under a causal mask no other token sees them. Told of
+    padding apart (cu_seqlens_q_padded), TE 2.11 overlooks that of the last document (`pad_between_seqs` in
+    dot_product_attention.py) and then cuts this document's keys short, and leaves padded rows uninitialised.
+    """
+    return _packed(context.plan.cu_seqlens_padded, device)
 
 
 @lru_cache(maxsize=64)  # every layer of a micro-batch asks for the same
-def _packed(
-    cu_seqlens: tuple[int, ...], cu_seqlens_padded: tuple[int, ...] | None, device: torch.device
-) -> PackedSeqParams:
-    longest = max(stop - start for start, stop in pairwise(cu_seqlens_padded or cu_seqlens))
+def _packed(cu_seqlens: tuple[int, ...], device: torch.device) -> PackedSeqParams:
+    longest = max(stop - start for start, stop in pairwise(cu_seqlens))
     lengths = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
-    padded = torch.tensor(cu_seqlens_padded, dtype=torch.int32, device=device) if cu_seqlens_padded else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=lengths,
         cu_seqlens_kv=lengths,
-        cu_seqlens_q_padded=padded,
-        cu_seqlens_kv_padded=padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )

@@ -92,13 +92,8 @@ class ContextPlan:
         return 2 * sum(self.chunk_tokens)
 
     @property
-    def cu_seqlens(self) -> tuple[int, ...]:
-        """Cumulative lengths of the split documents as Transformer Engine wants them: whole, not padded."""
-        return (0, *accumulate(span.stop - span.start for span in self.split))
-
-    @property
     def cu_seqlens_padded(self) -> tuple[int, ...]:
-        """The same after padding to a multiple of 2·cp: the memory the documents take over all ranks."""
+        """Cumulative lengths of the split documents over all ranks, each padded to a multiple of 2·cp."""
         return (0, *accumulate(2 * self.cp_size * chunk for chunk in self.chunk_tokens))
 
     def local_cu_seqlens(self, rank: int) -> tuple[int, ...]:

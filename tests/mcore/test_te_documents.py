@@ -26,11 +26,11 @@ def test_whole_documents_start_at_zero_and_padding_is_one_more():
     assert whole_documents((0, 7), 7, CPU).cu_seqlens_q.tolist() == [0, 7]
 
 
-def test_split_documents_have_their_length_over_all_ranks():
+def test_padding_is_part_of_a_split_document():
     plan = ContextPlan.build([0, 10, 13, 30], cp_size=2, split_threshold_tokens=5)
     packed = split_documents(ContextParallel(plan, 0, None, "p2p"), CPU)
-    assert packed.cu_seqlens_q.tolist() == [0, 10, 27]
-    assert packed.cu_seqlens_q_padded.tolist() == packed.cu_seqlens_kv_padded.tolist() == [0, 12, 32]
+    assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 12, 32]
+    assert packed.cu_seqlens_q_padded is None
     assert packed.max_seqlen_q == 20
     assert plan.split_tokens * 2 == 32  # what both ranks hold together
 
