@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +46,18 @@ class StageModel:
         for chunk in self.chunks:
             assert isinstance(chunk, DistributedDataParallel)
             chunk.zero_grad_buffer()
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Inside, gradients add up on this rank; where communication overlaps, the first backward behind it sends
+        them. Without it Megatron counts the backward passes of the first step and sends after as many in every
+        other one, but the number of micro-batches differs from step to step and from rank to rank.
+        """
+        with ExitStack() as stack:
+            for chunk in self.chunks:
+                if isinstance(chunk, DistributedDataParallel):
+                    stack.enter_context(chunk.no_sync())
+            yield
 
     def gather_weights(self) -> None:
         """Complete the last update on this rank: overlapped, the shards that other ranks updated come only with the

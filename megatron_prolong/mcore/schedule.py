@@ -34,7 +34,7 @@ def forward_backward(
         The mean loss and the number of targets of the global batch, the same on every rank.
     """
     model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.no_sync_func = None
+    model.config.no_sync_func = model.accumulating
     iterators: list[Iterator[MicroBatch]] = [iter(batches) for _ in model.chunks]
     losses = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, model.offload or nullcontext()),

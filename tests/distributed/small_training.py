@@ -156,6 +156,7 @@ def shards_of(model) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], np.n
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
+    model.gather_weights()
     shards = []
     for chunk in model.bare_chunks:
         state = chunk.sharded_state_dict()
