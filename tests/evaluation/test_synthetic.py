@@ -19,7 +19,7 @@ from megatron_prolong.evaluation.prompts import render
 from megatron_prolong.evaluation.sentences import split_sentences
 from megatron_prolong.evaluation.suite import runnable
 from megatron_prolong.evaluation.suites import select
-from megatron_prolong.evaluation.synthetic.size import largest_fit
+from megatron_prolong.evaluation.synthetic.size import fitting_rows, largest_fit
 from megatron_prolong.evaluation.task import Inputs, Task
 
 PROSE = "It rained all day. The harbour was empty! Who would sail in this weather? Nobody did. " * 50
@@ -129,6 +129,13 @@ def test_the_largest_fit_fits_and_nearly_fills(limit: int) -> None:
     units = largest_fit(count, limit)
     assert count(units) <= limit and count(units + max(2, units // 40)) > limit
     assert len(calls) < 40
+
+
+def test_a_row_that_cannot_shrink_is_left_to_be_cut() -> None:
+    rows = fitting_rows(
+        lambda count, index: {"tokens": count + 100 * index}, lambda row: row["tokens"], 50, 2
+    )
+    assert [row["tokens"] for row in rows] == [50, 101]
 
 
 def test_what_never_fits_is_refused() -> None:

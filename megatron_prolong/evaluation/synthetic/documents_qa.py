@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_prolong.evaluation.synthetic.size import largest_fit
+from megatron_prolong.evaluation.synthetic.size import fitting_rows
 from megatron_prolong.evaluation.task import Row
 
 
@@ -25,17 +25,18 @@ class Question:
     related: tuple[int, ...] = ()
 
 
-def make_rows(source: Path, fits: Callable[[Row], int], limit: int, num_rows: int, seed: int) -> list[Row]:
+def make_rows(
+    source: Path, count_tokens: Callable[[Row], int], limit: int, num_rows: int, seed: int
+) -> list[Row]:
     """Rows with context, question and answer."""
     documents, questions = _read(source)
-    size = largest_fit(lambda count: fits(_row(documents, questions, count, seed, 0)), limit, start=8)
-    rows = []
-    for index in range(min(num_rows, len(questions))):
-        count = size
-        while fits(row := _row(documents, questions, count, seed, index)) > limit and count > 1:
-            count -= max(1, count // 50)
-        rows.append(row)
-    return rows
+    return fitting_rows(
+        lambda count, index: _row(documents, questions, count, seed, index),
+        count_tokens,
+        limit,
+        min(num_rows, len(questions)),
+        start=8,
+    )
 
 
 def _row(documents: list[str], questions: list[Question], count: int, seed: int, index: int) -> Row:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from megatron_prolong.evaluation.needle import NOISE
-from megatron_prolong.evaluation.synthetic.size import largest_fit
+from megatron_prolong.evaluation.synthetic.size import fitting_rows
 from megatron_prolong.evaluation.task import Row
 from megatron_prolong.evaluation.words import word_list
 
@@ -42,24 +42,24 @@ KINDS = {
 
 
 def make_rows(
-    kind: NeedleKind, fits: Callable[[Row], int], limit: int, num_rows: int, seed: int, prose: str = ""
+    kind: NeedleKind,
+    count_tokens: Callable[[Row], int],
+    limit: int,
+    num_rows: int,
+    seed: int,
+    prose: str = "",
 ) -> list[Row]:
     """Rows in HELMET's fields (context, query, answer, type_needle_v).
 
     Args:
-        fits: tokens of the prompt that a row makes.
+        count_tokens: of the prompt that a row makes.
         limit: most tokens of that prompt.
         prose: any text; without it, prose haystacks are RULER's noise.
     """
     units = _sentences(prose) if prose and kind.haystack == "prose" else (NOISE,)
-    size = largest_fit(lambda count: fits(_row(kind, units, count, seed, 0)), limit)
-    rows = []
-    for index in range(num_rows):
-        count = size
-        while fits(row := _row(kind, units, count, seed, index)) > limit:
-            count -= max(1, count // 50)
-        rows.append(row)
-    return rows
+    return fitting_rows(
+        lambda count, index: _row(kind, units, count, seed, index), count_tokens, limit, num_rows
+    )
 
 
 def _row(kind: NeedleKind, units: tuple[str, ...], count: int, seed: int, index: int) -> Row:

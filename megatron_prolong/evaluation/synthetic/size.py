@@ -1,10 +1,35 @@
-"""How much haystack fits a token budget."""
+"""How much haystack fits a token budget, and rows that are filled to it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.task import Row
+
+
+def fitting_rows(
+    make: Callable[[int, int], Row],
+    count_tokens: Callable[[Row], int],
+    limit: int,
+    num_rows: int,
+    start: int = 64,
+) -> list[Row]:
+    """`num_rows` rows whose prompts have at most `limit` tokens, and hardly fewer.
+
+    Args:
+        make: the row with so many units of haystack, and its index. The size is found with row 0; rows that come
+            out longer lose some units, down to one.
+        count_tokens: of the prompt that a row makes.
+    """
+    size = largest_fit(lambda count: count_tokens(make(count, 0)), limit, start)
+    rows = []
+    for index in range(num_rows):
+        count = size
+        while count_tokens(row := make(count, index)) > limit and count > 1:
+            count -= max(1, count // 50)
+        rows.append(row)
+    return rows
 
 
 def largest_fit(count_tokens: Callable[[int], int], limit: int, start: int = 64) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from megatron_prolong.evaluation.needle import NOISE
-from megatron_prolong.evaluation.synthetic.size import largest_fit
+from megatron_prolong.evaluation.synthetic.size import fitting_rows
 from megatron_prolong.evaluation.task import Row
 
 HOPS = 4
@@ -23,16 +23,9 @@ ANSWER = (
 )
 
 
-def make_rows(fits: Callable[[Row], int], limit: int, num_rows: int, seed: int) -> list[Row]:
+def make_rows(count_tokens: Callable[[Row], int], limit: int, num_rows: int, seed: int) -> list[Row]:
     """Rows in HELMET's fields (context, query, answer, num_v, example)."""
-    size = largest_fit(lambda count: fits(_row(count, seed, 0)), limit)
-    rows = []
-    for index in range(num_rows):
-        count = size
-        while fits(row := _row(count, seed, index)) > limit:
-            count -= max(1, count // 50)
-        rows.append(row)
-    return rows
+    return fitting_rows(lambda count, index: _row(count, seed, index), count_tokens, limit, num_rows)
 
 
 def _row(count: int, seed: int, index: int) -> Row:

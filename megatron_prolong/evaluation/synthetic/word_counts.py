@@ -7,7 +7,7 @@ import random
 import string
 from collections.abc import Callable
 
-from megatron_prolong.evaluation.synthetic.size import largest_fit
+from megatron_prolong.evaluation.synthetic.size import fitting_rows
 from megatron_prolong.evaluation.task import Row
 from megatron_prolong.evaluation.words import word_list
 
@@ -23,32 +23,22 @@ COMMON_ANSWER = "Answer: The top 10 words that appear most often in the list are
 
 
 def make_common_rows(
-    fits: Callable[[Row], int], length: int, limit: int, num_rows: int, seed: int
+    count_tokens: Callable[[Row], int], length: int, limit: int, num_rows: int, seed: int
 ) -> list[Row]:
     """cwe: rows with context, answer (the common words) and example."""
-    short = length < SHORT_LENGTH or fits(_common_row(0, False, seed, 0)) > limit
-    size = largest_fit(lambda count: fits(_common_row(count, short, seed, 0)), limit)
-    rows = []
-    for index in range(num_rows):
-        count = size
-        while fits(row := _common_row(count, short, seed, index)) > limit:
-            count -= max(1, count // 50)
-        rows.append(row)
-    return rows
+    short = length < SHORT_LENGTH or count_tokens(_common_row(0, False, seed, 0)) > limit
+    return fitting_rows(
+        lambda count, index: _common_row(count, short, seed, index), count_tokens, limit, num_rows
+    )
 
 
 def make_frequent_rows(
-    fits: Callable[[Row], int], length: int, limit: int, num_rows: int, seed: int
+    count_tokens: Callable[[Row], int], length: int, limit: int, num_rows: int, seed: int
 ) -> list[Row]:
     """fwe: rows with context and answer (the second to fourth most frequent; the first is dots)."""
-    size = largest_fit(lambda count: fits(_frequent_row(count * 16, length, seed, 0)), limit)
-    rows = []
-    for index in range(num_rows):
-        count = size
-        while fits(row := _frequent_row(count * 16, length, seed, index)) > limit:
-            count -= max(1, count // 50)
-        rows.append(row)
-    return rows
+    return fitting_rows(
+        lambda count, index: _frequent_row(count * 16, length, seed, index), count_tokens, limit, num_rows
+    )
 
 
 def _common_row(num_words: int, short: bool, seed: int, index: int) -> Row:

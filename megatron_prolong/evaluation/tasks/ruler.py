@@ -103,22 +103,22 @@ def _load(short_name: str, task: Task, inputs: Inputs) -> list[Row]:
 
 
 def _generate(short_name: str, task: Task, inputs: Inputs) -> list[Row]:
-    def fits(row: Row) -> int:
+    def count_tokens(row: Row) -> int:
         return len(encode(inputs.tokenizer, render(task, _fill(row), chat=False)))
 
     limit = task.length - max(task.max_new_tokens, 128)  # RULER reserves 128 tokens for an answer
     count, seed = task.samples(inputs), inputs.seed
     makers: dict[str, Callable[[], list[Row]]] = {
-        "vt": lambda: variables.make_rows(fits, limit, count, seed),
-        "cwe": lambda: word_counts.make_common_rows(fits, task.length, limit, count, seed),
-        "fwe": lambda: word_counts.make_frequent_rows(fits, task.length, limit, count, seed),
+        "vt": lambda: variables.make_rows(count_tokens, limit, count, seed),
+        "cwe": lambda: word_counts.make_common_rows(count_tokens, task.length, limit, count, seed),
+        "fwe": lambda: word_counts.make_frequent_rows(count_tokens, task.length, limit, count, seed),
     }
     if short_name in makers:
         return makers[short_name]()
     if short_name in QA_SOURCES:
         assert inputs.data is not None
-        return documents_qa.make_rows(inputs.data / QA_SOURCES[short_name], fits, limit, count, seed)
-    return needles.make_rows(needles.KINDS[short_name], fits, limit, count, seed, inputs.haystack)
+        return documents_qa.make_rows(inputs.data / QA_SOURCES[short_name], count_tokens, limit, count, seed)
+    return needles.make_rows(needles.KINDS[short_name], count_tokens, limit, count, seed, inputs.haystack)
 
 
 def _fill(row: Row) -> Row:
