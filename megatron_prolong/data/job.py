@@ -23,7 +23,7 @@ from megatron_prolong.data.mds import INDEX, merge_indexes
 from megatron_prolong.data.mds.writer import disk_full_is_users, refuse_existing
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import temporary_name
+from megatron_prolong.runtime.publish import write_durably
 
 T = TypeVar("T")
 SETTINGS = "job.json"
@@ -153,10 +153,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write through a temporary file, so that a reader never sees half of it."""
-    temporary = temporary_name(path)
-    try:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a file that a reader never sees half of."""
+    write_durably(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -28,7 +28,7 @@ from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import temporary_name
+from megatron_prolong.runtime.publish import publish, temporary_name
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")
@@ -80,7 +80,7 @@ class IndexedWriter:
             if kind is None:
                 self._write_index()
                 for temporary, path in zip(self._temporary, self._paths, strict=True):
-                    temporary.replace(path)
+                    publish(temporary, path)
         finally:
             for temporary in self._temporary:
                 temporary.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from megatron_prolong.data.interleave import Interleave
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.permutation import Permutation
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.schema import Stage
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,19 @@ class Mixture:
             self.proportions = list(domains.values())
             self._domains = _open(domains, sequence_length, vocab_size, loss_mask)
         self._interleave = Interleave(self.proportions, num_slots)
+
+    @classmethod
+    def of_stage(cls, stage: Stage, vocab_size: int | None = None) -> Mixture:
+        """What the stage of a recipe trains on."""
+        return cls(
+            stage.mixture,
+            sequence_length=stage.sequence_length,
+            batch_sequences=stage.batch_sequences,
+            seed=stage.seed,
+            num_steps=stage.num_steps,
+            loss_mask=stage.loss_mask,
+            vocab_size=vocab_size,
+        )
 
     def batch(self, step: int) -> list[SampleRef]:
         """The batch_sequences samples of a step."""

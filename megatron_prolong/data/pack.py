@@ -33,7 +33,7 @@ from megatron_prolong.data.mds import INDEX, MDSWriter
 from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.packing import Losses, Pack, Rules, best_fit, concatenate, cut_by_lengths
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import temporary_name
+from megatron_prolong.runtime.publish import publish, temporary_name
 
 Mode = Literal["single", "concat", "bestfit"]
 TASK_TOKENS = 1 << 26
@@ -192,7 +192,7 @@ def _plan(job: Job, inputs: Sequence[str], options: PackOptions) -> _Plan:
             with disk_full_is_users(job.out):
                 report = _make_plan(temporary, TokenizedInputs(inputs), options)
                 write_json(temporary / REPORT, asdict(report))
-                temporary.rename(directory)
+                publish(temporary, directory)
         except FileExistsError:  # another job of the array was first, with the same plan
             pass
         except OSError:

@@ -18,22 +18,23 @@ def temporary_name(final: Path) -> Path:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Push the directory `partial` to the disk and name it `final`, taking the place of an older one."""
+    """Push `partial`, a file or a directory, to the disk and name it `final`: a file or an empty directory of that
+    name is replaced. A power cut at any moment leaves all of it, or nothing under that name.
+    """
     for path in [*partial.rglob("*"), partial]:
         _sync(path)
-    if final.exists():
-        remove(final)
-    partial.rename(final)
+    partial.replace(final)
     _sync(final.parent)
 
 
 def write_durably(path: Path, text: str) -> None:
     """Replace a small file: a crash at any moment leaves the old or the new content."""
     temporary = temporary_name(path)
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def remove(directory: Path) -> None:

@@ -28,7 +28,7 @@ from megatron_prolong.mcore.checkpoint import Snapshot, state_bytes, take_snapsh
 from megatron_prolong.mcore.optimizer import MegatronOptimizer
 from megatron_prolong.recipe.schema import CheckpointSpec
 from megatron_prolong.runtime.checksums import CHECKSUMS, Entries, verify_checksums, write_checksums
-from megatron_prolong.runtime.publish import is_disk_full, publish
+from megatron_prolong.runtime.publish import is_disk_full, publish, remove
 from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, prune, write_pointer
 
 
@@ -160,6 +160,8 @@ class CheckpointWriter:
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
             write_checksums(partial, entries)
             final = partial.with_suffix("")
+            if final.exists():  # of another history, before the run was put back to an older checkpoint
+                remove(final)
             publish(partial, final)
             write_pointer(self._stage_dir, final.name)
         except OSError:

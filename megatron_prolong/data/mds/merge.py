@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_prolong.data.mds.index import INDEX, read_index
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import temporary_name
+from megatron_prolong.runtime.publish import write_durably
 
 
 def merge_indexes(directories: Sequence[Path], out: Path) -> int:
@@ -31,11 +31,9 @@ def merge_indexes(directories: Sequence[Path], out: Path) -> int:
                     entry[key]["basename"] = (relative / entry[key]["basename"]).as_posix()
             entries.append(entry)
     path = Path(out) / INDEX
-    temporary = temporary_name(path)
     previous = path.read_bytes() if path.exists() else None
     try:
-        temporary.write_text(json.dumps({"version": 2, "shards": entries}, sort_keys=True))
-        temporary.replace(path)
+        write_durably(path, json.dumps({"version": 2, "shards": entries}, sort_keys=True))
         return sum(shard.num_samples for shard in read_index(out))  # also compares the columns
     except BaseException:
         if previous is None:
@@ -43,8 +41,6 @@ def merge_indexes(directories: Sequence[Path], out: Path) -> int:
         else:
             path.write_bytes(previous)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def merge_tree(root: Path) -> int:

@@ -20,7 +20,7 @@ from megatron_prolong.data.mds.compression import compressed_writer, parse_compr
 from megatron_prolong.data.mds.encodings import encoding
 from megatron_prolong.data.mds.index import INDEX, hasher
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import is_disk_full, temporary_name
+from megatron_prolong.runtime.publish import is_disk_full, publish, temporary_name
 
 HASHES = ("xxh64",)
 """Recorded by default, so that a flipped bit is found: 0.1 ms per MiB, a tenth of what packing it takes."""
@@ -169,7 +169,7 @@ class MDSWriter:
         with disk_full_is_users(self.path):
             text = json.dumps({"version": 2, "shards": self._shards}, sort_keys=True)
             (self._temporary / INDEX).write_text(text)
-        self._temporary.replace(self.path)
+            publish(self._temporary, self.path)
 
     def discard(self) -> None:
         """Give up: remove everything written so far."""
