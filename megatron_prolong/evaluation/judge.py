@@ -167,8 +167,9 @@ def summary_scores(answers: Iterable[str], num_points: int) -> dict[str, Any] | 
     """Recall, precision and F1 (times fluency) from the three answers; None when one cannot be read."""
     fluency_text, recall_text, precision_text = answers
     fluency, recall, precision = (last_object(text) for text in (fluency_text, recall_text, precision_text))
+    if fluency is None or recall is None or precision is None:
+        return None
     try:
-        assert fluency is not None and recall is not None and precision is not None
         found = recall["recall"] / num_points if num_points else 0.0
         sentences = precision["sentence_count"]
         supported = precision["precision"] / sentences if sentences else 0.0
@@ -186,7 +187,7 @@ def summary_scores(answers: Iterable[str], num_points: int) -> dict[str, Any] | 
             "recall_output": recall_text,
             "precision_output": precision_text,
         }
-    except (AssertionError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
 
 

@@ -48,10 +48,15 @@ class Result:
     truncated: int
 
     @property
+    def counted(self) -> list[float]:
+        """What enters the averages: the metrics that are known, and the stand-in of a judge's."""
+        stand_in = [self.stand_in] if self.missing and self.stand_in is not None else []
+        return [*self.scores.values(), *stand_in]
+
+    @property
     def score(self) -> float:
-        """The task's score: the mean of its metrics, 0 to 100."""
-        known = list(self.scores.values()) or ([self.stand_in] if self.stand_in is not None else [])
-        return sum(known) / len(known) if known else float("nan")
+        """The task's score: the mean of what is counted, 0 to 100; NaN without any."""
+        return _mean(self.counted)
 
     @property
     def interval(self) -> Interval:
@@ -161,12 +166,9 @@ def averages(results: Iterable[Result]) -> list[Average]:
 
 
 def _average(category: str, length: int, members: Sequence[Result]) -> Average:
-    scores = [score for result in members for score in _counted(result)]
-    mean = sum(scores) / len(scores) if scores else float("nan")
+    mean = _mean([score for result in members for score in result.counted])
     return Average(category, length, mean, any(result.missing for result in members), len(members))
 
 
-def _counted(result: Result) -> Sequence[float]:
-    if result.missing and result.stand_in is not None:
-        return [*result.scores.values(), result.stand_in]
-    return list(result.scores.values())
+def _mean(scores: Sequence[float]) -> float:
+    return sum(scores) / len(scores) if scores else float("nan")

@@ -64,7 +64,7 @@ def _parquet(path: Path, columns: list[str] | None = None) -> list[Row]:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{path}: reading Parquet needs `pip install megatron-prolong[eval]`") from error
+        raise UserError(f"{path}: reading Parquet needs pip install 'megatron-prolong[data]'") from error
     return list(pyarrow.parquet.read_table(path, columns=columns).to_pylist())
 
 
@@ -72,5 +72,5 @@ def _saved(directory: Path) -> Any:
     try:
         from datasets import load_from_disk
     except ImportError as error:
-        raise UserError(f"{directory}: reading this needs `pip install megatron-prolong[eval]`") from error
+        raise UserError(f"{directory}: reading this needs pip install 'megatron-prolong[data]'") from error
     return load_from_disk(str(directory))

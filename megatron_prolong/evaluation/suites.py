@@ -1,4 +1,4 @@
-"""Named sets of tasks, and how their scores are averaged (HELMET's collect_results)."""
+"""Named sets of tasks."""
 
 from __future__ import annotations
 
