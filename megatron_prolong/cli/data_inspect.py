@@ -68,14 +68,7 @@ def mixture(recipe: RecipePath, overrides: Overrides = None) -> None:
             console.print(f"{stage.name}: mock, random tokens")
             continue
         try:
-            mixture = Mixture(
-                stage.mixture,
-                sequence_length=stage.sequence_length,
-                batch_sequences=stage.batch_sequences,
-                seed=stage.seed,
-                num_steps=stage.num_steps,
-                loss_mask=stage.loss_mask,
-            )
+            mixture = Mixture.of_stage(stage)
         except UserError as error:
             problems.append(f"stage {stage.name}: {error}")
         else:

@@ -8,7 +8,7 @@ sequence, the dearest there is.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,13 +62,7 @@ def stage_batches(stage: Stage, num_steps: int) -> Batches:
 
 
 def _real(stage: Stage, num_steps: int) -> list[list[Lengths]]:
-    mixture = Mixture(
-        stage.mixture,
-        sequence_length=stage.sequence_length,
-        batch_sequences=stage.batch_sequences,
-        seed=stage.seed,
-        num_steps=stage.num_steps,
-    )
+    mixture = Mixture.of_stage(stage)
     return [[mixture.read(ref).document_lengths for ref in mixture.batch(step)] for step in range(num_steps)]
 
 
@@ -93,17 +87,8 @@ def _assumed(stage: Stage) -> tuple[LengthMixture, str]:
         known = _find(path, stage.sequence_length)
         if known is None:
             unknown.append(path.name)
-        tokens = stage.sequence_length if known is None else known.document_tokens
-        domains.append(
-            DomainLengths(
-                path.name,
-                proportion,
-                document_tokens=tokens,
-                mean_tokens=known.mean_tokens if known else 0.0,
-                sigma=known.sigma if known else 1.0,
-                max_tokens=known.max_tokens if known else None,
-            )
-        )
+            known = DomainLengths(path.name, proportion, document_tokens=stage.sequence_length)
+        domains.append(replace(known, proportion=proportion))
     source = "published document lengths (no shards here)"
     if unknown:
         source += f"; one document per sequence assumed for {', '.join(unknown)}"

@@ -190,21 +190,14 @@ def prepare_stage(
 ) -> StageRun:
     """Build model, optimizer and batch stream; load what the stage starts from."""
     shape = start.shape(stage)
-    mixture = Mixture(
-        stage.mixture,
-        sequence_length=stage.sequence_length,
-        batch_sequences=stage.batch_sequences,
-        seed=stage.seed,
-        num_steps=stage.num_steps,
-        loss_mask=stage.loss_mask,
-        vocab_size=shape.vocab_size,
-    )
+    mixture = Mixture.of_stage(stage, shape.vocab_size)
     model = build_model(
         shape,
         layout,
         precision=precision_of(recipe, stage),
         recompute=recompute_of(recipe, stage),
         fp8_recipe=recipe.fp8_recipe,
+        fp8_parameters=recipe.fp8_parameters,
         loss_chunk_tokens=recipe.loss_chunk_tokens,
         offload_activations=recipe.offload_activations,
     )
