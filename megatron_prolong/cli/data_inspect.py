@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -13,17 +13,14 @@ from megatron_prolong.errors import UserError
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of MDS shards (index.json).")]
 Prefix = Annotated[Path, typer.Argument(metavar="PREFIX", help="Path without .bin and .idx.")]
-Tokenizer = Annotated[
-    Optional[Path],  # noqa: UP045 (typer reads this annotation)
-    typer.Option(help="Directory of the tokenizer."),
-]
+Tokenizer = Annotated[Path | None, typer.Option(help="Directory of the tokenizer.")]
 
 
 def inspect(
     directory: Directory,
-    png: Annotated[Optional[Path], typer.Option(help="Write the histograms to this image.")] = None,  # noqa: UP045
+    png: Annotated[Path | None, typer.Option(help="Write the histograms to this image.")] = None,
     sample: Annotated[
-        Optional[list[int]],  # noqa: UP045
+        list[int] | None,
         typer.Option(help="Show this sample as text, with boundaries and masks; may be repeated."),
     ] = None,
     tokenizer: Tokenizer = None,

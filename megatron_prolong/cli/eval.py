@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -32,7 +32,7 @@ Model = Annotated[
     typer.Argument(metavar="[LABEL=]MODEL", help="Hugging Face directory, checkpoint or stage directory."),
 ]
 Compare = Annotated[
-    Optional[list[str]],  # noqa: UP045 (typer reads this annotation)
+    list[str] | None,
     typer.Option("--compare", metavar="[LABEL=]MODEL", help="Another model beside it; may be repeated."),
 ]
 Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, e.g. 512,2K,8K.")]
@@ -87,7 +87,7 @@ def needle(
     lengths: Lengths = "512,2K,8K",
     depths: Annotated[str, typer.Option(help="Depths in percent of the context.")] = "0,25,50,75,100",
     haystack: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Text file or folder; default: RULER's noise sentences."),
     ] = None,
     compare: Compare = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,7 +16,7 @@ def launch(
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each node.")] = 8,
-    output: Annotated[Optional[Path], typer.Option(help="Write the script here.")] = None,  # noqa: UP045
+    output: Annotated[Path | None, typer.Option(help="Write the script here.")] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Hand it to sbatch.")] = False,
 ) -> None:
     """Render the Slurm script of a recipe: printed, written to a file, or submitted.

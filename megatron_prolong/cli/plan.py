@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_prolong.cli.recipe import RecipePath
+
 if TYPE_CHECKING:
     from megatron_prolong.plan.hardware import Gpu
     from megatron_prolong.plan.report import StagePlan
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.")],
+    recipe: RecipePath,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="E.g. model.path=DIR with config.json is enough."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -12,8 +12,7 @@ app = typer.Typer(help="Show, check and describe recipes.", no_args_is_help=True
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.")]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045 (typer reads this annotation)
-    typer.Argument(metavar="KEY=VALUE", help="E.g. stage.64k.lr=2e-5 layout.tp=2."),
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="E.g. stage.64k.lr=2e-5 layout.tp=2.")
 ]
 
 
@@ -29,7 +28,7 @@ def show(recipe: RecipePath, overrides: Overrides = None) -> None:
 def check(
     recipe: RecipePath,
     overrides: Overrides = None,
-    world_size: Annotated[Optional[int], typer.Option(min=1, help="Ranks of the job.")] = None,  # noqa: UP045
+    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks of the job.")] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="The job runs without CUDA.")] = False,
 ) -> None:
     """List everything wrong with a recipe: keys, values, layouts, missing files. Exit code 2."""

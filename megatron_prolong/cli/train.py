@@ -143,9 +143,9 @@ def status(
     overrides: Overrides = None,
 ) -> None:
     """Show where the chain of stages of a run stands."""
-    from rich.console import Console
     from rich.table import Table
 
+    from megatron_prolong.cli.tables import print_table
     from megatron_prolong.recipe.load import load_recipe
     from megatron_prolong.training.run_directory import RESOLVED_RECIPE
     from megatron_prolong.training.state import chain_status
@@ -164,4 +164,4 @@ def status(
             f"{stage.rope_base:g}" if stage.rope_base else "as before",
             str(line.checkpoint.directory) if line.checkpoint else "–",
         )
-    Console().print(table)
+    print_table(table)
