@@ -30,6 +30,7 @@ def inspect(
     from rich.console import Console
 
     from megatron_prolong.data.inspect import domain_table, length_table, plot, preview, survey
+    from megatron_prolong.runtime.publish import whole_file
 
     if png is not None and png.suffix != ".png":
         raise UserError(f"--png {png}: the name must end in .png")
@@ -44,9 +45,8 @@ def inspect(
     domains = survey(directory)
     console.print(domain_table(domains), length_table(domains))
     if png is not None:
-        temporary = png.with_name(f"{png.stem}.tmp.png")
-        plot(domains, str(directory)).savefig(temporary, dpi=120)
-        temporary.replace(png)
+        with whole_file(png) as temporary:
+            plot(domains, str(directory)).savefig(temporary, format="png", dpi=120)
         console.print(f"histograms: {png}")
 
 

@@ -201,14 +201,14 @@ def _report(results: Models, suite: str | None, out: Path | None, name: str = "s
     from megatron_prolong.evaluation.report import write_json
     from megatron_prolong.evaluation.suite_page import suite_page
     from megatron_prolong.evaluation.suite_report import plot_suite, print_suite, summary
-    from megatron_prolong.page.html import write_page
+    from megatron_prolong.runtime.publish import write_durably
 
     print_suite(results, suite)
     if out is not None:
         data, plot, page = (out / f"{name}.{suffix}" for suffix in ("json", "png", "html"))
         write_json(data, summary(results))
         plot_suite(results, plot)
-        write_page(page, suite_page(results, suite, plot))
+        write_durably(page, suite_page(results, suite, plot))
         print(f"wrote {data}, {plot} and {page}")
 
 

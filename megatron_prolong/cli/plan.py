@@ -37,12 +37,12 @@ def plan(
     import json
 
     from megatron_prolong.errors import UserError
-    from megatron_prolong.page.html import write_page
     from megatron_prolong.plan.hardware import find_gpu
     from megatron_prolong.plan.page import plan_page
     from megatron_prolong.plan.report import plan_stage, to_json, with_best_layouts
     from megatron_prolong.recipe.load import dump_recipe, load_recipe
     from megatron_prolong.recipe.validate import incoming_shape
+    from megatron_prolong.runtime.publish import write_durably
 
     device = find_gpu(gpu, hardware)
     loaded = load_recipe(recipe, overrides or ())
@@ -64,10 +64,12 @@ def plan(
     if write is not None:
         if missing := [one.stage.name for one in plans if one.best is None]:
             raise UserError(f"--write: no layout runs stage {', '.join(missing)} on {gpus} × {gpu}")
-        write_page(write, dump_recipe(with_best_layouts(loaded, plans)))
+        write.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(write, dump_recipe(with_best_layouts(loaded, plans)))
         typer.echo(f"wrote {write}", err=True)
     if html is not None:
-        write_page(html, plan_page(loaded.name, plans, device))
+        html.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(html, plan_page(loaded.name, plans, device))
         typer.echo(f"wrote {html}", err=True)
 
 

@@ -52,12 +52,13 @@ def report(
     out: Annotated[Path | None, typer.Option(help="File to write; RUN/report.html by default.")] = None,
 ) -> None:
     """Write one HTML page about a run: curves, tokens by domain, memory, evaluation, recipe."""
-    from megatron_prolong.page.html import write_page
     from megatron_prolong.report.history import read_run
     from megatron_prolong.report.page import run_page
+    from megatron_prolong.runtime.publish import write_durably
 
     path = out or run / "report.html"
-    write_page(path, run_page(read_run(run)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, run_page(read_run(run)))
     print(f"wrote {path}")
 
 

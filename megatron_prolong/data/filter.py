@@ -30,7 +30,7 @@ from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.ngrams import DEFAULT_N, NgramIndex, evaluation_texts
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import publish, temporary_name
+from megatron_prolong.runtime.publish import whole_file
 
 TASK_BYTES = 1 << 28
 _MAX_EXAMPLES = 20
@@ -201,14 +201,9 @@ def _duplicates(job: Job, data: TokenizedInputs) -> Path:
     path = job.directory / "duplicates"
     if not path.exists():
         numbers = track(range(len(data)), len(data), "finding duplicates")
-        temporary = temporary_name(path)
-        try:
-            with disk_full_is_users(job.out):
-                repeats = find_duplicates(data.read(number)["input_ids"] for number in numbers)
-                temporary.write_bytes(repeats.tobytes())
-                publish(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with disk_full_is_users(job.out), whole_file(path) as temporary:
+            repeats = find_duplicates(data.read(number)["input_ids"] for number in numbers)
+            temporary.write_bytes(repeats.tobytes())
     return path
 
 

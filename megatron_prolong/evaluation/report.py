@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from rich.table import Table
 from megatron_prolong.evaluation.needle import NeedleCell
 from megatron_prolong.evaluation.perplexity import Perplexity
 from megatron_prolong.recipe.numbers import format_count
+from megatron_prolong.runtime.publish import whole_file, write_durably
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write through a temporary name, so that a file of this name is always whole. Dataclasses are allowed."""
+    """Write a file that a reader never sees half of. Dataclasses are allowed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, default=dataclasses.asdict) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_durably(path, json.dumps(content, indent=2, default=dataclasses.asdict) + "\n")
 
 
 def print_perplexity(results: dict[str, Perplexity]) -> None:
@@ -120,8 +118,7 @@ def new_figure(columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG through a temporary name."""
+    """Write a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

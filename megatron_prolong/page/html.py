@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import Path
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5d6878; --line: #d8dde5;
@@ -64,11 +62,3 @@ def heading(text: str) -> str:
 def preformatted(text: str) -> str:
     """Text as it is, such as a recipe."""
     return f"<pre>{escape(text)}</pre>"
-
-
-def write_page(path: Path, text: str) -> None:
-    """Write a file so that under its name it is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

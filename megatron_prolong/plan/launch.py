@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Recipe
+from megatron_prolong.runtime.publish import whole_file
 
 
 def render_script(
@@ -52,11 +52,10 @@ def render_script(
 
 def write_script(script: str, path: Path) -> None:
     """Write an executable script; nothing half-written is left under its name."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(script, encoding="utf-8")
-    temporary.chmod(0o755)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(script, encoding="utf-8")
+        temporary.chmod(0o755)
 
 
 def submit_script(script: str) -> str:

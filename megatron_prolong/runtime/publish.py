@@ -9,6 +9,8 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -27,14 +29,21 @@ def publish(partial: Path, final: Path) -> None:
     _sync(final.parent)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small file: a crash at any moment leaves the old or the new content."""
-    temporary = temporary_name(path)
+@contextmanager
+def whole_file(final: Path) -> Iterator[Path]:
+    """A name to write a file to: published as `final` when the block ends well, removed when it does not."""
+    temporary = temporary_name(final)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        publish(temporary, path)
+        yield temporary
+        publish(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file: a crash at any moment leaves the old or the new content."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def remove(directory: Path) -> None:
