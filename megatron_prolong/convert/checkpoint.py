@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prolong.convert.dist_weights import DistWeights
-from megatron_prolong.convert.manifest import MANIFEST
-from megatron_prolong.convert.sidecar import HF_DIR
 from megatron_prolong.convert.unpickle import load_common
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import ModelShape, RopeScaling, read_json, read_shape, stages_hint
+from megatron_prolong.recipe.shape import (
+    HF_DIR,
+    MANIFEST,
+    ModelShape,
+    RopeScaling,
+    read_json,
+    read_shape,
+    stages_hint,
+)
 
 _ITERATION_POINTER = "latest_checkpointed_iteration.txt"
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from megatron_prolong.convert.checkpoint import MegatronCheckpoint
 from megatron_prolong.convert.dist_weights import DistWeights
@@ -22,7 +25,7 @@ def describe(directory: Path) -> Iterator[str]:
     if (directory / "config.json").exists():
         yield f"{directory}: Hugging Face checkpoint"
         yield from _shape_lines(read_shape(directory).to_dict())
-        yield from _tensor_lines(HFWeights(directory))
+        yield from _tensor_lines(HFWeights(directory).listing())
         return
     checkpoint = MegatronCheckpoint.open(directory)
     yield f"{checkpoint.directory}: Megatron checkpoint ({checkpoint.kind})"
@@ -30,7 +33,7 @@ def describe(directory: Path) -> Iterator[str]:
         if checkpoint.about.get(name) is not None:
             yield f"  {name}: {json.dumps(checkpoint.about[name])}"
     yield from _shape_lines(checkpoint.shape.to_dict())
-    yield from _tensor_lines(DistWeights(checkpoint.directory))
+    yield from _tensor_lines(DistWeights(checkpoint.directory).listing())
 
 
 def _shape_lines(fields: dict[str, object]) -> Iterator[str]:
@@ -38,16 +41,11 @@ def _shape_lines(fields: dict[str, object]) -> Iterator[str]:
         yield f"  {name}: {value}"
 
 
-def _tensor_lines(weights: HFWeights | DistWeights) -> Iterator[str]:
-    listing = weights.listing()
+def _tensor_lines(listing: list[tuple[str, tuple[int, ...], torch.dtype, int]]) -> Iterator[str]:
     width = max(len(name) for name, *_ in listing)
     total = 0
     for name, shape, dtype, chunks in listing:
-        numel = 1
-        for length in shape:
-            numel *= length
-        total += numel * dtype.itemsize
+        total += math.prod(shape) * dtype.itemsize
         pieces = f"  {chunks} chunks" if chunks > 1 else ""
         yield f"  {name:{width}}  {dtype_name(dtype):8}  {list(shape)}{pieces}"
-    weights.close()
     yield f"  {len(listing)} tensors, {total / 1e9:.3f} GB"

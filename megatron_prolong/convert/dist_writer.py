@@ -74,7 +74,7 @@ def write_torch_dist(
             file: Any = HashingFile(raw)
             for chunk in file_chunks:
                 offset = file.tell()
-                torch.save(gather(chunk, source, buffer).view(_with_layer_axis(chunk, chunk.shape)), file)
+                torch.save(gather(chunk, source, buffer).view(_stored_shape(chunk)), file)
                 entries.append((chunk, _StorageInfo(name, offset, file.tell() - offset)))
             sums[name] = file.entry
         return entries
@@ -115,7 +115,7 @@ def _table_of_contents(
         offsets = torch.Size(start if tensor.layer is None else (tensor.layer, *start))
         stored = table[tensor.name].chunks
         storage[MetadataIndex(tensor.name, offsets, len(stored))] = info
-        stored.append(ChunkStorageMetadata(offsets, torch.Size(_with_layer_axis(chunk, chunk.shape))))
+        stored.append(ChunkStorageMetadata(offsets, torch.Size(_stored_shape(chunk))))
     return Metadata(
         state_dict_metadata=dict(table), planner_data={}, storage_data=storage, version=CURRENT_DCP_VERSION
     )
@@ -138,5 +138,5 @@ def _add_empty_extra_state(directory: Path, contents: Metadata) -> None:
             contents.storage_data[MetadataIndex(key)] = info
 
 
-def _with_layer_axis(chunk: Chunk, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape if chunk.tensor.layer is None else (1, *shape)
+def _stored_shape(chunk: Chunk) -> tuple[int, ...]:
+    return chunk.shape if chunk.tensor.layer is None else (1, *chunk.shape)

@@ -148,9 +148,7 @@ def _read_bin(path: Path) -> dict[str, _Stored]:
     """Memory-map a legacy checkpoint; torch's weights-only loader runs no code from it."""
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises many types, all of which mean: not a weights-only zip checkpoint
+    except Exception as error:  # of many types, all of which mean: not a weights-only zip checkpoint
         raise UserError(
             f"{path}: cannot be loaded as weights only ({error}); re-save it as safetensors"
         ) from error

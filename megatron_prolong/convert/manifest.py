@@ -6,9 +6,7 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-from megatron_prolong.recipe.shape import ModelShape
-
-MANIFEST = "prolong.json"
+from megatron_prolong.recipe.shape import MANIFEST, ModelShape
 
 
 def write_weights_manifest(directory: Path, shape: ModelShape, dtype: str) -> None:

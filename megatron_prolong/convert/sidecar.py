@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron_prolong.recipe.shape import ModelShape, read_json, to_hf_config
 
-HF_DIR = "hf"
 _PATTERNS = (
     "config.json",
     "generation_config.json",

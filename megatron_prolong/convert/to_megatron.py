@@ -11,11 +11,11 @@ from megatron_prolong.convert.dtypes import dtype_name, parse_dtype
 from megatron_prolong.convert.hf_weights import HFWeights
 from megatron_prolong.convert.manifest import write_weights_manifest
 from megatron_prolong.convert.names import megatron_tensors
-from megatron_prolong.convert.sidecar import HF_DIR, copy_sidecar
+from megatron_prolong.convert.sidecar import copy_sidecar
 from megatron_prolong.convert.staging import staged_directory
 from megatron_prolong.convert.transfer import WORKERS, RowSource, output_dtype
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import ModelShape, read_json
+from megatron_prolong.recipe.shape import HF_DIR, ModelShape, read_json
 from megatron_prolong.runtime.checksums import write_checksums
 
 

@@ -195,7 +195,7 @@ def from_megatron(prefix: Path, directory: Path, domain: str) -> tuple[int, int]
     columns = {"input_ids": "ndarray:uint32", "length": "int", "domain": "str"}
     if reader.is_packed:
         columns["indices"] = "ndarray:uint32"
-    with MDSWriter(directory, columns, hashes=("xxh64",)) as writer:
+    with MDSWriter(directory, columns) as writer:
         for tokens, lengths in track(reader, len(reader), f"{directory}: documents"):
             if len(tokens):
                 sample = {"input_ids": tokens, "length": len(tokens), "domain": domain}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-WEIGHTS = ("*.safetensors", "*.distcp", "config.json", "prolong.json")
+from megatron_prolong.recipe.shape import MANIFEST
+
+WEIGHTS = ("*.safetensors", "*.distcp", "config.json", MANIFEST)
 
 
 def model_identity(directory: Path) -> str:

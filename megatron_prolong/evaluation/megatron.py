@@ -25,7 +25,7 @@ from megatron_prolong.evaluation.hf import stop_tokens
 from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.mcore.inference import load_for_inference
 from megatron_prolong.recipe.schema import Layout
-from megatron_prolong.recipe.shape import ModelShape, read_json, read_shape
+from megatron_prolong.recipe.shape import HF_DIR, ModelShape, read_json, read_shape
 from megatron_prolong.runtime.launch import World, distributed
 
 
@@ -102,7 +102,7 @@ def inference_layout(shape: ModelShape, world_size: int, cp: int = 1) -> Layout:
 
 
 def _backend(directory: Path, shape: ModelShape, members: Crew, batch_size: int) -> MegatronBackend:
-    source = directory / "hf"
+    source = directory / HF_DIR
     generation = source / "generation_config.json"
     config = read_json(generation if generation.exists() else source / "config.json")
     return MegatronBackend(

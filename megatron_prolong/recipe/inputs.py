@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import model_directory, read_json, read_shape
+from megatron_prolong.recipe.shape import HF_DIR, MANIFEST, model_directory, read_json, read_shape
 
 
 def model_problems(path: Path) -> list[str]:
@@ -15,7 +15,7 @@ def model_problems(path: Path) -> list[str]:
     except UserError as error:
         return [_one_line(error)]
     directory = model_directory(path)
-    if (directory / "prolong.json").exists():
+    if (directory / MANIFEST).exists():
         complete = (directory / ".metadata").exists()
         return [] if complete else [f"{directory} holds no .metadata: the checkpoint is not complete"]
     if not [*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]:
@@ -39,7 +39,7 @@ def vocabulary_size(path: Path) -> int:
         UserError: there is no readable tokenizer.json.
     """
     directory = model_directory(path)
-    candidates = [directory / "tokenizer.json", directory / "hf" / "tokenizer.json"]
+    candidates = [directory / "tokenizer.json", directory / HF_DIR / "tokenizer.json"]
     file = next((candidate for candidate in candidates if candidate.exists()), None)
     if file is None:
         raise UserError(f"{path}: no tokenizer.json there")

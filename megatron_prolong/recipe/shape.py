@@ -15,6 +15,11 @@ from typing import Any
 
 from megatron_prolong.errors import UserError
 
+MANIFEST = "prolong.json"
+"""What a checkpoint of ours says about itself; its absence tells a Hugging Face directory."""
+HF_DIR = "hf"
+"""Where a checkpoint of ours keeps the tokenizer and configs of the model it came from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -118,7 +123,7 @@ def read_shape(path: Path | str) -> ModelShape:
     directory = model_directory(path)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; expected a Hugging Face model or a checkpoint")
-    if (ours := directory / "prolong.json").exists():
+    if (ours := directory / MANIFEST).exists():
         try:
             return ModelShape.from_dict(read_json(ours)["shape"])
         except (KeyError, TypeError) as error:
@@ -128,7 +133,7 @@ def read_shape(path: Path | str) -> ModelShape:
     if (theirs := directory / "config.json").exists():
         return ModelShape.from_hf(read_json(theirs), str(theirs))
     raise UserError(
-        f"{directory}: holds neither config.json (Hugging Face) nor prolong.json (checkpoint)"
+        f"{directory}: holds neither config.json (Hugging Face) nor {MANIFEST} (checkpoint)"
         + stages_hint(directory)
     )
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prolong.convert.manifest import MANIFEST
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.shape import MANIFEST
 from megatron_prolong.runtime.publish import remove, remove_leftovers, write_durably
 
 RESOLVED_RECIPE = "recipe.yaml"
