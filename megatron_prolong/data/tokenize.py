@@ -63,13 +63,12 @@ class TokenizeReport:
 
     documents: int = 0
     tokens: int = 0
-    text_bytes: int = 0
     targets: int = 0
     forced_cuts: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Mapping[str, Any]) -> None:
-        for name in ("documents", "tokens", "text_bytes", "targets", "forced_cuts"):
+        for name in ("documents", "tokens", "targets", "forced_cuts"):
             setattr(self, name, getattr(self, name) + other[name])
         self.left_out.update(other["left_out"])
 
@@ -242,8 +241,6 @@ class _Work:
         if mask is not None:
             sample["mask"] = mask
             report.targets += int(mask.sum())
-        else:
-            report.text_bytes += len(_get(record.fields, self.options.text_field).encode())
         writer.write(sample)
         report.documents += 1
         report.tokens += len(tokens)

@@ -91,8 +91,7 @@ def _levels(
     return subgroups[0], subgroups[1]
 
 
-# --- all_gather
-# -----------------------------------------------------------------------------------------------
+# --- all_gather ---------------------------------------------------------------------------------------------
 
 
 class _GatherAttention(torch.autograd.Function):
@@ -173,8 +172,7 @@ def _order(chunk_tokens: tuple[int, ...], num_ranks: int, device: torch.device) 
     return zigzag_order(chunk_tokens, num_ranks).to(device)
 
 
-# --- p2p, a2a and both
-# ----------------------------------------------------------------------------------------
+# --- p2p, a2a and both --------------------------------------------------------------------------------------
 
 
 def _head_ring_attention(
@@ -290,9 +288,7 @@ class _RingAttention(torch.autograd.Function):
         ring = _Ring(group)
         kv = torch.stack((k, v))
         dq = torch.zeros_like(q, dtype=lse.dtype)
-        gradient: _Arriving | None = (
-            None  # of the keys and values at hand, from the ranks that had them before
-        )
+        gradient: _Arriving | None = None  # of the keys and values at hand, from ranks that had them before
         for step in range(ring.size):
             arriving = ring.pass_on(kv) if step < ring.size - 1 else None
             blocks, causal = _ring_blocks(chunk_tokens, ring.rank, ring.source(step))

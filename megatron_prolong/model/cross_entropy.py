@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default
+NO_LABEL = -100  # torch.nn.functional.cross_entropy's default
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _part(hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, shard: Vocabul
     exponentials_CV = logits_CV.sub_(highest_C.unsqueeze(-1)).exp_()
     lse_C = highest_C + exponentials_CV.sum(dim=-1).log_()
     lse_C, target_C = _combine(lse_C, target_C, shard.group)
-    ignored_C = labels_C == IGNORED_LABEL
+    ignored_C = labels_C == NO_LABEL
     losses_C = (lse_C - target_C).masked_fill_(ignored_C, 0.0)
     factor_C = (highest_C - lse_C).exp_().masked_fill_(ignored_C, 0.0)
     return _Part(losses_C, exponentials_CV, factor_C, rows_C, is_mine_C)

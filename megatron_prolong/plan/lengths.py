@@ -82,17 +82,14 @@ class LengthMixture:
         name: for messages and reports.
         sequence_length: tokens of a packed sequence.
         domains: what the sequences are drawn from; proportions sum to 1.
-        sequences: instead, sequences to draw from as they are (lengths read from real shards).
     """
 
     name: str
     sequence_length: int
-    domains: tuple[DomainLengths, ...] = ()
-    sequences: tuple[tuple[int, ...], ...] = ()
+    domains: tuple[DomainLengths, ...]
 
     def __post_init__(self) -> None:
-        assert bool(self.domains) != bool(self.sequences), "give domains or sequences"
-        assert not self.domains or abs(sum(d.proportion for d in self.domains) - 1) < 1e-6
+        assert abs(sum(domain.proportion for domain in self.domains) - 1) < 1e-6
 
     def batch(self, step: int, num_sequences: int, seed: int = 42) -> list[Lengths]:
         """The document lengths of each packed sequence of a global batch; pure in its arguments.
@@ -101,9 +98,6 @@ class LengthMixture:
             `num_sequences` int64 arrays [D], each summing to `sequence_length`.
         """
         rng = np.random.default_rng([seed, step])
-        if self.sequences:
-            chosen = rng.integers(len(self.sequences), size=num_sequences)
-            return [np.array(self.sequences[index], dtype=np.int64) for index in chosen]
         proportions = np.array([domain.proportion for domain in self.domains])
         chosen = rng.choice(len(self.domains), size=num_sequences, p=proportions / proportions.sum())
         return [self.domains[index].draw(rng, self.sequence_length) for index in chosen]
@@ -114,8 +108,6 @@ class LengthMixture:
         For expectations: without the noise of the domains' frequencies.
         """
         rng = np.random.default_rng([seed, 2**31])
-        if self.sequences:
-            return self.batch(0, num_sequences, seed)
         edges = np.cumsum([domain.proportion for domain in self.domains]) * num_sequences
         chosen = np.searchsorted(edges, np.arange(num_sequences) + 0.5)
         return [

@@ -83,19 +83,13 @@ def evaluate(job: Job, gpu: Gpu, batches: Sequence[BatchDocuments]) -> Candidate
     return Candidate(job, memory, needed, time, tokens_per_second_per_gpu(job, time), utilisation)
 
 
-def search(
-    job: Job,
-    gpu: Gpu,
-    batches: Sequence[BatchDocuments],
-    *,
-    recompute: tuple[Recompute, ...] = RECOMPUTE_MODES,
-) -> list[Candidate]:
+def search(job: Job, gpu: Gpu, batches: Sequence[BatchDocuments]) -> list[Candidate]:
     """Every layout of `job` (its own layout's values do not matter), fastest first, then those that fail."""
-    candidates = [evaluate(option, gpu, batches) for option in layouts(job, gpu, recompute)]
+    candidates = [evaluate(option, gpu, batches) for option in layouts(job, gpu)]
     return sorted(candidates, key=lambda c: (not c.runs, -c.throughput, c.job.layout.model_ranks))
 
 
-def layouts(job: Job, gpu: Gpu, recompute: tuple[Recompute, ...] = RECOMPUTE_MODES) -> Iterator[Job]:
+def layouts(job: Job, gpu: Gpu) -> Iterator[Job]:
     """All points of the search space, valid or not, without those that only differ where it cannot matter."""
     world, num_layers = job.world_size, job.shape.num_layers
     for tp in _powers(min(world, 2 * gpu.gpus_per_node)):
@@ -112,7 +106,7 @@ def layouts(job: Job, gpu: Gpu, recompute: tuple[Recompute, ...] = RECOMPUTE_MOD
                             sequence_parallel=True,
                             distributed_optimizer=True,
                         )
-                        for mode in recompute:
+                        for mode in RECOMPUTE_MODES:
                             yield replace(job, layout=layout, recompute=mode)
 
 

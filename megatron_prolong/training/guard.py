@@ -12,9 +12,8 @@ from megatron_prolong.training.step import StepMetrics
 
 MAX_SKIPS_IN_A_ROW = 5
 SPIKE_WINDOW = 50  # steps that make up "the usual loss"
-SPIKE_NATS = (
-    3.0  # mixtures differ by less than a nat from step to step; three is a broken batch or a broken run
-)
+# Mixtures differ by less than a nat from step to step; three is a broken batch or a broken run.
+SPIKE_NATS = 3.0
 
 
 class Guard:

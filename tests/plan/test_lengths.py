@@ -63,11 +63,6 @@ def test_sample_has_the_exact_proportions() -> None:
     assert whole == round(200 * (0.15 + 0.05 + 0.03))
 
 
-def test_recorded_sequences_are_drawn_as_they_are() -> None:
-    mixture = LengthMixture("recorded", 10, sequences=((10,), (4, 6)))
-    assert {tuple(lengths) for lengths in mixture.batch(0, 32)} == {(10,), (4, 6)}
-
-
 def test_a_document_longer_than_the_sequence_is_cut() -> None:
     domain = DomainLengths("long", 1.0, document_tokens=100)
     assert domain.draw(np.random.default_rng(0), 64).tolist() == [64]
