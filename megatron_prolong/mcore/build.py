@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
@@ -66,6 +67,8 @@ class StageModel:
         for chunk in self.chunks:
             if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
+                # What the next forward pass would do: the transposes for the backward are made of what arrived.
+                post_all_gather_processing([w for w in chunk.parameters() if is_float8tensor(w)])
 
 
 def build_model(
@@ -75,6 +78,7 @@ def build_model(
     precision: str,
     recompute: str = "none",
     fp8_recipe: Fp8Recipe = "tensorwise",
+    fp8_parameters: bool = False,
     loss_chunk_tokens: int = 2048,
     offload_activations: bool = False,
     training: bool = True,
@@ -86,7 +90,12 @@ def build_model(
         training: wrap in Megatron's DistributedDataParallel (gradients accumulate and reduce in fp32).
     """
     config = transformer_config(
-        shape, layout, precision=precision, recompute=recompute, fp8_recipe=fp8_recipe
+        shape,
+        layout,
+        precision=precision,
+        recompute=recompute,
+        fp8_recipe=fp8_recipe,
+        fp8_parameters=fp8_parameters,
     )
     chunks: list[torch.nn.Module] = []
     for vp_stage in range(layout.virtual_pp):
@@ -101,7 +110,8 @@ def build_model(
         )
         with torch.no_grad():
             for param in chunk.parameters():
-                param.zero_()  # rows that pad the vocabulary are in no checkpoint and must not be garbage
+                if not is_float8tensor(param):
+                    param.zero_()  # rows that pad the vocabulary are in no checkpoint and must not be garbage
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
@@ -117,6 +127,7 @@ def _wrap_ddp(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=layout.distributed_optimizer,
+        fp8_param_gather=bool(config.fp8_param),
         overlap_grad_reduce=on_gpu,
         overlap_param_gather=on_gpu and layout.distributed_optimizer,
     )

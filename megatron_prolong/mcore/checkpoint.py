@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import (
@@ -52,12 +53,18 @@ _METADATA = {"distrib_optim_sharding_type": SHARDING_TYPE, "chained_optim_avoid_
 
 
 def training_state(model: StageModel, optimizer: MegatronOptimizer | None) -> ShardedStateDict:
-    """What a checkpoint holds of this rank's weights and optimizer, as references. Collective."""
+    """What a checkpoint holds of this rank's weights and optimizer, as references. Collective.
+
+    Weights that are kept in fp8 are saved from the optimizer's fp32 ones, rounded to bf16: those in fp8 would lose
+    what training has changed below their 4 bits.
+    """
     model.gather_weights()
     state = _model_state(model)
-    if optimizer is not None:
-        state["optimizer"] = optimizer_state(optimizer, state, _METADATA)
-    return state
+    if optimizer is None:
+        return state
+    if model.config.fp8_param:
+        return {"optimizer": optimizer_state(optimizer, state, _METADATA, with_weights=True)}
+    return {**state, "optimizer": optimizer_state(optimizer, state, _METADATA)}
 
 
 def state_bytes(state: ShardedStateDict) -> int:
@@ -151,7 +158,12 @@ def load_weights(directory: Path, model: StageModel) -> None:
     Raises:
         UserError: tensors are missing or of another shape than the model's.
     """
-    _load_model(model, _read(directory, _model_state(model)))
+    loaded = _read(directory, _model_state(model))
+    _load_model(model, loaded)
+    for index, chunk in enumerate(model.bare_chunks):
+        for name, weight in chunk.named_parameters():
+            if is_float8tensor(weight):  # the optimizer takes its fp32 weights from here, once: unrounded
+                weight._high_precision_init_val = loaded[_chunk_key(index, len(model.chunks))][name]
 
 
 def load_weights_and_optimizer(directory: Path, model: StageModel, optimizer: MegatronOptimizer) -> None:

@@ -30,7 +30,13 @@ def params_dtype(precision: str) -> torch.dtype:
 
 
 def transformer_config(
-    shape: ModelShape, layout: Layout, *, precision: str, recompute: str, fp8_recipe: Fp8Recipe = "tensorwise"
+    shape: ModelShape,
+    layout: Layout,
+    *,
+    precision: str,
+    recompute: str,
+    fp8_recipe: Fp8Recipe = "tensorwise",
+    fp8_parameters: bool = False,
 ) -> TransformerConfig:
     """Build the config of one stage.
 
@@ -40,6 +46,7 @@ def transformer_config(
         precision: "fp32", "bf16", or "fp8" for FP8 matrix products on bf16 weights.
         recompute: "none", "selective" (the MLP, whose activations are the largest), "full" (every layer) or
             "block:N" (the first N layers of each model chunk).
+        fp8_parameters: keep the weights of fp8 layers in fp8 only; for training.
 
     Raises:
         UserError: this machine cannot run that precision.
@@ -96,12 +103,13 @@ def transformer_config(
         # Megatron asks for Apex's extension even where TE's linears would do the work.
         gradient_accumulation_fusion=on_te and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         **_recompute(recompute),
-        **(_fp8(fp8_recipe, layout, on_te) if precision == "fp8" else {}),
+        **(_fp8(fp8_recipe, fp8_parameters, layout, on_te) if precision == "fp8" else {}),
     )
 
 
-def _fp8(recipe: Fp8Recipe, layout: Layout, on_te: bool) -> dict[str, object]:
-    """E4M3 forward and E5M2 backward ("hybrid"); the first and last layer in bf16 where the recipe allows it."""
+def _fp8(recipe: Fp8Recipe, parameters: bool, layout: Layout, on_te: bool) -> dict[str, object]:
+    """E4M3 forward and E5M2 backward ("hybrid"), or E4M3 throughout where every 32 values have a scale; the first
+    and last layer in bf16 where the recipe allows it (Megatron-Bridge's training/mixed_precision.py)."""
     if not on_te:
         raise UserError("precision: fp8 needs CUDA and Transformer Engine (see `prolong doctor`); use bf16")
     problem = fp8_problem(recipe, torch.cuda.get_device_capability(), layout.cp)
@@ -109,8 +117,9 @@ def _fp8(recipe: Fp8Recipe, layout: Layout, on_te: bool) -> dict[str, object]:
         raise UserError(problem)
     history: dict[str, object] = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     return {
-        "fp8": "hybrid",
+        "fp8": "e4m3" if recipe == "mxfp8" else "hybrid",
         "fp8_recipe": recipe,
+        "fp8_param": parameters,
         **(history if recipe == "delayed" else {"first_last_layers_bf16": True}),
     }
 

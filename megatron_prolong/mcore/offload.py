@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -38,10 +39,12 @@ class HostOffload(saved_tensors_hooks):
         self._min_bytes = min_bytes
         # Weights may be views of one buffer: their storage tells them, also when a slice of one is saved.
         weights = [weight for chunk in chunks for weight in chunk.parameters()]
-        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._weights = {w.untyped_storage().data_ptr() for w in weights if not is_float8tensor(w)}
         self._copies = torch.cuda.Stream() if torch.cuda.is_available() else None
 
     def _park(self, tensor: Tensor) -> Tensor | Parked:
+        if is_float8tensor(tensor):  # a weight: Transformer Engine saves activations as plain bytes
+            return tensor
         if tensor.nbytes < self._min_bytes or tensor.untyped_storage().data_ptr() in self._weights:
             return tensor
         self.num_parked_bytes += tensor.nbytes

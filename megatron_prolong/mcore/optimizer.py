@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_prolong.mcore.build import StageModel
@@ -34,9 +36,13 @@ def build_optimizer(
         overlap_param_gather=torch.cuda.is_available() and layout.distributed_optimizer,
     )
     overrides: dict | None = {} if spec.decay_norms else None
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         config, model.chunks, config_overrides=overrides, use_gloo_process_groups=False
     )
+    weights: list[Any] = [weight for chunk in model.chunks for weight in chunk.parameters()]
+    for weight in filter(is_float8tensor, weights):
+        weight.clear_high_precision_init_val()  # Megatron lets go of those of this rank's shard only
+    return optimizer
 
 
 def set_hyperparameters(optimizer: MegatronOptimizer, spec: OptimizerSpec, lr: float) -> None:

@@ -24,16 +24,22 @@ _STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 def optimizer_state(
-    optimizer: MegatronOptimizer, model_state: ShardedStateDict, metadata: Mapping[str, Any]
+    optimizer: MegatronOptimizer,
+    model_state: ShardedStateDict,
+    metadata: Mapping[str, Any],
+    *,
+    with_weights: bool = False,
 ) -> ShardedStateDict:
     """What a checkpoint holds of this rank's optimizer, as references.
 
     Args:
         model_state: the model's sharded_state_dict, which says where each weight belongs.
         metadata: as Megatron's sharded_state_dict takes it, for the optimizers that are not distributed.
+        with_weights: add the model's weights, rounded from the distributed optimizer's fp32 ones.
     """
     (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
     if not isinstance(single, DistributedOptimizer):
+        assert not with_weights
         return optimizer.sharded_state_dict(model_state, metadata=dict(metadata))
     weights = {id(value.data): value for value in nested_values(model_state)}
     shards = [
@@ -43,7 +49,7 @@ def optimizer_state(
         for bucket in buckets
         for weight, ranges in bucket["param_map"].items()
         for shard in _shards(
-            weights[id(weight)], ranges["param"].start, single._get_main_param_and_optimizer_states(weight)
+            weights[id(weight)], ranges["param"].start, _states(single, weight, with_weights)
         )
     ]
     return {
@@ -53,13 +59,22 @@ def optimizer_state(
     }
 
 
+def _states(
+    optimizer: DistributedOptimizer, weight: torch.Tensor, with_weight: bool
+) -> dict[str, torch.Tensor]:
+    """Before the weight's own key → this rank's flat shard of what is saved under the two."""
+    all_states = optimizer._get_main_param_and_optimizer_states(weight)
+    states = {f"optimizer.state.{name}.": all_states[name] for name in _STATES}
+    return {**states, "": all_states["param"].to(weight.dtype)} if with_weight else states
+
+
 def _shards(
     weight: ShardedTensor | ShardedTensorFactory, start: int, states: Mapping[str, torch.Tensor]
 ) -> Iterator[ShardedTensor]:
     """The boxes of a weight's states, which are flat and begin at element `start` of the weight on this rank."""
     # A factory cuts along the first axis (gate and up projection), so its parts follow each other in flat memory.
     parts = nested_values(weight.build()) if isinstance(weight, ShardedTensorFactory) else [weight]
-    stop, part_start = start + states["param"].numel(), 0
+    stop, part_start = start + states["optimizer.state.param."].numel(), 0
     for part in parts:
         part_stop = part_start + math.prod(part.local_shape)
         position = max(start, part_start)
@@ -67,19 +82,19 @@ def _shards(
             part.local_shape, position - part_start, min(stop, part_stop) - part_start
         ):
             count = math.prod(sizes)
-            for name in _STATES:
-                yield _shard(part, name, states[name][position - start :][:count], offsets, sizes)
+            for prefix, flat in states.items():
+                yield _shard(part, prefix, flat[position - start :][:count], offsets, sizes)
             position += count
         part_start = part_stop
 
 
 def _shard(
-    part: ShardedTensor, name: str, flat: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    part: ShardedTensor, prefix: str, flat: torch.Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> ShardedTensor:
     before = part.prepend_axis_num  # stacked layers: the axis is in the file but not in the weight
     sizes = (1,) * before + sizes
     return ShardedTensor(
-        key=f"optimizer.state.{name}.{part.key}",
+        key=prefix + part.key,
         data=flat.view(sizes),
         dtype=flat.dtype,
         local_shape=sizes,

@@ -35,3 +35,16 @@ def fp8_problem(recipe: Fp8Recipe, capability: tuple[int, int], cp: int) -> str 
     if recipe == "blockwise" and cp > 1:
         return "fp8_recipe blockwise crashes on documents padded for context parallelism: use tensorwise"
     return None
+
+
+def fp8_parameters_problem(recipe: Fp8Recipe, *, distributed_optimizer: bool) -> str | None:
+    """Why the weights of an fp8 stage cannot be kept in fp8 only, or None.
+
+    With mxfp8 Megatron gathers them in bf16 all the same, through the gradients' buffer; with blockwise and delayed
+    their scales would have to be gathered and saved too.
+    """
+    if recipe != "tensorwise":
+        return f"needs fp8_recipe: tensorwise, not {recipe}"
+    if not distributed_optimizer:
+        return "needs layout.distributed_optimizer: true, which keeps the fp32 weights they are made of"
+    return None

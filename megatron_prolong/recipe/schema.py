@@ -345,6 +345,9 @@ class Recipe(_Frozen):
     """fp32, or bf16 with fp32 main weights, or fp8 matrix products on top of bf16 (CUDA only)."""
     fp8_recipe: Fp8Recipe = "tensorwise"
     """How fp8 tensors are scaled; recipe/fp8.py says which GPU can do which."""
+    fp8_parameters: bool = False
+    """Keep the weights of fp8 layers in fp8 only: 2 bytes each less, and half the bytes gathered after an update.
+    Needs precision fp8, fp8_recipe tensorwise and the distributed optimizer."""
     recompute: Recompute = "full"
     """Activations recomputed in the backward pass: none, the MLP's (selective), whole layers (full), or the first N
     layers of each model chunk (block:N)."""

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.fp8 import fp8_parameters_problem
 from megatron_prolong.recipe.inputs import (
     mixture_problems,
     model_problems,
@@ -86,6 +87,7 @@ def find_problems(
     _run_directory(findings)
     _checkpoint(findings)
     _chain(findings, shape)
+    _fp8_parameters(findings)
     for stage in recipe.stages:
         _stage(findings, stage)
         _mixture(findings, stage)
@@ -265,6 +267,19 @@ def _mixture(findings: Findings, stage: Stage) -> None:
     for path in stage.mixture:
         for problem in mixture_problems(path, loss_mask=stage.loss_mask):
             findings.error((*key, str(path)), problem)
+
+
+def _fp8_parameters(findings: Findings) -> None:
+    recipe = findings.recipe
+    if not recipe.fp8_parameters:
+        return
+    stages = [stage for stage in recipe.stages if precision_of(recipe, stage) == "fp8"]
+    if not stages:
+        findings.error(("fp8_parameters",), "found true; needs precision: fp8", uses=[("precision",)])
+    for stage in stages:
+        sharded = layout_of(recipe, stage).distributed_optimizer
+        if problem := fp8_parameters_problem(recipe.fp8_recipe, distributed_optimizer=sharded):
+            findings.error(("fp8_parameters",), f"found true; {problem}")
 
 
 def _layout(findings: Findings, stage: Stage, shape: ModelShape | None, world_size: int | None) -> None:

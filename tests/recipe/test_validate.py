@@ -88,6 +88,11 @@ MISTAKES = [
     (["layout.pp=4", "layout.virtual_pp=1", "stage.one.layout.pp=2", "stage.one.layout.virtual_pp=2"], 16,
      "interleaving needs the 1 micro-batches of a data-parallel rank to be a multiple of pp = 2"),
     (["precision=fp8", "layout.cp=128"], None, "fp8 needs a multiple of 16 tokens on each rank, not 8"),
+    (["fp8_parameters=true"], None, "fp8_parameters: found true; needs precision: fp8"),
+    (["fp8_parameters=true", "stage.two.precision=fp8", "fp8_recipe=blockwise"], None,
+     "fp8_parameters: found true; needs fp8_recipe: tensorwise, not blockwise"),
+    (["fp8_parameters=true", "precision=fp8", "layout.distributed_optimizer=false"], None,
+     "fp8_parameters: found true; needs layout.distributed_optimizer: true"),
     (["stage.one.carry.weights=false"], None, "stages.one.carry.weights: found false; the first stage"),
     (["stage.two.carry.weights=false"], None, "stages.two.carry.optimizer: found true; moments of other"),
     (["stage.one.tokens=null", "stage.one.steps=null"], None, "found neither of steps and tokens; give one"),
@@ -132,6 +137,7 @@ def test_both_steps_and_tokens(write: Write, recipe_data: dict[str, Any]) -> Non
 def test_fp8_needs_cuda(write: Write, recipe_data: dict[str, Any]) -> None:
     path = write(recipe_data)
     assert problems_of(path, ["precision=fp8"]) == []
+    assert problems_of(path, ["stage.two.precision=fp8", "fp8_parameters=true"]) == []
     assert problems_of(path, ["precision=fp8"], on_cpu=True) == [
         "precision: found fp8; it needs CUDA, and this machine has none: use bf16 or fp32"
     ]
