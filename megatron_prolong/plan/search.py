@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
@@ -95,19 +96,11 @@ def layouts(job: Job, gpu: Gpu) -> Iterator[Job]:
     for tp in _powers(min(world, 2 * gpu.gpus_per_node)):
         for pp in _powers(min(world // tp, num_layers)):
             for cp in _powers(world // (tp * pp)):
-                for virtual_pp in _chunkings(num_layers, pp):
-                    for exchange in EXCHANGES if cp > 1 else ONLY_RANK:
-                        layout = Layout(
-                            tp=tp,
-                            pp=pp,
-                            virtual_pp=virtual_pp,
-                            cp=cp,
-                            cp_exchange=exchange,
-                            sequence_parallel=True,
-                            distributed_optimizer=True,
-                        )
-                        for mode in RECOMPUTE_MODES:
-                            yield replace(job, layout=layout, recompute=mode)
+                exchanges = EXCHANGES if cp > 1 else ONLY_RANK
+                for virtual_pp, exchange in product(_chunkings(num_layers, pp), exchanges):
+                    layout = Layout(tp=tp, pp=pp, virtual_pp=virtual_pp, cp=cp, cp_exchange=exchange)
+                    for mode in RECOMPUTE_MODES:
+                        yield replace(job, layout=layout, recompute=mode)
 
 
 def invalid(job: Job, gpu: Gpu) -> str:

@@ -10,6 +10,7 @@ import json
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -191,23 +192,18 @@ class MDSWriter:
             raise
 
 
-class disk_full_is_users:  # noqa: N801 - reads as a phrase in `with`
+@contextmanager
+def disk_full_is_users(path: Path) -> Iterator[None]:
     """Turns "no space left on device" into a UserError that names the data set."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if is_disk_full(error):
-            raise UserError(
-                f"{self.path}: the disk is full; what was unfinished has been removed. Free space "
-                "(or choose another place) and run the same command again"
-            ) from None
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(
+            f"{path}: the disk is full; what was unfinished has been removed. Free space "
+            "(or choose another place) and run the same command again"
+        ) from None
 
 
 def _buffer(num_bytes: int) -> memoryview:
