@@ -121,20 +121,13 @@ def _evaluation(run: RunHistory) -> Iterator[str]:
 
 def _scores(events: list[dict[str, Any]]) -> str:
     """One row per result, one column per checkpoint that was measured; a later measurement counts."""
-    columns: dict[str, dict[str, Any]] = {}
-    for event in events:
-        checkpoint = f"{event.get('stage', '–')} {event.get('step', '')}".strip()
-        found = event.get("scores") or {k: v for k, v in event.items() if k not in _EVENT_KEYS}
-        columns[checkpoint] = dict(_flat(found))
+    columns = {f"{event['stage']} {event['step']}": event["scores"] for event in events}
     names = dict.fromkeys(name for found in columns.values() for name in found)
     rows = [
         (name, *(_short(found[name]) if name in found else "–" for found in columns.values()))
         for name in names
     ]
     return table(["result", *columns], rows)
-
-
-_EVENT_KEYS = ("event", "time", "stage", "step")
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -47,7 +47,10 @@ def run(tmp_path: Path) -> Path:
     lines = [json.dumps({"time": 1.7e9, "event": "stage_start", "stage": "short"})]
     lines += [step("short", number) for number in range(1, 7)]
     lines += [step("short", number, loss=1.0) for number in range(5, 11)]
-    lines += [json.dumps({"time": 1.7e9, "event": "evaluation", "stage": "short", "recall": {"8192": 0.875}})]
+    scores = {"json_kv/8192": 87.5}
+    lines += [
+        json.dumps({"time": 1.7e9, "event": "evaluation", "stage": "short", "step": 10, "scores": scores})
+    ]
     lines += [step("long", number, loss=float("nan") if number == 2 else 2.5) for number in range(1, 4)]
     (directory / "metrics.jsonl").write_text("\n".join(lines) + '\n{"time": 1.7e9, "stage": "lo')
     return directory
@@ -102,7 +105,7 @@ def test_the_page_has_everything(run: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(run)])
     assert result.exit_code == 0 and "wrote" in result.stdout
     html = (run / "report.html").read_text()
-    expectations = """10 / 10|3 / 10|Tokens by domain, stage short|75.0%|recall.8192|0.875|3.0 GB|
+    expectations = """10 / 10|3 / 10|Tokens by domain, stage short|75.0%|json_kv/8192|87.5|short 10|3.0 GB|
         models.base.0.score|stage_start|sequence_length: 256"""
     for expected in map(str.strip, expectations.split("|")):
         assert expected in html, expected
