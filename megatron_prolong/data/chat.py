@@ -166,14 +166,6 @@ def _batches(rendered: Sequence[Rendered]) -> Iterator[Sequence[Rendered]]:
             start, room = end, _BATCH_CHARACTERS
 
 
-def encode(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, where: str = "chat"
-) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
-    """Tokens uint32 [n] and mask uint8 [n] of one chat. Raises UserError as encode_batch does."""
-    chat = encode_batch([messages], tokenizer, [where])[0]
-    return chat.tokens, chat.mask
-
-
 def _mask(encoding: Any, spans: Sequence[tuple[int, int]]) -> EncodedChat:
     """Mark the tokens whose characters lie in a span.
 

@@ -2,8 +2,11 @@
 
 from functools import cache
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from megatron_prolong.data.chat import encode_batch
 
 SPECIAL = [
     "<|begin_of_text|>",
@@ -61,3 +64,11 @@ def llama3_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=begin, eos_token="<|eot_id|>", chat_template=template
     )
+
+
+def encode(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask of one chat."""
+    (chat,) = encode_batch([messages], tokenizer)
+    return chat.tokens, chat.mask

@@ -5,14 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama3 import TEMPLATE, llama3_tokenizer
+from llama3 import TEMPLATE, encode, llama3_tokenizer
 
 from megatron_prolong.data.batch import NO_LABEL, PackedBatch, collate_pieces
 from megatron_prolong.data.chat import (
     EncodedChat,
     MaskTally,
     control_tokens,
-    encode,
     encode_batch,
     find_problem,
 )

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama3 import TEMPLATE, llama3_tokenizer
+from llama3 import TEMPLATE, encode, llama3_tokenizer
 
-from megatron_prolong.data.chat import encode
 from megatron_prolong.data.mds import MDSReader
 from megatron_prolong.data.tokenize import TokenizeOptions, tokenize
 from megatron_prolong.errors import UserError
