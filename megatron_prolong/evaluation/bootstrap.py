@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 DRAWS = 2000
 LEVEL = 0.95
+SEED = 42
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,20 @@ class Interval:
     high: float
 
 
-def mean_interval(values: Sequence[float], questions: Sequence[Hashable], seed: int = 42) -> Interval:
+def mean_interval(values: Sequence[float], questions: Sequence[Hashable]) -> Interval:
     """Mean over rows, interval over questions; rows of NaN do not count."""
     sums, counts = _by_question(values, questions)
-    draws = _draws(len(sums), seed)
+    draws = np.random.default_rng(SEED).integers(0, len(sums), size=(DRAWS, len(sums)))
     means = sums[draws].sum(1) / counts[draws].sum(1)
-    return _interval(float(np.sum(sums) / np.sum(counts)), means)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(np.sum(sums) / np.sum(counts)), float(low), float(high))
 
 
 def difference_interval(
-    before: Sequence[float], after: Sequence[float], questions: Sequence[Hashable], seed: int = 42
+    before: Sequence[float], after: Sequence[float], questions: Sequence[Hashable]
 ) -> Interval:
     """Paired difference of two models on the same rows: after − before."""
-    return mean_interval([late - early for early, late in zip(before, after, strict=True)], questions, seed)
+    return mean_interval([late - early for early, late in zip(before, after, strict=True)], questions)
 
 
 def _by_question(
@@ -49,12 +51,3 @@ def _by_question(
     places = np.array([number.setdefault(question, len(number)) for _, question in known])
     sums = np.bincount(places, weights=np.array([value for value, _ in known], dtype=np.float64))
     return sums.astype(np.float64), np.bincount(places).astype(np.float64)
-
-
-def _draws(count: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(0, count, size=(DRAWS, count))
-
-
-def _interval(mean: float, means: NDArray[np.float64]) -> Interval:
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(mean, float(low), float(high))

@@ -39,13 +39,11 @@ class HuggingFaceBackend:
     name: str = "hf"
 
     @classmethod
-    def open(
-        cls, directory: Path, *, batch_size: int = 1, device: torch.device | None = None
-    ) -> HuggingFaceBackend:
+    def open(cls, directory: Path, *, batch_size: int = 1) -> HuggingFaceBackend:
         """Load a directory written by `save_pretrained` (or by `prolong convert to-hf`)."""
         from transformers import AutoModelForCausalLM
 
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         try:
             module = AutoModelForCausalLM.from_pretrained(

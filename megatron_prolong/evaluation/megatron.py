@@ -64,7 +64,7 @@ class MegatronBackend:
 
 @contextmanager
 def open_megatron(
-    directory: Path, *, batch_size: int = 1, cp: int = 1, seed: int = 42, world: World | None = None
+    directory: Path, *, batch_size: int = 1, cp: int = 1, world: World | None = None
 ) -> Iterator[MegatronBackend | None]:
     """Load a checkpoint directory on all ranks of the job; collective, and outside any `megatron(…)`.
 
@@ -80,7 +80,7 @@ def open_megatron(
         world = world or stack.enter_context(distributed())
         shape = read_shape(directory)
         layout = inference_layout(shape, world.size, cp)
-        groups = stack.enter_context(megatron(layout, seed))
+        groups = stack.enter_context(megatron(layout, seed=0))  # nothing draws from it
         precision = "fp32" if world.device.type == "cpu" else "bf16"
         inference = load_for_inference(directory, layout, groups, world.device, precision)
         members = stack.enter_context(crew(inference, world, groups.dp))

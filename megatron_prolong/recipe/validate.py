@@ -18,7 +18,7 @@ from megatron_prolong.recipe.inputs import (
 )
 from megatron_prolong.recipe.layout_rules import StageSize, layout_problems
 from megatron_prolong.recipe.schema import InitSpec, Recipe, Stage, layout_of, precision_of
-from megatron_prolong.recipe.shape import ModelShape, model_directory, read_json, read_shape
+from megatron_prolong.recipe.shape import MANIFEST, ModelShape, model_directory, read_json, read_shape
 from megatron_prolong.recipe.source import Key, key_text
 
 # A run directory holds these beside its stages' directories.
@@ -38,9 +38,9 @@ class Findings:
         """Note a problem of `key`, unless a value it was derived from is a stand-in for a wrong one."""
         self._note(self.errors, key, message, uses)
 
-    def warn(self, key: Key, message: str, *, uses: Collection[Key] = ()) -> None:
+    def warn(self, key: Key, message: str) -> None:
         """The same, for something that does not stop the run."""
-        self._note(self.warnings, key, message, uses)
+        self._note(self.warnings, key, message, ())
 
     def _note(self, notes: list[str], key: Key, message: str, uses: Collection[Key]) -> None:
         if any(self.is_doubtful(used) for used in (key, *uses)):
@@ -221,7 +221,7 @@ def _chain(findings: Findings, shape: ModelShape | None) -> None:
 
 def _first_optimizer(findings: Findings, stage: Stage) -> None:
     path = findings.recipe.model.path
-    manifest = model_directory(path) / "prolong.json" if path else None
+    manifest = model_directory(path) / MANIFEST if path else None
     is_training = bool(manifest and manifest.is_file() and read_json(manifest).get("kind") == "training")
     if not is_training:
         key = ("stages", stage.name, "carry", "optimizer")

@@ -183,16 +183,16 @@ def _disk(directory: Path) -> list[Finding]:
     return [Finding("disk", "ok", f"{free / 1e9:.0f} GB free at {existing}, writes {speed / 1e6:.0f} MB/s")]
 
 
-def _write_speed(directory: Path, num_bytes: int = 32 * 2**20) -> float:
-    """Bytes per second of one synced file."""
-    data = os.urandom(2**20)
+def _write_speed(directory: Path) -> float:
+    """Bytes per second of one synced file of 32 MiB."""
+    data, count = os.urandom(2**20), 32
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".prolong-doctor-") as file:
         start = time.perf_counter()
-        for _ in range(num_bytes // len(data)):
+        for _ in range(count):
             file.write(data)
         file.flush()
         os.fsync(file.fileno())
-        return num_bytes / (time.perf_counter() - start)
+        return count * len(data) / (time.perf_counter() - start)
 
 
 def _all_reduce() -> list[Finding]:

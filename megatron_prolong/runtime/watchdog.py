@@ -11,7 +11,6 @@ import os
 import sys
 import threading
 import time
-from typing import TextIO
 
 HANG_EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 
@@ -26,13 +25,11 @@ class Watchdog:
     Args:
         rank: named in the message.
         timeout_seconds: much longer than the longest step with its checkpoint.
-        stream: where message and stacks go; must be a real file (default stderr).
     """
 
-    def __init__(self, rank: int, timeout_seconds: float, stream: TextIO | None = None) -> None:
+    def __init__(self, rank: int, timeout_seconds: float) -> None:
         assert timeout_seconds > 0
         self.rank, self.timeout_seconds = rank, timeout_seconds
-        self._stream = stream or sys.stderr
         self._step: int | None = None
         self._fed = time.monotonic()
         self._stop = threading.Event()
@@ -65,10 +62,10 @@ class Watchdog:
         print(
             f"rank {self.rank} has made no progress for {self.timeout_seconds:.0f} s in {self.where}; "
             "it stops here so that the job can end. Its threads were at:",
-            file=self._stream,
+            file=sys.stderr,
             flush=True,
         )
-        faulthandler.dump_traceback(self._stream, all_threads=True)
-        self._stream.flush()
+        faulthandler.dump_traceback(all_threads=True)
+        sys.stderr.flush()
         # Not sys.exit: the main thread hangs and would never see it.
         os._exit(HANG_EXIT_CODE)
