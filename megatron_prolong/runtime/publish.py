@@ -1,6 +1,8 @@
 """What is written appears under its name only when all of it is on the disk; what a killed process left goes.
 
-A directory in the making is `NAME.tmp-PID` beside NAME, so that its leftovers can be told from work in progress.
+What is in the making is `NAME.tmp-HOST-PID` beside NAME, so that leftovers can be told from work in progress. The
+host is in it because ranks of several machines unpack the same shard on a shared disk, and containers number their
+processes alike.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import errno
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +19,7 @@ from pathlib import Path
 
 def temporary_name(final: Path) -> Path:
     """Where this process writes what will be named `final`."""
-    return final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    return final.with_name(f"{final.name}.tmp-{socket.gethostname()}-{os.getpid()}")
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -57,13 +60,13 @@ def remove(directory: Path) -> None:
 
 
 def remove_leftovers(parent: Path, name: str = "*") -> None:
-    """Delete what processes of this machine that no longer live left below `parent` as NAME.tmp-PID.
+    """Delete what no living process of this machine has in the making below `parent`.
 
     Another machine's processes cannot be seen from here: only call it where none can be at work on the same name.
     """
     for path in parent.glob(f"{name}.tmp-*"):
-        found = re.fullmatch(r".*\.tmp-(\d+)", path.name)
-        if found is None or _alive(int(found[1])):
+        found = re.fullmatch(r".*\.tmp-(.+)-(\d+)", path.name)
+        if found is None or (found[1] == socket.gethostname() and _alive(int(found[2]))):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

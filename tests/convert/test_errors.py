@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -179,8 +180,9 @@ def test_a_real_disk_that_fills_up(
 def test_what_a_killed_conversion_left_is_removed(original: Path, tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
-    (tmp_path / f"out.tmp-{dead.pid}").mkdir()
-    (tmp_path / f"out.tmp-{dead.pid}" / "__0_0.distcp").write_bytes(b"half")
+    left = tmp_path / f"out.tmp-{socket.gethostname()}-{dead.pid}"
+    left.mkdir()
+    (left / "__0_0.distcp").write_bytes(b"half")
     to_megatron(original, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"original", "out"}
 

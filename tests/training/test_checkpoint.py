@@ -37,7 +37,7 @@ from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.recipe.schema import CheckpointSpec, Layout, OptimizerSpec
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.checksums import Entries, hash_files, verify_checksums
-from megatron_prolong.runtime.publish import remove_leftovers
+from megatron_prolong.runtime.publish import remove_leftovers, temporary_name
 from megatron_prolong.training import checkpoint
 from megatron_prolong.training.run_directory import latest_checkpoint
 from megatron_prolong.training.step import train_step
@@ -217,13 +217,14 @@ def test_a_disk_that_fills_up_loses_nothing(small_disk, monkeypatch):
 def test_what_killed_processes_left_goes_and_what_others_are_doing_stays(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    for name in (f"a.tmp-{dead.pid}", f"b.tmp-{dead.pid}", f"a.tmp-{os.getpid()}", "a", "a.tmp-notes"):
+    mine = temporary_name(tmp_path / "a").name
+    gone = mine.replace(str(os.getpid()), str(dead.pid))
+    stay = {gone.replace("a", "b", 1), mine, "a", "a.tmp-notes"}
+    for name in stay | {gone, "a.tmp-elsewhere-1"}:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     remove_leftovers(tmp_path, "a")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        f"b.tmp-{dead.pid}", f"a.tmp-{os.getpid()}", "a", "a.tmp-notes",
-    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == stay
 
 
 class Trained(NamedTuple):
