@@ -161,7 +161,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run([*command, str(tmp_path / "whole")], check=True)
     process = subprocess.Popen([*command, str(tmp_path / "killed")])
     partial = tmp_path / "killed.partial"
-    finished = "0[0-9][0-9][0-9][0-9]/index.json"  # not 00006.tmp-HOST-PID, which was being written when the kill came
+    finished = "0[0-9][0-9][0-9][0-9]/index.json"  # not 00006.tmp-HOST-PID, being written as the kill came
     while process.poll() is None and len(list(partial.glob(finished))) < 5:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
