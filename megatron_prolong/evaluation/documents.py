@@ -48,9 +48,11 @@ def read_passages(data: Sequence[Path], tokenizer: Any, length: int, count: int,
 
 
 def read_text(path: Path) -> str:
-    """All text of a file or directory, for a haystack."""
+    """All text of a file or directory, for a haystack. Raises UserError when there is none."""
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in _text_files(path)]
-    return " ".join(" ".join(texts).split())
+    if not (words := " ".join(texts).split()):
+        raise UserError(f"{path}: empty; a haystack needs text")
+    return " ".join(words)
 
 
 def _documents(path: Path, tokenizer: Any) -> Iterator[Passage]:

@@ -91,14 +91,15 @@ def open_megatron(
 
 
 def inference_layout(shape: ModelShape, world_size: int, cp: int = 1) -> Layout:
-    """Tensor parallelism over as many of the ranks as divide the key/value heads; what is left are replicas.
+    """Tensor parallelism over as many of the ranks as divide key/value heads and MLP; what is left are replicas.
 
     Raises:
         UserError: the ranks cannot be divided by cp.
     """
     if world_size % cp:
         raise UserError(f"--cp {cp}: {world_size} ranks cannot be divided by it")
-    return Layout(tp=math.gcd(world_size // cp, shape.num_kv_heads), cp=cp, sequence_parallel=False)
+    tp = math.gcd(world_size // cp, shape.num_kv_heads, shape.ffn_hidden_size)
+    return Layout(tp=tp, cp=cp, sequence_parallel=False)
 
 
 def _backend(directory: Path, shape: ModelShape, members: Crew, batch_size: int) -> MegatronBackend:

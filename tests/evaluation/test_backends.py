@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation import hf
 from megatron_prolong.evaluation.backend import Prompt, encode, open_backend
+from megatron_prolong.evaluation.documents import read_text
+from megatron_prolong.evaluation.megatron import inference_layout
+from megatron_prolong.recipe.shape import ModelShape
 
 PROMPTS = [
     Prompt("The special magic number"),
@@ -108,3 +111,18 @@ def test_neither_kind_of_model_is_refused(tmp_path: Path, hf_directory: Path) ->
     (tmp_path / "run" / "64k" / "latest").write_text("step_00000001")
     with pytest.raises(UserError, match=r"give one of its stages: .*run/64k"), open_backend(tmp_path / "run"):
         pass
+
+
+def test_tensor_parallelism_stops_where_the_model_does_not_divide() -> None:
+    shape = ModelShape(
+        num_layers=1, hidden_size=16, ffn_hidden_size=6, num_heads=8, num_kv_heads=4, head_dim=2, vocab_size=32,
+        max_length=64, rope_base=1e4,
+    )  # fmt: skip
+    assert [inference_layout(shape, ranks).tp for ranks in (1, 2, 4, 6)] == [1, 2, 2, 2]
+    assert inference_layout(replace(shape, ffn_hidden_size=8), 8, cp=2).tp == 4
+
+
+def test_an_empty_haystack_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(UserError, match="empty; a haystack needs text"):
+        read_text(tmp_path)
