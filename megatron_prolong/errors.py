@@ -1,4 +1,4 @@
-"""The one exception type that is shown to users as a message instead of a traceback."""
+"""The exceptions that are shown to users as a message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -15,3 +15,19 @@ class UserError(Exception):
     def many(cls, title: str, problems: Iterable[str]) -> UserError:
         """One error that reports every problem at once, one per line."""
         return cls("\n".join([title, *(f"  - {problem}" for problem in problems)]))
+
+
+class JointError(UserError):
+    """A UserError that every rank of a job raises at the same point, whichever met it; rank 0 reports it.
+
+    Attributes:
+        said_here: on this rank. On the others the CLI exits with code 2 in silence.
+    """
+
+    def __init__(self, message: str, *, said_here: bool) -> None:
+        super().__init__(message)
+        self.said_here = said_here
+
+
+class RankLost(Exception):  # noqa: N818 - an event seen from a healthy rank, not its error
+    """Another rank of the job is gone, or does not come to a collective. The CLI exits with code 1."""

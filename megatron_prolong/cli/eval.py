@@ -120,7 +120,7 @@ def is_main() -> bool:
     """True on the one rank that prints and writes."""
     import os
 
-    from megatron_prolong.runtime.launch import read_rendezvous
+    from megatron_prolong.runtime.rendezvous import read_rendezvous
 
     return read_rendezvous(os.environ).rank == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -21,7 +22,7 @@ from megatron_prolong.cli import (
     runs,
     train,
 )
-from megatron_prolong.errors import UserError
+from megatron_prolong.errors import JointError, RankLost, UserError
 
 app = typer.Typer(
     name="prolong",
@@ -75,8 +76,12 @@ def run() -> None:
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, JointError) or error.said_here:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RankLost as event:
+        print(f"error: {event}", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly exit would wait for the rank that is gone
     except OSError as error:
         if debug or error.filename is None:
             raise

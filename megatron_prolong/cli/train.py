@@ -49,13 +49,14 @@ def train(
     """
     from megatron_prolong.recipe.load import load_recipe
     from megatron_prolong.recipe.validate import check as check_recipe
+    from megatron_prolong.runtime.rendezvous import read_rendezvous
 
     if trace is not None and replay is None:
         raise UserError(f"--trace {trace}: needs --replay [STAGE:]STEP, the step to profile")
     resolved = load_recipe(recipe, overrides or [])
-    launched = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-    world_size = processes if processes > 1 else launched
     if check:
+        launched = int(os.environ.get("WORLD_SIZE", "0")) or read_rendezvous(os.environ).size
+        world_size = processes if processes > 1 else launched
         check_recipe(resolved, world_size)
         if resolved.evaluation:
             from megatron_prolong.evaluation.in_training import tasks_of
@@ -64,60 +65,76 @@ def train(
         print(f"{recipe}: ready for {world_size} rank(s), {len(resolved.stages)} stage(s)")
         return
     if processes > 1:
-        check_recipe(resolved, processes)  # here: torchrun would bury the message under a report of its own
-        _relaunch(processes)
-    import torch
-
-    check_recipe(resolved, world_size, on_cpu=not torch.cuda.is_available())
-    if replay is None:
+        check_recipe(resolved, processes)
+        _start(processes)
+    elif replay is None:
         _train(resolved)
     else:
         _replay(resolved, replay, trace)
 
 
-def _relaunch(processes: int) -> None:
-    """Replace this process by torchrun with the same command line."""
+def _start(processes: int) -> None:
+    """Run this command line in so many local processes; end as the first of them that failed."""
+    import logging
+    import uuid
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     command = [argument for argument in sys.argv[1:] if argument != "--debug"]
     position = next(index for index, argument in enumerate(command) if argument.startswith("--processes"))
     del command[position : position + (1 if "=" in command[position] else 2)]
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-    ]
-    os.execv(sys.executable, [*launcher, "-m", "megatron_prolong", *command])
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    # Its report on a failed process has fifty lines, which would bury the message of that process.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        elastic_launch(config, sys.executable)("-m", "megatron_prolong", *command)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"error: rank {rank} was ended by signal {-failure.exitcode}", file=sys.stderr)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
 
 
 def _train(recipe: Recipe) -> None:
+    from megatron_prolong.runtime.agreement import together
     from megatron_prolong.runtime.launch import distributed
-    from megatron_prolong.runtime.lost_rank import RankLost
     from megatron_prolong.runtime.signals import REQUEUE_EXIT_CODE, stop_requests
     from megatron_prolong.training.run import train as train_recipe
     from megatron_prolong.training.stage import Preempted
 
     with stop_requests() as stop, distributed() as world:
-        evaluate = _evaluation(recipe, world, stop)
+        evaluate = together(lambda: _ready(recipe, world, stop))
         try:
             final = train_recipe(recipe, world, lambda: stop.agreed(world.device), evaluate)
         except Preempted as event:
             if world.is_main:
                 print(f"{event}; continue with the same command")
             sys.exit(REQUEUE_EXIT_CODE)
-        except RankLost as event:
-            print(f"error: {event}", file=sys.stderr, flush=True)
-            os._exit(1)  # an orderly exit would wait for the rank that is gone
         if world.is_main:
             print(f"done: {final}")
 
 
 def _replay(recipe: Recipe, step: str, trace: Path | None) -> None:
+    from megatron_prolong.recipe.validate import check
+    from megatron_prolong.runtime.agreement import together
     from megatron_prolong.runtime.launch import distributed
     from megatron_prolong.training.replay import parse_step, replay
 
     stage, number = parse_step(step, recipe)
     with distributed() as world:
+        together(lambda: check(recipe, world.size, on_cpu=world.device.type == "cpu"))
         for replayed in replay(recipe, stage, number, world, trace):
             if world.is_main:
                 print(f"{stage.name} {replayed.step}/{stage.num_steps}")
@@ -125,9 +142,12 @@ def _replay(recipe: Recipe, step: str, trace: Path | None) -> None:
                     print(*replayed.lines(), sep="\n")
 
 
-def _evaluation(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
-    """The recipe's `evaluation:` for training to call, checked before any training."""
+def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
+    """Check everything before any training; the recipe's `evaluation:`, for it to call."""
     from megatron_prolong.evaluation.in_training import CheckpointEvaluation, tasks_of
+    from megatron_prolong.recipe.validate import check
+
+    check(recipe, world.size, on_cpu=world.device.type == "cpu")
 
     spec = recipe.evaluation
     if spec is None:

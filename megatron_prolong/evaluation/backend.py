@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from megatron_prolong.convert.manifest import MANIFEST
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import model_directory, stages_hint
-from megatron_prolong.runtime.launch import read_rendezvous
+from megatron_prolong.runtime.rendezvous import read_rendezvous
 
 
 @dataclass(frozen=True)

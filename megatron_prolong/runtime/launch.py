@@ -6,8 +6,7 @@ NCCL when CUDA is there, gloo on CPU. One process per device; this module knows 
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +14,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_prolong.errors import UserError
+from megatron_prolong.errors import JointError, UserError
+from megatron_prolong.runtime.lost_rank import naming_lost_ranks
+from megatron_prolong.runtime.rendezvous import Rendezvous, read_rendezvous
 
 
 @dataclass(frozen=True)
@@ -31,56 +32,6 @@ class World:
     def is_main(self) -> bool:
         """True on the one rank that prints and writes run files."""
         return self.rank == 0
-
-
-@dataclass(frozen=True)
-class Rendezvous:
-    """What the launcher said: who we are and where the first process listens."""
-
-    rank: int
-    size: int
-    local_rank: int
-    address: str
-    port: int
-
-
-def read_rendezvous(environment: Mapping[str, str]) -> Rendezvous:
-    """Read the launcher's variables: torchrun's, else srun's, else a world of one process.
-
-    Raises:
-        UserError: the variables of a launcher are there but incomplete.
-    """
-    if "TORCHELASTIC_RUN_ID" in environment or {"RANK", "WORLD_SIZE"} <= environment.keys():
-        return _from_variables(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK", "torchrun")
-    # An interactive salloc shell has SLURM_JOB_ID too; only a job step (srun) has a step id and tasks.
-    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
-        return _from_variables(environment, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "srun")
-    return Rendezvous(0, 1, 0, "127.0.0.1", _free_port())
-
-
-def _from_variables(
-    environment: Mapping[str, str], rank: str, size: str, local_rank: str, launcher: str
-) -> Rendezvous:
-    needed = [rank, size, "MASTER_ADDR", "MASTER_PORT"]
-    missing = [name for name in needed if name not in environment]
-    if missing:
-        raise UserError(
-            f"started by {launcher}, but {', '.join(missing)} not set: start with torchrun, or export "
-            "MASTER_ADDR and MASTER_PORT of the first node before srun"
-        )
-    return Rendezvous(
-        rank=int(environment[rank]),
-        size=int(environment[size]),
-        local_rank=int(environment.get(local_rank, "0")),
-        address=environment["MASTER_ADDR"],
-        port=int(environment["MASTER_PORT"]),
-    )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -112,10 +63,15 @@ def distributed(timeout_seconds: float = 600.0) -> Iterator[World]:
         world_size=place.size,
         timeout=timedelta(seconds=timeout_seconds),
     )
-    yield World(place.rank, place.size, place.local_rank, device)
-    # Reached only without an error: a failed rank must not wait for the others in a tidy shutdown,
-    # its death is their signal.
-    dist.destroy_process_group()
+    with naming_lost_ranks(place.rank, lambda: "a collective"):
+        try:
+            yield World(place.rank, place.size, place.local_rank, device)
+        except BaseException as error:
+            # A rank that fails alone must not wait for the others in a tidy shutdown: its death is their signal.
+            if isinstance(error, JointError | SystemExit):
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
 
 
 def _share_cores(place: Rendezvous) -> None:

@@ -7,12 +7,10 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from megatron_prolong.errors import RankLost
+
 # Gloo reports a lost connection as a plain RuntimeError with one of these; NCCL's errors are dist.DistError.
 _GLOO_SAYS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
-
-
-class RankLost(Exception):  # noqa: N818 - an event seen from a healthy rank, not its error
-    """Another rank of the job is gone, or does not come to a collective."""
 
 
 @contextmanager
@@ -34,6 +32,6 @@ def naming_lost_ranks(rank: int, where: Callable[[], str]) -> Iterator[None]:
             raise
         raise RankLost(
             f"rank {rank} lost another rank in {where()}; the first rank that failed, named by the launcher or "
-            "in its own log, is the cause. The run continues from its newest checkpoint with the same command. "
+            "in its own log, is the cause. The same command goes on from the newest checkpoint. "
             f"(The backend said: {said.splitlines()[0]})"
         ) from error

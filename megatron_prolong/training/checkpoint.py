@@ -27,9 +27,11 @@ from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.mcore.checkpoint import Snapshot, state_bytes, take_snapshot, training_state
 from megatron_prolong.mcore.optimizer import MegatronOptimizer
 from megatron_prolong.recipe.schema import CheckpointSpec
+from megatron_prolong.recipe.shape import HF_DIR, MANIFEST
+from megatron_prolong.runtime.agreement import on_main
 from megatron_prolong.runtime.checksums import CHECKSUMS, Entries, verify_checksums, write_checksums
 from megatron_prolong.runtime.publish import is_disk_full, publish, remove
-from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, prune, write_pointer
+from megatron_prolong.training.run_directory import RESOLVED_RECIPE, prune, write_pointer
 
 
 @dataclass
@@ -123,8 +125,7 @@ class CheckpointWriter:
         shares: list[tuple[Entries, str | None]] = [({}, None)] * dist.get_world_size()
         dist.all_gather_object(shares, (pending.entries, pending.problem))
         if problems := sorted({problem for _, problem in shares if problem}):
-            _on_main(lambda: shutil.rmtree(partial))
-            raise UserError.many(f"{partial.with_suffix('')} could not be saved:", problems)
+            _on_main(lambda: _give_up(partial, problems))
         with _full_disks_explained():
             pending.snapshot.finish()
         entries = {name: entry for share, _ in shares for name, entry in share.items()}
@@ -155,7 +156,7 @@ class CheckpointWriter:
 
     def _complete(self, partial: Path, manifest: dict[str, Any], entries: Entries) -> None:
         try:
-            shutil.copytree(self._sidecar, partial / "hf")
+            shutil.copytree(self._sidecar, partial / HF_DIR)
             (partial / RESOLVED_RECIPE).write_text(self._recipe)
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
             write_checksums(partial, entries)
@@ -182,6 +183,11 @@ def verify_checkpoint(directory: Path) -> None:
         verify_checksums(directory, slice(dist.get_rank(), None, dist.get_world_size()))
 
 
+def _give_up(partial: Path, problems: list[str]) -> None:
+    shutil.rmtree(partial)
+    raise UserError.many(f"{partial.with_suffix('')} could not be saved:", problems)
+
+
 def _sum(number: int) -> int:
     """Over all ranks, through the CPU: nothing waits for the GPU."""
     total = torch.tensor(number)
@@ -190,18 +196,15 @@ def _sum(number: int) -> int:
 
 
 def _on_main(action: Callable[[], object]) -> None:
-    """Do it on rank 0; if that fails, every rank raises the same UserError."""
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
+    """Do it on rank 0; if that fails, the disk's fault included, every rank raises a UserError."""
+
+    def explained() -> None:
         try:
             action()
-        except UserError as error:
-            problem = [str(error)]
         except OSError as error:
-            problem = [_describe(error)]
-    dist.broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise UserError(problem[0])
+            raise UserError(_describe(error)) from error
+
+    on_main(explained)
 
 
 @contextmanager

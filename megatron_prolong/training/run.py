@@ -15,13 +15,14 @@ from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import dump_recipe, load_recipe
 from megatron_prolong.recipe.schema import Recipe, Stage
-from megatron_prolong.recipe.shape import model_directory
+from megatron_prolong.recipe.shape import HF_DIR, MANIFEST, model_directory
+from megatron_prolong.runtime.agreement import on_main, together
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.runtime.publish import write_durably
 from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import RunLog, open_log
-from megatron_prolong.training.run_directory import MANIFEST, RESOLVED_RECIPE, Checkpoint, latest_checkpoint
+from megatron_prolong.training.run_directory import RESOLVED_RECIPE, Checkpoint, latest_checkpoint
 from megatron_prolong.training.stage import Preempted, StageInput, train_stage
 from megatron_prolong.training.state import StageStatus, chain_status, refuse_changes
 
@@ -47,14 +48,9 @@ def train(
         UserError: the recipe changed in a way that cannot be taken up half-way, or its inputs are unusable.
         training.stage.Preempted: asked to stop.
     """
-    run_dir = recipe.run_dir
     with ExitStack() as stack:
-        if world.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(DirectoryLock(run_dir))
-        log = stack.enter_context(open_log(recipe)) if world.is_main else None
-        _agree_on_recipe(recipe, log)
-        initial = _initial_checkpoint(recipe, world)
+        log = on_main(lambda: _open(recipe, stack))
+        initial = _initial_checkpoint(recipe)
         previous: Checkpoint | None = None
         for stage in recipe.stages:
             for checkpoint in _pieces(
@@ -93,12 +89,14 @@ def _pieces(
         )
         start = stage_input(status, previous, initial)
         _announce(log, status, start)
-        train_stage(recipe, stage, start, until, world, log, stop_requested, initial.directory / "hf", guard)
+        train_stage(
+            recipe, stage, start, until, world, log, stop_requested, initial.directory / HF_DIR, guard
+        )
 
 
 def _newest_checkpoint(stage_dir: Path) -> Checkpoint | None:
     """As rank 0 sees it: what another node sees of a network file system may be seconds old. Collective."""
-    found = [latest_checkpoint(stage_dir) if dist.get_rank() == 0 else None]
+    found = [on_main(lambda: latest_checkpoint(stage_dir))]
     dist.broadcast_object_list(found)
     return found[0]
 
@@ -139,18 +137,18 @@ def _announce(log: RunLog | None, status: StageStatus, start: StageInput) -> Non
         log.say(f"stage {status.stage.name} {verb} {start.checkpoint.directory}")
 
 
-def _agree_on_recipe(recipe: Recipe, log: RunLog | None) -> None:
-    """Refuse a recipe that contradicts the run so far; otherwise write the resolved one into the run."""
-    path = recipe.run_dir / RESOLVED_RECIPE
+def _open(recipe: Recipe, stack: ExitStack) -> RunLog:
+    """Lock the run directory and write the resolved recipe into it, unless that contradicts the run so far."""
+    run_dir = recipe.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(DirectoryLock(run_dir))
+    log = stack.enter_context(open_log(recipe))
+    path = run_dir / RESOLVED_RECIPE
     if path.exists():
-        notices = refuse_changes(load_recipe(path), recipe, chain_status(recipe, recipe.run_dir))
-        if log:
-            for notice in notices:
-                log.say(f"changed since the last start: {notice}")
-    dist.barrier()
-    if log:
-        write_durably(path, dump_recipe(recipe))
-    dist.barrier()
+        for notice in refuse_changes(load_recipe(path), recipe, chain_status(recipe, run_dir)):
+            log.say(f"changed since the last start: {notice}")
+    write_durably(path, dump_recipe(recipe))
+    return log
 
 
 def initial_directory(recipe: Recipe) -> Path:
@@ -159,20 +157,28 @@ def initial_directory(recipe: Recipe) -> Path:
     return path if path is not None and (path / MANIFEST).exists() else recipe.run_dir / "initial"
 
 
-def _initial_checkpoint(recipe: Recipe, world: World) -> Checkpoint:
+def _initial_checkpoint(recipe: Recipe) -> Checkpoint:
     """The weights before the first stage, as a checkpoint any layout can load. Collective."""
     converted = initial_directory(recipe)
     patient = dist.new_group(backend="gloo", timeout=CONVERSION_TIMEOUT)
-    if world.is_main and not (converted / MANIFEST).exists():
-        if converted.exists():
-            shutil.rmtree(converted)
-        if recipe.model.path is not None:
-            to_megatron(recipe.model.path, converted)
-        else:
-            assert recipe.model.init is not None and recipe.model.tokenizer is not None
-            write_initial(recipe.model.init, recipe.model.tokenizer, converted, seed=recipe.stages[0].seed)
-    dist.barrier(patient)
+    on_main(lambda: _write_initial(recipe, converted), patient)
     dist.destroy_process_group(patient)
+    return together(lambda: _open_initial(converted))
+
+
+def _write_initial(recipe: Recipe, converted: Path) -> None:
+    if (converted / MANIFEST).exists():
+        return
+    if converted.exists():
+        shutil.rmtree(converted)
+    if recipe.model.path is not None:
+        to_megatron(recipe.model.path, converted)
+    else:
+        assert recipe.model.init is not None and recipe.model.tokenizer is not None
+        write_initial(recipe.model.init, recipe.model.tokenizer, converted, seed=recipe.stages[0].seed)
+
+
+def _open_initial(converted: Path) -> Checkpoint:
     if not (converted / MANIFEST).exists():
         raise UserError(
             f"{converted} was not written by rank 0: is the run directory on a shared file system?"

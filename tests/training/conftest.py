@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,23 @@ class Workspace:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
+
+    def start_ranks(self, run: str, *overrides: str) -> list[subprocess.Popen[str]]:
+        """Two ranks as a launcher starts them; what each says goes to its `stderr`."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "megatron_prolong", "train", str(self.recipe(run)), *overrides]
+        return [
+            subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                env={
+                    **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2",
+                    "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                },
+            )
+            for rank in range(2)
+        ]  # fmt: skip
 
     def train(self, run: str, *overrides: str, code: int = 0) -> str:
         """Run `prolong train` to its end; returns its output after checking the exit code."""

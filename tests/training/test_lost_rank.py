@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import pytest
@@ -16,26 +13,7 @@ import pytest
 @pytest.mark.parametrize("layout", ["layout.cp=2", "layout.pp=2"])
 def test_the_others_fail_with_rank_and_step(workspace, layout):
     run = f"lost-{layout[-4:-2]}"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    overrides = [
-        layout,
-        "checkpoint.every=1000",
-        "stage.short.steps=100000",
-        f"run_dir={workspace.root / run}",
-    ]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "megatron_prolong", "train", workspace.recipe(run), *overrides],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env={
-                **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2",
-                "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            },
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    ranks = workspace.start_ranks(run, layout, "checkpoint.every=1000", "stage.short.steps=100000")
     try:
         wait_for_step(workspace.root / run / "metrics.jsonl", 3, ranks)
         ranks[1].send_signal(signal.SIGKILL)

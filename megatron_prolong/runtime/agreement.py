@@ -1,0 +1,44 @@
+"""What is the user's to mend on one rank ends the job on all of them, with one message and nobody left waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_prolong.errors import JointError, UserError
+
+T = TypeVar("T")
+
+
+def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Do it on every rank of the default process group, or of a CPU `group`. Collective.
+
+    Raises:
+        JointError: on every rank, with all that went wrong anywhere.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except UserError as error:
+        problem = str(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        problem = f"{error.filename}: {error.strerror}"
+    problems: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group)
+    first: dict[str, int] = {}
+    for rank, text in enumerate(problems):
+        if text is not None:
+            first.setdefault(text, rank)
+    if first:
+        message = "\n".join(f"rank {rank}: {text}" if rank else text for text, rank in first.items())
+        raise JointError(message, said_here=dist.get_rank() == 0)
+    return result  # type: ignore[return-value]
+
+
+def on_main(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T | None:
+    """The same, done on rank 0 only; the others get None when it has."""
+    return together(lambda: action() if dist.get_rank() == 0 else None, group)

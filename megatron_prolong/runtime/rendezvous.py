@@ -1,0 +1,59 @@
+"""Who this process is among those of the job, and where they meet: what torchrun or srun says. Needs no torch."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_prolong.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """What the launcher said: who we are and where the first process listens."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def read_rendezvous(environment: Mapping[str, str]) -> Rendezvous:
+    """Read the launcher's variables: torchrun's, else srun's, else a world of one process.
+
+    Raises:
+        UserError: the variables of a launcher are there but incomplete.
+    """
+    if "TORCHELASTIC_RUN_ID" in environment or {"RANK", "WORLD_SIZE"} <= environment.keys():
+        return _from_variables(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK", "torchrun")
+    # An interactive salloc shell has SLURM_JOB_ID too; only a job step (srun) has a step id and tasks.
+    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return _from_variables(environment, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "srun")
+    return Rendezvous(0, 1, 0, "127.0.0.1", _free_port())
+
+
+def _from_variables(
+    environment: Mapping[str, str], rank: str, size: str, local_rank: str, launcher: str
+) -> Rendezvous:
+    needed = [rank, size, "MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in needed if name not in environment]
+    if missing:
+        raise UserError(
+            f"started by {launcher}, but {', '.join(missing)} not set: start with torchrun, or export "
+            "MASTER_ADDR and MASTER_PORT of the first node before srun"
+        )
+    return Rendezvous(
+        rank=int(environment[rank]),
+        size=int(environment[size]),
+        local_rank=int(environment.get(local_rank, "0")),
+        address=environment["MASTER_ADDR"],
+        port=int(environment["MASTER_PORT"]),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

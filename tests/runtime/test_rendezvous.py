@@ -1,0 +1,53 @@
+"""Who a process is: what torchrun and srun say, and what an sbatch script only seems to say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_prolong.cli.main import app
+from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.rendezvous import read_rendezvous
+
+BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+"""Slurm describes the whole job to the script, which is one process."""
+STEP = {
+    **BATCH_SCRIPT,
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+}
+RECIPE = """\
+name: tiny
+run_dir: run
+model: {init: {num_layers: 2, hidden_size: 32, num_heads: 4, num_kv_heads: 2, ffn_hidden_size: 64, max_length: 64,
+  rope_base: 1e4}, tokenizer: .}
+stages: [{name: one, sequence_length: 64, batch_tokens: 512, steps: 1, lr: 1e-3, mixture: mock}]
+"""
+
+
+def test_a_batch_script_is_one_process_and_a_step_is_all_of_them() -> None:
+    assert read_rendezvous(BATCH_SCRIPT).size == 1
+    step = read_rendezvous(STEP)
+    assert (step.rank, step.size, step.address, step.port) == (5, 8, "node1", 29500)
+    with pytest.raises(UserError, match="started by srun, but MASTER_ADDR, MASTER_PORT not set"):
+        read_rendezvous({**BATCH_SCRIPT, "SLURM_STEP_ID": "0"})
+
+
+@pytest.mark.parametrize(
+    ("variables", "ranks"), [(BATCH_SCRIPT, 1), (STEP, 8), ({**STEP, "WORLD_SIZE": "4"}, 4)]
+)
+def test_a_check_is_for_as_many_ranks_as_would_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], ranks: int
+) -> None:
+    """WORLD_SIZE alone asks about a job that is still to be started."""
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    Path("tokenizer.json").write_text('{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}')
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = CliRunner().invoke(app, ["train", "recipe.yaml", "--check"])
+    assert f"ready for {ranks} rank(s)" in found.output, found.exception

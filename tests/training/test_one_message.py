@@ -1,0 +1,94 @@
+"""What the user has to mend is said once, however many ranks there are, and every one of them exits with 2."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_prolong.errors import JointError, RankLost, UserError
+from megatron_prolong.runtime.agreement import on_main, together
+from megatron_prolong.runtime.launch import distributed
+from megatron_prolong.runtime.lock import DirectoryLock
+
+
+def test_a_directory_in_use_is_told_by_rank_0_alone(workspace) -> None:
+    with DirectoryLock(workspace.root / "taken"):
+        ranks = workspace.start_ranks("taken", "layout.cp=2")
+        said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert said[0].startswith("error: ") and "is in use by process" in said[0] and said[0].count("\n") == 1
+    assert said[1] == ""
+
+
+def test_local_processes_end_as_a_single_one_would(workspace) -> None:
+    """Without the launcher's own report."""
+    command = ["-m", "megatron_prolong", "train", str(workspace.recipe("taken")), "--processes", "2"]
+    with DirectoryLock(workspace.root / "taken"):
+        found = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240)
+    assert found.returncode == 2, found.stderr
+    assert "is in use by process" in found.stderr and found.stderr.count("\n") == 1
+
+
+def missing_on_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        Path("/not/there").read_text()
+
+
+def refused_on_both() -> None:
+    raise UserError("no such recipe")
+
+
+def full_on_rank_0() -> None:
+    def save() -> None:
+        raise UserError("the disk is full")
+
+    on_main(save)
+
+
+def broken_on_rank_0() -> None:
+    if os.environ["RANK"] == "0":
+        raise AssertionError("a defect of ours")
+
+
+def run_rank(rank: int, directory: str, action) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    try:
+        with distributed(timeout_seconds=60):
+            together(action)
+        text = "nothing"
+    except JointError as error:
+        text = f"{error}, said here: {error.said_here}"
+    except (RankLost, AssertionError) as error:
+        text = f"{type(error).__name__}: {error}"
+    Path(directory, str(rank)).write_text(text)
+    os._exit(0)  # as the command does when another rank is gone
+
+
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        (missing_on_rank_1, "rank 1: /not/there: No such file or directory"),
+        (refused_on_both, "no such recipe"),
+        (full_on_rank_0, "the disk is full"),
+        (broken_on_rank_0, None),
+    ],
+)
+def test_every_rank_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action, said) -> None:
+    monkeypatch.setenv("MASTER_PORT", str(20000 + os.getpid() % 20000))
+    spawn = multiprocessing.get_context("spawn")
+    ranks = [spawn.Process(target=run_rank, args=(rank, str(tmp_path), action)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=240)
+    first, second = ((tmp_path / str(rank)).read_text() for rank in range(2))
+    if said is None:
+        assert first == "AssertionError: a defect of ours"
+        assert second.startswith("RankLost: rank 1 lost another rank in a collective")
+    else:
+        assert (first, second) == (f"{said}, said here: True", f"{said}, said here: False")
