@@ -18,7 +18,7 @@ ARG TORCH_INDEX_URL=""
 ARG TORCH_VERSION=2.13.0
 
 WORKDIR /src
-COPY setup.py pyproject.toml README.m[d] ./
+COPY setup.py pyproject.toml README.md ./
 COPY megatron_prolong ./megatron_prolong
 COPY tools/constraints.txt ./tools/constraints.txt
 
@@ -48,7 +48,7 @@ ENV PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 
 WORKDIR /src
-COPY setup.py pyproject.toml README.m[d] ./
+COPY setup.py pyproject.toml README.md ./
 COPY megatron_prolong ./megatron_prolong
 
 # The image's PyTorch is a build of its own (2.11.0a0+….nv26.02, in no registry) and counts as older than 2.11:

@@ -51,9 +51,7 @@ setup(
     name="megatron-prolong",
     version="0.1.0",
     description="Long-context continued training of Llama models on Megatron-Core",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8")
-    if (ROOT / "README.md").exists()
-    else "",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -83,17 +83,14 @@ while read -r word rest; do
             read -ra parts <<<"$rest"
             target=${parts[-1]}
             [[ $target == /* ]] || target=$workdir/$target
-            for source in "${parts[@]:0:${#parts[@]}-1}"; do
-                for path in $source; do # a glob may match nothing, as in Docker
-                    [[ -e $context/$path ]] || continue
-                    if [[ -d $context/$path ]]; then
-                        mkdir -p "$root$target"
-                        tar -C "$context/$path" --exclude=__pycache__ -cf - . | tar -C "$root$target" -xf -
-                    else
-                        if [[ $target == */ ]]; then mkdir -p "$root$target"; else mkdir -p "$root$(dirname "$target")"; fi
-                        cp "$context/$path" "$root$target"
-                    fi
-                done
+            for path in "${parts[@]:0:${#parts[@]}-1}"; do
+                if [[ -d $context/$path ]]; then
+                    mkdir -p "$root$target"
+                    tar -C "$context/$path" --exclude=__pycache__ -cf - . | tar -C "$root$target" -xf -
+                else
+                    if [[ $target == */ ]]; then mkdir -p "$root$target"; else mkdir -p "$root$(dirname "$target")"; fi
+                    cp "$context/$path" "$root$target"
+                fi
             done
             ;;
         RUN)
