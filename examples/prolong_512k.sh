@@ -35,7 +35,6 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
 fi
 export MASTER_ADDR=${MASTER_ADDR:-$HEAD}
 export MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-$$} % 20000))
-export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron: lets sequence-parallel communication overlap with computation
 export NODES GPUS
 
 # on_nodes SRUN_OPTION... -- COMMAND...: through srun, or directly where there is no Slurm

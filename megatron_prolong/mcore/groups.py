@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ def megatron(layout: Layout, seed: int) -> Iterator[ParallelGroups]:
         if not torch.cuda.is_available():
             stack.enter_context(cuda_on_cpu())
         stack.enter_context(fused_adam_in_megatron())
+        # NCCL allocates for itself: what an earlier stage's model leaves behind must not stay in PyTorch's cache.
+        gc.collect()
+        torch.cuda.empty_cache()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prolong.errors import JointError, UserError
+from megatron_prolong.runtime.gpu_environment import set_gpu_environment
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
 from megatron_prolong.runtime.rendezvous import Rendezvous, read_rendezvous
 
@@ -42,6 +43,7 @@ def distributed(timeout_seconds: float = 600.0) -> Iterator[World]:
         timeout_seconds: a collective that waits longer than this fails on every rank, so that one dead rank
             never leaves the others hanging.
     """
+    set_gpu_environment()
     place = read_rendezvous(os.environ)
     if torch.cuda.is_available():
         if place.local_rank >= torch.cuda.device_count():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from megatron_prolong.recipe import fp8
 from megatron_prolong.recipe.load import dump_recipe
 from megatron_prolong.recipe.schema import Layout, Recipe, Stage, layout_of, precision_of, recompute_of
 from megatron_prolong.recipe.shape import ModelShape
+from megatron_prolong.runtime.garbage import collected_by_hand
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
 from megatron_prolong.runtime.watchdog import Watchdog
@@ -134,7 +136,8 @@ def train_stage(
             )
             if not start.resume:
                 log.say(f"stage {stage.name} draws {mixture}")
-        with log.stage(stage.name, state.step, stage.num_steps) if log else nullcontext():
+        bar = log.stage(stage.name, state.step, stage.num_steps) if log else nullcontext()
+        with bar, collected_by_hand():
             _walk(run, state, until, sidecar, log, stop_requested, guard, watchdog)
         if log and until == stage.num_steps:
             log.event("stage_end", stage=stage.name, step=stage.num_steps)
@@ -159,6 +162,7 @@ def _walk(
     started = time.perf_counter()
     for step, sequences in stream(run.mixture, state.step):
         metrics = run.update(step, sequences)
+        gc.collect()  # all ranks are here at the same time
         state = _advance(state, stage, sequences, metrics)
         watchdog.feed(state.step + 1)
         writer.poll()

@@ -1,0 +1,30 @@
+"""Environment variables that CUDA, PyTorch's allocator, NCCL and Transformer Engine read as they start.
+
+The values are those of Megatron-Bridge's recipes (recipes/utils/environment_utils.py) and performance guide.
+TORCH_NCCL_AVOID_RECORD_STREAMS is not among them: PyTorch has done so by itself since 2.8.
+"""
+
+from __future__ import annotations
+
+import os
+
+GPU_ENVIRONMENT = {
+    # Bags of documents have other lengths at every step: fixed segments of memory would fragment.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # One queue: kernels start in the order of their launch, communication before the product that hides it.
+    # Blackwell has no need of that, and no harm.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # Norms spin on all multiprocessors until they have them; these stay free for communication.
+    "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",
+    "NVTE_BWD_LAYERNORM_SM_MARGIN": "16",
+    # Communication is what other ranks wait for: it goes first.
+    "TORCH_NCCL_HIGH_PRIORITY": "1",
+    # Reductions in the switch would take memory for every group of ranks; gathers and scatters do without.
+    "NCCL_NVLS_ENABLE": "0",
+}
+
+
+def set_gpu_environment() -> None:
+    """Set what the user has not; before the first call of CUDA."""
+    for name, value in GPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
