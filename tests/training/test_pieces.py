@@ -102,8 +102,7 @@ def _two_views(rank: int, root: str) -> None:
         "max_length": 64, "rope_base": 1e4,
     }  # fmt: skip
     fields = recipe(Path(root)).model_dump() | {"model": {"init": init, "tokenizer": root}}
-    world = World(rank, 2, rank, torch.device("cpu"))
-    assert run._initial_checkpoint(Recipe.model_validate(fields), world).step == 0
+    assert run._initial_checkpoint(Recipe.model_validate(fields)).step == 0
     dist.destroy_process_group()
 
 
