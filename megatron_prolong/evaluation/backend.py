@@ -16,9 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.convert.manifest import MANIFEST
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import model_directory, stages_hint
+from megatron_prolong.recipe.shape import MANIFEST, model_directory, stages_hint
 from megatron_prolong.runtime.rendezvous import read_rendezvous
 
 

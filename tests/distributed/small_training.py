@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_prolong.convert.manifest import MANIFEST
 from megatron_prolong.data.balance import CostModel
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.recipe.schema import Layout, OptimizerSpec
-from megatron_prolong.recipe.shape import read_shape
+from megatron_prolong.recipe.shape import MANIFEST, read_shape
 
 SEQUENCE_LENGTH, NUM_SEQUENCES, NUM_STEPS, VOCAB_SIZE = 64, 4, 8, 130
 # Attention so dear that documents are worth splitting at these lengths.
