@@ -68,21 +68,26 @@ class TransformerEngineAttention(DocumentAttention):
         if documents.caches is not None or (context is not None and self.split is None):
             return super().attend(q_TND, k_TGD, v_TGD, documents)
         assert documents.cu_seqlens is not None
-        qkv, end = (q_TND, k_TGD, v_TGD), len(q_TND)
+        end = len(q_TND)
         boundaries = tuple(documents.cu_seqlens.tolist())
         first = boundaries[0]  # behind the split documents
         outs = []
         if context is not None and first:
             assert self.split is not None
             packed = split_documents(context, q_TND.device)
-            outs.append(self._attend(self.split, [x[:first] for x in qkv], packed))
+            outs.append(self._attend(self.split, (q_TND[:first], k_TGD[:first], v_TGD[:first]), packed))
         if end > first:
             packed = whole_documents(boundaries, end, q_TND.device)
-            outs.append(self._attend(self.whole, [x[first:] for x in qkv], packed))
+            k, v = k_TGD[first:], v_TGD[first:]
+            if first:  # TE refuses keys and values that do not begin their memory (utils.py: get_qkv_layout)
+                k, v = k.clone(), v.clone()
+            outs.append(self._attend(self.whole, (q_TND[first:], k, v), packed))
         return torch.cat(outs)  # TE's outputs are flat already: [T, N·D]
 
     @staticmethod
-    def _attend(attention: torch.nn.Module, qkv: list[Tensor], packed: PackedSeqParams) -> Tensor:
+    def _attend(
+        attention: torch.nn.Module, qkv: tuple[Tensor, Tensor, Tensor], packed: PackedSeqParams
+    ) -> Tensor:
         return attention(*qkv, None, AttnMaskType.causal, packed_seq_params=packed)
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from megatron_prolong.mcore.attention import ContextParallel
+from megatron_prolong.mcore.attention import ContextParallel, Documents
 from megatron_prolong.mcore.specs import runs_on_transformer_engine
-from megatron_prolong.mcore.transformer_engine import split_documents, whole_documents
+from megatron_prolong.mcore.transformer_engine import (
+    TransformerEngineAttention,
+    split_documents,
+    whole_documents,
+)
 from megatron_prolong.model.context_plan import ContextPlan
 
 CPU = torch.device("cpu")
@@ -37,3 +41,25 @@ def test_padding_is_part_of_a_split_document():
 
 def test_every_layer_of_a_micro_batch_gets_the_same_tensors():
     assert whole_documents((0, 4, 9), 9, CPU) is whole_documents((0, 4, 9), 9, CPU)
+
+
+def test_keys_and_values_begin_their_memory():
+    """TE refuses others (utils.py: get_qkv_layout), and the local documents lie behind the split ones."""
+
+    def module(q, k, v, *_, packed_seq_params):
+        assert k.storage_offset() == 0 and v.contiguous().storage_offset() == 0
+        seen.append(packed_seq_params.cu_seqlens_q.tolist())
+        return q.flatten(1)
+
+    seen: list[list[int]] = []
+    attention = TransformerEngineAttention.__new__(TransformerEngineAttention)
+    torch.nn.Module.__init__(attention)
+    attention.whole = attention.split = module
+    plan = ContextPlan.build([0, 10, 13, 30], cp_size=2, multiple=4, split_threshold_tokens=5)
+    documents = Documents(
+        cu_seqlens=torch.tensor(plan.local_cu_seqlens(0)), context=ContextParallel(plan, 0, None, "p2p")
+    )
+    num_tokens = plan.slice_length(0)
+    q, k, v = (torch.randn(num_tokens, heads, 8) for heads in (4, 2, 2))
+    assert torch.equal(attention.attend(q, k, v, documents), q.flatten(1))
+    assert seen == [[0, 12, 32], [0, 3, num_tokens - 16]]
