@@ -19,13 +19,12 @@ def runs(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List runs: stage, step, loss, tokens/s and the time left in the stage."""
-    import json
-
     from rich.table import Table
 
     from megatron_prolong.cli.tables import print_table
     from megatron_prolong.errors import UserError
     from megatron_prolong.report.history import find_runs, read_run
+    from megatron_prolong.runtime.strict_json import dumps
 
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give the one that holds run directories")
@@ -36,7 +35,7 @@ def runs(
         except UserError as error:  # one damaged run does not hide the others
             print(f"warning: left out: {error}", file=sys.stderr)
     if json_output:
-        print(json.dumps([_facts(run) for run in found], indent=1))
+        print(dumps([_facts(run) for run in found], indent=1))
         return
     if not found:
         print(f"{directory}: no runs")

@@ -17,6 +17,7 @@ from typing import Any
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.schema import Recipe, Stage
+from megatron_prolong.runtime.strict_json import with_nan
 
 METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
 _RECENT_STEPS = 20
@@ -117,7 +118,7 @@ def read_run(directory: Path) -> RunHistory:
         if "event" in record:
             events.append(record)
         elif record.get("stage") in steps and "step" in record:
-            steps[record["stage"]][int(record["step"])] = record
+            steps[record["stage"]][int(record["step"])] = with_nan(record)
     stages = [
         StageHistory(stage, [record for _, record in sorted(steps[stage.name].items())])
         for stage in recipe.stages

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Recipe
+from megatron_prolong.runtime.strict_json import dumps
 
 
 @dataclass
@@ -86,7 +86,7 @@ class RunLog:
             )
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps(record) + "\n")
+        self.metrics.write(dumps(record) + "\n")
         self.metrics.flush()
 
 

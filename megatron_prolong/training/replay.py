@@ -17,6 +17,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.recipe.schema import Recipe, Stage, layout_of
 from megatron_prolong.runtime.launch import World
+from megatron_prolong.runtime.strict_json import with_nan
 from megatron_prolong.training.run import initial_directory, stage_input
 from megatron_prolong.training.run_directory import (
     RESOLVED_RECIPE,
@@ -125,5 +126,5 @@ def _recorded(path: Path, stage: str) -> dict[int, dict[str, Any]]:
     """The lines of metrics.jsonl about a stage's steps; the last one where a step was made twice."""
     if not path.exists():
         return {}
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    records = [with_nan(json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
     return {record["step"]: record for record in records if record.get("stage") == stage and "loss" in record}

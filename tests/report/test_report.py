@@ -1,6 +1,7 @@
 """`prolong runs` and `prolong report` on run directories as training writes them."""
 
 import json
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 from megatron_prolong.report.history import find_runs, read_run
+from megatron_prolong.runtime.strict_json import dumps
 
 RECIPE = """
 name: small
@@ -35,7 +37,7 @@ def step(stage: str, number: int, **facts: Any) -> str:
         "valid_tokens": 1000, "peak_memory_bytes": 3 * 10**9,
         "domains": {"books": 768 * number, "code": 256 * number},
     }  # fmt: skip
-    return json.dumps({**base, **facts})
+    return dumps({**base, **facts})
 
 
 @pytest.fixture
@@ -82,6 +84,19 @@ def test_runs_are_listed(run: Path) -> None:
         assert expected in row
     (facts,) = json.loads(CliRunner().invoke(app, ["runs", str(run), "--json"]).stdout)
     assert (facts["stage"], facts["step"], facts["num_steps"], facts["done"]) == ("long", 3, 10, False)
+
+
+def test_a_loss_that_is_no_number_is_shown_and_stays_json(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + step("long", 4, loss=math.nan, grad_norm=math.inf))
+    assert '"loss": null' in (run / "metrics.jsonl").read_text()
+    row = next(
+        line for line in CliRunner().invoke(app, ["runs", str(run)]).stdout.splitlines() if "4/10" in line
+    )
+    assert " nan " in row
+    printed = CliRunner().invoke(app, ["runs", str(run), "--json"]).stdout
+    (facts,) = json.loads(printed, parse_constant=pytest.fail)
+    assert facts["loss"] is None and facts["step"] == 4
 
 
 def test_runs_are_found_in_subdirectories_and_what_is_none_is_named(run: Path, tmp_path: Path) -> None:
