@@ -23,7 +23,7 @@ from megatron_prolong.runtime.publish import write_durably
 from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import RunLog, open_log
 from megatron_prolong.training.run_directory import RESOLVED_RECIPE, Checkpoint, latest_checkpoint
-from megatron_prolong.training.stage import Preempted, StageInput, train_stage
+from megatron_prolong.training.stage import Preempted, Session, StageInput, train_stage
 from megatron_prolong.training.state import StageStatus, chain_status, refuse_changes
 
 CONVERSION_TIMEOUT = timedelta(days=1)  # hundreds of GB, from a slow disk to a slow disk
@@ -50,37 +50,28 @@ def train(
     """
     with ExitStack() as stack:
         log = on_main(lambda: _open(recipe, stack))
-        initial = _initial_checkpoint(recipe)
-        previous: Checkpoint | None = None
+        initial = previous = _initial_checkpoint(recipe)
+        session = Session(recipe, world, log, stop_requested, initial.directory / HF_DIR)
         for stage in recipe.stages:
-            for checkpoint in _pieces(
-                recipe, stage, previous or initial, initial, world, log, stop_requested
-            ):
+            for checkpoint in _pieces(session, stage, previous, initial):
                 if evaluate and _wants_evaluation(recipe, stage, checkpoint.step):
-                    _evaluate(evaluate, stage, checkpoint, log, stop_requested)
+                    _evaluate(session, evaluate, stage, checkpoint)
             previous = checkpoint
-    assert previous is not None
     return previous.directory
 
 
 def _pieces(
-    recipe: Recipe,
-    stage: Stage,
-    previous: Checkpoint,
-    initial: Checkpoint,
-    world: World,
-    log: RunLog | None,
-    stop_requested: Callable[[], bool],
+    session: Session, stage: Stage, previous: Checkpoint, initial: Checkpoint
 ) -> Iterator[Checkpoint]:
     """Train a stage to its end in pieces that end where it is evaluated; yields its checkpoint between them."""
-    guard = Guard(stage.name)
+    recipe, guard = session.recipe, Guard(stage.name)
     while True:
         status = StageStatus(stage, _newest_checkpoint(recipe.run_dir / stage.name))
         if status.checkpoint is not None:
             yield status.checkpoint
         if status.word == "done":
             return
-        if stop_requested():
+        if session.stop_requested():
             raise Preempted(f"stopped at step {status.step} of stage {stage.name}")
         until = next(
             step
@@ -88,10 +79,8 @@ def _pieces(
             if _wants_evaluation(recipe, stage, step)
         )
         start = stage_input(status, previous, initial)
-        _announce(log, status, start)
-        train_stage(
-            recipe, stage, start, until, world, log, stop_requested, initial.directory / HF_DIR, guard
-        )
+        _announce(session.log, status, start)
+        train_stage(session, stage, start, until, guard)
 
 
 def _newest_checkpoint(stage_dir: Path) -> Checkpoint | None:
@@ -106,17 +95,11 @@ def _wants_evaluation(recipe: Recipe, stage: Stage, step: int) -> bool:
     return step == stage.num_steps or (every is not None and step % every == 0)
 
 
-def _evaluate(
-    evaluate: Evaluate,
-    stage: Stage,
-    checkpoint: Checkpoint,
-    log: RunLog | None,
-    stop_requested: Callable[[], bool],
-) -> None:
+def _evaluate(session: Session, evaluate: Evaluate, stage: Stage, checkpoint: Checkpoint) -> None:
     scores = evaluate(checkpoint.directory)
-    if log and scores:
-        log.evaluation(stage.name, checkpoint.step, scores)
-    if stop_requested():
+    if session.log and scores:
+        session.log.evaluation(stage.name, checkpoint.step, scores)
+    if session.stop_requested():
         raise Preempted(f"stopped while evaluating step {checkpoint.step} of stage {stage.name}")
 
 

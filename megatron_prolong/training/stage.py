@@ -49,6 +49,23 @@ class Preempted(Exception):  # noqa: N818 - an event, not an error
 
 
 @dataclass(frozen=True)
+class Session:
+    """One start of a run: what all its stages share, on this rank.
+
+    Attributes:
+        log: on the main rank only.
+        stop_requested: whether to save and stop. Collective.
+        sidecar: the `hf/` directory (tokenizer, configs) that every checkpoint takes along.
+    """
+
+    recipe: Recipe
+    world: World
+    log: RunLog | None
+    stop_requested: Callable[[], bool]
+    sidecar: Path
+
+
+@dataclass(frozen=True)
 class StageInput:
     """Where a stage starts from.
 
@@ -99,35 +116,24 @@ class StageRun:
         )  # fmt: skip
 
 
-def train_stage(
-    recipe: Recipe,
-    stage: Stage,
-    start: StageInput,
-    until: int,
-    world: World,
-    log: RunLog | None,
-    stop_requested: Callable[[], bool],
-    sidecar: Path,
-    guard: Guard,
-) -> None:
+def train_stage(session: Session, stage: Stage, start: StageInput, until: int, guard: Guard) -> None:
     """Train `stage` from `start` until a step (its last, or a pause), saving on the way and there. Collective.
 
     Args:
-        sidecar: the `hf/` directory (tokenizer, configs) that every checkpoint takes along.
         guard: of the stage, and of the losses before `start`.
 
     Raises:
-        Preempted: `stop_requested` said so; a checkpoint of the last finished step is on disk.
+        Preempted: asked to stop; a checkpoint of the last finished step is on disk.
         UserError: the checkpoint or the data does not fit the recipe.
         RankLost: another rank died.
     """
-    layout = layout_of(recipe, stage)
+    layout, rank, log = layout_of(session.recipe, stage), session.world.rank, session.log
     with (
         megatron(layout, stage.seed) as groups,
-        Watchdog(world.rank, STEP_TIMEOUT_SECONDS) as watchdog,
-        naming_lost_ranks(world.rank, lambda: f"{watchdog.where} of stage {stage.name}"),
+        Watchdog(rank, STEP_TIMEOUT_SECONDS) as watchdog,
+        naming_lost_ranks(rank, lambda: f"{watchdog.where} of stage {stage.name}"),
     ):
-        run = prepare_stage(recipe, stage, start, layout, world, groups)
+        run = prepare_stage(session.recipe, stage, start, layout, session.world, groups)
         state = first_state(run, start)
         if log:
             mixture = run.mixture.summary()
@@ -138,25 +144,18 @@ def train_stage(
                 log.say(f"stage {stage.name} draws {mixture}")
         bar = log.stage(stage.name, state.step, stage.num_steps) if log else nullcontext()
         with bar, collected_by_hand():
-            _walk(run, state, until, sidecar, log, stop_requested, guard, watchdog)
+            _walk(session, run, state, until, guard, watchdog)
         if log and until == stage.num_steps:
             log.event("stage_end", stage=stage.name, step=stage.num_steps)
 
 
 def _walk(
-    run: StageRun,
-    state: TrainState,
-    until: int,
-    sidecar: Path,
-    log: RunLog | None,
-    stop_requested: Callable[[], bool],
-    guard: Guard,
-    watchdog: Watchdog,
+    session: Session, run: StageRun, state: TrainState, until: int, guard: Guard, watchdog: Watchdog
 ) -> None:
     """The loop: next batch, step, log, checkpoint."""
-    stage, spec = run.stage, run.recipe.checkpoint
+    stage, spec, log = run.stage, run.recipe.checkpoint, session.log
     writer = CheckpointWriter(
-        run.recipe.run_dir / stage.name, spec, sidecar, dump_recipe(run.recipe),
+        run.recipe.run_dir / stage.name, spec, session.sidecar, dump_recipe(run.recipe),
         report=(lambda facts: log.event("checkpoint", **facts)) if log else None,
     )  # fmt: skip
     started = time.perf_counter()
@@ -177,7 +176,7 @@ def _walk(
                 stage.name, state.step, stage.num_steps, facts, show=step % run.recipe.logging.every == 0
             )
         last = state.step == until
-        stopping = stop_requested()
+        stopping = session.stop_requested()
         if last or stopping or state.step % spec.every == 0:
             writer.save(run.model, run.optimizer, _manifest(run, state))
         if stopping and not last:

@@ -23,7 +23,7 @@ from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import open_log
 from megatron_prolong.training.replay import _recorded, _start
 from megatron_prolong.training.run_directory import MANIFEST, Checkpoint, latest_checkpoint, write_pointer
-from megatron_prolong.training.stage import Preempted, _advance
+from megatron_prolong.training.stage import Preempted, Session, _advance
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics
 
@@ -41,6 +41,10 @@ def recipe(root: Path) -> Recipe:
             "evaluation": {"every": 2}, "checkpoint": {"every": 1},
         }
     )  # fmt: skip
+
+
+def session(of: Recipe, log=None, stop=False) -> Session:
+    return Session(of, WORLD, log, lambda: stop, of.run_dir / "hf")
 
 
 def save(stage_dir: Path, step: int) -> None:
@@ -61,12 +65,12 @@ def test_a_pause_for_evaluation_does_not_make_the_guard_forget(tmp_path, monkeyp
     """A stage evaluated every 40 steps would otherwise never have 50 losses to see a spike by."""
     of, pieces = recipe(tmp_path), []
 
-    def train_stage(recipe, stage, start, until, world, log, stop_requested, sidecar, guard):
+    def train_stage(session, stage, start, until, guard):
         pieces.append((start.checkpoint.step, until, guard))
-        save(recipe.run_dir / stage.name, until)
+        save(session.recipe.run_dir / stage.name, until)
 
     monkeypatch.setattr(run, "train_stage", train_stage)
-    found = list(run._pieces(of, of.stages[0], INITIAL, INITIAL, WORLD, None, lambda: False))
+    found = list(run._pieces(session(of), of.stages[0], INITIAL, INITIAL))
     assert [checkpoint.step for checkpoint in found] == [2, 4, 5]
     assert [piece[:2] for piece in pieces] == [(0, 2), (2, 4), (4, 5)]
     guards = [guard for *_, guard in pieces]
@@ -77,7 +81,7 @@ def test_asked_to_stop_it_begins_no_further_piece(tmp_path, monkeypatch, one_ran
     of = recipe(tmp_path)
     save(of.run_dir / "short", 2)
     monkeypatch.setattr(run, "train_stage", lambda *_: pytest.fail("a stage was begun"))
-    pieces = run._pieces(of, of.stages[0], INITIAL, INITIAL, WORLD, None, lambda: True)
+    pieces = run._pieces(session(of, stop=True), of.stages[0], INITIAL, INITIAL)
     assert next(pieces).step == 2
     with pytest.raises(Preempted, match="step 2 of stage short"):
         next(pieces)
@@ -139,7 +143,7 @@ def test_waiting_for_data_is_part_of_a_steps_time_and_saving_is_not(tmp_path, mo
     monkeypatch.setattr(stage_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     log, watchdog = SimpleNamespace(step=lambda *_, **__: None), SimpleNamespace(feed=lambda _: None)
     state = TrainState(stage="short")
-    stage_module._walk(at, state, 3, tmp_path, log, lambda: False, Guard("short"), watchdog)
+    stage_module._walk(session(of, log), at, state, 3, Guard("short"), watchdog)
     assert times == [5, 5, 5]
 
 
