@@ -154,13 +154,13 @@ def filter_documents(
         raise UserError(f"{', '.join(names)}: packed already; filter the documents before packing them")
     job = Job(Path(out), _settings(names, options))
     if not job.is_finished:
-        job.open()
-        duplicates = _duplicates(job, data) if options.duplicates else None
-        tasks = _tasks(names)
-        work = _Work(names, options, duplicates)
-        if not job.run(tasks, work, executor or LocalProcesses(1), slurm):
-            return None
-        job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
+        with job.open():
+            duplicates = _duplicates(job, data) if options.duplicates else None
+            tasks = _tasks(names)
+            work = _Work(names, options, duplicates)
+            if not job.run(tasks, work, executor or LocalProcesses(1), slurm):
+                return None
+            job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
     report = FilterReport()
     report.add(json.loads((Path(out) / REPORT).read_bytes()))
     return report

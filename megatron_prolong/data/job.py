@@ -9,21 +9,24 @@ left, the indexes are merged, `report.json` is written and `OUT.partial` is rena
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from megatron_prolong.data.executors import Executor, array_share
 from megatron_prolong.data.mds import INDEX, merge_indexes
 from megatron_prolong.data.mds.writer import disk_full_is_users, refuse_existing
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import write_durably
+from megatron_prolong.runtime.publish import remove, write_durably
 
 T = TypeVar("T")
 SETTINGS = "job.json"
@@ -45,12 +48,22 @@ class Job:
     def is_finished(self) -> bool:
         return _read(self.out / SETTINGS) == dict(self.settings)
 
-    def open(self) -> None:
-        """Begin, or continue what the same command began.
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Begin, or continue what the same command began; an error before anything is done leaves nothing behind.
 
         Raises UserError when OUT holds something else, or OUT.partial was begun with other settings and has
         finished tasks.
         """
+        self._begin()
+        try:
+            yield
+        except (OSError, UserError):
+            if self.directory.exists() and [path.name for path in self.directory.iterdir()] == [SETTINGS]:
+                remove(self.directory)
+            raise
+
+    def _begin(self) -> None:
         refuse_existing(self.out)
         begun = _read(self.directory / SETTINGS)
         if begun is not None and begun != dict(self.settings) and not any(self.directory.rglob(INDEX)):
@@ -102,15 +115,21 @@ class Job:
     def finish(self, tasks: Iterable[str], report: Callable[[], Mapping[str, Any]]) -> None:
         """Merge the indexes, write the report, give the directory its final name.
 
+        A UserError of `report` refuses the result: other inputs or settings are needed, so none of it is kept.
         Several jobs of an array may come here at once: one does it, the others find it done.
         """
         try:
             with (self.directory / SETTINGS).open("r+") as lock:  # NFS locks only what may be written
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                _wait_for(lock)
                 if not self.directory.exists():
                     return
+                try:
+                    account = report()
+                except UserError:
+                    remove(self.directory)
+                    raise
                 with disk_full_is_users(self.out):
-                    self._assemble(tasks, report())
+                    self._assemble(tasks, account)
                 self.directory.replace(self.out)
         except FileNotFoundError:
             if not self.is_finished:
@@ -128,6 +147,18 @@ class Job:
         for path in self.directory.rglob("*.tmp-*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_json(self.directory / REPORT, report)
+
+
+def _wait_for(lock: IO[str]) -> None:
+    """Take the lock. Some file systems have none (Lustre without -o flock): two jobs that finish at the same moment
+    may there get into each other's way, so that one ends with an error, but they write the same.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        print(f"warning: {lock.name}: no locks on this file system; finishing without", file=sys.stderr)
 
 
 def _run_once(work: Callable[[Path, T], None], task: tuple[Path, T]) -> None:

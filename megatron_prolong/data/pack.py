@@ -130,12 +130,12 @@ def pack(
     names = [str(Path(each)) for each in inputs]
     job = Job(Path(out), _settings(names, options))
     if not job.is_finished:
-        job.open()
-        plan = _plan(job, names, options)
-        tasks = plan.tasks()
-        if not job.run(tasks, _Work(names, options, plan), executor or LocalProcesses(1), slurm):
-            return None
-        job.finish(tasks, lambda: asdict(plan.report))
+        with job.open():
+            plan = _plan(job, names, options)
+            tasks = plan.tasks()
+            if not job.run(tasks, _Work(names, options, plan), executor or LocalProcesses(1), slurm):
+                return None
+            job.finish(tasks, lambda: asdict(plan.report))
     return PackReport(**json.loads((Path(out) / REPORT).read_bytes()))
 
 
@@ -202,7 +202,7 @@ def _plan(job: Job, inputs: Sequence[str], options: PackOptions) -> _Plan:
             shutil.rmtree(temporary, ignore_errors=True)
     report = PackReport(**json.loads((directory / REPORT).read_bytes()))
     if not sum(report.packs.values()):
-        shutil.rmtree(job.directory)
+        shutil.rmtree(directory)
         reasons = [f"{reason}: {count:,} tokens" for reason, count in report.dropped.items() if count]
         raise UserError.many(
             f"{job.out}: not a single pack of {options.length} tokens comes of "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -100,10 +99,10 @@ def tokenize(
     job = Job(Path(out), _settings(sources, tokenizer, options, parts))
     tasks = {f"{number:05}": task for number, task in enumerate(_into_tasks(parts))}
     if not job.is_finished:
-        job.open()
-        if not job.run(tasks, _Work(str(tokenizer), options), executor or LocalProcesses(1), slurm):
-            return None
-        job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
+        with job.open():
+            if not job.run(tasks, _Work(str(tokenizer), options), executor or LocalProcesses(1), slurm):
+                return None
+            job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
     return _read_report(Path(out))
 
 
@@ -150,7 +149,6 @@ def _sum(job: Job, tasks: Iterable[str], options: TokenizeOptions) -> TokenizeRe
 
         MaskTally(total.tokens, total.targets).check(str(job.out))
     if not total.documents:
-        shutil.rmtree(job.directory)
         reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(total.left_out.items()))
         raise UserError(f"{job.out}: not a single document in the sources; left out: {reasons or 'nothing'}")
     return total

@@ -13,6 +13,7 @@ import pytest
 from megatron_prolong.data import job as job_module
 from megatron_prolong.data.job import Job
 from megatron_prolong.data.mds import MDSReader, MDSWriter
+from megatron_prolong.errors import UserError
 
 
 def write(directory: Path, value: int) -> None:
@@ -29,17 +30,57 @@ def test_finishing_takes_a_lock_that_nfs_grants(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(job_module.fcntl, "flock", flock)
     job = Job(tmp_path / "out", {"step": "test"})
-    job.open()
-    write(job.directory / "00000", 1)
-    job.finish(["00000"], lambda: {"tokens": 3})
+    with job.open():
+        write(job.directory / "00000", 1)
+        job.finish(["00000"], lambda: {"tokens": 3})
     assert len(MDSReader(tmp_path / "out")) == 1 and job.is_finished
 
 
 def test_who_joins_a_job_leaves_the_file_that_others_lock(tmp_path: Path) -> None:
     job = Job(tmp_path / "out", {"step": "test"})
-    job.open()
     settings = job.directory / job_module.SETTINGS
-    before = settings.stat().st_ino
-    with settings.open() as held:  # so that the number cannot be given to another file
-        Job(tmp_path / "out", {"step": "test"}).open()
-        assert settings.stat().st_ino == before, held
+    with job.open(), settings.open() as held:  # so that the number cannot be given to another file
+        before = settings.stat().st_ino
+        with Job(tmp_path / "out", {"step": "test"}).open():
+            assert settings.stat().st_ino == before, held
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_finishes_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: int
+) -> None:
+    """Lustre without -o flock, NFS without lockd. Another error is not taken for that."""
+
+    def flock(file: IO[str], operation: int) -> None:
+        raise OSError(reason, "no")
+
+    monkeypatch.setattr(job_module.fcntl, "flock", flock)
+    job = Job(tmp_path / "out", {"step": "test"})
+    with job.open():
+        write(job.directory / "00000", 1)
+        if reason == errno.EIO:
+            with pytest.raises(OSError, match="no"):
+                job.finish(["00000"], lambda: {"tokens": 3})
+            return
+        job.finish(["00000"], lambda: {"tokens": 3})
+    assert len(MDSReader(tmp_path / "out")) == 1 and job.is_finished
+    assert "job.json: no locks on this file system" in capsys.readouterr().err
+
+
+def test_a_refused_result_and_a_failed_beginning_leave_nothing(tmp_path: Path) -> None:
+    def refuse() -> dict[str, int]:
+        raise UserError("not one document is left")
+
+    job = Job(tmp_path / "out", {"step": "test"})
+    with pytest.raises(UserError, match="not one document"), job.open():
+        write(job.directory / "00000", 1)
+        job.finish(["00000"], refuse)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(UserError, match="bad record"), job.open():
+        raise UserError("bad record")
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(UserError, match="bad record"), job.open():
+        write(job.directory / "00000", 1)
+        raise UserError("bad record")
+    with job.open():  # what is done is kept
+        assert (job.directory / "00000" / "index.json").exists()
