@@ -1,5 +1,6 @@
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +136,19 @@ def test_text_is_checked_as_far_as_it_goes(tmp_path: Path) -> None:
 def test_without_an_index_there_is_nothing_to_verify(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no index\.json"):
         verify(tmp_path)
+
+
+@pytest.mark.parametrize("compression", [None, "zstd:1"])
+def test_a_shard_is_never_in_memory_as_a_whole(tmp_path: Path, compression: str | None) -> None:
+    with MDSWriter(tmp_path / "data", {"input_ids": "ndarray:uint32"}, compression=compression) as writer:
+        for number in range(32):
+            writer.write({"input_ids": np.full(1 << 18, number, np.uint32)})
+    if compression:
+        assert len(MDSReader(tmp_path / "data")[0]["input_ids"]) == 1 << 18, "unpacked once, beside it"
+    shard = (tmp_path / "data" / "shard.00000.mds").stat().st_size
+    assert shard > 32 << 20
+    tracemalloc.start()
+    assert verify(tmp_path / "data").problems == []
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < shard / 4

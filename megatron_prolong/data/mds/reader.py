@@ -184,7 +184,7 @@ class MDSReader(Sequence[dict[str, Any]]):
         shard = self.shards[number]
         path, file = shard.delivered
         _check_file(path, file.num_bytes)
-        check_hashes(path, file.hashes, _parts(path))
+        check_hashes(path, file.hashes, file_parts(path))
         for sample in range(shard.num_samples):
             self._read(number, sample)
 
@@ -208,7 +208,7 @@ def _check_file(path: Path, num_bytes: int) -> None:
         )
 
 
-def _parts(path: Path) -> Iterator[memoryview]:
+def file_parts(path: Path) -> Iterator[memoryview]:
     """The file in pieces, each valid until the next is asked for; not mapped, so that a bad disk is an error."""
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
@@ -220,7 +220,7 @@ def _unpack(shard: Shard) -> IO[bytes]:
     """Decompress a shard, check both files against the index, return the raw file opened for reading."""
     path, file = shard.delivered
     _check_file(path, file.num_bytes)
-    check_hashes(path, file.hashes, _parts(path))
+    check_hashes(path, file.hashes, file_parts(path))
     temporary = temporary_name(shard.path)
     try:
         raw: IO[bytes] = temporary.open("w+b")
