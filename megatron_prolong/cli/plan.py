@@ -33,7 +33,10 @@ def plan(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     hardware: Annotated[Path | None, typer.Option(help="A hardware table of your own.")] = None,
 ) -> None:
-    """Predict memory, speed and price of every layout of each stage, and say why the others fail."""
+    """Predict memory, speed and price of every layout of each stage, and say why the others fail.
+
+    Exits with 2 when no layout runs some stage.
+    """
     import json
 
     from megatron_prolong.errors import UserError
@@ -61,16 +64,16 @@ def plan(
         for one in plans:
             _print(one, device, top)
         _print_total(plans, device)
-    if write is not None:
-        if missing := [one.stage.name for one in plans if one.best is None]:
-            raise UserError(f"--write: no layout runs stage {', '.join(missing)} on {gpus} × {gpu}")
-        write.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(write, dump_recipe(with_best_layouts(loaded, plans)))
-        typer.echo(f"wrote {write}", err=True)
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
         write_durably(html, plan_page(loaded.name, plans, device))
         typer.echo(f"wrote {html}", err=True)
+    if missing := [f"stage {one.stage.name}: {_why_none(one)}" for one in plans if one.best is None]:
+        raise UserError.many(f"no layout runs on {gpus} × {gpu}:", missing)
+    if write is not None:
+        write.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(write, dump_recipe(with_best_layouts(loaded, plans)))
+        typer.echo(f"wrote {write}", err=True)
 
 
 def _print(plan: StagePlan, gpu: Gpu, top: int) -> None:
@@ -119,6 +122,12 @@ def _print_reasons(plan: StagePlan) -> None:
         print(f"    {count:5d}  {reason}")
     if (miss := plan.nearest_miss()) is not None:
         print(f"    nearest miss: {miss.name}: {miss.reason}")
+
+
+def _why_none(plan: StagePlan) -> str:
+    if (miss := plan.nearest_miss()) is not None:
+        return f"nearest miss: {miss.name}: {miss.reason}"
+    return "; ".join(reason for reason, _ in plan.reasons())
 
 
 def _print_total(plans: list[StagePlan], gpu: Gpu) -> None:

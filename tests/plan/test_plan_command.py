@@ -133,7 +133,15 @@ def test_what_is_missing_is_named(model: Path, tmp_path: Path) -> None:
         run(model, "--stage", "1m")
 
 
-def test_too_few_gpus_say_what_would_be_nearest(model: Path) -> None:
-    arguments = [str(EXAMPLE), f"model.path={model}", "--stage", "512k", "--gpus", "1"]
-    result = CliRunner().invoke(app, ["plan", *arguments])
-    assert "no layout runs" in result.stdout and "nearest miss" in result.stdout
+def test_too_few_gpus_say_what_would_be_nearest(model: Path, tmp_path: Path) -> None:
+    """An error, for scripts: but the tables and the page, which say why, are there, and no recipe is."""
+    page, recipe = tmp_path / "plan.html", tmp_path / "plan.yaml"
+    arguments = [str(EXAMPLE), f"model.path={model}", "--stage", "512k", "--gpus", "1", "--html", str(page)]
+    for more in ([], ["--json"], ["--write", str(recipe)]):
+        result = CliRunner().invoke(app, ["plan", *arguments, *more])
+        assert isinstance(result.exception, UserError)
+        assert str(result.exception).startswith(
+            "no layout runs on 1 × h100-80g:\n  - stage 512k: nearest miss: "
+        )
+        assert "nearest miss" in result.stdout or json.loads(result.stdout)
+    assert page.exists() and not recipe.exists()
