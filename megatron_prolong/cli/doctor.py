@@ -100,12 +100,13 @@ def _memory_findings(recipe: Recipe, shape: ModelShape, world: int | None) -> li
     from megatron_prolong.plan.job import job_of
     from megatron_prolong.plan.memory import peak_memory
     from megatron_prolong.recipe.schema import layout_of
-    from megatron_prolong.runtime.doctor import Finding
+    from megatron_prolong.runtime.doctor import Finding, version_of
 
+    with_te = version_of("transformer-engine") is not None
     findings = []
     for stage in recipe.stages:
         ranks = layout_of(recipe, stage).model_ranks
-        job = job_of(recipe, stage, shape, max(world or ranks, ranks))
+        job = job_of(recipe, stage, shape, max(world or ranks, ranks), transformer_engine=with_te)
         needed = peak_memory(job).total
         name, detail = f"memory of stage {stage.name}", f"{needed / 1e9:.1f} GB per rank predicted"
         if not torch.cuda.is_available():

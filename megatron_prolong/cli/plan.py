@@ -32,12 +32,17 @@ def plan(
     html: Annotated[Path | None, typer.Option(help="Write a page with memory bars and the frontier.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     hardware: Annotated[Path | None, typer.Option(help="A hardware table of your own.")] = None,
+    te: Annotated[
+        bool | None,
+        typer.Option("--te/--no-te", help="With Transformer Engine; by default if it is installed here."),
+    ] = None,
 ) -> None:
     """Predict memory, speed and price of every layout of each stage, and say why the others fail.
 
     Exits with 2 when no layout runs some stage.
     """
     import json
+    from importlib.util import find_spec
 
     from megatron_prolong.errors import UserError
     from megatron_prolong.plan.hardware import find_gpu
@@ -53,8 +58,11 @@ def plan(
     names = [one.name for one in loaded.stages]
     if stage is not None and stage not in names:
         raise UserError(f"--stage {stage}: {recipe} has no such stage, only {', '.join(names)}")
+    te = find_spec("transformer_engine") is not None if te is None else te
     plans = [
-        plan_stage(loaded, one, shape, gpus, device, simulated_steps=64 if simulate else 0)
+        plan_stage(
+            loaded, one, shape, gpus, device, transformer_engine=te, simulated_steps=64 if simulate else 0
+        )
         for one in loaded.stages
         if stage in (None, one.name)
     ]
@@ -82,12 +90,14 @@ def _print(plan: StagePlan, gpu: Gpu, top: int) -> None:
     from rich.table import Table
 
     from megatron_prolong.cli.tables import print_table
+    from megatron_prolong.plan.report import KERNELS
     from megatron_prolong.plan.volume import step_volume
 
     stage, world = plan.stage, plan.written.job.world_size
     print(
         f"\n{stage.name}: {stage.num_steps} steps of {stage.batch_sequences} × {stage.sequence_length} tokens "
-        f"on {world} × {gpu.name}\n  document lengths: {plan.batches.source}"
+        f"on {world} × {gpu.name}\n  document lengths: {plan.batches.source}\n"
+        f"  layers and attention: {KERNELS[plan.written.job.attention]}"
     )
     if plan.written.runs:
         print(f"  recipe's layout ({plan.written.name}): {_summary(plan.written, gpu, stage.num_steps)}")

@@ -150,7 +150,8 @@ class DocumentAttention(MegatronModule):
     ) -> Tensor:
         """See the class; `packed_seq_params` must be `Documents`, masks and biases are not used."""
         assert isinstance(packed_seq_params, Documents), "DocumentAttention needs Documents"
-        out = self.attend(query[:, 0], key[:, 0], value[:, 0], packed_seq_params)
+        # Values are a view of the packed projections, all of which would stay for the backward.
+        out = self.attend(query[:, 0], key[:, 0], value[:, 0].contiguous(), packed_seq_params)
         return torch.flatten(out, start_dim=1).unsqueeze(1)
 
     def attend(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents) -> Tensor:

@@ -133,5 +133,6 @@ def _recompute(mode: str) -> dict[str, object]:
             "recompute_num_layers": num_layers,
         }
     if mode == "selective":
+        # Not "layernorm": TE's norms are part of the linears, and without TE Megatron 0.16.1 cannot (NameError).
         return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     return {}

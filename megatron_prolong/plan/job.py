@@ -17,8 +17,6 @@ from megatron_prolong.recipe.schema import (
 from megatron_prolong.recipe.shape import ModelShape
 
 VOCAB_MULTIPLE = 128  # rows per tensor-parallel rank are a multiple of this, as Megatron pads them
-# What mcore/specs.py runs on CUDA: PyTorch's own FlashAttention-2. "te" for Transformer Engine's kernels.
-ATTENTION_KERNEL = "flash2"
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,9 @@ class Job:
         offload: activations wait for the backward pass in host memory (the copies are taken to be hidden).
         loss_chunk_tokens: tokens whose logits exist at once.
         micro_batch_tokens: tokens that one data-parallel rank holds at a time; None for sequence_length.
-        attention: kernel family, a field of the hardware table's `efficiency`.
+        fp8_parameters: weights of fp8 layers are kept in fp8 only.
+        attention: kernels of the layers, a field of the hardware table's `efficiency`: "flash2" for PyTorch's own
+            FlashAttention-2, "te" for Transformer Engine, whose layers keep less for the backward too.
     """
 
     shape: ModelShape
@@ -52,7 +52,8 @@ class Job:
     offload: bool = False
     loss_chunk_tokens: int = 2048
     micro_batch_tokens: int | None = None
-    attention: str = ATTENTION_KERNEL
+    fp8_parameters: bool = False
+    attention: str = "flash2"
 
     @property
     def dp(self) -> int:
@@ -122,17 +123,26 @@ class Job:
         return -(-self.shape.vocab_size // multiple) * multiple // self.layout.tp
 
 
-def job_of(recipe: Recipe, stage: Stage, shape: ModelShape, world_size: int) -> Job:
-    """The stage as the recipe has it."""
+def job_of(
+    recipe: Recipe, stage: Stage, shape: ModelShape, world_size: int, *, transformer_engine: bool
+) -> Job:
+    """The stage as the recipe has it.
+
+    Args:
+        transformer_engine: it is there; fp8 needs it in any case.
+    """
+    precision = precision_of(recipe, stage)
     return Job(
         shape=shape,
         layout=layout_of(recipe, stage),
         world_size=world_size,
         sequence_length=stage.sequence_length,
         batch_sequences=stage.batch_sequences,
-        precision=precision_of(recipe, stage),
+        precision=precision,
         recompute=recompute_of(recipe, stage),
         offload=recipe.offload_activations,
         loss_chunk_tokens=recipe.loss_chunk_tokens,
         micro_batch_tokens=stage.micro_batch_tokens,
+        fp8_parameters=recipe.fp8_parameters and precision == "fp8",
+        attention="te" if transformer_engine or precision == "fp8" else "flash2",
     )

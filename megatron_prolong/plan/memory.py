@@ -1,7 +1,8 @@
 """Bytes that each rank holds, part by part.
 
 Persistent, from the first step on (P = weights of this rank, e = bytes of a weight, D = dp·cp):
-- parameters e·P; gradients 4·P (accumulated and reduced in fp32);
+- parameters e·P, and 2 more for each weight of an fp8 layer, which Transformer Engine keeps in fp8 and transposed
+  (instead of in bf16 with fp8_parameters); gradients 4·P (accumulated and reduced in fp32);
 - optimizer: Adam's two fp32 moments, and an fp32 copy of the weights unless they are fp32 already: 12·P in
   bf16, 8·P in fp32, divided by D with the distributed optimizer (ZeRO-1).
   With it Megatron keeps weights and gradients in one buffer in which every weight starts at a multiple of 64
@@ -53,24 +54,33 @@ class Kernels:
         swiglu: silu(gate)·up; otherwise silu(gate) and a copy of up are kept as well.
         rope: rotary embedding; otherwise cos and sin are kept, for queries and for keys.
         norm: RMSNorm; otherwise its input and the normalised input are kept in fp32.
+        norm_in_mlp: the MLP's norm is part of it and recomputed with it.
     """
 
     swiglu: bool = True
     rope: bool = False
     norm: bool = True
+    norm_in_mlp: bool = False
 
 
 GPU_KERNELS = Kernels()
+TRANSFORMER_ENGINE = Kernels(rope=True, norm_in_mlp=True)
 CPU_KERNELS = Kernels(swiglu=False, rope=False, norm=False)
 
 
-def rank_memory(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> RankMemory:
-    """Memory of a rank of pipeline stage `pp_rank`, the same for all its tp, cp and dp ranks."""
+def rank_memory(job: Job, pp_rank: int, kernels: Kernels | None = None) -> RankMemory:
+    """Memory of a rank of pipeline stage `pp_rank`, the same for all its tp, cp and dp ranks.
+
+    Args:
+        kernels: by default what the job has on a GPU.
+    """
+    kernels = kernels or (TRANSFORMER_ENGINE if job.attention == "te" else GPU_KERNELS)
     weights = stage_weights(job, pp_rank)
     elements = buffer_elements(job, weights)
     has_loss = pp_rank == job.layout.pp - 1
     return RankMemory(
-        parameters=elements * job.element_bytes,
+        parameters=elements * job.element_bytes
+        + (0 if job.fp8_parameters else 2 * fp8_weights(job, pp_rank)),
         gradients=elements * 4,
         optimizer=optimizer_bytes(job, elements),
         activations=activation_bytes(job, pp_rank, kernels),
@@ -79,7 +89,7 @@ def rank_memory(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> RankM
     )
 
 
-def peak_memory(job: Job, kernels: Kernels = GPU_KERNELS) -> RankMemory:
+def peak_memory(job: Job, kernels: Kernels | None = None) -> RankMemory:
     """Memory of the fullest pipeline stage."""
     return max((rank_memory(job, rank, kernels) for rank in range(job.layout.pp)), key=lambda m: m.total)
 
@@ -119,6 +129,15 @@ def stage_weights(job: Job, pp_rank: int) -> list[int]:
     return sizes
 
 
+def fp8_weights(job: Job, pp_rank: int) -> int:
+    """Elements whose products are in fp8: the linears of all layers but the model's first and last."""
+    if job.precision != "fp8":
+        return 0
+    layers = job.stage_layers(pp_rank) - (pp_rank == 0) - (pp_rank == job.layout.pp - 1)
+    linears = (size for name, size in layer_weights(job.shape, job.layout.tp).items() if "norm" not in name)
+    return max(layers, 0) * sum(linears)
+
+
 def num_parameters(shape: ModelShape) -> int:
     """Weights of the whole model, with the real vocabulary."""
     vocabularies = 1 if shape.tie_embeddings else 2
@@ -148,9 +167,8 @@ def saved_by_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> dict[str, int]:
     """Bytes that the backward of one layer needs, for one micro-batch, by tensor.
 
     t tokens of the rank, s of its residual stream (t/tp with sequence parallelism), h hidden, f ffn, N query
-    and G key/value heads of size d, e bytes per element. `input` is the residual stream itself. The packed
-    projections `qkv` stay whole because the values are a view of them; attention keeps rotated queries and
-    keys, its output and one fp32 log-sum-exp per head and token, never scores.
+    and G key/value heads of size d, e bytes per element. `input` is the residual stream itself. Attention keeps
+    rotated queries and keys, values, its output and one fp32 log-sum-exp per head and token, never scores.
     """
     shape, tp, e = job.shape, job.layout.tp, job.element_bytes
     t, s = job.rank_tokens, job.residual_tokens
@@ -160,7 +178,7 @@ def saved_by_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> dict[str, int]:
     saved = {
         "input": s * h * norm_input,
         "norm_attention": s * h * e + s * 4,
-        "qkv": t * (heads + 2 * groups) * d * e,
+        "values": t * groups * d * e,
         "rotated": t * (heads + groups) * d * e,
         "attention": t * heads * d * e + t * heads * 4,
         "residual": s * h * norm_input,
@@ -169,9 +187,9 @@ def saved_by_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> dict[str, int]:
         "activation": t * f * e,
     }
     if job.layout.cp > 1 and job.layout.cp_exchange == "a2a":
-        # What was exchanged is kept by heads: values that are no view any more, and the output a second time.
+        # What was exchanged is kept by heads, and the output a second time.
         repeated = groups * a2a_repeats(job)
-        saved["qkv"] = t * repeated * d * e
+        saved["values"] = t * repeated * d * e
         saved["rotated"] = t * (heads + repeated) * d * e
         saved["attention"] += t * heads * d * e
     if not kernels.rope:
@@ -204,7 +222,8 @@ def kept_by_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
         return layer_input_bytes(job)
     saved = saved_by_layer(job, kernels)
     if job.recompute == "selective":
-        return sum(size for name, size in saved.items() if name not in _RECOMPUTED_MLP)
+        again = (*_RECOMPUTED_MLP, "norm_mlp") if kernels.norm_in_mlp else _RECOMPUTED_MLP
+        return sum(size for name, size in saved.items() if name not in again)
     return sum(saved.values())
 
 

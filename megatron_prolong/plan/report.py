@@ -17,6 +17,10 @@ from megatron_prolong.recipe.schema import LayoutOverride, Recipe, Stage
 from megatron_prolong.recipe.shape import ModelShape
 
 SAMPLED_STEPS = 16
+KERNELS = {
+    "te": "Transformer Engine",
+    "flash2": "PyTorch's FlashAttention-2 (--te plans with Transformer Engine)",
+}
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,23 @@ class StagePlan:
 
 
 def plan_stage(
-    recipe: Recipe, stage: Stage, shape: ModelShape, world_size: int, gpu: Gpu, *, simulated_steps: int = 0
+    recipe: Recipe,
+    stage: Stage,
+    shape: ModelShape,
+    world_size: int,
+    gpu: Gpu,
+    *,
+    transformer_engine: bool,
+    simulated_steps: int = 0,
 ) -> StagePlan:
     """Search all layouts of one stage.
 
     Args:
+        transformer_engine: plan with its layers; otherwise with PyTorch's own kernels.
         simulated_steps: play that many batches through the best layout; 0 does not.
     """
     batches = stage_batches(stage, max(SAMPLED_STEPS, simulated_steps))
-    job = job_of(recipe, stage, shape, world_size)
+    job = job_of(recipe, stage, shape, world_size, transformer_engine=transformer_engine)
     sampled = batches.documents[:SAMPLED_STEPS]
     candidates = search(job, gpu, sampled)
     best = candidates[0]
@@ -110,6 +122,7 @@ def to_json(plan: StagePlan, gpu: Gpu, count: int) -> dict[str, Any]:
         "stage": plan.stage.name,
         "gpu": gpu.name,
         "document_lengths": plan.batches.source,
+        "attention": plan.written.job.attention,
         "recipe": candidate_json(plan.written, gpu, plan.stage.num_steps),
         "layouts": [candidate_json(c, gpu, plan.stage.num_steps) for c in plan.ranked(count)],
         "rejected": dict(plan.reasons()),

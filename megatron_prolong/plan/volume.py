@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megatron_prolong.plan.job import Job
-from megatron_prolong.plan.memory import a2a_repeats, buffer_elements, stage_weights
+from megatron_prolong.plan.memory import a2a_repeats, buffer_elements, fp8_weights, stage_weights
 
 
 @dataclass(frozen=True)
@@ -103,5 +103,7 @@ def _data(job: Job, pp_rank: int) -> float:
     layout = job.layout
     ranks = job.dp * layout.cp
     elements = buffer_elements(job, stage_weights(job, pp_rank))
-    gather = job.element_bytes if layout.distributed_optimizer else 4
-    return (ranks - 1) / ranks * elements * (4 + gather)
+    gather = elements * (job.element_bytes if layout.distributed_optimizer else 4)
+    if job.fp8_parameters:
+        gather -= fp8_weights(job, pp_rank)
+    return (ranks - 1) / ranks * (4 * elements + gather)

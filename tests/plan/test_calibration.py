@@ -39,7 +39,7 @@ def test_published_throughput_within_half_and_unbiased() -> None:
 
 def test_longest_sequences_of_arctic_training() -> None:
     found = np.array(list(errors(facts.max_lengths()).values()))
-    assert np.abs(found).max() < 0.7
+    assert np.abs(found).max() < 0.9
     assert np.median(np.abs(found)) < 0.3
 
 

@@ -10,6 +10,7 @@ from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.memory import (
     activation_bytes,
     buffer_elements,
+    fp8_weights,
     in_flight,
     kept_by_chunk,
     kept_by_layer,
@@ -19,6 +20,7 @@ from megatron_prolong.plan.memory import (
     saved_by_layer,
     stage_weights,
 )
+from megatron_prolong.plan.volume import step_volume
 from megatron_prolong.recipe.schema import Layout
 
 JOB = Job(LLAMA3_8B, Layout(), 8, 65_536, 64)
@@ -63,10 +65,34 @@ def test_buffers_are_padded_as_megatron_pads_them() -> None:
 
 
 def test_one_layer_of_llama3_8b_by_hand() -> None:
-    """t tokens, bf16, fused SwiGLU and norm: 2·t·(4h + (N+2G)d + (N+G)d + Nd + 3f + 4d) + 4·t·N + 8·t."""
+    """t tokens, bf16, fused SwiGLU and norm: 2·t·(4h + Gd + (N+G)d + Nd + 3f + 4d) + 4·t·N + 8·t."""
     t, h, f, heads, groups, d = 65_536, 4096, 14336, 32, 8, 128
-    elements = 4 * h + (heads + 2 * groups) * d + (heads + groups) * d + heads * d + 3 * f + 4 * d
+    elements = 4 * h + groups * d + (heads + groups) * d + heads * d + 3 * f + 4 * d
     assert sum(saved_by_layer(JOB).values()) == 2 * t * elements + 4 * t * heads + 8 * t
+
+
+def test_fp8_keeps_two_copies_of_the_weights_of_inner_layers_beside_or_instead_of_those_in_bf16() -> None:
+    bf16, fp8 = (rank_memory(replace(JOB, precision=precision), 0) for precision in ("bf16", "fp8"))
+    inner = 30 * (4096 * (6144 + 4096) + 3 * 4096 * 14336)
+    assert fp8.parameters - bf16.parameters == 2 * inner
+    only = replace(JOB, precision="fp8", fp8_parameters=True)
+    assert rank_memory(only, 0).parameters == bf16.parameters
+    assert step_volume(JOB, 0).data - step_volume(only, 0).data == pytest.approx(inner * 7 / 8)
+    first_of_two = replace(only, layout=Layout(pp=2), fp8_parameters=False)
+    assert fp8_weights(first_of_two, 0) * 2 == inner
+
+
+def test_transformer_engine_keeps_less() -> None:
+    native, te = (
+        peak_memory(replace(JOB, attention=kernel, recompute="none")) for kernel in ("flash2", "te")
+    )
+    assert (
+        native.activations - te.activations == 32 * 65_536 * 4 * 128 * 2
+    )  # cos and sin, for queries and keys
+    native, te = (
+        peak_memory(replace(JOB, attention=kernel, recompute="selective")) for kernel in ("flash2", "te")
+    )
+    assert native.activations - te.activations == 32 * 65_536 * (4 * 128 * 2 + 4096 * 2 + 4)  # and a norm
 
 
 def test_recompute_keeps_less_and_sequence_parallel_divides_the_residual_stream() -> None:

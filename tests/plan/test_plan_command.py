@@ -68,6 +68,19 @@ def test_the_written_recipe_is_valid_at_its_best_layouts(outputs: tuple[str, Pat
         assert f"tp{stage.layout.tp} pp{stage.layout.pp}" in text
 
 
+def test_kernels_are_named_and_those_of_transformer_engine_are_faster(model: Path) -> None:
+    texts = [run(model, "--stage", "512k", "--top", "1", option) for option in ("--no-te", "--te")]
+    assert "layers and attention: PyTorch's FlashAttention-2" in texts[0]
+    assert "layers and attention: Transformer Engine" in texts[1]
+    plain, te, fp8 = (
+        json.loads(run(model, "--json", "--stage", "512k", *options))[0]
+        for options in (["--no-te"], ["--te"], ["--no-te", "precision=fp8"])
+    )
+    assert [found["attention"] for found in (plain, te, fp8)] == ["flash2", "te", "te"]
+    speeds = [found["layouts"][0]["tokens_per_second_per_gpu"] for found in (plain, te, fp8)]
+    assert speeds == sorted(speeds) and speeds[1] > 1.2 * speeds[0]
+
+
 def test_json_has_the_same_ranking(model: Path) -> None:
     (stage,) = json.loads(run(model, "--json", "--stage", "512k", "--top", "3"))
     layouts = stage["layouts"]
