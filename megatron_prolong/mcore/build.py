@@ -123,13 +123,12 @@ def build_model(
 def _wrap_ddp(
     config: TransformerConfig, layout: Layout, chunk: torch.nn.Module, index: int
 ) -> torch.nn.Module:
-    on_gpu = torch.cuda.is_available()
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=layout.distributed_optimizer,
         fp8_param_gather=bool(config.fp8_param),
-        overlap_grad_reduce=on_gpu,
-        overlap_param_gather=on_gpu and layout.distributed_optimizer,
+        overlap_grad_reduce=True,
+        overlap_param_gather=layout.distributed_optimizer,
     )
     # Megatron buckets the first chunk only: later ones have no computation left to overlap with.
     return DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)

@@ -72,11 +72,7 @@ class LongContextGPT(GPTModel):
                 assert documents.cu_seqlens is not None
                 hidden_states = hidden_states[documents.cu_seqlens[1:].long() - 1]
             return super()._postprocess(hidden_states, labels=None, **kwargs)
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
-        )
+        weight = self._output_weight()
         hidden_TH = self._for_parallel_output(hidden_states)[:, 0]
         group = self.pg_collection.tp
         shard = VocabularyShard(
@@ -87,6 +83,18 @@ class LongContextGPT(GPTModel):
         if torch.is_grad_enabled():
             return cross_entropy_sum(hidden_TH, weight, labels[0], shard, self.loss_chunk_tokens)
         return token_losses(hidden_TH, weight, labels[0], shard, self.loss_chunk_tokens).unsqueeze(0)
+
+    def _output_weight(self) -> Tensor:
+        """Weight of the output layer, with its last update complete on this rank.
+
+        Megatron waits for the gather of updated weights in a hook before a layer is called; the loss takes the
+        weight without calling the layer, so it calls the hook.
+        """
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
     def _for_parallel_output(self, hidden_states: Tensor) -> Tensor:
         """All tokens on every tensor-parallel rank; backward sums the ranks' partial gradients."""

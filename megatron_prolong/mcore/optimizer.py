@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
@@ -33,7 +32,7 @@ def build_optimizer(
         bf16=model.config.bf16,
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=layout.distributed_optimizer,
-        overlap_param_gather=torch.cuda.is_available() and layout.distributed_optimizer,
+        overlap_param_gather=layout.distributed_optimizer,
     )
     overrides: dict | None = {} if spec.decay_norms else None
     optimizer = get_megatron_optimizer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +95,20 @@ class Job:
 
 def train(rank: int, job: Job) -> Trained:
     """Steps at one layout on this rank, the way training/stage.py takes them."""
-    from megatron_prolong.mcore.build import build_model
+    from megatron_prolong.mcore import build
     from megatron_prolong.mcore.groups import megatron
+    from megatron_prolong.mcore.replace import replaced
     from megatron_prolong.training.balance import micro_batches, share_out
     from megatron_prolong.training.step import train_step
 
     layout = Layout(**{name: value for name, value in job.layout.items() if name != "dp"})
     spec = OptimizerSpec(clip=0.5)
-    with megatron(layout, seed=1) as groups:
+    # Megatron's bucket of 40M elements would hold all of this model: several show the order of what overlaps.
+    buckets = partial(build.DistributedDataParallelConfig, bucket_size=10_000)
+    with replaced([(build, "DistributedDataParallelConfig", buckets)]), megatron(layout, seed=1) as groups:
         assert groups.dp.size == job.layout.get("dp", 1)
         shape = read_shape(Path(job.start))
-        model = build_model(
+        model = build.build_model(
             shape, layout, precision=job.precision, recompute=job.recompute, loss_chunk_tokens=24
         )
         optimizer = load(job, model, layout, spec)
