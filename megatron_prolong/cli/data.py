@@ -81,7 +81,7 @@ def tokenize(
     engine = _executor(executor, workers)
     report = run(inputs, tokenizer, out, options, executor=engine, slurm=_slurm(slurm_array))
     if report is None:
-        typer.echo(f"this job's share is done; {out} appears when the other jobs are done too")
+        _other_jobs_go_on(out)
         return
     typer.echo(f"{out}: {report.documents:,} documents, {report.tokens:,} tokens")
     if report.targets:
@@ -139,7 +139,7 @@ def filter_(
     engine = _executor(executor, workers)
     report = filter_documents(inputs, out, options, executor=engine, slurm=_slurm(slurm_array))
     if report is None:
-        typer.echo(f"this job's share is done; {out} appears when the other jobs are done too")
+        _other_jobs_go_on(out)
         return
     typer.echo(f"{out}: kept {report.kept_documents:,} documents, {report.kept_tokens:,} tokens")
     typer.echo(f"  of {report.documents:,} documents, {report.tokens:,} tokens")
@@ -203,7 +203,7 @@ def pack(
     )
     report = run(inputs, out, options, executor=_executor(executor, workers), slurm=_slurm(slurm_array))
     if report is None:
-        typer.echo(f"this job's share is done; {out} appears when the other jobs are done too")
+        _other_jobs_go_on(out)
         return
     for subset, count in report.packs.items():
         typer.echo(f"{out / subset}: {count:,} packs of {options.length:,} tokens")
@@ -258,6 +258,10 @@ def _executor(name: str, workers: int) -> Executor:
 
 def _slurm(wanted: bool) -> Mapping[str, str] | None:
     return dict(os.environ) if wanted else None
+
+
+def _other_jobs_go_on(out: Path) -> None:
+    typer.echo(f"this job's share is done; {out} appears when the other jobs are done too")
 
 
 def _print_counts(title: str, counts: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -65,7 +65,6 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Run finished tasks again.")] = False,
 ) -> None:
     """Run a suite; `prolong eval MODEL --suite …` is the same. A stopped run goes on with the same command."""
-    from megatron_prolong.evaluation.backend import load_tokenizer
     from megatron_prolong.evaluation.documents import read_text
     from megatron_prolong.evaluation.identity import model_identity
     from megatron_prolong.evaluation.nli import load_nli
@@ -90,7 +89,7 @@ def run(
     for label, path in models_of(model, compare):
         identity = model_identity(model_directory(path)) if backend != "openai" else ""
         settings = Settings(tag, chat, too_long, stop_newline, overwrite, identity)
-        opened = _open(path, backend, server, tokenizer, batch_size, cp, load_tokenizer)
+        opened = _open(path, backend, server, tokenizer, batch_size, cp)
         with opened as loaded:
             if loaded is not None:  # None: a rank that only lent its part of the model
                 inputs = Inputs(data, loaded.tokenizer, seed, samples, text)
@@ -173,10 +172,9 @@ def _open(
     tokenizer: Path | None,
     batch_size: int,
     cp: int,
-    load_tokenizer: Any,
 ) -> AbstractContextManager[Backend | None]:
     from megatron_prolong.errors import UserError
-    from megatron_prolong.evaluation.backend import open_backend
+    from megatron_prolong.evaluation.backend import load_tokenizer, open_backend
     from megatron_prolong.evaluation.http import Client
     from megatron_prolong.evaluation.openai import OpenAIBackend
 
