@@ -90,6 +90,7 @@ def _print(plan: StagePlan, gpu: Gpu, top: int) -> None:
     from rich.table import Table
 
     from megatron_prolong.cli.tables import print_table
+    from megatron_prolong.plan.memory import parked_bytes
     from megatron_prolong.plan.report import KERNELS
     from megatron_prolong.plan.volume import step_volume
 
@@ -113,6 +114,8 @@ def _print(plan: StagePlan, gpu: Gpu, top: int) -> None:
         memory, time = plan.best.memory, plan.best.time
         assert memory is not None and time is not None
         print("  best, GB: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in memory.parts().items()))
+        if parked := max(parked_bytes(plan.best.job, rank) for rank in range(plan.best.job.layout.pp)):
+            print(f"  best, GB in host memory: {parked / 1e9:.0f} for each GPU")
         sent = asdict(step_volume(plan.best.job, pp_rank=0))
         print("  best, GB sent per step: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in sent.items()))
         print("  best, seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in time.parts().items()))

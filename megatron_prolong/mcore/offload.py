@@ -1,13 +1,14 @@
 """Activations wait for their backward pass in host memory: what does not fit the GPU costs a way over PCIe.
 
-What autograd saves is copied to pinned memory on a stream of its own while the forward goes on, and back when the
-backward asks. With full recomputation that is one residual stream per layer, which a layer's computation hides from
-tens of thousands of tokens on. Weights and small tensors stay where they are.
+What autograd saves is copied to pinned memory on a stream of its own while the forward goes on, and back ahead of
+the backward, which asks for it in reverse. With full recomputation that is one residual stream per layer, which a
+layer's computation hides from tens of thousands of tokens on. Weights and small tensors stay where they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +17,24 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 MIN_BYTES = 2**20  # smaller ones are not worth a transfer
+AHEAD_BYTES = 2**30  # on their way back before the backward asks: a fraction of a layer at 512K tokens
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parked:
-    """A tensor in host memory, and where it belongs."""
+    """A tensor in host memory.
+
+    Attributes:
+        device: where it belongs.
+        before: what the same forward pass parked before it, which the backward needs next.
+        back: the tensor on its device again, as soon as it is on its way.
+    """
 
     host: Tensor
     device: torch.device
+    before: Parked | None
+    back: Tensor | None = None
+    arrived: torch.cuda.Event | None = None
 
 
 class HostOffload(saved_tensors_hooks):
@@ -41,6 +52,11 @@ class HostOffload(saved_tensors_hooks):
         weights = [weight for chunk in chunks for weight in chunk.parameters()]
         self._weights = {w.untyped_storage().data_ptr() for w in weights if not is_float8tensor(w)}
         self._copies = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self._last: Parked | None = None
+
+    def __exit__(self, *error: object) -> None:
+        self._last = None  # the next forward pass has a backward of its own
+        super().__exit__(*error)
 
     def _park(self, tensor: Tensor) -> Tensor | Parked:
         if is_float8tensor(tensor):  # a weight: Transformer Engine saves activations as plain bytes
@@ -49,18 +65,35 @@ class HostOffload(saved_tensors_hooks):
             return tensor
         self.num_parked_bytes += tensor.nbytes
         host = torch.empty_like(tensor, device="cpu", pin_memory=self._copies is not None)  # strides kept
-        if self._copies is None:
-            host.copy_(tensor)
-        else:
-            self._copies.wait_stream(torch.cuda.current_stream())  # until the tensor is computed
-            with torch.cuda.stream(self._copies):
-                host.copy_(tensor, non_blocking=True)
+        self._copy(tensor, host)
+        if self._copies is not None:
             tensor.record_stream(self._copies)  # its memory is free after the copy, not before
-        return Parked(host, tensor.device)
+        self._last = Parked(host, tensor.device, self._last)
+        return self._last
 
     def _fetch(self, parked: Tensor | Parked) -> Tensor:
         if isinstance(parked, Tensor):
             return parked
+        self._bring(parked)
+        ahead, next_one = 0, parked.before
+        while next_one is not None and ahead < AHEAD_BYTES:
+            self._bring(next_one)
+            ahead, next_one = ahead + next_one.host.nbytes, next_one.before
+        if parked.arrived is not None:
+            torch.cuda.current_stream().wait_event(parked.arrived)
+        tensor, parked.back = parked.back, None
+        assert tensor is not None
+        return tensor
+
+    def _bring(self, parked: Parked) -> None:
+        if parked.back is None:
+            parked.back = torch.empty_like(parked.host, device=parked.device)
+            self._copy(parked.host, parked.back)
+            parked.arrived = self._copies.record_event() if self._copies is not None else None
+
+    def _copy(self, source: Tensor, target: Tensor) -> None:
+        """On the stream of the copies, behind what is computed so far."""
         if self._copies is not None:
-            torch.cuda.current_stream().wait_stream(self._copies)
-        return parked.host.to(parked.device, non_blocking=True)
+            self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies) if self._copies is not None else nullcontext():
+            target.copy_(source, non_blocking=True)

@@ -40,6 +40,8 @@ class Gpu(BaseModel):
     gpus_per_node: int = Field(gt=0)
     intra_node_bandwidth: float = Field(gt=0)
     inter_node_bandwidth: float = Field(gt=0)
+    host_bandwidth: float = Field(gt=0)
+    node_memory_bytes: float = Field(gt=0)
     reserve_bytes: float = Field(ge=0)
     fragmentation: float = Field(ge=0, lt=1)
     price_per_hour: float = Field(ge=0)
@@ -65,6 +67,11 @@ class Gpu(BaseModel):
     def fits(self, memory: RankMemory) -> bool:
         """Whether a rank's memory fits on this GPU."""
         return self.needed_bytes(memory) <= self.memory_bytes
+
+    def parkable_bytes(self, world_size: int) -> float:
+        """Host memory of one GPU for activations: half of its node's, for pinned blocks are rounded up to powers of
+        two, and checkpoints are written from there too."""
+        return self.node_memory_bytes / 2 / min(world_size, self.gpus_per_node)
 
     def bandwidth(self, group_size: int, stride: int) -> float:
         """Bytes/s that each rank of a group sends (and receives) in a ring or all-gather.

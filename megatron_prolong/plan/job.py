@@ -11,6 +11,7 @@ from megatron_prolong.recipe.schema import (
     Recompute,
     Stage,
     layout_of,
+    offload_of,
     precision_of,
     recompute_of,
 )
@@ -34,7 +35,7 @@ class Job:
         batch_sequences: packed sequences of a global batch.
         precision: "fp32", "bf16" or "fp8" (bf16 weights, fp8 matrix products).
         recompute: "none", "selective" (the MLP), "full" (every layer) or "block:N" (N layers of each chunk).
-        offload: activations wait for the backward pass in host memory (the copies are taken to be hidden).
+        offload: activations wait for the backward pass in host memory.
         loss_chunk_tokens: tokens whose logits exist at once.
         micro_batch_tokens: tokens that one data-parallel rank holds at a time; None for sequence_length.
         fp8_parameters: weights of fp8 layers are kept in fp8 only.
@@ -140,7 +141,7 @@ def job_of(
         batch_sequences=stage.batch_sequences,
         precision=precision,
         recompute=recompute_of(recipe, stage),
-        offload=recipe.offload_activations,
+        offload=offload_of(recipe, stage),
         loss_chunk_tokens=recipe.loss_chunk_tokens,
         micro_batch_tokens=stage.micro_batch_tokens,
         fp8_parameters=recipe.fp8_parameters and precision == "fp8",

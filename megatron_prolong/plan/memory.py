@@ -68,13 +68,18 @@ TRANSFORMER_ENGINE = Kernels(rope=True, norm_in_mlp=True)
 CPU_KERNELS = Kernels(swiglu=False, rope=False, norm=False)
 
 
+def gpu_kernels(job: Job) -> Kernels:
+    """What the job's layers are made of on a GPU."""
+    return TRANSFORMER_ENGINE if job.attention == "te" else GPU_KERNELS
+
+
 def rank_memory(job: Job, pp_rank: int, kernels: Kernels | None = None) -> RankMemory:
     """Memory of a rank of pipeline stage `pp_rank`, the same for all its tp, cp and dp ranks.
 
     Args:
         kernels: by default what the job has on a GPU.
     """
-    kernels = kernels or (TRANSFORMER_ENGINE if job.attention == "te" else GPU_KERNELS)
+    kernels = kernels or gpu_kernels(job)
     weights = stage_weights(job, pp_rank)
     elements = buffer_elements(job, weights)
     has_loss = pp_rank == job.layout.pp - 1
@@ -253,6 +258,12 @@ def activation_bytes(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> 
     per_chunk = kept_by_chunk(job, min(chunk_layers, 2) if job.offload else chunk_layers, kernels)
     inputs = 3 * 8 * job.rank_tokens * job.micro_batches  # tokens, labels, positions: int64
     return chunks * per_chunk + waiting * residual + inputs + (loss_bytes(job, kernels) if is_last else 0)
+
+
+def parked_bytes(job: Job, pp_rank: int) -> int:
+    """What waits in host memory for the backward at the peak of a step, with offload."""
+    chunk_layers = job.stage_layers(pp_rank) // job.layout.virtual_pp
+    return in_flight(job, pp_rank) * kept_by_chunk(job, chunk_layers, gpu_kernels(job)) if job.offload else 0
 
 
 def rotary_bytes(job: Job) -> int:

@@ -14,7 +14,7 @@ from itertools import product
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import BatchDocuments
-from megatron_prolong.plan.memory import RankMemory, peak_memory
+from megatron_prolong.plan.memory import RankMemory, parked_bytes, peak_memory
 from megatron_prolong.plan.time import StepTime, mfu, step_time, tokens_per_second_per_gpu
 from megatron_prolong.recipe.layout_rules import StageSize, layout_problems
 from megatron_prolong.recipe.schema import CpExchange, Layout, Recompute
@@ -79,6 +79,10 @@ def evaluate(job: Job, gpu: Gpu, batches: Sequence[BatchDocuments]) -> Candidate
             f" (most: {largest} {memory.parts()[largest] / 1e9:.0f} GB)"
         )
         return Candidate(job, memory, needed, reason=reason)
+    parked = max(parked_bytes(job, rank) for rank in range(job.layout.pp))
+    if parked > (room := gpu.parkable_bytes(job.world_size)):
+        reason = f"out of host memory: parks {parked / 1e9:.0f} GB for each GPU, of {room / 1e9:.0f}"
+        return Candidate(job, reason=reason)
     time = step_time(job, gpu, batches)
     utilisation = mfu(job, gpu, time, batches)
     return Candidate(job, memory, needed, time, tokens_per_second_per_gpu(job, time), utilisation)

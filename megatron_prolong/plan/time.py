@@ -17,6 +17,7 @@ plus the pipeline's filling and draining, plus what cannot hide behind computati
     gradients      reduce-scatter of fp32 gradients and all-gather of weights, beyond the computation of the
                    last (first) micro-batch that they overlap with
     optimizer      bytes of Adam's update / memory bandwidth
+    offload        activations to the host and back, beyond the forward and the backward that they overlap with
     overhead       launch gaps, throttling, imperfect overlap: all of the above is SUSTAINED of the step
 """
 
@@ -33,7 +34,7 @@ from megatron_prolong.plan.flops import ForwardFlops, model_flops, passes
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import BatchDocuments, Lengths
-from megatron_prolong.plan.memory import fp8_weights, stage_weights
+from megatron_prolong.plan.memory import fp8_weights, gpu_kernels, kept_by_chunk, stage_weights
 from megatron_prolong.plan.volume import context_bytes
 
 Seconds = NDArray[np.float64]
@@ -94,6 +95,7 @@ class StepTime:
     imbalance: float
     gradients: float
     optimizer: float
+    offload: float
     overhead: float = 0.0
 
     @property
@@ -152,6 +154,7 @@ def step_time(job: Job, gpu: Gpu, batches: Sequence[BatchDocuments]) -> StepTime
         imbalance=slowest - mean,
         gradients=_gradient_seconds(job, gpu, mean / job.micro_batches),
         optimizer=_optimizer_seconds(job, gpu),
+        offload=_offload_seconds(job, gpu, mean / job.micro_batches) * job.micro_batches,
     )
     return replace(time, overhead=time.total * (1 / SUSTAINED - 1))
 
@@ -255,6 +258,14 @@ def _gradient_seconds(job: Job, gpu: Gpu, micro_batch_seconds: float) -> float:
         job.element_bytes if layout.distributed_optimizer else 4
     )  # else an all-reduce's half
     return max(0.0, 4 * elements * share - backward) + max(0.0, (gathered - quantized) * share - forward)
+
+
+def _offload_seconds(job: Job, gpu: Gpu, micro_batch_seconds: float) -> float:
+    """Exposed part of the copies of one micro-batch, on the pipeline stage with most layers."""
+    if not job.offload:
+        return 0.0
+    chunk = kept_by_chunk(job, job.longest_stage_layers, gpu_kernels(job)) / gpu.host_bandwidth
+    return max(0.0, chunk - micro_batch_seconds / 3) + max(0.0, chunk - micro_batch_seconds * 2 / 3)
 
 
 def _optimizer_seconds(job: Job, gpu: Gpu) -> float:

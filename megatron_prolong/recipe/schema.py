@@ -243,6 +243,8 @@ class Stage(_Frozen):
     """This stage's precision, where it differs from the recipe's."""
     recompute: Recompute | None = None
     """This stage's recomputation, where it differs from the recipe's."""
+    offload_activations: bool | None = None
+    """Whether this stage's activations wait in host memory, where it differs from the recipe's."""
 
     @property
     def num_steps(self) -> int:
@@ -387,6 +389,11 @@ def precision_of(recipe: Recipe, stage: Stage) -> Precision:
 def recompute_of(recipe: Recipe, stage: Stage) -> Recompute:
     """What a stage recomputes in its backward pass."""
     return stage.recompute or recipe.recompute
+
+
+def offload_of(recipe: Recipe, stage: Stage) -> bool:
+    """Whether a stage's activations wait in host memory."""
+    return recipe.offload_activations if stage.offload_activations is None else stage.offload_activations
 
 
 def json_schema() -> dict[str, Any]:

@@ -26,7 +26,15 @@ from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.recipe import fp8
 from megatron_prolong.recipe.load import dump_recipe
-from megatron_prolong.recipe.schema import Layout, Recipe, Stage, layout_of, precision_of, recompute_of
+from megatron_prolong.recipe.schema import (
+    Layout,
+    Recipe,
+    Stage,
+    layout_of,
+    offload_of,
+    precision_of,
+    recompute_of,
+)
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.garbage import collected_by_hand
 from megatron_prolong.runtime.launch import World
@@ -202,7 +210,7 @@ def prepare_stage(
         fp8_recipe=recipe.fp8_recipe,
         fp8_parameters=recipe.fp8_parameters,
         loss_chunk_tokens=recipe.loss_chunk_tokens,
-        offload_activations=recipe.offload_activations,
+        offload_activations=offload_of(recipe, stage),
     )
     verify_checkpoint(start.checkpoint.directory)
     if start.optimizer:

@@ -11,6 +11,8 @@ from megatron_prolong.plan.flops import ForwardFlops, model_flops
 from megatron_prolong.plan.hardware import find_gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import LONG_TOKENS, PROLONG_512K, BatchDocuments, single_document
+from megatron_prolong.plan.memory import kept_by_chunk, kept_by_layer, parked_bytes
+from megatron_prolong.plan.search import evaluate
 from megatron_prolong.plan.time import RankLoads, Rates, mfu, rates, step_time
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import to_hf_config
@@ -79,6 +81,25 @@ def test_full_recompute_costs_a_forward_and_selective_only_the_mlp() -> None:
     cost = {m: rates(replace(JOB, recompute=m), H100) for m in ("none", "selective", "full")}
     assert cost["none"].attention == cost["selective"].attention < cost["full"].attention
     assert cost["none"].matmul < cost["selective"].matmul < cost["full"].matmul
+
+
+def test_copies_to_the_host_hide_behind_long_documents_only() -> None:
+    parked = replace(JOB, offload=True, recompute="selective")
+    assert step_time(parked, H100, BATCHES).offload == 0
+    slow = H100.model_copy(update={"host_bandwidth": H100.host_bandwidth / 20})
+    per_micro_batch = kept_by_chunk(parked, 32) / slow.host_bandwidth
+    exposed = step_time(parked, slow, BATCHES).offload / parked.micro_batches
+    assert 0 < exposed < 2 * per_micro_batch
+    assert step_time(replace(parked, offload=False), slow, BATCHES).offload == 0
+
+
+def test_no_more_is_parked_than_half_of_a_nodes_memory() -> None:
+    parked = replace(JOB, offload=True, recompute="none")
+    found = evaluate(parked, H100, BATCHES)
+    assert found.reason == "out of host memory: parks 301 GB for each GPU, of 125"
+    assert parked_bytes(parked, 0) == 32 * kept_by_layer(parked)
+    roomy = H100.model_copy(update={"node_memory_bytes": 8e12})
+    assert evaluate(parked, roomy, BATCHES).runs
 
 
 def test_a_ring_hides_its_exchange_behind_long_documents_only() -> None:
