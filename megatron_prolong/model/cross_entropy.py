@@ -13,8 +13,9 @@ Axes: T tokens, H hidden size, V this rank's vocabulary rows, C tokens of a chun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class _CrossEntropySum(torch.autograd.Function):
         for chunk in _chunks(len(hidden_TH), chunk_tokens):
             part = _part(hidden_TH[chunk], weight_VH, labels_T[chunk], shard)
             losses_T[chunk] = part.losses_C
-            dlogits_CV = part.gradient_().to(hidden_TH.dtype)
+            dlogits_CV = part.gradient_()
             num_rows = dlogits_CV.shape[1]
             if dhidden_TH is not None:
                 dhidden_TH[chunk] = dlogits_CV @ weight_VH[:num_rows]
@@ -115,42 +116,94 @@ class _Part:
     """Losses of one chunk, and what their gradient is made of.
 
     Attributes:
-        exponentials_CV: of this rank's real logits, each less its token's highest.
-        factor_C: what makes them probabilities; 0 where there is no label.
+        softmax: of this rank's real logits.
+        lse_C: log-sum-exp over the whole vocabulary.
+        has_label_C: where a loss is taken.
         rows_C: this rank's row of the label, any row where not `is_mine_C`.
     """
 
     losses_C: Tensor
-    exponentials_CV: Tensor
-    factor_C: Tensor
+    softmax: _Softmax | _FusedSoftmax
+    lse_C: Tensor
+    has_label_C: Tensor
     rows_C: Tensor
     is_mine_C: Tensor
 
     def gradient_(self) -> Tensor:
-        """d(sum of losses)/d(logits) [C, V], in place of the exponentials."""
-        dlogits_CV = self.exponentials_CV.mul_(self.factor_C.unsqueeze(-1))
-        if dlogits_CV.shape[1]:
-            dlogits_CV.scatter_add_(-1, self.rows_C.unsqueeze(-1), -self.is_mine_C.float().unsqueeze(-1))
-        return dlogits_CV
+        """d(sum of losses)/d(logits) [C, V] in the logits' dtype; works once."""
+        return self.softmax.gradient_(self.lse_C, self.has_label_C, self.rows_C, self.is_mine_C)
 
 
 def _part(hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, shard: VocabularyShard) -> _Part:
     num_rows = min(max(shard.real_size - shard.start, 0), len(weight_VH))
     rows_C, is_mine_C = _local_rows(labels_C, shard.start, num_rows)
-    logits_CV = (hidden_CH @ weight_VH[:num_rows].T).float()
+    logits_CV = hidden_CH @ weight_VH[:num_rows].T
     if num_rows:
-        target_C = logits_CV.gather(-1, rows_C.unsqueeze(-1)).squeeze(-1) * is_mine_C
-        highest_C = logits_CV.amax(dim=-1)
+        target_C = logits_CV.gather(-1, rows_C.unsqueeze(-1)).squeeze(-1).float() * is_mine_C
     else:  # a rank of padding has no part in the sums, but in the reductions
         target_C = torch.zeros(len(labels_C), device=labels_C.device)
-        highest_C = torch.full_like(target_C, -torch.inf)
-    exponentials_CV = logits_CV.sub_(highest_C.unsqueeze(-1)).exp_()
-    lse_C = highest_C + exponentials_CV.sum(dim=-1).log_()
-    lse_C, target_C = _combine(lse_C, target_C, shard.group)
-    ignored_C = labels_C == NO_LABEL
-    losses_C = (lse_C - target_C).masked_fill_(ignored_C, 0.0)
-    factor_C = (highest_C - lse_C).exp_().masked_fill_(ignored_C, 0.0)
-    return _Part(losses_C, exponentials_CV, factor_C, rows_C, is_mine_C)
+    softmax = _FusedSoftmax(logits_CV) if logits_CV.is_cuda and num_rows else _Softmax(logits_CV)
+    lse_C, target_C = _combine(softmax.lse_C, target_C, shard.group)
+    has_label_C = labels_C != NO_LABEL
+    losses_C = (lse_C - target_C).masked_fill_(~has_label_C, 0.0)
+    return _Part(losses_C, softmax, lse_C, has_label_C, rows_C, is_mine_C)
+
+
+class _Softmax:
+    """Softmax of a chunk's logits [C, V]: their log-sum-exp, then their gradient.
+
+    Attributes:
+        lse_C: over these V words; -inf if there is none.
+    """
+
+    def __init__(self, logits_CV: Tensor) -> None:
+        self._dtype = logits_CV.dtype
+        logits_CV = logits_CV.float()
+        if logits_CV.shape[1]:
+            self._highest_C = logits_CV.amax(dim=-1)
+        else:
+            self._highest_C = logits_CV.new_full((len(logits_CV),), -torch.inf)
+        self._exponentials_CV = logits_CV.sub_(self._highest_C.unsqueeze(-1)).exp_()
+        self.lse_C = self._highest_C + self._exponentials_CV.sum(dim=-1).log_()
+
+    def gradient_(self, lse_C: Tensor, has_label_C: Tensor, rows_C: Tensor, is_mine_C: Tensor) -> Tensor:
+        """See `_Part`; in place of the exponentials."""
+        factor_C = (self._highest_C - lse_C).exp_().masked_fill_(~has_label_C, 0.0)
+        dlogits_CV = self._exponentials_CV.mul_(factor_C.unsqueeze(-1))
+        if dlogits_CV.shape[1]:
+            dlogits_CV.scatter_add_(-1, rows_C.unsqueeze(-1), -is_mine_C.float().unsqueeze(-1))
+        return dlogits_CV.to(self._dtype)
+
+
+class _FusedSoftmax:
+    """The same on a GPU in two compiled kernels, with nothing of size C·V beside the logits.
+
+    Each of the operations of `_Softmax` reads and writes all logits: 44 bytes for each of them, against some 8.
+    """
+
+    def __init__(self, logits_CV: Tensor) -> None:
+        self._logits_CV = logits_CV
+        self.lse_C: Tensor = _compiled(_log_sum_exp)(logits_CV)
+
+    def gradient_(self, lse_C: Tensor, has_label_C: Tensor, rows_C: Tensor, is_mine_C: Tensor) -> Tensor:
+        """See `_Part`; in place of the logits."""
+        word_C = torch.where(is_mine_C, rows_C, -1)
+        return _compiled(_to_gradient_)(self._logits_CV, lse_C, has_label_C, word_C)
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function)
+
+
+def _log_sum_exp(logits_CV: Tensor) -> Tensor:
+    return logits_CV.float().logsumexp(dim=-1)
+
+
+def _to_gradient_(logits_CV: Tensor, lse_C: Tensor, has_label_C: Tensor, word_C: Tensor) -> Tensor:
+    probabilities_CV = (logits_CV.float() - lse_C.unsqueeze(-1)).exp() * has_label_C.unsqueeze(-1)
+    words_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
+    return logits_CV.copy_(probabilities_CV - (words_V == word_C.unsqueeze(-1)).float())
 
 
 def _chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_prolong.model import cross_entropy
 from megatron_prolong.model.cross_entropy import VocabularyShard, cross_entropy_sum, token_losses
 
 
@@ -137,3 +138,17 @@ def test_never_holds_more_than_one_chunk_of_logits():
         chunked(hidden, weight, labels, vocab, chunk).backward()
         token_losses(hidden, weight, labels, VocabularyShard(0, vocab), chunk)
     assert hidden.grad is not None and most == 1
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_two_kernels_of_a_gpu_do_the_same(monkeypatch, dtype, compiled):
+    """Here as they are, and compiled for the CPU; in bf16 the gradient is rounded once, as without them."""
+    inputs = example(30, 19, 23, dtype=dtype)
+    eager = with_gradients(chunked(*inputs, 19, 8), *inputs[:2])
+    monkeypatch.setattr(cross_entropy, "_Softmax", cross_entropy._FusedSoftmax)
+    if not compiled:
+        monkeypatch.setattr(cross_entropy, "_compiled", lambda function: function)
+    fused = with_gradients(chunked(*inputs, 19, 8), *inputs[:2])
+    for one, other in zip(fused, eager, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5 if dtype is torch.float32 else 0.01, atol=1e-3)
