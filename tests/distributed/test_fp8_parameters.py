@@ -6,13 +6,15 @@ current maximum as scale) goes through Megatron's buffers and optimizer and our 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from small_training import Job, Trained, assemble, train
 from torch.utils._pytree import tree_map
 
@@ -100,13 +102,26 @@ def fp8_weights() -> Iterator[None]:
             (fp8_utils, "FP8_TENSOR_CLASS", Fp8Weight),
             (fp8_utils, "HAVE_TE_FP8_TENSOR_CLASS", True),
             # gloo gathers coalesced tensors of two dtypes as if they had one; NCCL does not.
-            (param_and_grad_buffer, "_coalescing_manager", lambda *_, **__: nullcontext()),
+            (param_and_grad_buffer, "_coalescing_manager", lambda *_, **__: nullcontext(_Done())),
+            (param_and_grad_buffer, "dist_all_gather_func", partial(_now, dist.all_gather_into_tensor)),
+            (param_and_grad_buffer, "dist_reduce_scatter_func", partial(_now, dist.reduce_scatter_tensor)),
             (fp8_utils, "is_te_min_version", lambda _: True),
             (fp8_utils, "_modify_underlying_storage_impl", _move),
             (fp8_utils, "_quantize_param_shard_impl", _quantize_shards),
         ]
     ):
         yield
+
+
+class _Done:
+    """The handle of collectives that were waited for."""
+
+    def wait(self) -> None:
+        pass
+
+
+def _now(collective: Callable[..., Any], *args: Any, async_op: bool, **options: Any) -> None:
+    collective(*args, **options)
 
 
 def _move(weight: Fp8Weight, data: torch.Tensor) -> None:
@@ -119,7 +134,7 @@ def _quantize_shards(
     """As transformer_engine.pytorch.tensor.utils.cast_master_weights_to_fp8, per weight."""
     for weight, main, start in zip(weights, mains, starts, strict=True):
         largest = torch.zeros(1) if main is None else main.bfloat16().float().abs().max().view(1)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         weight._scale_inv.copy_(largest / E4M3_MAX)
         weight.clear_high_precision_init_val()
         if main is not None:
