@@ -84,6 +84,7 @@ def transformer_config(
         # operations cannot tell them apart (Megatron-LM's arguments.py refuses that pair too).
         overlap_p2p_comm=layout.virtual_pp > 1,
         batch_p2p_comm=layout.virtual_pp == 1,
+        deallocate_pipeline_outputs=layout.pp > 1,  # what was sent is kept by the next stage
         context_parallel_size=layout.cp,
         cp_comm_type=layout.cp_exchange,
         pipeline_dtype=dtype,

@@ -248,16 +248,11 @@ def activation_bytes(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> 
     chunks, is_last = in_flight(job, pp_rank), pp_rank == job.layout.pp - 1
     if job.offload:  # the layer being copied out (or in) and its neighbour
         chunks = 1
-    # Outputs wait for their gradient, and 1F1B still refers to the one whose gradient just came.
-    if is_last:
-        waiting = chunks - 1 if job.layout.virtual_pp > 1 else 0
-    else:
-        waiting = min(chunks + 1, job.micro_batches) if job.layout.virtual_pp == 1 else chunks
-    residual = layer_input_bytes(job)
+    output = 0 if is_last else layer_input_bytes(job)  # until the next stage has it
     chunk_layers = job.stage_layers(pp_rank) // job.layout.virtual_pp
     per_chunk = kept_by_chunk(job, min(chunk_layers, 2) if job.offload else chunk_layers, kernels)
     inputs = 3 * 8 * job.rank_tokens * job.micro_batches  # tokens, labels, positions: int64
-    return chunks * per_chunk + waiting * residual + inputs + (loss_bytes(job, kernels) if is_last else 0)
+    return chunks * per_chunk + output + inputs + (loss_bytes(job, kernels) if is_last else 0)
 
 
 def parked_bytes(job: Job, pp_rank: int) -> int:

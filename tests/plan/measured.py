@@ -153,9 +153,8 @@ def measure(
         peaks = []
 
         def after_forward(chunk: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
-            if not chunk.post_process:
-                saved.watch(output, output)  # Megatron keeps what it sends until the gradient comes back
-            peaks.append(saved.total)
+            sent_next = 0 if chunk.post_process else output.untyped_storage().nbytes()
+            peaks.append(saved.total + sent_next)
 
         for chunk in model.bare_chunks:
             chunk.register_forward_hook(after_forward)
