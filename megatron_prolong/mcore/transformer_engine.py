@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -36,7 +37,8 @@ class TransformerEngineAttention(DocumentAttention):
 
     Without context parallelism, one call. With it, two: the documents split over the ranks (TE's zigzag layout and
     its exchange), and those that are whole on this rank, without any exchange. Generation with a cache, and the
-    exchanges that TE refuses for packed documents, stay with DocumentAttention.
+    exchanges that TE refuses for packed documents, stay with DocumentAttention, as does all attention on GPUs
+    where TE has no kernel for it (`has_packed_kernels`).
     """
 
     def __init__(
@@ -120,11 +122,20 @@ def _packed(cu_seqlens: tuple[int, ...], device: torch.device) -> PackedSeqParam
     )
 
 
+def has_packed_kernels() -> bool:
+    """Whether TE attends packed documents on this GPU without materialising the scores.
+
+    cuDNN does on Hopper and Blackwell for data centers, elsewhere only the flash-attn package; without either TE
+    falls back on scores of length times length (dot_product_attention/utils.py: get_attention_backend).
+    """
+    return torch.cuda.get_device_capability()[0] in (9, 10) or find_spec("flash_attn") is not None
+
+
 def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules:
     """`num_layers` TE layers (those of one pipeline stage) and the final norm."""
     layer = layer_spec(
         qkv=TELayerNormColumnParallelLinear,
-        attention=TransformerEngineAttention,
+        attention=TransformerEngineAttention if has_packed_kernels() else DocumentAttention,
         proj=TERowParallelLinear,
         fc1=TELayerNormColumnParallelLinear,
         fc2=TERowParallelLinear,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from megatron_prolong.mcore.attention import ContextParallel, Documents
+from megatron_prolong.mcore import transformer_engine
+from megatron_prolong.mcore.attention import ContextParallel, DocumentAttention, Documents
 from megatron_prolong.mcore.specs import runs_on_transformer_engine
 from megatron_prolong.mcore.transformer_engine import (
     TransformerEngineAttention,
     split_documents,
+    transformer_engine_block_spec,
     whole_documents,
 )
 from megatron_prolong.model.context_plan import ContextPlan
@@ -63,3 +66,22 @@ def test_keys_and_values_begin_their_memory():
     q, k, v = (torch.randn(num_tokens, heads, 8) for heads in (4, 2, 2))
     assert torch.equal(attention.attend(q, k, v, documents), q.flatten(1))
     assert seen == [[0, 12, 32], [0, 3, num_tokens - 16]]
+
+
+@pytest.mark.parametrize(
+    "capability, flash_attn, expected",
+    [
+        ((9, 0), False, TransformerEngineAttention),
+        ((10, 3), False, TransformerEngineAttention),
+        ((8, 9), True, TransformerEngineAttention),
+        ((8, 0), False, DocumentAttention),
+        ((12, 0), False, DocumentAttention),
+    ],
+)
+def test_attention_is_our_own_where_transformer_engine_would_materialise_scores(
+    capability, flash_attn, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(transformer_engine, "find_spec", lambda name: object() if flash_attn else None)
+    (layer,) = transformer_engine_block_spec(1).layer_specs
+    assert layer.submodules.self_attention.submodules.core_attention is expected
