@@ -52,11 +52,12 @@ def perplexity(
 ) -> None:
     """Loss on held-out documents by position and by the context given."""
     from megatron_prolong.evaluation.backend import open_backend
-    from megatron_prolong.evaluation.documents import read_passages
+    from megatron_prolong.evaluation.documents import check_documents, read_passages
     from megatron_prolong.evaluation.perplexity import Perplexity, measure
     from megatron_prolong.evaluation.report import plot_perplexity, print_perplexity, write_json
 
     sizes = lengths_of(lengths)
+    check_documents(data)
     results: dict[str, Perplexity] = {}
     for label, path in models_of(model, compare):
         with open_backend(path) as backend:
@@ -149,7 +150,9 @@ def lengths_of(text: str) -> list[int]:
     except ValueError as error:
         raise UserError(f"--lengths {text}: every length {error}") from error
     if lengths[0] < 16:
-        raise UserError(f"--lengths {text}: a context of fewer than 16 tokens measures nothing")
+        raise UserError(
+            f"--lengths {text}: {lengths[0]} tokens measure nothing, 16 are the least; 8K is 8,192 tokens"
+        )
     return lengths
 
 

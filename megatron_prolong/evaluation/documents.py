@@ -47,6 +47,12 @@ def read_passages(data: Sequence[Path], tokenizer: Any, length: int, count: int,
     return [found[index] for index in sorted(chosen)]
 
 
+def check_documents(data: Sequence[Path]) -> None:
+    """Look before a model is loaded: raises UserError when a path holds no documents."""
+    for path in data:
+        _parts(path)
+
+
 def read_text(path: Path) -> str:
     """All text of a file or directory, for a haystack. Raises UserError when there is none."""
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in _text_files(path)]
@@ -56,16 +62,20 @@ def read_text(path: Path) -> str:
 
 
 def _documents(path: Path, tokenizer: Any) -> Iterator[Passage]:
-    shards = sorted(path.rglob("index.json")) if path.is_dir() else []
-    if (path / "index.json") in shards:
-        shards = [path / "index.json"]  # the merged index names the shards of the folders below
-    for index in shards:
-        yield from _packed_documents(index.parent)
-    if not shards:
-        for file in _text_files(path):
-            text = file.read_text(encoding="utf-8", errors="replace")
+    for part in _parts(path):
+        if part.is_dir():
+            yield from _packed_documents(part)
+        else:
+            text = part.read_text(encoding="utf-8", errors="replace")
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            yield Passage(str(file), np.array(ids, dtype=np.int64))
+            yield Passage(str(part), np.array(ids, dtype=np.int64))
+
+
+def _parts(path: Path) -> list[Path]:
+    """Directories of MDS shards, or else text files."""
+    if (path / "index.json").exists():
+        return [path]  # a merged index names the shards of the folders below
+    return sorted(index.parent for index in path.rglob("index.json")) or _text_files(path)
 
 
 def _packed_documents(directory: Path) -> Iterator[Passage]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prolong.data.progress import track
+from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, ScoringBackend, encode
 from megatron_prolong.evaluation.words import word_list
 
@@ -56,6 +57,9 @@ def make_needle(tokenizer: Any, haystack: str, length: int, depth: float, seed: 
     """A prompt of at most `length` tokens (less than one sentence shorter), the answer's tokens included.
 
     The haystack is repeated when it is too short. Same arguments, same prompt.
+
+    Raises:
+        UserError: not even the needle and its question fit.
     """
     rng = random.Random(f"{seed}-{length}-{depth}")
     key = f"{rng.choice(word_list('adjective'))}-{rng.choice(word_list('noun'))}"
@@ -68,6 +72,11 @@ def make_needle(tokenizer: Any, haystack: str, length: int, depth: float, seed: 
         body.insert(round(depth * count), NEEDLE.format(key=key, value=value))
         return Prompt(INTRODUCTION + " ".join(body) + QUESTION.format(key=key))
 
+    if (least := len(encode(tokenizer, render(0)))) > room:
+        raise UserError(
+            f"needle at a length of {length} tokens: with its question and answer it takes "
+            f"{least + ANSWER_TOKENS}; ask for longer --lengths ({length}K is {length << 10:,})"
+        )
     count = _largest(lambda count: len(encode(tokenizer, render(count))) <= room, room)
     return Needle(length, depth, render(count), value, distractors)
 

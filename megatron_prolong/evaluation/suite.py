@@ -20,8 +20,15 @@ def runnable(tasks: Sequence[Task], data: Path | None, skip_missing: bool) -> li
     """The tasks whose data is there or can be generated.
 
     Raises:
-        UserError: some cannot run, with all the reasons and remedies; unless `skip_missing`, which prints them.
+        UserError: a length has no room for a prompt; or some tasks cannot run, with all the reasons and remedies,
+            unless `skip_missing`, which prints them.
     """
+    if cramped := [task for task in tasks if task.length <= task.max_new_tokens]:
+        task = cramped[0]
+        raise UserError(
+            f"{task.name} at a length of {task.length} tokens: its answer may take {task.max_new_tokens} of them; "
+            f"ask for a longer one ({task.length}K is {task.length << 10:,})"
+        )
     able = [task for task in tasks if task.generated or not task.missing(data)]
     unable = [task for task in tasks if task not in able]
     if not unable:

@@ -154,6 +154,28 @@ def test_the_needle_lies_at_its_depth(depth: float, tokenizer: Any) -> None:
     assert len(sizes) == 1 and needle.value not in needle.distractors
 
 
+def test_a_length_without_its_k_is_refused_before_any_model_is_opened(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"ruler_niah_s_1 at a length of 16 tokens: .* \(16K is 16,384\)"):
+        runnable(select("synthetic", [16, 1024], ["niah"]), None, skip_missing=True)
+    with pytest.raises(
+        UserError, match=r"needle at a length of 64 tokens: .* it takes \d+; .* \(64K is 65,536\)"
+    ):
+        make_needle(tokenizer, NOISE, 64, 0.5, seed=3)
+
+
+def test_documents_that_are_not_there_are_missed_before_the_model_is_opened(tmp_path: Path) -> None:
+    arguments = [
+        "perplexity",
+        str(tmp_path / "no_model"),
+        "--data",
+        str(tmp_path / "no_data"),
+        "--out",
+        "out",
+    ]
+    found = CliRunner().invoke(app, ["eval", *arguments])
+    assert isinstance(found.exception, UserError) and "no_data: no text here" in str(found.exception)
+
+
 def test_sentences_without_nltk_data_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     import nltk
 
