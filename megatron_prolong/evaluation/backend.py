@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,10 +28,12 @@ class Prompt:
     Attributes:
         text: the whole prompt, or with `chat` the user's message, which the model's chat template wraps.
         chat: apply the chat template and open the assistant's turn.
+        ids: its tokens, where they are known already.
     """
 
     text: str
     chat: bool = False
+    ids: list[int] | None = field(default=None, repr=False, compare=False)
 
 
 class Backend(Protocol):
@@ -83,6 +85,8 @@ class ScoringBackend(Backend, Protocol):
 
 def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     """The prompt's token ids, with the special tokens (or chat template) the model was trained with."""
+    if prompt.ids is not None:
+        return prompt.ids
     if not prompt.chat:
         return list(tokenizer(prompt.text)["input_ids"])
     if not getattr(tokenizer, "chat_template", None):

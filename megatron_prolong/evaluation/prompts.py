@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_prolong.errors import UserError
@@ -39,7 +39,7 @@ def prepare(task: Task, row: Row, chat: bool, tokenizer: Any, max_length: int) -
     ids = encode(tokenizer, prompt)
     excess = len(ids) - (max_length - task.max_new_tokens)
     if excess <= 0:
-        return Prepared(prompt, ids, 0)
+        return Prepared(replace(prompt, ids=ids), ids, 0)
     shorter = cut_end(tokenizer, row["context"], excess)
     if shorter is None:
         raise UserError(
@@ -47,7 +47,8 @@ def prepare(task: Task, row: Row, chat: bool, tokenizer: Any, max_length: int) -
             "tokens of the length; leave this task out at this length (--tasks), or ask for a longer one"
         )
     prompt = render(task, {**row, "context": shorter}, chat)
-    return Prepared(prompt, encode(tokenizer, prompt), excess)
+    ids = encode(tokenizer, prompt)
+    return Prepared(replace(prompt, ids=ids), ids, excess)
 
 
 def cut_end(tokenizer: Any, text: str, num_tokens: int) -> str | None:

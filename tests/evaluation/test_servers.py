@@ -14,6 +14,8 @@ from megatron_prolong.evaluation.backend import Prompt, encode
 from megatron_prolong.evaluation.http import Client
 from megatron_prolong.evaluation.judge import Judge, judge_results, last_object, summary_scores
 from megatron_prolong.evaluation.openai import OpenAIBackend
+from megatron_prolong.evaluation.prompts import prepare
+from megatron_prolong.evaluation.suites import select
 
 
 def test_prompts_come_back_in_order_after_failures(server: Server, tokenizer: Any) -> None:
@@ -34,6 +36,20 @@ def test_prompt_and_answer_stay_within_the_servers_length(server: Server, tokeni
     backend.generate([Prompt(text), Prompt(text, chat=True), Prompt("q")], 16)
     assert [len(encode(tokenizer, Prompt(text, chat))) for chat in (False, True)] == [505, 526]
     assert sorted(body["max_tokens"] for _, body in server.requests) == [1, 7, 16]
+
+
+def test_a_prepared_prompt_is_encoded_once(
+    server: Server, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million tokens take a second to count."""
+    (task,) = select("synthetic", [1024], ["json_kv"])
+    row = {"context": "JSON data", "question": "key", "demos": "", "k": 1}
+    prepared = prepare(task, row, False, tokenizer, 1024)
+    assert prepared.ids == encode(tokenizer, Prompt(prepared.prompt.text))
+    backend = OpenAIBackend.connect(client(server), "tiny", tokenizer)
+    monkeypatch.setattr(type(tokenizer), "__call__", pytest.fail)
+    backend.generate([prepared.prompt], 16)
+    assert len(server.requests) == 1
 
 
 def test_what_the_server_refuses_is_not_tried_again(server: Server, tokenizer: Any) -> None:
