@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helmet_checkout import HELMET, needs_helmet
 from samples import write_data
 from servers import Server, client
 from stand_ins import Parrot, short_documents
@@ -25,7 +25,6 @@ from megatron_prolong.evaluation.suite import run_suite
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.task import Inputs
 
-HELMET = Path(os.environ.get("HELMET", "missing"))
 # The script's names for our categories, and of two models that it looks for: one base, one with a chat template.
 CATEGORIES = {
     "Recall": "recall", "RAG": "rag", "ICL": "icl", "Cite": "cite", "Re-rank": "rerank", "LongQA": "longqa",
@@ -35,7 +34,7 @@ MODELS = {"Llama-3.1-8B": "never", "Llama-3.1-8B-Instruct": "auto"}
 JUDGEMENT = 'So: {"fluency": 1, "correctness": 2, "recall": 1, "precision": 2, "sentence_count": 3}'
 
 
-@pytest.mark.skipif(not (HELMET / "scripts/collect_results.py").exists(), reason="HELMET=checkout not given")
+@needs_helmet
 def test_collect_results_reads_ours(
     tokenizer: Any, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

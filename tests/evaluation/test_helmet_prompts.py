@@ -5,7 +5,6 @@ Needs a checkout of HELMET, named by the environment variable HELMET, and what i
 
 from __future__ import annotations
 
-import os
 import random
 import re
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from helmet_checkout import HELMET, needs_helmet
 from samples import write_data
 from stand_ins import short_documents
 
@@ -23,8 +23,7 @@ from megatron_prolong.evaluation.rows import read_split
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.task import Inputs
 
-HELMET = Path(os.environ.get("HELMET", "missing"))
-pytestmark = pytest.mark.skipif(not (HELMET / "data.py").exists(), reason="HELMET=checkout not given")
+pytestmark = needs_helmet
 TASKS = {f"{task.category}-{task.name}": task for task in select("helmet", [8192]) + select("ruler", [8192])}
 UNSEEDED = ("narrativeqa", "multi_lexsum")  # whose demonstrations HELMET draws without a seed
 HUB = {

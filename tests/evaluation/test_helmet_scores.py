@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helmet_checkout import HELMET, needs_helmet
 from strings import sentence
 
 from megatron_prolong.evaluation import alce
 from megatron_prolong.evaluation.http import Client
 from megatron_prolong.evaluation.judge import Judge, judge_results
 
-HELMET = Path(os.environ.get("HELMET", "missing"))
-pytestmark = pytest.mark.skipif(not (HELMET / "eval_alce.py").exists(), reason="HELMET=checkout not given")
+pytestmark = needs_helmet
 DOCUMENTS = [{"title": f"D{n}", "text": f"Paris {n}"} for n in range(6)]
 
 
