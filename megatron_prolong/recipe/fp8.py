@@ -17,8 +17,9 @@ _CAPABILITIES: dict[Fp8Recipe, tuple[tuple[int, int], tuple[int, int]]] = {
     "blockwise": ((9, 0), (10, 0)),  # Hopper: 128×128 blocks; Blackwell would emulate it with mxfp8
     "mxfp8": ((10, 0), (12, 0)),  # Blackwell's own: blocks of 32
 }
-# Tokens per rank must be a multiple of this for every recipe (32 for mxfp8, 16 for the others).
-TOKEN_MULTIPLE = 32
+# Tokens per rank must be a multiple of this: under sequence parallelism TE gathers activations in FP8, blockwise in
+# whole blocks of 128, mxfp8 of 32 (is_quantizable in its tensor/); products need 8 of the others.
+TOKEN_MULTIPLE = 128
 
 
 def fp8_problem(recipe: Fp8Recipe, capability: tuple[int, int], cp: int) -> str | None:
