@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -89,28 +89,39 @@ def block_diagonal(cu_seqlens: list[int]) -> torch.Tensor:
     return (document_T[:, None] == document_T).tril()
 
 
+def cases() -> Iterator[dict[str, Any]]:
+    for documents, dtype in product(("short", "one"), ("float32", "bfloat16")):
+        # one document in bf16 takes minutes per step without bf16 instructions
+        for tokens in (2048,) if (documents, dtype) == ("one", "bfloat16") else (2048, 8192, 16384):
+            # nothing to mask in one document; in bf16 the mask takes minutes too
+            has_mask = documents == "short" and (dtype == "float32" or tokens == 2048)
+            yield {
+                "documents": documents,
+                "dtype": dtype,
+                "tokens": tokens,
+                "ways": WAYS if has_mask else WAYS[:2],
+                "repeats": 3 if tokens == 16384 or documents == "one" else 9,
+            }
+
+
+def measure_row(case: dict[str, Any]) -> dict[str, Any]:
+    row = {name: case[name] for name in ("documents", "dtype", "tokens")}
+    row["num_documents"] = len(document_lengths(case["tokens"], case["documents"]))
+    milliseconds = measure.in_fresh_process(__file__, case)
+    for way in case["ways"]:
+        memory = measure.in_fresh_process(__file__, {**case, "ways": [way]})
+        row[way] = {"ms": round(milliseconds[way], 1), **memory}
+    for way in case["ways"][1:]:
+        row[f"speedup over {way}"] = round(milliseconds[way] / milliseconds["packed"], 2)
+    return row
+
+
 def main() -> None:
     rows = []
-    for documents in ("short", "one"):
-        for dtype in ("float32", "bfloat16"):
-            # one document in bf16 takes minutes per step without bf16 instructions
-            for tokens in (2048,) if (documents, dtype) == ("one", "bfloat16") else (2048, 8192, 16384):
-                # nothing to mask in one document; in bf16 the mask takes minutes too
-                has_mask = documents == "short" and (dtype == "float32" or tokens == 2048)
-                ways = WAYS if has_mask else WAYS[:2]
-                case = {"documents": documents, "dtype": dtype, "tokens": tokens, "ways": ways}
-                case["repeats"] = 3 if tokens == 16384 or documents == "one" else 9
-                milliseconds = measure.in_fresh_process(__file__, case)
-                row: dict[str, Any] = {"documents": documents, "dtype": dtype, "tokens": tokens}
-                row["num_documents"] = len(document_lengths(tokens, documents))
-                for way in ways:
-                    memory = measure.in_fresh_process(__file__, {**case, "ways": [way]})
-                    row[way] = {"ms": round(milliseconds[way], 1), **memory}
-                for way in ways[1:]:
-                    row[f"speedup over {way}"] = round(milliseconds[way] / milliseconds["packed"], 2)
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                write(rows)
+    for case in cases():
+        rows.append(measure_row(case))
+        print(json.dumps(rows[-1]), flush=True)
+        write(rows)
 
 
 def write(rows: list[dict[str, Any]]) -> None:
