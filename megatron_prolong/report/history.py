@@ -1,7 +1,7 @@
 """What a run has done, from its metrics.jsonl and recipe.yaml.
 
 A run that was interrupted repeats the steps after its last checkpoint, so a step may be in the file twice: the
-later line counts. A line that is cut off (the writer died) is skipped.
+later line counts. A line that is cut off (the writer died) or damaged is skipped.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megatron_prolong.runtime.strict_json import with_nan
 
 METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
 _RECENT_STEPS = 20
+_KINDS = {"time": int | float, "event": str, "stage": str, "step": int}
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def read_run(directory: Path) -> RunHistory:
         if "event" in record:
             events.append(record)
         elif record.get("stage") in steps and "step" in record:
-            steps[record["stage"]][int(record["step"])] = with_nan(record)
+            steps[record["stage"]][record["step"]] = with_nan(record)
     stages = [
         StageHistory(stage, [record for _, record in sorted(steps[stage.name].items())])
         for stage in recipe.stages
@@ -143,5 +144,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict):
+            if isinstance(record, dict) and all(
+                isinstance(record[key], kind) for key, kind in _KINDS.items() if key in record
+            ):
                 yield record

@@ -99,6 +99,18 @@ def test_a_loss_that_is_no_number_is_shown_and_stays_json(run: Path) -> None:
     assert facts["loss"] is None and facts["step"] == 4
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['{"stage": "long", "step": "x"}', '{"stage": ["long"], "step": 4}', '{"time": "x"}', "[1]", "\x00"],
+)
+def test_a_damaged_line_is_skipped(run: Path, line: str) -> None:
+    before = read_run(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"\n{line}\n")
+    assert read_run(run).stages[0] == before.stages[0] and read_run(run).current.step == 3
+    assert CliRunner().invoke(app, ["report", str(run)]).exit_code == 0
+
+
 def test_runs_are_found_in_subdirectories_and_what_is_none_is_named(run: Path, tmp_path: Path) -> None:
     assert find_runs(tmp_path) == [run]
     with pytest.raises(UserError, match=r"no run directory: it has no recipe\.yaml"):
