@@ -58,6 +58,7 @@ def megatron(layout: Layout, seed: int) -> Iterator[ParallelGroups]:
         stack.enter_context(fused_adam_in_megatron())
         # NCCL allocates for itself: what an earlier stage's model leaves behind must not stay in PyTorch's cache.
         gc.collect()
+        gc.collect()  # fp8 weights refer to themselves; the first pass only frees the autograd nodes that hold them
         torch.cuda.empty_cache()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,6 @@ class Fp8Weight(torch.Tensor):
     def of(cls, values: torch.Tensor) -> Fp8Weight:
         return cls(torch.empty(values.shape, dtype=torch.uint8), torch.ones(1)).quantize_(values)
 
-    def get_high_precision_init_val(self) -> torch.Tensor:
-        return self._high_precision_init_val
-
-    def clear_high_precision_init_val(self) -> None:
-        if hasattr(self, "_high_precision_init_val"):
-            del self._high_precision_init_val
-
     def quantize_(self, values: torch.Tensor) -> Fp8Weight:
         self._scale_inv.copy_(values.float().abs().max() / E4M3_MAX)
         self.write(0, values.reshape(-1))
@@ -67,6 +61,15 @@ class Fp8Weight(torch.Tensor):
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
 
 
+def _initial(weight: Fp8Weight) -> torch.Tensor:
+    return weight._high_precision_init_val
+
+
+def _clear_initial(weight: Fp8Weight) -> None:
+    if hasattr(weight, "_high_precision_init_val"):
+        del weight._high_precision_init_val
+
+
 def _plain(value: Any) -> Any:
     return value.dequantize() if isinstance(value, Fp8Weight) else value
 
@@ -87,7 +90,10 @@ def fp8_weights() -> Iterator[None]:
                 for linear in (module for module in layer.modules() if "Linear" in type(module).__name__):
                     weight = torch.nn.Parameter(Fp8Weight.of(linear.weight.detach()))
                     vars(weight).update(vars(linear.weight))
-                    weight._high_precision_init_val = linear.weight.detach()  # as Transformer Engine does
+                    # As Transformer Engine does, methods of this one tensor included.
+                    weight._high_precision_init_val = linear.weight.detach()
+                    weight.get_high_precision_init_val = MethodType(_initial, weight)
+                    weight.clear_high_precision_init_val = MethodType(_clear_initial, weight)
                     linear.weight = weight
 
     def config(*args: Any, original: Any = build.transformer_config, **options: Any) -> Any:
@@ -168,6 +174,39 @@ def differences_at_start(rank: int, start: str) -> list[float]:
                 expected = saved[name].float().view(-1)[span.start : span.end]
                 found.append(float((weight.main_param - expected).abs().max()))
         return found
+
+
+def weights_left_by_a_stage(rank: int, start: str) -> int:
+    """How many of its fp8 weights are still there when the next stage begins."""
+    import gc
+    import weakref
+
+    from megatron_prolong.mcore.build import build_model
+    from megatron_prolong.mcore.groups import megatron
+    from megatron_prolong.mcore.optimizer import build_optimizer
+    from megatron_prolong.recipe.schema import Layout, OptimizerSpec
+    from megatron_prolong.recipe.shape import read_shape
+
+    def stage() -> list[weakref.ref[torch.Tensor]]:
+        with fp8_weights(), megatron(Layout(), seed=rank):
+            model = build_model(read_shape(Path(start)), Layout(), precision="bf16")
+            build_optimizer(model, OptimizerSpec(), Layout(), lr=1e-3)
+            weights = [weight for chunk in model.chunks for weight in chunk.parameters()]
+            return [weakref.ref(weight) for weight in weights if isinstance(weight, Fp8Weight)]
+
+    gc.disable()  # whether it has run by itself is chance
+    try:
+        weights = stage()
+        assert weights
+        with megatron(Layout(), seed=rank):
+            return sum(weight() is not None for weight in weights)
+    finally:
+        gc.enable()
+
+
+def test_a_stage_leaves_none_of_its_weights_to_the_next(one_rank, checkpoint):
+    """With an optimizer behind them, one pass of the garbage collector only frees those that hold them."""
+    assert one_rank.run(weights_left_by_a_stage, str(checkpoint)) == [0]
 
 
 def test_fp32_weights_start_from_the_checkpoint_unrounded(two_ranks, checkpoint):
