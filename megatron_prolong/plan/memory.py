@@ -55,15 +55,18 @@ class Kernels:
         rope: rotary embedding; otherwise cos and sin are kept, for queries and for keys.
         norm: RMSNorm; otherwise its input and the normalised input are kept in fp32.
         norm_in_mlp: the MLP's norm is part of it and recomputed with it.
+        flash2: attention's backward sums gradients of queries in fp32, and makes those of keys and values for every
+            query head before it adds up the heads of a group.
     """
 
     swiglu: bool = True
     rope: bool = False
     norm: bool = True
     norm_in_mlp: bool = False
+    flash2: bool = False
 
 
-GPU_KERNELS = Kernels()
+GPU_KERNELS = Kernels(flash2=True)
 TRANSFORMER_ENGINE = Kernels(rope=True, norm_in_mlp=True)
 CPU_KERNELS = Kernels(swiglu=False, rope=False, norm=False)
 
@@ -83,14 +86,16 @@ def rank_memory(job: Job, pp_rank: int, kernels: Kernels | None = None) -> RankM
     weights = stage_weights(job, pp_rank)
     elements = buffer_elements(job, weights)
     has_loss = pp_rank == job.layout.pp - 1
+    working = max(layer_working(job, kernels), loss_working(job) if has_loss else 0)
     return RankMemory(
         parameters=elements * job.element_bytes
         + (0 if job.fp8_parameters else 2 * fp8_weights(job, pp_rank)),
         gradients=elements * 4,
         optimizer=optimizer_bytes(job, elements),
         activations=activation_bytes(job, pp_rank, kernels),
-        working=max(layer_working(job, kernels), loss_working(job) if has_loss else 0),
-        exchange=exchange_bytes(job),
+        working=working,
+        exchange=hand_over_bytes(job)
+        + max(attention_backward(job, kernels) + exchange_bytes(job) - working, 0),
     )
 
 
@@ -277,19 +282,31 @@ def loss_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
 
 
 def layer_working(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
-    """While one layer runs backward: what was recomputed, and the gradients of its widest part."""
+    """While one layer runs backward, without a context-parallel exchange: its MLP first, then its attention."""
+    mlp = recomputed_bytes(job, kernels) + mlp_gradients(job) + passing_gradients(job)
+    return max(mlp, attention_backward(job, kernels))
+
+
+def attention_backward(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+    """While a layer's attention runs backward; what its MLP kept is free by then."""
+    saved = saved_by_layer(job, kernels)
+    freed = sum(saved.get(name, 0) for name in _RECOMPUTED_MLP)
+    gradients = attention_gradients(job, kernels) + passing_gradients(job)
+    return recomputed_bytes(job, kernels) - freed + gradients
+
+
+def recomputed_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+    """What one layer keeps for its backward only once that has begun."""
     kept = layer_input_bytes(job) if job.recomputed_share else kept_by_layer(job, kernels)
-    recomputed = sum(saved_by_layer(job, kernels).values()) - kept
+    return sum(saved_by_layer(job, kernels).values()) - kept
+
+
+def passing_gradients(job: Job) -> int:
+    """Gradients of the residual stream, gathered over the tensor-parallel ranks, and of the largest weight."""
     e, h = job.element_bytes, job.shape.hidden_size
     gathered = 2 * job.rank_tokens * h * e if job.residual_tokens < job.rank_tokens else 0
     weight_gradient = max(layer_weights(job.shape, job.layout.tp).values()) * e
-    return (
-        recomputed
-        + max(mlp_gradients(job), attention_gradients(job))
-        + job.residual_tokens * h * e
-        + gathered
-        + weight_gradient
-    )
+    return job.residual_tokens * h * e + gathered + weight_gradient
 
 
 def mlp_gradients(job: Job) -> int:
@@ -297,11 +314,16 @@ def mlp_gradients(job: Job) -> int:
     return job.rank_tokens * 3 * job.shape.ffn_hidden_size // job.layout.tp * job.element_bytes
 
 
-def attention_gradients(job: Job) -> int:
+def attention_gradients(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     """Gradients of attention's output, queries, keys and values, and of the packed projections."""
     shape, tp = job.shape, job.layout.tp
     heads = 2 * (shape.num_heads + shape.num_kv_heads)
-    return job.rank_tokens * heads * shape.head_dim // tp * job.element_bytes
+    gradients = job.rank_tokens * heads * shape.head_dim // tp * job.element_bytes
+    if not kernels.flash2:
+        return gradients
+    queries = job.rank_tokens * shape.num_heads * shape.head_dim // tp
+    gathered = job.layout.cp if job.layout.cp_exchange == "all_gather" else 1
+    return gradients + queries * 4 + 2 * queries * gathered * job.element_bytes
 
 
 def loss_working(job: Job) -> int:
@@ -313,8 +335,14 @@ def loss_working(job: Job) -> int:
     return job.vocab_rows * h * 4 + max(logits + job.rank_tokens * h * e, copied)
 
 
+def hand_over_bytes(job: Job) -> int:
+    """Of a pipeline: what arrives and what is sent."""
+    hidden_size, e = job.shape.hidden_size, job.element_bytes
+    return 2 * job.residual_tokens * hidden_size * e if job.layout.pp > 1 else 0
+
+
 def exchange_bytes(job: Job) -> int:
-    """Buffers of the context-parallel exchange of one layer's backward, and of the pipeline's hand-over.
+    """Buffers of the context-parallel exchange of one layer's backward.
 
     As `model/context_parallel.py` has them (gradients of keys and values travel in fp32):
     - all_gather: keys and values of the whole sequence, their gradients, and those again in rank order;
@@ -323,17 +351,16 @@ def exchange_bytes(job: Job) -> int:
     - a2a: queries, keys, values, output and the gradients of these once more, by heads.
     """
     shape, layout, e = job.shape, job.layout, job.element_bytes
-    handed_over = 2 * job.residual_tokens * shape.hidden_size * e if layout.pp > 1 else 0
     if layout.cp == 1:
-        return handed_over
+        return 0
     t = job.rank_tokens
     queries = t * shape.num_heads * shape.head_dim // layout.tp
     keys_values = 2 * t * shape.num_kv_heads * shape.head_dim // layout.tp
     if layout.cp_exchange == "all_gather":
-        return handed_over + layout.cp * keys_values * (e + 4 + 4)
+        return layout.cp * keys_values * (e + 4 + 4)
     if "p2p" in layout.cp_exchange:
-        return handed_over + keys_values * (3 * e + 3 * 4) + queries * (4 + e)
-    return handed_over + 2 * e * (2 * queries + a2a_repeats(job) * keys_values)
+        return keys_values * (3 * e + 3 * 4) + queries * (4 + e)
+    return 2 * e * (2 * queries + a2a_repeats(job) * keys_values)
 
 
 def a2a_repeats(job: Job) -> int:

@@ -1,0 +1,112 @@
+"""Run a command on a machine without a GPU as if it had H100s whose kernels do nothing.
+
+    python tools/null_cuda/run.py -- prolong train recipe.yaml precision=bf16
+    python tools/null_cuda/run.py --devices 2 -- torchrun --nproc-per-node 2 -m megatron_prolong train recipe.yaml
+
+What it shows: whether the GPU path of a program runs through (devices that do not meet, hooks that do not fire,
+arguments that no kernel takes) and what memory it takes. What it cannot show: any number, any time.
+
+Needs Linux, g++ and a CUDA 13 build of PyTorch in this Python environment, with the headers of its runtime:
+
+    python3.11 -m venv .venv-cuda
+    .venv-cuda/bin/pip install torch==2.13.0 "nvidia-cuda-crt==13.0.*" -e .      # torch from PyPI: CUDA wheels
+
+Transformer Engine is left out: its attention is built by cuDNN, which asks the device for more than this answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# Libraries whose functions become stubs, and the few functions of them that work without a device.
+_STUBBED = re.compile(r"cuda[A-Z]|__cuda(GetK|Init|Launch|PopCall|PushCall)\w+|cublas|cudnn|nccl")
+_REAL = re.compile(r"\w*(GetErrorString|GetErrorName|GetVersion)$")
+
+
+def build(target: Path) -> None:
+    """Compile libcudart.so (to be preloaded) and libcuda.so.1 into `target`."""
+    torch = _package("torch")
+    headers = _package("nvidia") / "cu13" / "include"
+    if not (headers / "crt" / "host_defines.h").is_file():
+        sys.exit(f'null_cuda: no CUDA headers in {headers}: pip install "nvidia-cuda-crt==13.0.*"')
+    wanted: set[str] = set()
+    for library in ("c10_cuda", "torch_cuda", "torch_cuda_linalg", "torch_python"):
+        wanted |= _symbols(torch / "lib" / f"lib{library}.so", "--dynamic", "--undefined-only")
+    _library(
+        target / "libcudart.so",
+        HERE / "libcudart.cpp",
+        {name for name in wanted if _STUBBED.match(name) and not _REAL.match(name)},
+        headers,
+    )
+    driver = set(re.findall(r"\b(cu[A-Z]\w*)\(", (headers / "cuda.h").read_text()))
+    driver |= {f"{name}_v{version}" for name in driver for version in (2, 3, 4)}
+    _library(target / "libcuda.so.1", HERE / "libcuda.c", driver, headers)
+
+
+def _library(target: Path, source: Path, wanted: set[str], headers: Path) -> None:
+    """`source` and a successful stub for every wanted function that it does not define."""
+    own, stubs = target.with_suffix(".o"), target.with_suffix(".stubs.c")
+    compiler = ["g++" if source.suffix == ".cpp" else "gcc", "-O1", "-fPIC", "-w"]
+    _run(*compiler, f"-I{headers}", "-c", source, "-o", own)
+    missing = sorted(wanted - _symbols(own, "--defined-only"))
+    stubs.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in missing))
+    _run("gcc", "-fPIC", "-w", "-fno-builtin", "-c", stubs, "-o", stubs.with_suffix(".o"))
+    linked = [own, stubs.with_suffix(".o"), "-o", target]
+    _run(*compiler, "-shared", f"-Wl,-soname,{target.name}", *linked)
+
+
+def _symbols(library: Path, *options: str) -> set[str]:
+    listed = subprocess.run(["nm", *options, library], capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1].split("@")[0] for line in listed.splitlines() if line}
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(command, check=True)
+
+
+def _package(name: str) -> Path:
+    found = find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        sys.exit(f"null_cuda: no package {name!r} in this environment; see {HERE / 'run.py'}")
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def environment(libraries: Path, devices: int = 1, gib: float = 80.0) -> dict[str, str]:
+    """The variables under which a process sees `devices` GPUs of `gib` GiB each."""
+    return {
+        **os.environ,
+        "LD_PRELOAD": str(libraries / "libcudart.so"),
+        "LD_LIBRARY_PATH": str(libraries),
+        "NULL_CUDA_DEVICES": str(devices),
+        "NULL_CUDA_GIB": str(gib),
+        # Segments that grow ask the driver for virtual memory.
+        "PYTORCH_ALLOC_CONF": "expandable_segments:False",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--devices", type=int, default=1, help="GPUs of this machine")
+    parser.add_argument("--gib", type=float, default=80.0, help="memory of each GPU")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
+    arguments = parser.parse_args()
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        parser.error("no command: python tools/null_cuda/run.py -- COMMAND")
+    with tempfile.TemporaryDirectory() as directory:
+        build(Path(directory))
+        sys.exit(subprocess.call(command, env=environment(Path(directory), arguments.devices, arguments.gib)))
+
+
+if __name__ == "__main__":
+    main()
