@@ -62,14 +62,14 @@ class Job:
         return self.world_size // self.layout.model_ranks
 
     @property
-    def micro_batch_size(self) -> int:
+    def micro_batch_length(self) -> int:
         """Tokens of a micro-batch, over its context-parallel ranks."""
         return self.micro_batch_tokens or self.sequence_length
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches per data-parallel rank and step, rounded up."""
-        return -(-self.batch_tokens // (self.dp * self.micro_batch_size))
+        return -(-self.batch_tokens // (self.dp * self.micro_batch_length))
 
     @property
     def batch_tokens(self) -> int:
@@ -84,7 +84,7 @@ class Job:
     @property
     def rank_tokens(self) -> int:
         """Tokens of a micro-batch that one context-parallel rank holds."""
-        return -(-self.micro_batch_size // self.layout.cp)
+        return -(-self.micro_batch_length // self.layout.cp)
 
     @property
     def residual_tokens(self) -> int:

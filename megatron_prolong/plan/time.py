@@ -125,9 +125,9 @@ def rates(job: Job, gpu: Gpu) -> Rates:
     is_ring = layout.cp > 1 and "p2p" in layout.cp_exchange
     return Rates(
         matmul=matmul,
-        elementwise=_elementwise_seconds(job, gpu) / job.micro_batch_size,
-        tensor=_tensor_seconds(job, gpu) / job.micro_batch_size,
-        context=_context_seconds(job, gpu) / job.micro_batch_size,
+        elementwise=_elementwise_seconds(job, gpu) / job.micro_batch_length,
+        tensor=_tensor_seconds(job, gpu) / job.micro_batch_length,
+        context=_context_seconds(job, gpu) / job.micro_batch_length,
         attention=attention / RING_EFFICIENCY if is_ring else attention,
         local_tokens=job.rank_tokens,
         overlaps=is_ring,

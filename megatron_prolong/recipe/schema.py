@@ -263,7 +263,7 @@ class Stage(_Frozen):
         return self.batch_tokens // self.sequence_length
 
     @property
-    def micro_batch_size(self) -> int:
+    def micro_batch_length(self) -> int:
         """Tokens of a micro-batch: micro_batch_tokens, or one packed sequence."""
         return self.micro_batch_tokens or self.sequence_length
 

@@ -241,7 +241,7 @@ def _stage(findings: Findings, stage: Stage) -> None:
             f"found {stage.batch_tokens}; must be a multiple of sequence_length, {stage.sequence_length}",
             uses=[(*key, "sequence_length")],
         )
-    if stage.micro_batch_size < stage.sequence_length:
+    if stage.micro_batch_length < stage.sequence_length:
         findings.error(
             (*key, "micro_batch_tokens"),
             f"found {stage.micro_batch_tokens}; must hold at least one sequence of {stage.sequence_length}",

@@ -113,7 +113,7 @@ class StageRun:
     def update(self, step: int, sequences: list[PackedSequence]) -> StepMetrics:
         """Make update `step` (counted from 0) with its global batch. Collective."""
         stage, recipe = self.stage, self.recipe
-        assignment = share_out(sequences, self.groups, stage.micro_batch_size, self.cost)
+        assignment = share_out(sequences, self.groups, stage.micro_batch_length, self.cost)
         batches = micro_batches(
             sequences, assignment, self.groups, self.layout, self.cost, self.world.device,
             token_multiple=fp8.TOKEN_MULTIPLE if precision_of(recipe, stage) == "fp8" else 1,
