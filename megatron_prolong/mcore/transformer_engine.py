@@ -84,7 +84,8 @@ class TransformerEngineAttention(DocumentAttention):
             if first:  # TE refuses keys and values that do not begin their memory (utils.py: get_qkv_layout)
                 k, v = k.clone(), v.clone()
             outs.append(self._attend(self.whole, (q_TND[first:], k, v), packed))
-        return torch.cat(outs)  # TE's outputs are flat already: [T, N·D]
+        # TE's outputs are flat already: [T, N·D]. One alone is no copy: both would stay for the backward.
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     @staticmethod
     def _attend(

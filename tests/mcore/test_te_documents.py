@@ -68,6 +68,22 @@ def test_keys_and_values_begin_their_memory():
     assert seen == [[0, 12, 32], [0, 3, num_tokens - 16]]
 
 
+def test_the_output_of_one_call_is_not_copied():
+    """The kernel keeps its output for the backward, and the projection behind it keeps its input."""
+    made = []
+
+    def module(q, k, v, *_, packed_seq_params):
+        made.append(q.flatten(1))
+        return made[-1]
+
+    attention = TransformerEngineAttention.__new__(TransformerEngineAttention)
+    torch.nn.Module.__init__(attention)
+    attention.whole, attention.split = module, None
+    q, k, v = (torch.randn(9, heads, 8) for heads in (4, 2, 2))
+    out = attention.attend(q, k, v, Documents(cu_seqlens=torch.tensor([0, 4, 9])))
+    assert len(made) == 1 and out is made[0]
+
+
 @pytest.mark.parametrize(
     "capability, flash_attn, expected",
     [
