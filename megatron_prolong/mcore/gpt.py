@@ -53,8 +53,10 @@ class LongContextGPT(GPTModel):
         )
         self.real_vocab_size = shape.vocab_size
         self.loss_chunk_tokens = loss_chunk_tokens
-        # Plain attribute, not a buffer: the base belongs to the stage, never to a checkpoint.
-        self.inverse_frequencies = inverse_frequencies(shape.head_dim, shape.rope_base, shape.rope_scaling)
+        # Plain attribute, not a buffer: the base belongs to the stage, never to a checkpoint. On the device from
+        # the start: a copy in each forward pass would wait until the GPU has done all that is queued.
+        frequencies = inverse_frequencies(shape.head_dim, shape.rope_base, shape.rope_scaling)
+        self.inverse_frequencies = frequencies.to(torch.cuda.current_device())
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         decoder_input, _, *rest = super()._preprocess(input_ids, position_ids, **kwargs)

@@ -44,5 +44,5 @@ def angles(positions_T: Tensor, inverse_frequencies: Tensor) -> Tensor:
     The layout of Megatron's `apply_rotary_pos_emb`: the half [head_dim / 2] twice, one after the other. fp32
     is what transformers and Megatron use: at position 2**19 angles of fast pairs are exact to about 0.03.
     """
-    half_TD = positions_T.float().unsqueeze(-1) * inverse_frequencies.to(positions_T.device)
+    half_TD = positions_T.float().unsqueeze(-1) * inverse_frequencies
     return torch.cat((half_TD, half_TD), dim=-1)[:, None, None, :]
