@@ -1,6 +1,6 @@
 """AdamW of torch's fused kernels with the interface of Apex's and Transformer Engine's FusedAdam.
 
-Used where neither of the two is installed: on CPU, and on a GPU with plain PyTorch. The one difference from
+Used on CPU, and on a GPU where neither of the two is installed. The one difference from
 torch.optim.AdamW is where the step count lives: in the parameter group, as in Apex and Transformer Engine.
 Megatron's distributed optimizer can reshard the moments of such an optimizer; with torch's own its state_dict
 fails before the first step and its load with KeyError 'step'.
@@ -78,8 +78,8 @@ class FusedAdam(torch.optim.Optimizer):
 
 @contextlib.contextmanager
 def fused_adam_in_megatron() -> Iterator[None]:
-    """Make Megatron use `FusedAdam` inside this context, if it has neither Transformer Engine nor Apex."""
-    if distrib_optimizer.HAVE_APEX_OR_TE:
+    """Make Megatron use `FusedAdam` inside this context, unless it has Transformer Engine's or Apex's and a GPU."""
+    if distrib_optimizer.HAVE_APEX_OR_TE and torch.cuda.is_available():
         yield
         return
     replacements: list[tuple[Any, str, Any]] = [

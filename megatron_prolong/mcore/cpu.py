@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core import utils as megatron_utils
+from megatron.core.optimizer import clip_grads
+from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
@@ -82,6 +85,12 @@ def cuda_on_cpu() -> Iterator[None]:
         (torch.cuda, "manual_seed", _manual_seed),
         (megatron_random, "_get_cuda_rng_state", _get_rng_state),
         (megatron_random, "_set_cuda_rng_state", _set_rng_state),
+        # Where Transformer Engine or Apex is installed all the same, their kernels are CUDA's.
+        (clip_grads, "l2_norm_impl", megatron_utils.local_multi_tensor_l2_norm),
+        (clip_grads, "multi_tensor_scale_impl", megatron_utils.local_multi_tensor_scale),
+        (clip_grads, "multi_tensor_applier", megatron_utils.local_multi_tensor_applier),
+        (megatron_optimizer, "multi_tensor_scale_impl", megatron_utils.local_multi_tensor_scale),
+        (megatron_optimizer, "multi_tensor_applier", megatron_utils.local_multi_tensor_applier),
     ]
     with replaced(replacements), _CudaMeansCpu():
         yield
