@@ -19,7 +19,7 @@ NCCL's own buffers are in the hardware table, because they belong to the machine
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_prolong.plan.job import Job
 from megatron_prolong.recipe.shape import ModelShape
@@ -69,11 +69,15 @@ class Kernels:
 GPU_KERNELS = Kernels(flash2=True)
 TRANSFORMER_ENGINE = Kernels(rope=True, norm_in_mlp=True)
 CPU_KERNELS = Kernels(swiglu=False, rope=False, norm=False)
+_NOT_IN_TE = ("all_gather", "a2a+p2p")  # exchanges of packed documents that Transformer Engine leaves to us
 
 
 def gpu_kernels(job: Job) -> Kernels:
     """What the job's layers are made of on a GPU."""
-    return TRANSFORMER_ENGINE if job.attention == "te" else GPU_KERNELS
+    if job.attention != "te":
+        return GPU_KERNELS
+    ours = job.layout.cp > 1 and job.layout.cp_exchange in _NOT_IN_TE
+    return replace(TRANSFORMER_ENGINE, flash2=ours)
 
 
 def rank_memory(job: Job, pp_rank: int, kernels: Kernels | None = None) -> RankMemory:
@@ -173,30 +177,34 @@ def optimizer_bytes(job: Job, elements: int) -> int:
 # --- activations --------------------------------------------------------------------------------------------
 
 
-def saved_by_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> dict[str, int]:
+def saved_by_layer(job: Job, kernels: Kernels = GPU_KERNELS, fp8: bool = False) -> dict[str, int]:
     """Bytes that the backward of one layer needs, for one micro-batch, by tensor.
 
     t tokens of the rank, s of its residual stream (t/tp with sequence parallelism), h hidden, f ffn, N query
     and G key/value heads of size d, e bytes per element. `input` is the residual stream itself. Attention keeps
     rotated queries and keys, values, its output and one fp32 log-sum-exp per head and token, never scores.
+
+    Args:
+        fp8: a layer whose products are in fp8 keeps what norms and activation hand them in fp8.
     """
     shape, tp, e = job.shape, job.layout.tp, job.element_bytes
     t, s = job.rank_tokens, job.residual_tokens
     h, f, d = shape.hidden_size, shape.ffn_hidden_size // tp, shape.head_dim
     heads, groups = shape.num_heads // tp, shape.num_kv_heads // tp
     norm_input = e if kernels.norm else 4
+    product = 1 if fp8 else e
     saved = {
         "input": s * h * norm_input,
-        "norm_attention": s * h * e + s * 4,
+        "norm_attention": s * h * product + s * 4,
         "values": t * groups * d * e,
         "rotated": t * (heads + groups) * d * e,
         "attention": t * heads * d * e + t * heads * 4,
         "residual": s * h * norm_input,
-        "norm_mlp": s * h * e + s * 4,
+        "norm_mlp": s * h * product + s * 4,
         "fc1": t * 2 * f * e,
-        "activation": t * f * e,
+        "activation": t * f * product,
     }
-    if job.layout.cp > 1 and job.layout.cp_exchange == "a2a":
+    if job.layout.cp > 1 and job.layout.cp_exchange.startswith("a2a"):
         # What was exchanged is kept by heads, and the output a second time.
         repeated = groups * a2a_repeats(job)
         saved["values"] = t * repeated * d * e
@@ -217,7 +225,13 @@ _RECOMPUTED_MLP = ("fc1", "silu", "activation")
 def kept_by_chunk(job: Job, num_layers: int, kernels: Kernels = GPU_KERNELS) -> int:
     """Bytes that a model chunk's layers keep from forward to backward, for one micro-batch."""
     recomputed = job.recomputed_layers(num_layers)
-    kept = recomputed * layer_input_bytes(job) + (num_layers - recomputed) * kept_by_layer(job, kernels)
+    whole = num_layers - recomputed
+    fp8 = max(whole - 2, 0) if job.precision == "fp8" else 0  # the model's first and last layer are in bf16
+    kept = (
+        recomputed * layer_input_bytes(job)
+        + (whole - fp8) * kept_by_layer(job, kernels)
+        + fp8 * kept_by_layer(job, kernels, fp8=True)
+    )
     return kept + rotary_bytes(job) if recomputed else kept
 
 
@@ -226,11 +240,11 @@ def layer_input_bytes(job: Job) -> int:
     return job.residual_tokens * job.shape.hidden_size * job.element_bytes
 
 
-def kept_by_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+def kept_by_layer(job: Job, kernels: Kernels = GPU_KERNELS, fp8: bool = False) -> int:
     """Bytes that one layer keeps, for one micro-batch; with block:N, one behind the first N."""
     if job.recompute == "full":
         return layer_input_bytes(job)
-    saved = saved_by_layer(job, kernels)
+    saved = saved_by_layer(job, kernels, fp8)
     if job.recompute == "selective":
         again = (*_RECOMPUTED_MLP, "norm_mlp") if kernels.norm_in_mlp else _RECOMPUTED_MLP
         return sum(size for name, size in saved.items() if name not in again)
@@ -296,7 +310,12 @@ def attention_backward(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
 
 
 def recomputed_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
-    """What one layer keeps for its backward only once that has begun."""
+    """What one layer keeps for its backward only once that has begun.
+
+    Of a block:N nothing at the peak: the layers behind it kept everything, and are through when it is recomputed.
+    """
+    if 0 < job.recomputed_share < 1 and not job.offload:
+        return 0
     kept = layer_input_bytes(job) if job.recomputed_share else kept_by_layer(job, kernels)
     return sum(saved_by_layer(job, kernels).values()) - kept
 
@@ -366,7 +385,8 @@ def exchange_bytes(job: Job) -> int:
 def a2a_repeats(job: Job) -> int:
     """How often key/value heads are repeated so that every rank of the all-to-all gets whole heads."""
     heads = job.shape.num_kv_heads // job.layout.tp
-    return math.lcm(heads, job.layout.cp) // heads
+    ranks = 2 if job.layout.cp_exchange == "a2a+p2p" else job.layout.cp  # of its inner level
+    return math.lcm(heads, ranks) // heads
 
 
 def _round_up(value: int, multiple: int) -> int:
