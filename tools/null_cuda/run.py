@@ -11,7 +11,8 @@ Needs Linux, g++ and a CUDA 13 build of PyTorch in this Python environment, with
     python3.11 -m venv .venv-cuda
     .venv-cuda/bin/pip install torch==2.13.0 "nvidia-cuda-crt==13.0.*" -e .      # torch from PyPI: CUDA wheels
 
-Transformer Engine is left out: its attention is built by cuDNN, which asks the device for more than this answers.
+Where Transformer Engine is installed too (tested: 2.11 with torch 2.11), its attention, which cuDNN would build,
+does nothing either; all else is its own.
 """
 
 from __future__ import annotations
@@ -28,18 +29,23 @@ from pathlib import Path
 HERE = Path(__file__).parent
 # Libraries whose functions become stubs, and the few functions of them that work without a device.
 _STUBBED = re.compile(r"cuda[A-Z]|__cuda(GetK|Init|Launch|PopCall|PushCall)\w+|cublas|cudnn|nccl")
+_TORCH_LIBRARIES = ("c10_cuda", "torch_cuda", "torch_cuda_linalg", "torch_python")
+_COMPILER = ["g++", "-std=c++17", "-O1", "-fPIC", "-w"]
 _REAL = re.compile(r"\w*(GetErrorString|GetErrorName|GetVersion)$")
 
 
 def build(target: Path) -> None:
-    """Compile libcudart.so (to be preloaded) and libcuda.so.1 into `target`."""
+    """Compile libcuda.so.1 and, to be preloaded, libcudart.so and libte.so into `target`."""
     torch = _package("torch")
     headers = _package("nvidia") / "cu13" / "include"
     if not (headers / "crt" / "host_defines.h").is_file():
         sys.exit(f'null_cuda: no CUDA headers in {headers}: pip install "nvidia-cuda-crt==13.0.*"')
+    libraries = [torch / "lib" / f"lib{name}.so" for name in _TORCH_LIBRARIES]
+    if find_spec("transformer_engine") is not None:
+        libraries += _engine(target / "libte.so", headers)
     wanted: set[str] = set()
-    for library in ("c10_cuda", "torch_cuda", "torch_cuda_linalg", "torch_python"):
-        wanted |= _symbols(torch / "lib" / f"lib{library}.so", "--dynamic", "--undefined-only")
+    for library in libraries:
+        wanted |= _symbols(library, "--dynamic", "--undefined-only")
     _library(
         target / "libcudart.so",
         HERE / "libcudart.cpp",
@@ -51,10 +57,19 @@ def build(target: Path) -> None:
     _library(target / "libcuda.so.1", HERE / "libcuda.c", driver, headers)
 
 
+def _engine(target: Path, headers: Path) -> list[Path]:
+    """Compile what takes the place of Transformer Engine's fused attention; returns its libraries."""
+    engine = _package("transformer_engine")
+    includes = [f"-I{headers}", f"-I{engine / 'common' / 'include'}"]
+    lazy = "-Wl,-z,lazy"  # it calls functions of libraries that come later
+    _run(*_COMPILER, *includes, "-shared", lazy, HERE / "transformer_engine.cpp", "-o", target)
+    return [*engine.rglob("libtransformer_engine.so"), *engine.parent.glob("transformer_engine_torch*.so")]
+
+
 def _library(target: Path, source: Path, wanted: set[str], headers: Path) -> None:
     """`source` and a successful stub for every wanted function that it does not define."""
     own, stubs = target.with_suffix(".o"), target.with_suffix(".stubs.c")
-    compiler = ["g++" if source.suffix == ".cpp" else "gcc", "-O1", "-fPIC", "-w"]
+    compiler = _COMPILER if source.suffix == ".cpp" else ["gcc", *_COMPILER[2:]]
     _run(*compiler, f"-I{headers}", "-c", source, "-o", own)
     missing = sorted(wanted - _symbols(own, "--defined-only"))
     stubs.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in missing))
@@ -83,7 +98,8 @@ def environment(libraries: Path, devices: int = 1, gib: float = 80.0) -> dict[st
     """The variables under which a process sees `devices` GPUs of `gib` GiB each."""
     return {
         **os.environ,
-        "LD_PRELOAD": str(libraries / "libcudart.so"),
+        "LD_PRELOAD": " ".join(str(path) for path in sorted(libraries.glob("lib[ct]*.so"), reverse=True)),
+        "NVTE_DISABLE_NVRTC": "1",  # kernels that Transformer Engine would compile for the device it finds
         "LD_LIBRARY_PATH": str(libraries),
         "NULL_CUDA_DEVICES": str(devices),
         "NULL_CUDA_GIB": str(gib),
