@@ -78,7 +78,9 @@ def job_fact(job: str, name: str) -> str:
 
 
 def start_again(job: str) -> None:
-    """Slurm holds a requeued job back for two minutes; a test need not."""
+    """Slurm holds a requeued job back for two minutes; a test need not. But a node still refuses a job's new
+    credential in the second in which the old one was revoked ("Job credential revoked"): the job fails at once."""
+    time.sleep(3)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
 
 
