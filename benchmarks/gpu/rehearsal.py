@@ -26,18 +26,13 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import measure
 import numpy as np
 from null_cuda import run as null_cuda
+from throughput import LLAMA3_8B
 
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.memory import peak_memory
 from megatron_prolong.recipe.schema import Layout
-from megatron_prolong.recipe.shape import ModelShape
 
 GIB = 2**30
-LLAMA3_8B = ModelShape(
-    num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8, head_dim=128,
-    vocab_size=128_256, max_length=1_048_576, rope_base=1.28e8, tie_embeddings=False, norm_eps=1e-5,
-    initializer_range=0.02,
-)  # fmt: skip
 K = 1024
 BAG = [32 * K, 20 * K, 7 * K, 3 * K, 1 * K, 700, 324]  # a 64K pack of many documents
 # name: (ranks, layout, documents of each micro-batch, recompute, options)

@@ -8,7 +8,6 @@ layer's computation hides from tens of thousands of tokens on. Weights and small
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +92,9 @@ class HostOffload(saved_tensors_hooks):
 
     def _copy(self, source: Tensor, target: Tensor) -> None:
         """On the stream of the copies, behind what is computed so far."""
-        if self._copies is not None:
-            self._copies.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._copies) if self._copies is not None else nullcontext():
+        if self._copies is None:
+            target.copy_(source)
+            return
+        self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)

@@ -27,9 +27,7 @@ from torch import Tensor
 
 from megatron_prolong.mcore.attention import ContextParallel, DocumentAttention, Documents
 from megatron_prolong.mcore.specs import layer_spec
-
-# TE 2.9 asserts qkv_format != "thd" in all_gather and a2a+p2p (context_parallel.py): our own exchange does those.
-TE_EXCHANGES = ("p2p", "a2a")
+from megatron_prolong.recipe.schema import TE_EXCHANGES
 
 
 class TransformerEngineAttention(DocumentAttention):

@@ -22,6 +22,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from megatron_prolong.plan.job import Job
+from megatron_prolong.recipe.schema import TE_EXCHANGES
 from megatron_prolong.recipe.shape import ModelShape
 
 
@@ -69,14 +70,13 @@ class Kernels:
 GPU_KERNELS = Kernels(flash2=True)
 TRANSFORMER_ENGINE = Kernels(rope=True, norm_in_mlp=True)
 CPU_KERNELS = Kernels(swiglu=False, rope=False, norm=False)
-_NOT_IN_TE = ("all_gather", "a2a+p2p")  # exchanges of packed documents that Transformer Engine leaves to us
 
 
 def gpu_kernels(job: Job) -> Kernels:
     """What the job's layers are made of on a GPU."""
     if job.attention != "te":
         return GPU_KERNELS
-    ours = job.layout.cp > 1 and job.layout.cp_exchange in _NOT_IN_TE
+    ours = job.layout.cp > 1 and job.layout.cp_exchange not in TE_EXCHANGES
     return replace(TRANSFORMER_ENGINE, flash2=ours)
 
 

@@ -34,8 +34,8 @@ from megatron_prolong.plan.flops import ForwardFlops, model_flops, passes
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import BatchDocuments, Lengths
-from megatron_prolong.plan.memory import fp8_weights, gpu_kernels, kept_by_chunk, stage_weights
-from megatron_prolong.plan.volume import context_bytes
+from megatron_prolong.plan.memory import gpu_kernels, kept_by_chunk, stage_weights
+from megatron_prolong.plan.volume import context_bytes, gathered_bytes
 
 Seconds = NDArray[np.float64]
 
@@ -246,18 +246,13 @@ def _gradient_seconds(job: Job, gpu: Gpu, micro_batch_seconds: float) -> float:
     ranks = job.dp * layout.cp
     if ranks == 1:
         return 0.0
-    elements, quantized = max(
-        (sum(stage_weights(job, rank)), fp8_weights(job, rank) if job.fp8_parameters else 0)
-        for rank in range(layout.pp)
-    )
+    elements, pp_rank = max((sum(stage_weights(job, rank)), rank) for rank in range(layout.pp))
     bandwidth = gpu.bandwidth(ranks, stride=layout.tp)
     share = (ranks - 1) / ranks / bandwidth
     backward = 0.6 * micro_batch_seconds  # backward takes about 2/3 of a micro-batch; the tail is exposed
     forward = 0.3 * micro_batch_seconds
-    gathered = elements * (
-        job.element_bytes if layout.distributed_optimizer else 4
-    )  # else an all-reduce's half
-    return max(0.0, 4 * elements * share - backward) + max(0.0, (gathered - quantized) * share - forward)
+    gathered = gathered_bytes(job, elements, pp_rank)
+    return max(0.0, 4 * elements * share - backward) + max(0.0, gathered * share - forward)
 
 
 def _offload_seconds(job: Job, gpu: Gpu, micro_batch_seconds: float) -> float:

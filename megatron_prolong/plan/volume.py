@@ -103,7 +103,11 @@ def _data(job: Job, pp_rank: int) -> float:
     layout = job.layout
     ranks = job.dp * layout.cp
     elements = buffer_elements(job, stage_weights(job, pp_rank))
-    gather = elements * (job.element_bytes if layout.distributed_optimizer else 4)
-    if job.fp8_parameters:
-        gather -= fp8_weights(job, pp_rank)
-    return (ranks - 1) / ranks * (4 * elements + gather)
+    return (ranks - 1) / ranks * (4 * elements + gathered_bytes(job, elements, pp_rank))
+
+
+def gathered_bytes(job: Job, elements: int, pp_rank: int) -> int:
+    """What an update of `elements` weights of a pipeline stage gathers; else the second half of an all-reduce."""
+    if not job.layout.distributed_optimizer:
+        return 4 * elements
+    return elements * job.element_bytes - (fp8_weights(job, pp_rank) if job.fp8_parameters else 0)
