@@ -24,9 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import measure
-import numpy as np
 from null_cuda import run as null_cuda
-from throughput import LLAMA3_8B
+from throughput import LLAMA3_8B, training_step
 
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.memory import peak_memory
@@ -59,35 +58,21 @@ def rehearse(name: str) -> None:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_prolong.data.batch import collate_pieces
-    from megatron_prolong.data.packed import Piece
-    from megatron_prolong.mcore.build import build_model
     from megatron_prolong.mcore.groups import megatron
-    from megatron_prolong.mcore.micro_batch import micro_batch
-    from megatron_prolong.mcore.optimizer import build_optimizer
-    from megatron_prolong.recipe.schema import OptimizerSpec
-    from megatron_prolong.training.step import train_step
 
     ranks, fields, micro_batches, recompute, options = CASES[name]
-    layout, spec, device = Layout(**fields), OptimizerSpec(), torch.device("cuda", 0)
+    layout, device = Layout(**fields), torch.device("cuda", 0)
+    documents = [[torch.zeros(length, dtype=torch.int64) for length in lengths] for lengths in micro_batches]
     torch.cuda.set_device(device)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     with megatron(layout, seed=1) as groups:
-        model = build_model(
-            LLAMA3_8B, layout, precision="bf16", recompute=recompute,
-            offload_activations=options.get("offload", False),
+        step = training_step(
+            LLAMA3_8B, layout, documents, groups, device, precision="bf16", recompute=recompute,
+            offload=options.get("offload", False), split_threshold_tokens=4 * K,
         )  # fmt: skip
-        optimizer = build_optimizer(model, spec, layout, lr=1e-5)
-        batches = [
-            micro_batch(
-                collate_pieces(Piece(np.zeros(length, "uint32"), None) for length in lengths),
-                groups=groups, layout=layout, device=device, split_threshold_tokens=4 * K,
-            )
-            for lengths in micro_batches
-        ]  # fmt: skip
         for _ in range(2):  # the first allocates the optimizer's state and compiles what is compiled
             start = time.perf_counter()
-            train_step(model, optimizer, batches, groups, spec=spec, lr=1e-5)
+            step()
             took = time.perf_counter() - start
     measured = {
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),

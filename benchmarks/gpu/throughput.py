@@ -73,35 +73,54 @@ def documents(case: dict[str, Any], shape: ModelShape) -> list[torch.Tensor]:
 def our_step(
     case: dict[str, Any], shape: ModelShape, docs: list[torch.Tensor], stack: Any
 ) -> Callable[[], float]:
-    from megatron_prolong.data.batch import collate_pieces
-    from megatron_prolong.data.packed import Piece
     from megatron_prolong.mcore import config, specs
-    from megatron_prolong.mcore.build import build_model
     from megatron_prolong.mcore.groups import megatron
-    from megatron_prolong.mcore.micro_batch import micro_batch
-    from megatron_prolong.mcore.optimizer import build_optimizer
-    from megatron_prolong.recipe.fp8 import TOKEN_MULTIPLE
-    from megatron_prolong.recipe.schema import Layout, OptimizerSpec
+    from megatron_prolong.recipe.schema import Layout
     from megatron_prolong.runtime.launch import distributed
-    from megatron_prolong.training.step import train_step
 
     if case["way"] == "native":
         specs.runs_on_transformer_engine = config.runs_on_transformer_engine = lambda dtype: False
-    layout, spec = Layout(), OptimizerSpec()
     precision = "fp8" if case["way"] == "te fp8" else "bf16" if torch.cuda.is_available() else "fp32"
     world = stack.enter_context(distributed())
-    groups = stack.enter_context(megatron(layout, seed=1))
-    model = build_model(shape, layout, precision=precision, recompute="full")
+    groups = stack.enter_context(megatron(Layout(), seed=1))
+    return training_step(shape, Layout(), [docs], groups, world.device, precision=precision, recompute="full")
+
+
+def training_step(
+    shape: ModelShape,
+    layout: Any,
+    micro_batches: list[list[torch.Tensor]],
+    groups: Any,
+    device: torch.device,
+    *,
+    precision: str,
+    recompute: str,
+    offload: bool = False,
+    split_threshold_tokens: int = 0,
+) -> Callable[[], float]:
+    """A whole step of a model with random weights, over the documents of each micro-batch; returns the loss."""
+    from megatron_prolong.data.batch import collate_pieces
+    from megatron_prolong.data.packed import Piece
+    from megatron_prolong.mcore.build import build_model
+    from megatron_prolong.mcore.micro_batch import micro_batch
+    from megatron_prolong.mcore.optimizer import build_optimizer
+    from megatron_prolong.recipe.fp8 import TOKEN_MULTIPLE
+    from megatron_prolong.recipe.schema import OptimizerSpec
+    from megatron_prolong.training.step import train_step
+
+    spec = OptimizerSpec()
+    model = build_model(shape, layout, precision=precision, recompute=recompute, offload_activations=offload)
     with torch.no_grad():
         for weight in model.bare_chunks[0].parameters():
             weight.normal_(std=0.02) if weight.ndim > 1 else weight.fill_(1.0)
     optimizer = build_optimizer(model, spec, layout, lr=1e-5)
-    batch = collate_pieces(Piece(document.numpy().astype("uint32"), None) for document in docs)
     batches = [
         micro_batch(
-            batch, groups=groups, layout=layout, device=world.device,
+            collate_pieces(Piece(document.numpy().astype("uint32"), None) for document in docs),
+            groups=groups, layout=layout, device=device, split_threshold_tokens=split_threshold_tokens,
             token_multiple=TOKEN_MULTIPLE if precision == "fp8" else 1,
         )
+        for docs in micro_batches
     ]  # fmt: skip
     return lambda: train_step(model, optimizer, batches, groups, spec=spec, lr=1e-5).loss
 
