@@ -12,8 +12,6 @@ from pathlib import Path
 
 from megatron_prolong.data.domain import check_vocabulary
 from megatron_prolong.data.mds import MDSReader, Shard
-from megatron_prolong.data.mds.index import check_hashes
-from megatron_prolong.data.mds.reader import file_parts
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
@@ -57,8 +55,6 @@ def _unlisted(directory: Path, shards: list[Shard]) -> list[str]:
 def _check_shard(reader: MDSReader, number: int, shard: Shard, vocab_size: int | None) -> Iterator[str]:
     try:
         reader.verify(number)
-        if shard.packed is not None and shard.path.exists():  # unpacked earlier; this is what gets read
-            check_hashes(shard.path, shard.raw.hashes, file_parts(shard.path))
     except UserError as error:
         yield str(error)
         return

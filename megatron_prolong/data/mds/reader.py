@@ -184,9 +184,11 @@ class MDSReader(Sequence[dict[str, Any]]):
         shard = self.shards[number]
         path, file = shard.delivered
         _check_file(path, file.num_bytes)
-        check_hashes(path, file.hashes, file_parts(path))
+        check_hashes(path, file.hashes, _parts(path))
         for sample in range(shard.num_samples):
             self._read(number, sample)
+        if shard.packed is not None and shard.path.exists():  # unpacked earlier; this is what gets read
+            check_hashes(shard.path, shard.raw.hashes, _parts(shard.path))
 
 
 def _reopen(path: Path, columns: Sequence[str]) -> MDSReader:
@@ -208,7 +210,7 @@ def _check_file(path: Path, num_bytes: int) -> None:
         )
 
 
-def file_parts(path: Path) -> Iterator[memoryview]:
+def _parts(path: Path) -> Iterator[memoryview]:
     """The file in pieces, each valid until the next is asked for; not mapped, so that a bad disk is an error."""
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
@@ -220,7 +222,7 @@ def _unpack(shard: Shard) -> IO[bytes]:
     """Decompress a shard, check both files against the index, return the raw file opened for reading."""
     path, file = shard.delivered
     _check_file(path, file.num_bytes)
-    check_hashes(path, file.hashes, file_parts(path))
+    check_hashes(path, file.hashes, _parts(path))
     temporary = temporary_name(shard.path)
     try:
         raw: IO[bytes] = temporary.open("w+b")
