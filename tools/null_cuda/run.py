@@ -2,9 +2,12 @@
 
     python tools/null_cuda/run.py -- prolong train recipe.yaml precision=bf16
     python tools/null_cuda/run.py --devices 2 -- torchrun --nproc-per-node 2 -m megatron_prolong train recipe.yaml
+    python tools/null_cuda/run.py --compute -- pytest -m gpu
 
 What it shows: whether the GPU path of a program runs through (devices that do not meet, hooks that do not fire,
-arguments that no kernel takes) and what memory it takes. What it cannot show: any number, any time.
+arguments that no kernel takes) and what memory it takes. What it cannot show: any time; nor any number, unless
+`--compute` has PyTorch's CPU kernels do the work on what the program takes for GPUs, and NCCL's messages travel. Then
+it shows what the program computes where its GPU path differs from the CPU's, but for the kernels themselves.
 
 Needs Linux, g++ and a CUDA 13 build of PyTorch in this Python environment, with the headers of its runtime:
 
@@ -37,24 +40,24 @@ _REAL = re.compile(r"\w*(GetErrorString|GetErrorName|GetVersion)$")
 def build(target: Path) -> None:
     """Compile libcuda.so.1 and, to be preloaded, libcudart.so and libte.so into `target`."""
     torch = _package("torch")
-    headers = _package("nvidia") / "cu13" / "include"
-    if not (headers / "crt" / "host_defines.h").is_file():
-        sys.exit(f'null_cuda: no CUDA headers in {headers}: pip install "nvidia-cuda-crt==13.0.*"')
+    headers = [_package("nvidia") / part / "include" for part in ("cu13", "nccl")]
+    if not (headers[0] / "crt" / "host_defines.h").is_file():
+        sys.exit(f'null_cuda: no CUDA headers in {headers[0]}: pip install "nvidia-cuda-crt==13.0.*"')
     libraries = [torch / "lib" / f"lib{name}.so" for name in _TORCH_LIBRARIES]
     if find_spec("transformer_engine") is not None:
-        libraries += _engine(target / "libte.so", headers)
+        libraries += _engine(target / "libte.so", headers[0])
     wanted: set[str] = set()
     for library in libraries:
         wanted |= _symbols(library, "--dynamic", "--undefined-only")
     _library(
         target / "libcudart.so",
-        HERE / "libcudart.cpp",
+        [HERE / "libcudart.cpp", HERE / "nccl.cpp"],
         {name for name in wanted if _STUBBED.match(name) and not _REAL.match(name)},
         headers,
     )
-    driver = set(re.findall(r"\b(cu[A-Z]\w*)\(", (headers / "cuda.h").read_text()))
+    driver = set(re.findall(r"\b(cu[A-Z]\w*)\(", (headers[0] / "cuda.h").read_text()))
     driver |= {f"{name}_v{version}" for name in driver for version in (2, 3, 4)}
-    _library(target / "libcuda.so.1", HERE / "libcuda.c", driver, headers)
+    _library(target / "libcuda.so.1", [HERE / "libcuda.c"], driver, headers)
 
 
 def _engine(target: Path, headers: Path) -> list[Path]:
@@ -66,16 +69,18 @@ def _engine(target: Path, headers: Path) -> list[Path]:
     return [*engine.rglob("libtransformer_engine.so"), *engine.parent.glob("transformer_engine_torch*.so")]
 
 
-def _library(target: Path, source: Path, wanted: set[str], headers: Path) -> None:
-    """`source` and a successful stub for every wanted function that it does not define."""
-    own, stubs = target.with_suffix(".o"), target.with_suffix(".stubs.c")
-    compiler = _COMPILER if source.suffix == ".cpp" else ["gcc", *_COMPILER[2:]]
-    _run(*compiler, f"-I{headers}", "-c", source, "-o", own)
-    missing = sorted(wanted - _symbols(own, "--defined-only"))
+def _library(target: Path, sources: list[Path], wanted: set[str], headers: list[Path]) -> None:
+    """The sources and a successful stub for every wanted function that they do not define."""
+    objects = [target.with_name(f"{source.stem}.o") for source in sources]
+    stubs = target.with_suffix(".stubs.c")
+    for source, compiled in zip(sources, objects, strict=True):
+        compiler = _COMPILER if source.suffix == ".cpp" else ["gcc", *_COMPILER[2:]]
+        _run(*compiler, *(f"-I{path}" for path in headers), "-c", source, "-o", compiled)
+    missing = sorted(wanted.difference(*(_symbols(compiled, "--defined-only") for compiled in objects)))
     stubs.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in missing))
     _run("gcc", "-fPIC", "-w", "-fno-builtin", "-c", stubs, "-o", stubs.with_suffix(".o"))
-    linked = [own, stubs.with_suffix(".o"), "-o", target]
-    _run(*compiler, "-shared", f"-Wl,-soname,{target.name}", *linked)
+    linked = [*objects, stubs.with_suffix(".o"), "-o", target]
+    _run("g++", "-shared", f"-Wl,-soname,{target.name}", *linked)
 
 
 def _symbols(library: Path, *options: str) -> set[str]:
@@ -94,10 +99,13 @@ def _package(name: str) -> Path:
     return Path(next(iter(found.submodule_search_locations)))
 
 
-def environment(libraries: Path, devices: int = 1, gib: float = 80.0) -> dict[str, str]:
+def environment(
+    libraries: Path, devices: int = 1, gib: float = 80.0, compute: bool = False
+) -> dict[str, str]:
     """The variables under which a process sees `devices` GPUs of `gib` GiB each."""
     return {
         **os.environ,
+        **(_computing(libraries) if compute else {}),
         "LD_PRELOAD": " ".join(str(path) for path in sorted(libraries.glob("lib[ct]*.so"), reverse=True)),
         "NVTE_DISABLE_NVRTC": "1",  # kernels that Transformer Engine would compile for the device it finds
         "LD_LIBRARY_PATH": str(libraries),
@@ -108,20 +116,39 @@ def environment(libraries: Path, devices: int = 1, gib: float = 80.0) -> dict[st
     }
 
 
+def _computing(libraries: Path) -> dict[str, str]:
+    """The variables under which every Python process computes, with kernels.py."""
+    (libraries / "sitecustomize.py").write_text(
+        f"import sys; sys.path.append({str(HERE)!r}); import kernels\n"
+    )
+    messages = libraries / "messages"
+    messages.mkdir()
+    path = [str(libraries), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        "NULL_CUDA_MESSAGES": str(messages),
+        "PYTHONPATH": os.pathsep.join(path),
+        "TORCHDYNAMO_DISABLE": "1",  # kernels that Triton compiles for the device
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--devices", type=int, default=1, help="GPUs of this machine")
     parser.add_argument("--gib", type=float, default=80.0, help="memory of each GPU")
+    parser.add_argument("--compute", action="store_true", help="with numbers, by PyTorch's CPU kernels")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     arguments = parser.parse_args()
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
         parser.error("no command: python tools/null_cuda/run.py -- COMMAND")
-    with tempfile.TemporaryDirectory() as directory:
-        build(Path(directory))
-        sys.exit(subprocess.call(command, env=environment(Path(directory), arguments.devices, arguments.gib)))
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as directory:
+        libraries = Path(directory)
+        build(libraries)
+        machine = environment(libraries, arguments.devices, arguments.gib, arguments.compute)
+        sys.exit(subprocess.call(command, env=machine))
 
 
 if __name__ == "__main__":
