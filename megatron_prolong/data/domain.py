@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from pydantic import JsonValue
 
 from megatron_prolong.data.mds import MDSReader
 from megatron_prolong.data.packed import Identity, PackedSequence
@@ -16,6 +17,10 @@ from megatron_prolong.errors import UserError
 
 class Domain(Protocol):
     name: str
+
+    @property
+    def contents(self) -> JsonValue:
+        """What tells its samples from others, wherever they lie."""
 
     def __len__(self) -> int: ...
 
@@ -52,6 +57,13 @@ class ShardedDomain:
                 f"{self._sequence_length}; the rest would be padding. Pack the source again with "
                 f"`prolong data pack --length {self._sequence_length}`"
             )
+
+    @property
+    def contents(self) -> JsonValue:
+        """Sizes and hashes of the shards before compression, as the index has them; nothing is read."""
+        return [
+            [shard.num_samples, shard.raw.num_bytes, dict(shard.raw.hashes)] for shard in self._reader.shards
+        ]
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -91,6 +103,11 @@ class MockDomain:
         self._sequence_length = sequence_length
         self._vocab_size = vocab_size
         self._seed = seed
+
+    @property
+    def contents(self) -> JsonValue:
+        """Its size: the seed is the stage's."""
+        return self._size
 
     def __len__(self) -> int:
         return self._size

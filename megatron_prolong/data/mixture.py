@@ -9,7 +9,7 @@ continues the same stream, and costs O(batch).
 - Which sample: the n-th draw from a domain of m samples is the (n mod m)-th of epoch n // m, and every
   epoch is its own permutation. Nothing is seen twice before all has been seen once.
 - Domains are told apart by their place in the recipe, not by their path: moving data to another disk
-  keeps the stream. `fingerprint` tells whether two mixtures have the same stream.
+  keeps the stream. `fingerprint` tells whether two mixtures have the same stream of the same samples.
 """
 
 from __future__ import annotations
@@ -142,11 +142,11 @@ class Mixture:
         )
 
     def fingerprint(self) -> str:
-        """Equal for two mixtures exactly when their batches are the same references at every common step."""
-        sizes = [len(domain) for domain in self._domains]
+        """Equal for two mixtures exactly when their batches are the same samples at every common step."""
+        contents = [domain.contents for domain in self._domains]
         shares = [str(share) for share in self._interleave.shares]
-        facts = [shares, sizes, self.batch_sequences, self.seed]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        facts = [shares, contents, self.batch_sequences, self.seed]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _open(

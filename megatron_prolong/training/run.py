@@ -24,7 +24,7 @@ from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import RunLog, open_log
 from megatron_prolong.training.run_directory import RESOLVED_RECIPE, Checkpoint, latest_checkpoint
 from megatron_prolong.training.stage import Preempted, Session, StageInput, train_stage
-from megatron_prolong.training.state import StageStatus, chain_status, refuse_changes
+from megatron_prolong.training.state import StageStatus, chain_status, refuse_changes, refuse_gaps
 
 CONVERSION_TIMEOUT = timedelta(days=1)  # hundreds of GB, from a slow disk to a slow disk
 
@@ -126,10 +126,11 @@ def _open(recipe: Recipe, stack: ExitStack) -> RunLog:
     run_dir.mkdir(parents=True, exist_ok=True)
     stack.enter_context(DirectoryLock(run_dir))
     log = stack.enter_context(open_log(recipe))
-    path = run_dir / RESOLVED_RECIPE
+    path, statuses = run_dir / RESOLVED_RECIPE, chain_status(recipe, run_dir)
     if path.exists():
-        for notice in refuse_changes(load_recipe(path), recipe, chain_status(recipe, run_dir)):
+        for notice in refuse_changes(load_recipe(path), recipe, statuses):
             log.say(f"changed since the last start: {notice}")
+    refuse_gaps(statuses)
     write_durably(path, dump_recipe(recipe))
     return log
 

@@ -244,8 +244,8 @@ def first_state(run: StageRun, start: StageInput) -> TrainState:
     if state.stream != fingerprint:
         raise UserError(
             f"stage {run.stage.name} cannot continue from {start.checkpoint.directory}: its data has changed "
-            "(another number of samples or other proportions), so the batch stream would jump; restore the "
-            "data, or start a new run_dir"
+            "(other samples, another order of the domains, or other proportions), so the batch stream would jump; "
+            "restore the data, or start a new run_dir"
         )
     return state
 

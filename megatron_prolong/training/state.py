@@ -101,7 +101,12 @@ def compare_recipes(before: Recipe, now: Recipe, statuses: list[StageStatus]) ->
                 notices.append(change)
     begun = {status.stage.name for status in statuses if status.word != "waiting"}
     for name in stages_before.keys() - {stage.name for stage in now.stages}:
-        notices.append(f"stage {name}: removed")
+        if latest_checkpoint(now.run_dir / name):
+            refusals.append(
+                f"stage {name}: removed or renamed (to give it up, move {now.run_dir / name} away)"
+            )
+        else:
+            notices.append(f"stage {name}: removed")
     order_before = [stage.name for stage in before.stages if stage.name in begun]
     order_now = [stage.name for stage in now.stages if stage.name in begun]
     if order_before != order_now:
@@ -119,6 +124,20 @@ def refuse_changes(before: Recipe, now: Recipe, statuses: list[StageStatus]) -> 
             refusals,
         )
     return notices
+
+
+def refuse_gaps(statuses: list[StageStatus]) -> None:
+    """Raises UserError when a stage is not done but a later one has begun, which would see nothing of it."""
+    unfinished = next((status for status in statuses if status.word != "done"), None)
+    begun = [status for status in statuses if status.step]
+    if unfinished is not None and begun and statuses.index(begun[-1]) > statuses.index(unfinished):
+        later = begun[-1].stage.name
+        raise UserError(
+            f"stage {unfinished.stage.name} is at step {unfinished.step} of {unfinished.stage.num_steps}, but "
+            f"stage {later} after it has begun, from other weights; to go on with {later}, put the checkpoints "
+            f"of {unfinished.stage.name} back or take it out of the recipe; to train {later} anew, move its "
+            "directory away"
+        )
 
 
 def _dump(model: Any) -> dict[str, Any]:

@@ -16,9 +16,14 @@ SIZES = {"code": 7, "books": 40, "wiki": 1}
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sources")
+    return write_sources(tmp_path_factory.mktemp("sources"))
+
+
+def write_sources(root: Path, first: int = 0) -> Path:
+    """One sample to a shard; the first token of the first is `first`."""
     for number, (name, size) in enumerate(SIZES.items()):
-        write_packs(root / name, numbered_packs(size, first=1000 * number), size_limit=300)
+        packs = numbered_packs(size, first=first + 1000 * number)
+        write_packs(root / name, packs, size_limit=300, hashes=["xxh64"])
     return root
 
 
@@ -123,16 +128,14 @@ def test_the_summary_says_it_in_a_line(sources: Path) -> None:
 def test_the_fingerprint_is_that_of_the_stream(sources: Path, tmp_path: Path) -> None:
     base = mixture(sources).fingerprint()
     assert mixture(sources, {"code": 3, "books": 6, "wiki": 1}, num_steps=99).fingerprint() == base
-    moved = tmp_path / "elsewhere"
-    for number, (name, size) in enumerate(SIZES.items()):
-        write_packs(moved / name, numbered_packs(size, first=1000 * number))
-    assert mixture(moved).fingerprint() == base
+    assert mixture(write_sources(tmp_path / "elsewhere")).fingerprint() == base
     write_packs(tmp_path / "grown" / "code", numbered_packs(8))
     grown = Mixture(
         {tmp_path / "grown" / "code": 0.3, sources / "books": 0.6, sources / "wiki": 0.1},
         sequence_length=8, batch_sequences=8, seed=42, num_steps=12,
     )  # fmt: skip
-    others = [grown, mixture(sources, seed=1), mixture(sources, batch_sequences=4),
+    same_sizes = write_sources(tmp_path / "same_sizes", first=1)
+    others = [grown, mixture(same_sizes), mixture(sources, seed=1), mixture(sources, batch_sequences=4),
               mixture(sources, {"code": 0.4, "books": 0.5, "wiki": 0.1})]  # fmt: skip
     assert base not in {other.fingerprint() for other in others}
 

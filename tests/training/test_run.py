@@ -76,6 +76,21 @@ def test_changes_that_would_corrupt_a_begun_stage_are_refused(workspace, undistu
     assert "stage.short.seed: 42 → 7" in output and "stage.long.lr" in output
 
 
+def test_a_stage_with_checkpoints_cannot_leave_the_recipe_unnoticed(workspace, undisturbed):
+    output = workspace.train("undisturbed", "stage.short.name=shorter", code=2)
+    assert "stage short: removed or renamed" in output and "undisturbed/short away" in output
+
+
+def test_a_stage_before_one_that_has_begun_is_not_trained(workspace, undisturbed):
+    """As when its directory was deleted to save space: the later stage would see nothing of it."""
+    root = workspace.root
+    shutil.copytree(root / "undisturbed", root / "gap")
+    shutil.rmtree(root / "gap/short")
+    (root / "gap/recipe.yaml").unlink()
+    output = workspace.train("gap", code=2)
+    assert "stage short is at step 0 of 6, but stage long after it has begun" in " ".join(output.split())
+
+
 def test_another_layout_continues_the_same_losses(workspace, undisturbed):
     """From a checkpoint of one process to two: pipeline stages, then context parallel; fp32 rounding only."""
     root = workspace.root

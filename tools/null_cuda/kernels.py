@@ -1,8 +1,8 @@
 """PyTorch's CUDA operators, computed by its CPU operators, for a runtime whose device memory is host memory.
 
-Imported at the start of every Python process under `run.py --compute`. Each operator that has a CUDA kernel gets one
-that sees the same memory as CPU tensors, calls the CPU kernel and hands out CUDA tensors. What reserves memory or
-makes views stays PyTorch's own. Flash attention, which CPUs have in another form, is written out below.
+Imported at the start of every Python process under `run.py --compute`. Each operator that has a CUDA kernel gets
+one that sees the same memory as CPU tensors, calls the CPU kernel and hands out CUDA tensors. What reserves memory
+or makes views stays PyTorch's own. Flash attention, which CPUs have in another form, is written out below.
 """
 
 from __future__ import annotations

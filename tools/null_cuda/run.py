@@ -6,8 +6,8 @@
 
 What it shows: whether the GPU path of a program runs through (devices that do not meet, hooks that do not fire,
 arguments that no kernel takes) and what memory it takes. What it cannot show: any time; nor any number, unless
-`--compute` has PyTorch's CPU kernels do the work on what the program takes for GPUs, and NCCL's messages travel. Then
-it shows what the program computes where its GPU path differs from the CPU's, but for the kernels themselves.
+`--compute` has PyTorch's CPU kernels do the work on what the program takes for GPUs, and NCCL's messages travel.
+Then it shows what the program computes where its GPU path differs from the CPU's, but for the kernels themselves.
 
 Needs Linux, g++ and a CUDA 13 build of PyTorch in this Python environment, with the headers of its runtime:
 
