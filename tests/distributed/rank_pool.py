@@ -1,5 +1,4 @@
-"""Gloo ranks that stay alive between test cases, so that a property test can run hundreds of collective
-cases.
+"""Ranks that stay alive between test cases, so that a property test can run hundreds of collective cases.
 
 The parent draws (and shrinks) examples; every rank of the pool runs the same function on them. A rank that
 raises makes the case fail in the parent with its traceback, and the pool is started anew.
@@ -24,10 +23,14 @@ TIMEOUT_SECONDS = 180
 
 
 class RankPool:
-    """`size` processes of one gloo world. Functions must be module-level; called as function(rank, *args)."""
+    """`size` processes of one world, on CPU with gloo or each on a GPU of its own with NCCL.
 
-    def __init__(self, size: int) -> None:
+    Functions must be module-level; called as function(rank, *args).
+    """
+
+    def __init__(self, size: int, on_gpus: bool = False) -> None:
         self.size = size
+        self._on_gpus = on_gpus
         self._processes: list[Any] = []
         self._pipes: tuple[Any, ...] = ()
 
@@ -64,18 +67,22 @@ class RankPool:
         store = Path(tempfile.mkdtemp()) / "store"
         self._pipes, ends = zip(*(context.Pipe() for _ in range(self.size)), strict=True)
         self._processes = [
-            context.Process(target=_serve, args=(rank, self.size, str(store), end))
+            context.Process(target=_serve, args=(rank, self.size, self._on_gpus, str(store), end))
             for rank, end in enumerate(ends)
         ]
         for process in self._processes:
             process.start()
 
 
-def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, size: int, on_gpus: bool, store: str, pipe: Any) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    if on_gpus:
+        torch.cuda.set_device(rank)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
         init_method=f"file://{store}",
         rank=rank,
         world_size=size,

@@ -115,7 +115,8 @@ def train(rank: int, job: Job) -> Trained:
         metrics, plans = [], []
         for sequences in batches()[job.first : job.last]:
             assignment = share_out(sequences, groups, SEQUENCE_LENGTH, COST)
-            shared = micro_batches(sequences, assignment, groups, layout, COST, torch.device("cpu"))
+            device = torch.device(torch.cuda.current_device())
+            shared = micro_batches(sequences, assignment, groups, layout, COST, device)
             plans += [batch.documents.context.plan for batch in shared if batch.documents.context]
             metrics.append(train_step(model, optimizer, shared, groups, spec=spec, lr=1e-3))
             assert metrics[-1].updated
@@ -167,7 +168,7 @@ def shards_of(model) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], np.n
         for tensor in nested_values(state):
             if not isinstance(tensor, ShardedTensor):
                 continue
-            local = tensor.data.detach().float().numpy().reshape(tensor.local_shape)
+            local = tensor.data.detach().float().cpu().numpy().reshape(tensor.local_shape)
             local = local.reshape((1,) * tensor.prepend_axis_num + local.shape)
             place = tuple(
                 slice(start, start + size)

@@ -90,8 +90,11 @@ def test_bf16_stays_within_rounding_of_fp32(request, name, checkpoint, single):
 
 def pool_of(request, layout: dict) -> RankPool:
     """The pool with as many ranks as the layout takes."""
-    size = math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
-    return request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[size])
+    return request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[num_ranks(layout)])
+
+
+def num_ranks(layout: dict) -> int:
+    return math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
 
 
 def assert_equal_weights(weights, expected_weights, tolerance: float) -> None:

@@ -118,8 +118,10 @@ extern "C" {
 // --- devices
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = static_cast<int>(from_environment("NULL_CUDA_DEVICES", 1));
-  return cudaSuccess;
+  const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
+  const bool hidden = visible != nullptr && *visible == '\0';
+  *count = hidden ? 0 : static_cast<int>(from_environment("NULL_CUDA_DEVICES", 1));
+  return hidden ? cudaErrorNoDevice : cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = current_device;
