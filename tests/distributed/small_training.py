@@ -88,6 +88,7 @@ class Job:
     start: str
     recompute: str = "none"
     precision: str = "fp32"
+    offload_activations: bool = False
     first: int = 0
     last: int = NUM_STEPS
     save: str = ""
@@ -109,8 +110,9 @@ def train(rank: int, job: Job) -> Trained:
         assert groups.dp.size == job.layout.get("dp", 1)
         shape = read_shape(Path(job.start))
         model = build.build_model(
-            shape, layout, precision=job.precision, recompute=job.recompute, loss_chunk_tokens=24
-        )
+            shape, layout, precision=job.precision, recompute=job.recompute,
+            offload_activations=job.offload_activations, loss_chunk_tokens=24,
+        )  # fmt: skip
         optimizer = load(job, model, layout, spec)
         metrics, plans = [], []
         for sequences in batches()[job.first : job.last]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rank_pool import RankPool
-from small_training import Job, assemble, train
+from small_training import Job, Trained, assemble, train
 from test_layouts import (
     BF16_GRAD_NORM,
     BF16_LOSS,
@@ -36,13 +36,36 @@ def pools() -> Iterator[dict[int, RankPool]]:
 @pytest.mark.parametrize(
     ("name", "recompute"), dict.fromkeys(CASES), ids=lambda value: str(value).replace(" ", "-")
 )
-def test_on_gpus_bf16_stays_within_rounding_of_fp32(pools, name, recompute, checkpoint, single):
-    expected, expected_weights = single
-    layout = LAYOUTS.get(name, {})
-    if torch.cuda.device_count() < num_ranks(layout):
-        pytest.skip(f"needs {num_ranks(layout)} GPUs")
-    ranks = pools[num_ranks(layout)].run(train, Job(layout, checkpoint, recompute, precision="bf16"))
+def test_bf16_stays_within_rounding_of_fp32(pools, name, recompute, checkpoint, single):
+    ranks = train_on_gpus(pools, Job(LAYOUTS.get(name, {}), checkpoint, recompute, precision="bf16"))
+    assert_close(ranks, *single)
+
+
+@pytest.mark.parametrize("name", ["one", "tp2 sp", "pp2", "cp2 p2p"])
+def test_activations_on_the_host_change_nothing(pools, name, checkpoint, single):
+    job = Job(LAYOUTS.get(name, {}), checkpoint, "selective", precision="bf16", offload_activations=True)
+    assert_close(train_on_gpus(pools, job), *single)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("one", "tp2 sp"), ("cp2 p2p", "pp2"), ("dp2 distributed optimizer", "one")]
+)
+def test_a_checkpoint_continues_at_another_layout(pools, before, after, checkpoint, single, tmp_path):
+    saved = str(tmp_path)
+    train_on_gpus(pools, Job(LAYOUTS.get(before, {}), checkpoint, precision="bf16", last=4, save=saved))
+    ranks = train_on_gpus(pools, Job(LAYOUTS.get(after, {}), saved, precision="bf16", first=4))
+    assert_close(ranks, *single, first=4)
+
+
+def train_on_gpus(pools: dict[int, RankPool], job: Job) -> list[Trained]:
+    size = num_ranks(job.layout)
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+    return pools[size].run(train, job)
+
+
+def assert_close(ranks: list[Trained], expected: Trained, expected_weights, first: int = 0) -> None:
     for rank in ranks:
-        np.testing.assert_allclose(rank.losses, expected.losses, rtol=BF16_LOSS)
-        np.testing.assert_allclose(rank.grad_norms, expected.grad_norms, rtol=BF16_GRAD_NORM)
+        np.testing.assert_allclose(rank.losses, expected.losses[first:], rtol=BF16_LOSS)
+        np.testing.assert_allclose(rank.grad_norms, expected.grad_norms[first:], rtol=BF16_GRAD_NORM)
     assert_equal_weights(assemble(ranks), expected_weights, BF16_WEIGHTS)
