@@ -39,6 +39,23 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     return result  # type: ignore[return-value]
 
 
+def from_main(value: T) -> T:
+    """Rank 0's value, on every rank. Collective."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def against_main(own: T, compare: Callable[[T, T], None]) -> None:
+    """Call `compare` with rank 0's value and this rank's own; what it refuses, all ranks do. Collective.
+
+    Raises:
+        JointError: on every rank, with all that was refused anywhere.
+    """
+    main = from_main(own)
+    together(lambda: compare(main, own))
+
+
 def on_main(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T | None:
     """The same, done on rank 0 only; the others get None when it has."""
     return together(lambda: action() if dist.get_rank() == 0 else None, group)

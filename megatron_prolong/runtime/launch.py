@@ -58,13 +58,7 @@ def distributed(timeout_seconds: float = 600.0) -> Iterator[World]:
         device = torch.device("cpu")
         backend = "gloo"
         _share_cores(place)
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{place.address}:{place.port}",
-        rank=place.rank,
-        world_size=place.size,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    _meet(backend, place, timeout_seconds)
     with naming_lost_ranks(place.rank, lambda: "a collective"):
         try:
             yield World(place.rank, place.size, place.local_rank, device)
@@ -74,6 +68,27 @@ def distributed(timeout_seconds: float = 600.0) -> Iterator[World]:
                 dist.destroy_process_group()
             raise
         dist.destroy_process_group()
+
+
+def _meet(backend: str, place: Rendezvous, timeout_seconds: float) -> None:
+    """Find the other ranks.
+
+    Raises:
+        UserError: the port is taken, the first node is not found, or a rank does not come.
+    """
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{place.address}:{place.port}",
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    except dist.DistError as error:
+        raise UserError(
+            f"rank {place.rank} of {place.size} could not meet the others at MASTER_ADDR {place.address}, "
+            f"MASTER_PORT {place.port}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _share_cores(place: Rendezvous) -> None:

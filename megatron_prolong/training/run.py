@@ -16,7 +16,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import dump_recipe, load_recipe
 from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import HF_DIR, MANIFEST, model_directory
-from megatron_prolong.runtime.agreement import on_main, together
+from megatron_prolong.runtime.agreement import against_main, from_main, on_main, together
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.runtime.publish import write_durably
@@ -24,7 +24,14 @@ from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import RunLog, open_log
 from megatron_prolong.training.run_directory import RESOLVED_RECIPE, Checkpoint, latest_checkpoint
 from megatron_prolong.training.stage import Preempted, Session, StageInput, train_stage
-from megatron_prolong.training.state import StageStatus, chain_status, refuse_changes, refuse_gaps
+from megatron_prolong.training.state import (
+    StageStatus,
+    chain_status,
+    refuse_changes,
+    refuse_gaps,
+    refuse_other_work,
+    work_of,
+)
 
 CONVERSION_TIMEOUT = timedelta(days=1)  # hundreds of GB, from a slow disk to a slow disk
 
@@ -45,9 +52,11 @@ def train(
         evaluate: called with the checkpoints that the recipe's `evaluation:` wants measured.
 
     Raises:
-        UserError: the recipe changed in a way that cannot be taken up half-way, or its inputs are unusable.
+        UserError: the recipe changed in a way that cannot be taken up half-way, is not the same on all ranks, or
+            its inputs are unusable.
         training.stage.Preempted: asked to stop.
     """
+    against_main(work_of(recipe), refuse_other_work)
     with ExitStack() as stack:
         log = on_main(lambda: _open(recipe, stack))
         initial = previous = _initial_checkpoint(recipe)
@@ -85,9 +94,7 @@ def _pieces(
 
 def _newest_checkpoint(stage_dir: Path) -> Checkpoint | None:
     """As rank 0 sees it: what another node sees of a network file system may be seconds old. Collective."""
-    found = [on_main(lambda: latest_checkpoint(stage_dir))]
-    dist.broadcast_object_list(found)
-    return found[0]
+    return from_main(on_main(lambda: latest_checkpoint(stage_dir)))
 
 
 def _wants_evaluation(recipe: Recipe, stage: Stage, step: int) -> bool:

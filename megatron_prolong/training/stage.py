@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from megatron_prolong.recipe.schema import (
     recompute_of,
 )
 from megatron_prolong.recipe.shape import ModelShape
+from megatron_prolong.runtime.agreement import against_main
 from megatron_prolong.runtime.garbage import collected_by_hand
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
@@ -46,7 +48,7 @@ from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import RunLog
 from megatron_prolong.training.run_directory import Checkpoint
 from megatron_prolong.training.schedule import learning_rate
-from megatron_prolong.training.state import TrainState
+from megatron_prolong.training.state import TrainState, versions
 from megatron_prolong.training.step import StepMetrics, train_step
 
 STEP_TIMEOUT_SECONDS = 3600.0  # the longest honest step is minutes; saving a checkpoint of 70B is in it too
@@ -202,6 +204,7 @@ def prepare_stage(
     """Build model, optimizer and batch stream; load what the stage starts from."""
     shape = start.shape(stage)
     mixture = Mixture.of_stage(stage, shape.vocab_size)
+    against_main(mixture.fingerprint(), partial(_refuse_other_data, stage))
     model = build_model(
         shape,
         layout,
@@ -223,6 +226,15 @@ def prepare_stage(
         optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
     cost = CostModel.for_shape(shape)
     return StageRun(recipe, stage, layout, world, groups, model, optimizer, mixture, cost)
+
+
+def _refuse_other_data(stage: Stage, main: str, own: str) -> None:
+    """Ranks that read other samples would each train on its own."""
+    if own != main:
+        raise UserError(
+            f"stage {stage.name}: its data here is not rank 0's (other samples behind the same recipe); copy it "
+            "to this node again, or read it from a shared disk"
+        )
 
 
 def _refuse_other_optimizer(checkpoint: Checkpoint, layout: Layout) -> None:
@@ -307,11 +319,5 @@ def _manifest(run: StageRun, state: TrainState) -> dict[str, Any]:
         "sequence_length": run.stage.sequence_length,
         "layout": {**run.layout.model_dump(), "dp": run.groups.dp.size},
         "training": state.to_dict(),
-        "versions": _versions(),
+        "versions": versions(),
     }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("megatron-prolong", "megatron-core", "torch")}

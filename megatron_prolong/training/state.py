@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,31 @@ def refuse_gaps(statuses: list[StageStatus]) -> None:
             f"of {unfinished.stage.name} back or take it out of the recipe; to train {later} anew, move its "
             "directory away"
         )
+
+
+def work_of(recipe: Recipe) -> dict[str, Any]:
+    """What all ranks must agree on. A node may have the mixture's data in a place of its own: what is in it is
+    compared when the stage begins."""
+    work = _dump(recipe)
+    work["stages"] = {stage["name"]: stage for stage in work["stages"]}
+    for stage in work["stages"].values():
+        if isinstance(stage["mixture"], dict):
+            stage["mixture"] = list(stage["mixture"].values())
+    return work | {"version": versions()}
+
+
+def refuse_other_work(main: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raises UserError when this rank's `work_of` is not rank 0's: it would train a model of its own."""
+    problems = [f"{key}: {here}, but {there} on rank 0" for key, there, here in _differences(main, own)]
+    if problems:
+        raise UserError.many(
+            "not the recipe or the packages of rank 0; give all nodes the same files:", problems
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that make the numbers."""
+    return {name: version(name) for name in ("megatron-prolong", "megatron-core", "torch")}
 
 
 def _dump(model: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,19 @@ class Workspace:
         path.write_text(RECIPE.format(run_dir=self.root / run, root=self.root, every=every))
         return path
 
+    def write_data(self, name: str, seed: int = 0) -> None:
+        """20 packs of two documents; each repeats one token, so that there is something to learn in a few steps."""
+        random = np.random.default_rng(seed)
+        columns = {
+            "input_ids": "ndarray:uint32", "indices": "ndarray:uint32", "domain": "str", "length": "int",
+        }  # fmt: skip
+        with MDSWriter(self.root / name, columns) as writer:
+            for _ in range(20):
+                cut = int(random.integers(1, 64))
+                tokens = np.repeat(random.integers(0, 100, 2), [cut, 64 - cut]).astype(np.uint32)
+                indices = np.array([[0, cut], [cut, 64]], np.uint32)
+                writer.write({"input_ids": tokens, "indices": indices, "domain": "data", "length": 64})
+
     def start(self, run: str, *overrides: str) -> subprocess.Popen[str]:
         """`prolong train` in the background; its output is on `stdout`."""
         command = [sys.executable, "-m", "megatron_prolong", "train", str(self.recipe(run)), *overrides]
@@ -60,15 +74,21 @@ class Workspace:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def start_ranks(self, run: str, *overrides: str) -> list[subprocess.Popen[str]]:
-        """Two ranks as a launcher starts them; what each says goes to its `stderr`."""
+    def start_ranks(
+        self, run: str, *overrides: str, on_rank_1: Sequence[str] = ()
+    ) -> list[subprocess.Popen[str]]:
+        """Two ranks as a launcher starts them; what each says goes to its `stderr`.
+
+        on_rank_1: more overrides there, as if its node had another recipe.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "megatron_prolong", "train", str(self.recipe(run)), *overrides]
         return [
             subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                [*command, *(on_rank_1 if rank else ())],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                 env={
                     **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2",
                     "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -101,16 +121,9 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
 def workspace(tmp_path_factory):
     root = tmp_path_factory.mktemp("training")
     write_tokenizer(root / "tokenizer", vocab_size=100)
-    random = np.random.default_rng(0)
-    columns = {"input_ids": "ndarray:uint32", "indices": "ndarray:uint32", "domain": "str", "length": "int"}
-    with MDSWriter(root / "data", columns) as writer:
-        for _ in range(20):
-            cut = int(random.integers(1, 64))
-            # Each document repeats one token, so that there is something to learn within a few steps.
-            tokens = np.repeat(random.integers(0, 100, 2), [cut, 64 - cut]).astype(np.uint32)
-            indices = np.array([[0, cut], [cut, 64]], np.uint32)
-            writer.write({"input_ids": tokens, "indices": indices, "domain": "data", "length": 64})
-    return Workspace(root)
+    built = Workspace(root)
+    built.write_data("data")
+    return built
 
 
 @pytest.fixture(scope="session")

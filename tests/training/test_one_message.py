@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,24 @@ def test_a_directory_in_use_is_told_by_rank_0_alone(workspace) -> None:
     assert said[1] == ""
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("lr", "1e-3", "stages.short.lr: 0.001, but 0.01 on rank 0"),
+        ("mixture", "{{{root}/changed: 1.0}}", "stage short: its data here is not rank 0's"),
+    ],
+)
+def test_ranks_that_would_train_different_models_do_not_begin(workspace, key, value, said) -> None:
+    """As when a node has another copy of the recipe, or an older one of the data."""
+    if key == "mixture":
+        workspace.write_data("changed", seed=1)
+    override = f"stage.short.{key}={value.format(root=workspace.root)}"
+    ranks = workspace.start_ranks("alike", on_rank_1=[override])
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], errors
+    assert errors[0].startswith("error: rank 1: ") and said in errors[0] and errors[1] == ""
+
+
 def test_local_processes_end_as_a_single_one_would(workspace) -> None:
     """Without the launcher's own report."""
     command = ["-m", "megatron_prolong", "train", str(workspace.recipe("taken")), "--processes", "2"]
@@ -32,6 +51,18 @@ def test_local_processes_end_as_a_single_one_would(workspace) -> None:
         found = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240)
     assert found.returncode == 2, found.stderr
     assert "is in use by process" in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"MASTER_PORT {port}: .*address already in use"), distributed():
+            pass
 
 
 def missing_on_rank_1() -> None:
