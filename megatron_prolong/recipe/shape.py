@@ -103,7 +103,7 @@ def model_directory(path: Path | str) -> Path:
     path = Path(path)
     pointer = path if path.name == "latest" else path / "latest"
     if pointer.is_file():
-        return pointer.parent / pointer.read_text(encoding="utf-8").strip()
+        return pointer.parent / pointer.read_text(encoding="utf-8", errors="replace").strip()
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
@@ -160,8 +159,6 @@ def _initial_checkpoint(recipe: Recipe) -> Checkpoint:
 def _write_initial(recipe: Recipe, converted: Path) -> None:
     if (converted / MANIFEST).exists():
         return
-    if converted.exists():
-        shutil.rmtree(converted)
     if recipe.model.path is not None:
         to_megatron(recipe.model.path, converted)
     else:

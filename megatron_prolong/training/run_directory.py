@@ -43,15 +43,19 @@ class Checkpoint:
 
 
 def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a stage, or None before the first."""
-    pointer = stage_dir / "latest"
+    """The newest complete checkpoint of a stage, or None before the first.
+
+    Without `latest` (lost, or not written yet by a process that was killed) the last one is taken: starting anew
+    would in time overwrite them all.
+    """
+    pointer, complete = stage_dir / "latest", _complete(stage_dir)
     if not pointer.exists():
-        return None
-    newest = stage_dir / pointer.read_text().strip()
-    if not newest.is_dir():
-        there = ", ".join(path.name for path in _complete(stage_dir))
+        return Checkpoint.open(complete[-1]) if complete else None
+    newest = stage_dir / pointer.read_text(errors="replace").strip()
+    if newest not in complete:
+        there = ", ".join(path.name for path in complete)
         raise UserError(
-            f"{pointer}: {newest.name} is not there; write another name into it: {there or 'none left'}"
+            f"{pointer}: {newest.name!r} is no checkpoint there; write another name into it: {there or 'none left'}"
         )
     return Checkpoint.open(newest)
 

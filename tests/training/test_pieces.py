@@ -175,14 +175,35 @@ def test_half_a_line_of_a_process_that_died_does_not_spoil_the_next(tmp_path):
     assert [json.loads(line)["step"] for line in lines[:2]] == [1, 2] and len(lines) == 3
 
 
+def test_without_a_pointer_the_last_checkpoint_is_the_newest(tmp_path):
+    """A run would otherwise start anew, and overwrite the steps of the one before as it came to them."""
+    assert latest_checkpoint(tmp_path) is None
+    for step in (2, 4):
+        save(tmp_path, step)
+    (tmp_path / "step_00000006.partial").mkdir()
+    (tmp_path / "latest").unlink()
+    found = latest_checkpoint(tmp_path)
+    assert found is not None and found.step == 4
+
+
+def test_what_is_in_the_way_of_the_initial_weights_is_not_deleted(tmp_path, monkeypatch):
+    """The converter refuses it; a conversion of ours is complete or not there."""
+    (tmp_path / "initial" / "theirs").mkdir(parents=True)
+    found = []
+    monkeypatch.setattr(run, "to_megatron", lambda _, out: found.extend(out.iterdir()))
+    run._write_initial(recipe(tmp_path), tmp_path / "initial")
+    assert found == [tmp_path / "initial" / "theirs"]
+
+
 def test_what_is_not_there_is_named(tmp_path):
     of = recipe(tmp_path)
     with pytest.raises(UserError, match="no run is here"):
         _start(of, of.stages[0], 1)
     (tmp_path / "short" / "step_00000002").mkdir(parents=True)
-    write_pointer(tmp_path / "short", "step_00000003")
-    with pytest.raises(UserError, match=r"step_00000003 is not there; .*: step_00000002$"):
-        latest_checkpoint(tmp_path / "short")
+    for lost in ("step_00000003", "", "\0\0", "../other"):
+        write_pointer(tmp_path / "short", lost)
+        with pytest.raises(UserError, match=r"is no checkpoint there; .*: step_00000002$"):
+            latest_checkpoint(tmp_path / "short")
     write_pointer(tmp_path / "short", "step_00000002")
     with pytest.raises(UserError, match=r"is not a checkpoint: prolong\.json: No such file"):
         latest_checkpoint(tmp_path / "short")
