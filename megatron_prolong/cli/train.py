@@ -74,14 +74,27 @@ def train(
 
 
 def _start(processes: int) -> None:
-    """Run this command line in so many local processes; end as the first of them that failed."""
+    """Run this command line in so many local processes; end as the first of them that failed.
+
+    Stop signals are passed on to them, which save for as long as it takes: torchrun would kill them after 30 s.
+    """
     import logging
+    import signal
     import uuid
 
+    import psutil  # type: ignore[import-untyped]
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from megatron_prolong.runtime.signals import STOP_SIGNALS
+
+    def pass_on(number: int, _: object) -> None:
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, pass_on)
     command = [argument for argument in sys.argv[1:] if argument != "--debug"]
     position = next(index for index, argument in enumerate(command) if argument.startswith("--processes"))
     del command[position : position + (1 if "=" in command[position] else 2)]
@@ -93,6 +106,7 @@ def _start(processes: int) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
     # Its report on a failed process has fifty lines, which would bury the message of that process.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

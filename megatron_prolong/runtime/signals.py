@@ -1,9 +1,9 @@
 """Being asked to stop: a signal becomes a flag that the training loop reads between steps.
 
 Slurm sends SIGTERM (or what `--signal` says) before it takes a job's nodes away. The first signal asks; the
-run saves at the next step's end and exits with REQUEUE_EXIT_CODE, on which the batch script requeues itself. The
-second one ends the process at once. While the main thread waits in a collective Python runs no handler in it, so
-a thread of its own listens for that one.
+run saves at the next step's end and exits with REQUEUE_EXIT_CODE, on which the batch script requeues itself.
+Another one, more than 5 s later, ends the process at once. While the main thread waits in a collective Python runs
+no handler in it, so a thread of its own listens for that one.
 """
 
 from __future__ import annotations
@@ -43,9 +43,6 @@ class StopRequest:
         return bool(asked.item())
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
-            # Not sys.exit: a collective or a write may be under way, and nothing may hold us up any more.
-            os._exit(128 + number)
         self.received = signal.Signals(number)
 
 
@@ -75,5 +72,6 @@ def _exit_on_the_second(reader: int) -> None:
             now = time.monotonic()
             first = now if first is None else first
             if now - first >= _SAME_REQUEST_SECONDS:
+                # Not sys.exit: a collective or a write may be under way, and nothing may hold us up any more.
                 os._exit(128 + received[0])
     os.close(reader)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from megatron_prolong.errors import JointError, RankLost, UserError
 from megatron_prolong.runtime.agreement import on_main, together
 from megatron_prolong.runtime.launch import distributed
 from megatron_prolong.runtime.lock import DirectoryLock
+from megatron_prolong.runtime.signals import STOP_SIGNALS
 
 
 def test_a_directory_in_use_is_told_by_rank_0_alone(workspace) -> None:
@@ -51,6 +54,22 @@ def test_local_processes_end_as_a_single_one_would(workspace) -> None:
         found = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240)
     assert found.returncode == 2, found.stderr
     assert "is in use by process" in found.stderr and found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_local_processes_save_and_stop_as_a_single_one_would(workspace, number: signal.Signals) -> None:
+    """torchrun would end at SIGUSR1 and leave them to themselves, and at SIGTERM kill them if a save takes long."""
+    run = f"asked-{number.name}"
+    process = workspace.start(
+        run, "--processes", "2", "checkpoint.every=100000", "stage.short.steps=100000", "logging.every=1000"
+    )
+    metrics = workspace.root / run / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"step": 2,' in metrics.read_text()):
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "continue with the same command" in output and (workspace.root / run / "short/latest").exists()
 
 
 def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
