@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_prolong.mcore.attention import ContextParallel, DocumentAttention, Documents
 from megatron_prolong.mcore.specs import layer_spec
-from megatron_prolong.recipe.schema import TE_EXCHANGES
+from megatron_prolong.recipe.layout_rules import te_exchanges
 
 
 class TransformerEngineAttention(DocumentAttention):
@@ -59,7 +59,9 @@ class TransformerEngineAttention(DocumentAttention):
         alone.context_parallel_size = 1
         self.whole = TEDotProductAttention(alone, *arguments, **options)
         self.split = None
-        if config.context_parallel_size > 1 and cp_comm_type in TE_EXCHANGES:
+        cp = config.context_parallel_size
+        kv_heads = config.num_query_groups // config.tensor_model_parallel_size
+        if cp > 1 and te_exchanges(cp_comm_type or "", cp, kv_heads):
             self.split = TEDotProductAttention(config, *arguments, cp_comm_type=cp_comm_type, **options)
 
     def attend(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents) -> Tensor:

@@ -22,7 +22,7 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from megatron_prolong.plan.job import Job
-from megatron_prolong.recipe.schema import TE_EXCHANGES
+from megatron_prolong.recipe.layout_rules import kv_repeats, te_exchanges
 from megatron_prolong.recipe.shape import ModelShape
 
 
@@ -76,8 +76,9 @@ def gpu_kernels(job: Job) -> Kernels:
     """What the job's layers are made of on a GPU."""
     if job.attention != "te":
         return GPU_KERNELS
-    ours = job.layout.cp > 1 and job.layout.cp_exchange not in TE_EXCHANGES
-    return replace(TRANSFORMER_ENGINE, flash2=ours)
+    layout = job.layout
+    theirs = te_exchanges(layout.cp_exchange, layout.cp, job.shape.num_kv_heads // layout.tp)
+    return replace(TRANSFORMER_ENGINE, flash2=layout.cp > 1 and not theirs)
 
 
 def rank_memory(job: Job, pp_rank: int, kernels: Kernels | None = None) -> RankMemory:
@@ -383,10 +384,8 @@ def exchange_bytes(job: Job) -> int:
 
 
 def a2a_repeats(job: Job) -> int:
-    """How often key/value heads are repeated so that every rank of the all-to-all gets whole heads."""
-    heads = job.shape.num_kv_heads // job.layout.tp
-    ranks = 2 if job.layout.cp_exchange == "a2a+p2p" else job.layout.cp  # of its inner level
-    return math.lcm(heads, ranks) // heads
+    """How often the exchange repeats key/value heads."""
+    return kv_repeats(job.layout.cp_exchange, job.layout.cp, job.shape.num_kv_heads // job.layout.tp)
 
 
 def _round_up(value: int, multiple: int) -> int:

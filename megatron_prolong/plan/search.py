@@ -16,7 +16,7 @@ from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import BatchDocuments
 from megatron_prolong.plan.memory import RankMemory, parked_bytes, peak_memory
 from megatron_prolong.plan.time import StepTime, mfu, step_time, tokens_per_second_per_gpu
-from megatron_prolong.recipe.layout_rules import StageSize, layout_problems
+from megatron_prolong.recipe.layout_rules import layout_problems
 from megatron_prolong.recipe.schema import CpExchange, Layout, Recompute
 
 RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -112,8 +112,7 @@ def invalid(job: Job, gpu: Gpu) -> str:
     layout = job.layout
     if not gpu.supports(job.precision):
         return f"{gpu.name} has no {job.precision} matrix products"
-    size = StageSize(job.sequence_length, job.batch_sequences, job.precision)
-    problems = layout_problems(layout, job.shape, size, job.world_size)
+    problems = layout_problems(layout, job.shape, job.world_size, job.precision)
     if problems:
         return f"{problems[0].field}: {problems[0].rule}"
     if layout.tp > gpu.gpus_per_node:

@@ -11,8 +11,9 @@ plus the pipeline's filling and draining, plus what cannot hide behind computati
     tensor         all-gathers and reduce-scatters of the residual stream, all exposed
     context        exchange of keys and values of the documents that do not fit one context-parallel rank;
                    all_gather and a2a exposed, p2p where it is longer than the document's attention
-    pipeline       filling and draining, (pp-1)/virtual_pp times the longest micro-batch, and the hand-over of
-                   the residual stream from stage to stage
+    pipeline       filling and draining, (pp-1)/virtual_pp times the longest micro-batch, the wait for the empty
+                   micro-batches that fill up an interleaved schedule, and the hand-over of the residual stream
+                   from stage to stage
     imbalance      slowest data-parallel rank minus the mean
     gradients      reduce-scatter of fp32 gradients and all-gather of weights, beyond the computation of the
                    last (first) micro-batch that they overlap with
@@ -143,7 +144,9 @@ def step_time(job: Job, gpu: Gpu, batches: Sequence[BatchDocuments]) -> StepTime
     longest = float(np.mean([max(load.dearest, load.mean / job.micro_batches) for load in loads]))
     exchange = float(np.mean([load.exchange for load in loads]))
     tokens = job.batch_tokens / job.dp
-    pipeline = (layout.pp - 1) / layout.virtual_pp * longest
+    # Interleaved, micro-batches come in groups of pp, and all chunks but one wait for the whole last group.
+    empty = -job.micro_batches % layout.pp
+    pipeline = (layout.pp - 1 + (layout.virtual_pp - 1) * empty) / layout.virtual_pp * longest
     time = StepTime(
         matmul=one.matmul * tokens,
         attention=mean - one.linear * tokens - exchange,

@@ -1,11 +1,15 @@
 """Which layouts can run a stage: everything Megatron-Core 0.16.1, Transformer Engine or our own context
 parallelism would refuse later, on the first of many GPUs, as plain arithmetic.
 
+Only the model and the number of ranks must be divisible. Lengths and batches need not be: documents, not packed
+sequences, are dealt to the ranks, their slices are padded, and empty micro-batches fill up an interleaved schedule.
+
 The planner asks the same function why a layout is impossible.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,27 +25,36 @@ class LayoutProblem:
     rule: str
 
 
-@dataclass(frozen=True)
-class StageSize:
-    """What a layout has to divide: lengths in tokens, the global batch in packed sequences."""
-
-    sequence_length: int
-    batch_sequences: int
-    precision: Precision = "bf16"
-
-
 def layout_problems(
-    layout: Layout, shape: ModelShape | None, size: StageSize, world_size: int | None
+    layout: Layout, shape: ModelShape | None, world_size: int | None, precision: Precision = "bf16"
 ) -> list[LayoutProblem]:
     """Everything that keeps `layout` from running; rules about an unknown shape or world are skipped."""
-    problems = [*_pipeline(layout), *_sequence(layout, size)]
+    problems = list(_pipeline(layout))
     if shape is not None:
         problems += [*_tensor(layout, shape), *_layers(layout, shape), *_exchange(layout, shape)]
-        if size.precision == "fp8":
-            problems += _fp8(layout, shape, size)
-    if world_size is not None:
-        problems += _world(layout, size, world_size)
+        if precision == "fp8":
+            problems += _fp8(layout, shape)
+    if world_size is not None and world_size % layout.model_ranks:
+        rule = f"{world_size} ranks cannot be divided into copies of tp·pp·cp = {layout.model_ranks} ranks"
+        problems.append(LayoutProblem("world_size", rule))
     return problems
+
+
+def kv_repeats(exchange: str, cp: int, kv_heads: int) -> int:
+    """How often a rank's key/value heads are repeated so that each rank of the all-to-all gets whole ones."""
+    if cp == 1 or "a2a" not in exchange:
+        return 1
+    ranks = 2 if exchange == "a2a+p2p" else cp  # heads are exchanged within pairs, the ring runs over these
+    return math.lcm(kv_heads, ranks) // kv_heads
+
+
+def te_exchanges(exchange: str, cp: int, kv_heads: int) -> bool:
+    """Whether Transformer Engine itself exchanges packed documents so; else our own exchange does.
+
+    TE 2.9 asserts qkv_format != "thd" in all_gather and a2a+p2p, and repeats no key/value heads
+    (context_parallel.py).
+    """
+    return exchange in ("p2p", "a2a") and kv_repeats(exchange, cp, kv_heads) == 1
 
 
 def _pipeline(layout: Layout) -> Iterator[LayoutProblem]:
@@ -74,35 +87,24 @@ def _layers(layout: Layout, shape: ModelShape) -> Iterator[LayoutProblem]:
         yield LayoutProblem("virtual_pp", f"must divide the {uneven[0]} layers of a pipeline rank")
 
 
-def _sequence(layout: Layout, size: StageSize) -> Iterator[LayoutProblem]:
-    length = size.sequence_length
-    if layout.cp > 1 and length % (2 * layout.cp):  # each rank holds chunks r and 2·cp−1−r
-        yield LayoutProblem("cp", f"2·cp = {2 * layout.cp} must divide the sequence length, {length}")
-    elif layout.tp > 1 and layout.sequence_parallel and length // layout.cp % layout.tp:
-        rule = f"must divide the {length // layout.cp} tokens of a context-parallel rank (sequence_parallel)"
-        yield LayoutProblem("tp", rule)
-
-
 def _exchange(layout: Layout, shape: ModelShape) -> Iterator[LayoutProblem]:
-    if layout.cp == 1 or "a2a" not in layout.cp_exchange:
+    exchange, cp = layout.cp_exchange, layout.cp
+    if cp == 1 or "a2a" not in exchange:
         return
-    ranks = layout.cp
-    if layout.cp_exchange == "a2a+p2p":
-        if layout.cp < 4 or layout.cp % 2:
-            yield LayoutProblem("cp_exchange", f"a2a+p2p needs an even cp of at least 4, not {layout.cp}")
-            return
-        ranks = 2  # heads are exchanged within pairs, the ring runs over the pairs
-    for name, heads in (("num_heads", shape.num_heads), ("num_kv_heads", shape.num_kv_heads)):
-        if heads % layout.tp == 0 and heads // layout.tp % ranks:
+    if exchange == "a2a+p2p" and (cp < 4 or cp % 2):
+        yield LayoutProblem("cp_exchange", f"a2a+p2p needs an even cp of at least 4, not {cp}")
+    elif shape.num_heads % layout.tp == 0 and shape.num_kv_heads % layout.tp == 0:
+        heads, kv_heads = shape.num_heads // layout.tp, shape.num_kv_heads // layout.tp
+        if heads % (whole := kv_heads * kv_repeats(exchange, cp, kv_heads)):
             yield LayoutProblem(
                 "cp_exchange",
-                f"{layout.cp_exchange} gives each of {ranks} ranks whole heads, but {name} / tp is "
-                f"{heads // layout.tp}; use p2p or all_gather, or a smaller cp",
+                f"{exchange} at cp {cp} needs num_heads / tp, {heads}, to be a multiple of {whole}, the "
+                f"{kv_heads} key/value heads repeated for every rank; use p2p or all_gather, or a smaller cp",
             )
 
 
-def _fp8(layout: Layout, shape: ModelShape, size: StageSize) -> Iterator[LayoutProblem]:
-    """FP8 matrix products work on tiles of 16: both sides of every weight, and the tokens of a rank."""
+def _fp8(layout: Layout, shape: ModelShape) -> Iterator[LayoutProblem]:
+    """FP8 matrix products work on tiles of 16: both sides of every weight (the tokens of a rank are padded)."""
     widths = {
         "hidden_size": shape.hidden_size,
         "ffn_hidden_size / tp": shape.ffn_hidden_size // layout.tp,
@@ -111,28 +113,3 @@ def _fp8(layout: Layout, shape: ModelShape, size: StageSize) -> Iterator[LayoutP
     for name, width in widths.items():
         if width % 16:
             yield LayoutProblem("tp", f"fp8 needs {name} to be a multiple of 16, but it is {width}")
-    if size.sequence_length // layout.cp % 16:
-        rule = f"fp8 needs a multiple of 16 tokens on each rank, not {size.sequence_length // layout.cp}"
-        yield LayoutProblem("cp", rule)
-
-
-def _world(layout: Layout, size: StageSize, world_size: int) -> Iterator[LayoutProblem]:
-    ranks = layout.model_ranks
-    if world_size % ranks:
-        rule = f"{world_size} ranks cannot be divided into copies of tp·pp·cp = {ranks} ranks"
-        yield LayoutProblem("world_size", rule)
-        return
-    dp = world_size // ranks
-    if size.batch_sequences % dp:
-        rule = (
-            f"dp = {world_size} / {ranks} = {dp} must divide the global batch of {size.batch_sequences} "
-            "packed sequences; use more of tp, pp, cp, or fewer ranks"
-        )
-        yield LayoutProblem("world_size", rule)
-    elif layout.virtual_pp > 1 and size.batch_sequences // dp % layout.pp:
-        # schedules.forward_backward_pipelining_with_interleaving
-        rule = (
-            f"interleaving needs the {size.batch_sequences // dp} micro-batches of a data-parallel rank "
-            f"to be a multiple of pp = {layout.pp}"
-        )
-        yield LayoutProblem("virtual_pp", rule)

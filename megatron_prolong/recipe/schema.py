@@ -22,8 +22,6 @@ from megatron_prolong.recipe.shape import ModelShape
 
 Precision = Literal["fp32", "bf16", "fp8"]
 CpExchange = Literal["all_gather", "p2p", "a2a", "a2a+p2p"]
-# TE 2.9 asserts qkv_format != "thd" in the other two (context_parallel.py): our own exchange does those.
-TE_EXCHANGES: tuple[CpExchange, ...] = ("p2p", "a2a")
 Schedule = Literal["cosine", "linear", "constant"]
 
 Positive = Annotated[Count, Field(gt=0)]

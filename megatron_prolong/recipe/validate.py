@@ -16,7 +16,7 @@ from megatron_prolong.recipe.inputs import (
     tokenizer_problems,
     vocabulary_size,
 )
-from megatron_prolong.recipe.layout_rules import StageSize, layout_problems
+from megatron_prolong.recipe.layout_rules import layout_problems
 from megatron_prolong.recipe.schema import InitSpec, Recipe, Stage, layout_of, precision_of
 from megatron_prolong.recipe.shape import MANIFEST, ModelShape, model_directory, read_json, read_shape
 from megatron_prolong.recipe.source import Key, key_text
@@ -286,15 +286,13 @@ def _layout(findings: Findings, stage: Stage, shape: ModelShape | None, world_si
     recipe = findings.recipe
     own = stage.layout.model_dump(exclude_none=True)
     key = ("stages", stage.name)
-    lengths: list[Key] = [(*key, "sequence_length"), (*key, "batch_tokens")]
-    if stage.batch_tokens % stage.sequence_length:
-        world_size = None  # said already, and nothing sensible can be said about its division
-    size = StageSize(stage.sequence_length, stage.batch_sequences, precision_of(recipe, stage))
     layout = layout_of(recipe, stage)
-    for problem in layout_problems(layout, shape, size, world_size):
+    for problem in layout_problems(layout, shape, world_size, precision_of(recipe, stage)):
         if problem.field == "world_size":
-            findings.error((*key, "layout"), problem.rule, uses=[*lengths, ("layout",)])
+            findings.error((*key, "layout"), problem.rule, uses=[("layout",)])
             continue
         where = (*key, "layout", problem.field) if problem.field in own else ("layout", problem.field)
-        found = f"found {getattr(layout, problem.field)}; "
-        findings.error(where, found + problem.rule, uses=lengths)
+        findings.error(where, f"found {getattr(layout, problem.field)}; {problem.rule}")
+    if world_size and (dp := world_size // layout.model_ranks) > stage.batch_sequences:
+        shared = f"{dp} data-parallel ranks share a batch of {stage.batch_sequences} sequences"
+        findings.warn((*key, "batch_tokens"), f"{shared}: with few documents, some have nothing to do")

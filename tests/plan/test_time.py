@@ -121,3 +121,15 @@ def test_mfu_is_below_one_and_counts_documents_not_packs() -> None:
     whole = [BatchDocuments.of(single_document(2**19).batch(0, 16))]
     for batches in (BATCHES, whole):
         assert 0.1 < mfu(JOB, H100, step_time(JOB, H100, batches), batches) < 0.6
+
+
+def test_micro_batches_that_do_not_fill_an_interleaved_schedule_wait() -> None:
+    """One micro-batch goes through all chunks of all ranks alone; a whole group of them keeps the ranks busy."""
+    job = replace(JOB, layout=Layout(pp=4, virtual_pp=2), world_size=4, sequence_length=2**16)
+    times = {}
+    for sequences in (1, 4, 5):
+        documents = [BatchDocuments.of(single_document(2**16).batch(0, sequences))]
+        time = step_time(replace(job, batch_sequences=sequences), H100, documents)
+        busy = time.matmul + time.attention + time.elementwise
+        times[sequences] = (busy + time.pipeline) / busy * sequences
+    assert times == pytest.approx({1: 4, 4: 4 + 3 / 2, 5: 5 + 3 / 2 + 3 / 2}, rel=0.01)

@@ -45,9 +45,11 @@ def test_check(prolong: Callable[..., tuple], write: Write, recipe_data: dict[st
     code, out, err = prolong("recipe", "check", path, "--world-size", 8)
     assert (code, err) == (0, "")
     assert "two: 32 steps of 8 × 4096 tokens (1,048,576 in all)" in out
-    code, out, err = prolong("recipe", "check", path, "precision=fp8", "--world-size", 16, "--cpu")
+    code, out, err = prolong(
+        "recipe", "check", path, "precision=fp8", "layout.cp=3", "--world-size", 8, "--cpu"
+    )
     assert (code, out) == (2, "")
-    assert err.startswith("error: recipe.yaml: the recipe has 3 problems:")  # each stage's dp, and fp8
+    assert err.startswith("error: recipe.yaml: the recipe has 3 problems:")  # each stage's ranks, and fp8
 
 
 def test_schema(prolong: Callable[..., tuple]) -> None:
@@ -76,5 +78,5 @@ def test_a_bad_recipe_stops_before_torchrun(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("os.execv", lambda *_: pytest.fail("torchrun was started"))
-    code, _, err = prolong("train", write(recipe_data), "--processes", 3)
+    code, _, err = prolong("train", write(recipe_data), "layout.cp=2", "--processes", 3)
     assert code == 2 and err.startswith("error: recipe.yaml: the recipe has ")
