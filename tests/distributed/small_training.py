@@ -106,7 +106,9 @@ def train(rank: int, job: Job) -> Trained:
     spec = OptimizerSpec(clip=0.5)
     # Megatron's bucket of 40M elements would hold all of this model: several show the order of what overlaps.
     buckets = partial(build.DistributedDataParallelConfig, bucket_size=10_000)
-    with replaced([(build, "DistributedDataParallelConfig", buckets)]), megatron(layout, seed=1) as groups:
+    offload = partial(build.HostOffload, min_bytes=1000)  # no activation of this model is of the usual size
+    small = [(build, "DistributedDataParallelConfig", buckets), (build, "HostOffload", offload)]
+    with replaced(small), megatron(layout, seed=1) as groups:
         assert groups.dp.size == job.layout.get("dp", 1)
         shape = read_shape(Path(job.start))
         model = build.build_model(
@@ -122,6 +124,7 @@ def train(rank: int, job: Job) -> Trained:
             plans += [batch.documents.context.plan for batch in shared if batch.documents.context]
             metrics.append(train_step(model, optimizer, shared, groups, spec=spec, lr=1e-3))
             assert metrics[-1].updated
+        assert not job.offload_activations or model.offload.num_parked_bytes > 0
         if job.save:
             save(job, model, optimizer, rank)
         return Trained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,11 +58,33 @@ def test_a_checkpoint_continues_at_another_layout(pools, before, after, checkpoi
     assert_close(ranks, *single, first=4)
 
 
-def train_on_gpus(pools: dict[int, RankPool], job: Job) -> list[Trained]:
+@pytest.mark.parametrize(
+    ("name", "offload_activations"),
+    [("one", True), ("tp2 sp", False), ("pp2", True), ("cp2 all_gather", False), ("cp2 p2p", True)],
+)
+def test_no_stream_touches_what_another_may_still_write(name, offload_activations, checkpoint):
+    """Under PyTorch's sanitizer, which raises where two streams meet in memory and nothing orders them."""
+    layout = LAYOUTS.get(name, {})
+    job = Job(layout, checkpoint, precision="bf16", offload_activations=offload_activations, last=2)
+    pool = RankPool(num_ranks(layout), on_gpus=True)  # of its own: the sanitizer stays
+    try:
+        train_on_gpus({pool.size: pool}, job, train_under_sanitizer)
+    finally:
+        pool.close()
+
+
+def train_under_sanitizer(rank: int, job: Job) -> Trained:
+    from torch.cuda._sanitizer import enable_cuda_sanitizer
+
+    enable_cuda_sanitizer()
+    return train(rank, job)
+
+
+def train_on_gpus(pools: dict[int, RankPool], job: Job, function: Any = train) -> list[Trained]:
     size = num_ranks(job.layout)
     if torch.cuda.device_count() < size:
         pytest.skip(f"needs {size} GPUs")
-    return pools[size].run(train, job)
+    return pools[size].run(function, job)
 
 
 def assert_close(ranks: list[Trained], expected: Trained, expected_weights, first: int = 0) -> None:
