@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class ModelShape:
         Raises:
             UserError: the model is not a plain Llama, with every reason.
         """
-        problems = [*_not_llama(config), *_missing(config)]
+        problems = [*_not_llama(config), *_wrong_numbers(config)]
         rope_base, rope_scaling, rope_problems = _read_rope(config)
         problems += rope_problems
         if problems:
@@ -72,12 +73,12 @@ class ModelShape:
             num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
             head_dim=int(config.get("head_dim") or config["hidden_size"] // num_heads),
             vocab_size=int(config["vocab_size"]),
-            max_length=int(config.get("max_position_embeddings", 2048)),
+            max_length=int(config.get("max_position_embeddings") or 2048),
             rope_base=rope_base,
             rope_scaling=rope_scaling,
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            initializer_range=float(config.get("initializer_range", 0.02)),
+            norm_eps=float(config.get("rms_norm_eps") or 1e-6),
+            initializer_range=float(config.get("initializer_range") or 0.02),
         )
 
     @classmethod
@@ -205,43 +206,62 @@ def _not_llama(config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _missing(config: dict[str, Any]) -> list[str]:
-    required = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    optional = (
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "initializer_range",
-    )
+_COUNTS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+_OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_OPTIONAL_REALS = ("rms_norm_eps", "initializer_range")
+
+
+def _wrong_numbers(config: dict[str, Any]) -> list[str]:
+    """Every size that is missing or impossible; null is as good as absent where there is a default."""
+    counts = [*_COUNTS, *(name for name in _OPTIONAL_COUNTS if config.get(name) is not None)]
+    reals = [name for name in _OPTIONAL_REALS if config.get(name) is not None]
     return [
-        f"{key} is {config.get(key)!r}; a positive whole number is needed"
-        for key in required
-        if not isinstance(config.get(key), int) or config[key] <= 0
+        f"{name} is {config.get(name)!r}; a positive whole number is needed"
+        for name in counts
+        if not _is_positive(config.get(name)) or config[name] % 1
     ] + [
-        f"{key} is {config[key]!r}; a number is needed"
-        for key in optional
-        if not isinstance(config.get(key), int | float | None)
+        f"{name} is {config[name]!r}; a number above 0 is needed"
+        for name in reals
+        if not _is_positive(config[name])
     ]
 
 
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
+
+
 def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None, list[str]]:
-    """RoPE base, Llama-3.1 scaling and problems, from either spelling."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    base = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
-    if not isinstance(base, int | float):
-        return 0.0, None, [f"rope_theta is {base!r}; a number is needed"]
-    base = float(base)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    """RoPE base, Llama-3.1 scaling and problems, from either spelling; from both where they agree."""
+    newer, older, theta = (config.get(key) for key in ("rope_parameters", "rope_scaling", "rope_theta"))
+    if not newer:
+        return _read_spelling(older or {}, theta)
+    base, scaling, problems = found = _read_spelling(newer, theta)
+    if not problems and (theta not in (None, base) or (older and _read_spelling(older, base) != found)):
+        problems = [
+            "rope_parameters says something else than rope_theta and rope_scaling; delete what is wrong"
+        ]
+    return base, scaling, problems
+
+
+def _read_spelling(rope: Any, theta: Any) -> tuple[float, RopeScaling | None, list[str]]:
+    """What one of the two mappings says; `theta` is the RoPE base where it names none."""
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        return 0.0, None, [f"the rotary settings are {rope!r}; a mapping of numbers is needed"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        return 0.0, None, [f"rope type is {kind!r}; only 'default' and 'llama3' (Llama-3.1) are supported"]
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    numbers: dict[str, Any] = {name: rope.get(name) for name in (names if kind == "llama3" else ())}
+    numbers["rope_theta"] = next(
+        value for value in (rope.get("rope_theta"), theta, 10000.0) if value is not None
+    )
+    if wrong := [f"{name} is {value!r}" for name, value in numbers.items() if not _is_positive(value)]:
+        return 0.0, None, [f"{', '.join(wrong)}; a number above 0 is needed"]
+    base = float(numbers["rope_theta"])
     if kind == "default":
         return base, None, []
-    if kind != "llama3":
-        return base, None, [f"rope type is {kind!r}; only 'default' and 'llama3' (Llama-3.1) are supported"]
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if missing := [name for name in names if name not in scaling]:
-        return base, None, [f"rope type llama3 lacks {', '.join(missing)}"]
-    factor, low, high = (float(scaling[name]) for name in names[:3])
-    length = int(scaling[names[3]])
+    factor, low, high = (float(numbers[name]) for name in names[:3])
+    length = int(numbers[names[3]])
     return (
         base,
         RopeScaling(factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_length=length),

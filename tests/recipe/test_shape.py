@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,22 @@ def test_the_source_config_travels_along() -> None:
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type is 'yarn'"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "unquantised"),
         ({"vocab_size": None}, "vocab_size"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; a number is needed"),
-        ({"rope_parameters": {"rope_theta": "large"}}, "rope_theta is 'large'; a number is needed"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; a number above 0 is needed"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
+        ({"num_key_value_heads": 2.5}, "num_key_value_heads is 2.5; a positive whole number is needed"),
+        ({"rope_parameters": {"rope_theta": "large"}}, "rope_theta is 'large'; a number above 0 is needed"),
+        ({"rope_parameters": None, "rope_theta": -1}, "rope_theta is -1; a number above 0 is needed"),
+        ({"rope_parameters": "linear"}, "the rotary settings are 'linear'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "the rotary settings are {"),
+        ({"rope_theta": 8e6}, "rope_parameters says something else than rope_theta"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            "rope_parameters says something else than rope_theta",
+        ),
     ],
 )
 def test_other_models_are_refused(change: dict[str, Any], reason: str) -> None:
@@ -91,6 +102,15 @@ def test_other_models_are_refused(change: dict[str, Any], reason: str) -> None:
         ModelShape.from_hf({**to_hf_config(LLAMA), **change}, "here/config.json")
     assert reason in str(caught.value)
     assert str(caught.value).count("\n") == 1  # this one reason only
+
+
+def test_null_is_as_good_as_absent() -> None:
+    nulls = dict.fromkeys(
+        ("max_position_embeddings", "rms_norm_eps", "initializer_range", "num_key_value_heads")
+    )
+    found = ModelShape.from_hf({**to_hf_config(LLAMA), **nulls}, "config.json")
+    assert (found.max_length, found.norm_eps, found.initializer_range) == (2048, 1e-6, 0.02)
+    assert found.num_kv_heads == found.num_heads
 
 
 def test_every_reason_is_given_at_once() -> None:
