@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -31,7 +32,7 @@ def forward_backward(
     the whole global batch, so neither micro-batches nor ranks weigh in.
 
     Returns:
-        The mean loss and the number of targets of the global batch, the same on every rank.
+        The mean loss (NaN without a target) and the number of targets of the global batch, the same on every rank.
     """
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.no_sync_func = model.accumulating
@@ -75,4 +76,4 @@ def _reduce(
     # Only the last pipeline stage has losses: the sum over stages is a broadcast.
     dist.all_reduce(totals, group=groups.pp.group)
     num_targets = int(totals[1])
-    return float(totals[0]) / max(num_targets, 1), num_targets
+    return float(totals[0]) / num_targets if num_targets else math.nan, num_targets

@@ -19,7 +19,6 @@ from megatron_prolong.runtime.agreement import against_main, from_main, on_main,
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.runtime.publish import write_durably
-from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import RunLog, open_log
 from megatron_prolong.training.run_directory import RESOLVED_RECIPE, Checkpoint, latest_checkpoint
 from megatron_prolong.training.stage import Preempted, Session, StageInput, train_stage
@@ -72,7 +71,7 @@ def _pieces(
     session: Session, stage: Stage, previous: Checkpoint, initial: Checkpoint
 ) -> Iterator[Checkpoint]:
     """Train a stage to its end in pieces that end where it is evaluated; yields its checkpoint between them."""
-    recipe, guard = session.recipe, Guard(stage.name)
+    recipe = session.recipe
     while True:
         status = StageStatus(stage, _newest_checkpoint(recipe.run_dir / stage.name))
         if status.checkpoint is not None:
@@ -88,7 +87,7 @@ def _pieces(
         )
         start = stage_input(status, previous, initial)
         _announce(session.log, status, start)
-        train_stage(session, stage, start, until, guard)
+        train_stage(session, stage, start, until)
 
 
 def _newest_checkpoint(stage_dir: Path) -> Checkpoint | None:

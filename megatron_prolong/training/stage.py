@@ -42,13 +42,13 @@ from megatron_prolong.runtime.garbage import collected_by_hand
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
 from megatron_prolong.runtime.watchdog import Watchdog
+from megatron_prolong.training import guard
 from megatron_prolong.training.balance import micro_batches, share_out
 from megatron_prolong.training.checkpoint import CheckpointWriter, verify_checkpoint
-from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import RunLog
 from megatron_prolong.training.run_directory import Checkpoint
 from megatron_prolong.training.schedule import learning_rate
-from megatron_prolong.training.state import TrainState, versions
+from megatron_prolong.training.state import LOSS_WINDOW, TrainState, versions
 from megatron_prolong.training.step import StepMetrics, train_step
 
 STEP_TIMEOUT_SECONDS = 3600.0  # the longest honest step is minutes; saving a checkpoint of 70B is in it too
@@ -126,11 +126,8 @@ class StageRun:
         )  # fmt: skip
 
 
-def train_stage(session: Session, stage: Stage, start: StageInput, until: int, guard: Guard) -> None:
+def train_stage(session: Session, stage: Stage, start: StageInput, until: int) -> None:
     """Train `stage` from `start` until a step (its last, or a pause), saving on the way and there. Collective.
-
-    Args:
-        guard: of the stage, and of the losses before `start`.
 
     Raises:
         Preempted: asked to stop; a checkpoint of the last finished step is on disk.
@@ -154,14 +151,12 @@ def train_stage(session: Session, stage: Stage, start: StageInput, until: int, g
                 log.say(f"stage {stage.name} draws {mixture}")
         bar = log.stage(stage.name, state.step, stage.num_steps) if log else nullcontext()
         with bar, collected_by_hand():
-            _walk(session, run, state, until, guard, watchdog)
+            _walk(session, run, state, until, watchdog)
         if log and until == stage.num_steps:
             log.event("stage_end", stage=stage.name, step=stage.num_steps)
 
 
-def _walk(
-    session: Session, run: StageRun, state: TrainState, until: int, guard: Guard, watchdog: Watchdog
-) -> None:
+def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchdog: Watchdog) -> None:
     """The loop: next batch, step, log, checkpoint."""
     stage, spec, log = run.stage, run.recipe.checkpoint, session.log
     writer = CheckpointWriter(
@@ -172,11 +167,11 @@ def _walk(
     for step, sequences in stream(run.mixture, state.step):
         metrics = run.update(step, sequences)
         gc.collect()  # all ranks are here at the same time
-        state = _advance(state, stage, sequences, metrics)
+        before, state = state, _advance(state, stage, sequences, metrics)
         watchdog.feed(state.step + 1)
         writer.poll()
         try:
-            guard.check(metrics, sequences)
+            guard.check(before, metrics, sequences)
         except UserError:
             writer.finish()  # saved before the damage, and every rank is here
             raise
@@ -274,6 +269,8 @@ def _advance(
         step=state.step + 1,
         tokens=state.tokens + stage.batch_tokens,
         skipped=state.skipped + (not metrics.updated),
+        skipped_in_a_row=0 if metrics.updated else state.skipped_in_a_row + 1,
+        recent_losses=[*state.recent_losses, *[metrics.loss] * metrics.updated][-LOSS_WINDOW:],
         domain_tokens=dict(domains),
     )
 

@@ -13,6 +13,8 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.training.run_directory import Checkpoint, latest_checkpoint
 
+LOSS_WINDOW = 50
+
 
 @dataclass(frozen=True)
 class TrainState:
@@ -21,7 +23,10 @@ class TrainState:
     Attributes:
         step: updates made (skipped ones included); also the position in the batch stream.
         tokens: tokens consumed by the stage, padding included.
-        skipped: steps whose update was left out because of a non-finite loss or gradient.
+        skipped: steps whose update was left out: they had no targets, or a non-finite loss or gradient.
+        skipped_in_a_row: of them, the last ones.
+        recent_losses: of the last LOSS_WINDOW steps that made an update. In the checkpoint, so that a run that goes
+            on judges a step as one that was never stopped (training/guard.py).
         domain_tokens: tokens consumed by domain.
         stream: fingerprint of the batch stream; a resume on another stream is refused.
     """
@@ -30,6 +35,8 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
     domain_tokens: dict[str, int] = field(default_factory=dict)
     stream: str = ""
 

@@ -20,9 +20,10 @@ class StepMetrics:
 
     Attributes:
         loss: mean over the targets of the global batch, in nats.
-        grad_norm: global gradient norm before clipping; NaN when the loss was not finite.
+        grad_norm: global gradient norm before clipping; NaN when there was no finite loss.
         num_targets: tokens of the global batch that carried loss.
-        updated: False when a non-finite loss or gradient made the step leave weights and moments alone.
+        updated: False when a step without targets, or with a non-finite loss or gradient, left weights and moments
+            alone.
     """
 
     loss: float

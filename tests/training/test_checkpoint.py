@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 import pickle
 import random
@@ -281,6 +282,17 @@ def test_a_step_draws_no_random_number(trained):
     metrics = train_step(model, optimizer, [micro], groups, spec=OptimizerSpec(), lr=1e-3)
     assert metrics.updated
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+def test_a_batch_without_targets_leaves_the_weights_alone(trained):
+    """Its loss would be 0, and weight decay and Adam's momentum would move the weights."""
+    model, optimizer, groups = trained
+    batch = collate_pieces([Piece(np.arange(1, 8, dtype=np.uint32), np.zeros(7, np.uint8))])
+    micro = micro_batch(batch, groups=groups, layout=Layout(), device=torch.device("cpu"))
+    before = numbers(model, optimizer)
+    metrics = train_step(model, optimizer, [micro], groups, spec=OptimizerSpec(), lr=1e-3)
+    assert not metrics.updated and math.isnan(metrics.loss) and metrics.num_targets == 0
+    assert all(torch.equal(*pair) for pair in zip(before, numbers(model, optimizer), strict=True))
 
 
 class Exploit:

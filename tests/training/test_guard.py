@@ -1,41 +1,49 @@
 """When a run is stopped, and what the message names."""
 
+import json
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import UserError
-from megatron_prolong.training.guard import MAX_SKIPS_IN_A_ROW, SPIKE_WINDOW, Guard
+from megatron_prolong.recipe.schema import Stage
+from megatron_prolong.training.guard import MAX_SKIPS_IN_A_ROW, check
+from megatron_prolong.training.stage import _advance
+from megatron_prolong.training.state import LOSS_WINDOW, TrainState
 from megatron_prolong.training.step import StepMetrics
 
 SAMPLE = PackedSequence(
     np.zeros(4, np.uint32), np.array([0, 4], np.int64), None, Identity("books", "shard.00003.mds", 17)
 )
+STAGE = Stage(name="64k", sequence_length=4, batch_tokens=4, steps=1, lr=1e-3, mixture="mock")
 
 
-def metrics(loss: float) -> StepMetrics:
-    return StepMetrics(loss, grad_norm=1.0, lr=1e-3, num_targets=3, updated=math.isfinite(loss))
+def walk(state: TrainState, losses: Iterable[float]) -> TrainState:
+    """Steps with these losses, each judged and then counted; the state goes to disk and back between them."""
+    for loss in losses:
+        found = StepMetrics(loss, grad_norm=1.0, lr=1e-3, num_targets=3, updated=math.isfinite(loss))
+        check(state, found, [SAMPLE])
+        state = _advance(state, STAGE, [SAMPLE], found)
+        state = TrainState.from_dict(json.loads(json.dumps(state.to_dict())))
+    return state
 
 
 def test_single_bad_steps_are_forgiven_and_many_in_a_row_are_not():
-    guard = Guard("64k")
-    for _ in range(3):
-        for _ in range(MAX_SKIPS_IN_A_ROW - 1):
-            guard.check(metrics(math.nan), [SAMPLE])
-        guard.check(metrics(2.0), [SAMPLE])
+    bad = [math.nan] * (MAX_SKIPS_IN_A_ROW - 1)
+    state = walk(TrainState("64k"), [*bad, 2.0] * 3)
+    assert (state.skipped, state.skipped_in_a_row) == (3 * len(bad), 0)
     with pytest.raises(
         UserError, match=r"64k: 5 steps in a row(?s:.*)books, shard shard\.00003\.mds, sample 17"
     ):
-        for _ in range(MAX_SKIPS_IN_A_ROW):
-            guard.check(metrics(math.inf), [SAMPLE])
+        walk(state, [*bad, math.inf])
 
 
 def test_a_spike_stops_the_run_but_a_high_start_does_not():
-    guard = Guard("64k")
-    for step in range(SPIKE_WINDOW):
-        guard.check(metrics(11.0 - 8 * step / SPIKE_WINDOW), [SAMPLE])
-    guard.check(metrics(5.0), [SAMPLE])
+    start = [11.0 - 8 * step / LOSS_WINDOW for step in range(LOSS_WINDOW)]
+    state = walk(TrainState("64k"), [*start, 5.0])
+    assert state.recent_losses == [*start[1:], 5.0]
     with pytest.raises(UserError, match=r"loss 30\.00"):
-        guard.check(metrics(30.0), [SAMPLE])
+        walk(state, [30.0])

@@ -19,7 +19,6 @@ from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training import run
 from megatron_prolong.training import stage as stage_module
-from megatron_prolong.training.guard import Guard
 from megatron_prolong.training.log import open_log
 from megatron_prolong.training.replay import _recorded, _start
 from megatron_prolong.training.run_directory import MANIFEST, Checkpoint, latest_checkpoint, write_pointer
@@ -61,20 +60,17 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
-def test_a_pause_for_evaluation_does_not_make_the_guard_forget(tmp_path, monkeypatch, one_rank):
-    """A stage evaluated every 40 steps would otherwise never have 50 losses to see a spike by."""
+def test_a_stage_is_trained_in_pieces_that_end_where_it_is_evaluated(tmp_path, monkeypatch, one_rank):
     of, pieces = recipe(tmp_path), []
 
-    def train_stage(session, stage, start, until, guard):
-        pieces.append((start.checkpoint.step, until, guard))
+    def train_stage(session, stage, start, until):
+        pieces.append((start.checkpoint.step, until))
         save(session.recipe.run_dir / stage.name, until)
 
     monkeypatch.setattr(run, "train_stage", train_stage)
     found = list(run._pieces(session(of), of.stages[0], INITIAL, INITIAL))
     assert [checkpoint.step for checkpoint in found] == [2, 4, 5]
-    assert [piece[:2] for piece in pieces] == [(0, 2), (2, 4), (4, 5)]
-    guards = [guard for *_, guard in pieces]
-    assert isinstance(guards[0], Guard) and all(guard is guards[0] for guard in guards)
+    assert pieces == [(0, 2), (2, 4), (4, 5)]
 
 
 def test_asked_to_stop_it_begins_no_further_piece(tmp_path, monkeypatch, one_rank):
@@ -143,7 +139,7 @@ def test_waiting_for_data_is_part_of_a_steps_time_and_saving_is_not(tmp_path, mo
     monkeypatch.setattr(stage_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     log, watchdog = SimpleNamespace(step=lambda *_, **__: None), SimpleNamespace(feed=lambda _: None)
     state = TrainState(stage="short")
-    stage_module._walk(session(of, log), at, state, 3, Guard("short"), watchdog)
+    stage_module._walk(session(of, log), at, state, 3, watchdog)
     assert times == [5, 5, 5]
 
 
