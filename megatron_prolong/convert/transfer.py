@@ -7,6 +7,7 @@ of one tensor, at most CHUNK_BYTES.
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,10 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_prolong.convert.dtypes import dtype_name
 from megatron_prolong.convert.names import Rows, Tensor2D
 from megatron_prolong.convert.progress import byte_progress
+from megatron_prolong.errors import UserError
 
 CHUNK_BYTES = 32 * 2**20
 # By default. Two keep the disk reading while the other writes; more only help on parallel file systems. Threads are
@@ -86,7 +89,11 @@ class ChunkBuffer:
 
 
 def gather(chunk: Chunk, source: RowSource, buffer: ChunkBuffer) -> Tensor:
-    """Read the chunk's rows out of the source, in the chunk's order, shape and dtype, into the buffer."""
+    """Read the chunk's rows out of the source, in the chunk's order, shape and dtype, into the buffer.
+
+    Raises:
+        UserError: a number is not finite: every loss would be NaN.
+    """
     out = buffer.take(chunk)
     filled = 0
     for rows in chunk.tensor.sources(chunk.start, chunk.stop):
@@ -97,6 +104,13 @@ def gather(chunk: Chunk, source: RowSource, buffer: ChunkBuffer) -> Tensor:
             piece = torch.empty(part.shape, dtype=stored)
             source.read_into(rows, piece)
             part.copy_(piece)
+        if not all(math.isfinite(end) for end in torch.aminmax(part)):  # at the speed of memory
+            where = f"{rows.name}, rows {rows.start} to {rows.start + rows.count}"
+            layer = "" if rows.layer is None else f" of layer {rows.layer}"
+            raise UserError(
+                f"{where}{layer}: NaN or infinity as {dtype_name(chunk.dtype)}; fetch the model again, or choose a "
+                "wider --dtype"
+            )
         filled += rows.count
     return out
 

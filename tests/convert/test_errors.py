@@ -67,6 +67,20 @@ def test_every_wrong_tensor_is_listed(original: Path, tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.q_proj.weight: dtype" in message
 
 
+@pytest.mark.parametrize(
+    ("number", "dtype", "said"), [(float("nan"), None, "as float32"), (-1e6, "fp16", "as float16")]
+)
+def test_numbers_that_are_not_finite(
+    original: Path, tmp_path: Path, number: float, dtype: str | None, said: str
+) -> None:
+    path, name = original / "model.safetensors", "model.layers.1.self_attn.k_proj.weight"
+    tensors = {key: tensor.float() for key, tensor in load_file(path).items()}
+    tensors[name][3, 5] = number
+    save_file(tensors, path)
+    message = _refused(lambda out: to_megatron(original, out, dtype), tmp_path)
+    assert message.startswith(f"{name}, rows 0 to ") and said in message
+
+
 @pytest.mark.parametrize("keep", [0, 5, 1000, -1])
 def test_truncated_safetensors(original: Path, tmp_path: Path, keep: int) -> None:
     path = original / "model.safetensors"
