@@ -15,7 +15,7 @@ def launch(
     recipe: RecipePath,
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each node.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, max=16, help="GPUs of each node.")] = 8,
     output: Annotated[Path | None, typer.Option(help="Write the script here.")] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Hand it to sbatch.")] = False,
 ) -> None:

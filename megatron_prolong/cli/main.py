@@ -23,6 +23,7 @@ from megatron_prolong.cli import (
     train,
 )
 from megatron_prolong.errors import JointError, RankLost, UserError
+from megatron_prolong.runtime.publish import wanted_name
 
 app = typer.Typer(
     name="prolong",
@@ -86,5 +87,5 @@ def run() -> None:
         if debug or error.filename is None:
             raise
         path = error.filename2 or error.filename  # of a rename, the name that was wanted
-        print(f"error: {path}: {error.strerror} (--debug shows where)", file=sys.stderr)
+        print(f"error: {wanted_name(str(path))}: {error.strerror} (--debug shows where)", file=sys.stderr)
         sys.exit(2)

@@ -73,13 +73,11 @@ def plan(
             _print(one, device, top)
         _print_total(plans, device)
     if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
         write_durably(html, plan_page(loaded.name, plans, device))
         typer.echo(f"wrote {html}", err=True)
     if missing := [f"stage {one.stage.name}: {_why_none(one)}" for one in plans if one.best is None]:
         raise UserError.many(f"no layout runs on {gpus} × {gpu}:", missing)
     if write is not None:
-        write.parent.mkdir(parents=True, exist_ok=True)
         write_durably(write, dump_recipe(with_best_layouts(loaded, plans)))
         typer.echo(f"wrote {write}", err=True)
 

@@ -56,7 +56,6 @@ def report(
     from megatron_prolong.runtime.publish import write_durably
 
     path = out or run / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, run_page(read_run(run)))
     print(f"wrote {path}")
 

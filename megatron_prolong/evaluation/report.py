@@ -19,7 +19,6 @@ from megatron_prolong.runtime.publish import whole_file, write_durably
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file that a reader never sees half of. Dataclasses are allowed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, json.dumps(content, indent=2, default=dataclasses.asdict) + "\n")
 
 
@@ -119,6 +118,5 @@ def new_figure(columns: int, rows: int = 1) -> tuple[Any, list[Any]]:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

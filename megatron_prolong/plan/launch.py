@@ -52,7 +52,6 @@ def render_script(
 
 def write_script(script: str, path: Path) -> None:
     """Write an executable script; nothing half-written is left under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(script, encoding="utf-8")
         temporary.chmod(0o755)

@@ -22,6 +22,11 @@ def temporary_name(final: Path) -> Path:
     return final.with_name(f"{final.name}.tmp-{socket.gethostname()}-{os.getpid()}")
 
 
+def wanted_name(path: str) -> str:
+    """`path` with final names in place of temporary ones, for messages."""
+    return re.sub(r"\.tmp-[^/]+-\d+(?=/|$)", "", path)
+
+
 def publish(partial: Path, final: Path) -> None:
     """Push `partial`, a file or a directory, to the disk and name it `final`: a file or an empty directory of that
     name is replaced. A power cut at any moment leaves all of it, or nothing under that name.
@@ -34,7 +39,11 @@ def publish(partial: Path, final: Path) -> None:
 
 @contextmanager
 def whole_file(final: Path) -> Iterator[Path]:
-    """A name to write a file to: published as `final` when the block ends well, removed when it does not."""
+    """A name to write a file to: published as `final` when the block ends well, removed when it does not.
+
+    The directories above it are made.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(final)
     try:
         yield temporary

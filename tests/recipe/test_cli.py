@@ -69,6 +69,22 @@ def test_a_path_that_cannot_be_written_is_one_line(
         prolong("launch", path, "--output", absent, "--debug")
     code, _, err = prolong("launch", path, "--output", tmp_path)
     assert code == 2 and f"error: {tmp_path}: Is a directory" in err  # not the temporary name
+    code, _, err = prolong("launch", path, "--output", "/proc/script.sh")
+    assert code == 2 and err.splitlines()[-1].startswith("error: /proc/script.sh: No such file or directory")
+
+
+def test_a_directory_for_the_script_is_made(
+    prolong: Callable[..., tuple], write: Write, recipe_data: dict[str, Any], tmp_path: Path
+) -> None:
+    code, _, _ = prolong("launch", write(recipe_data), "--output", tmp_path / "jobs" / "long" / "script.sh")
+    assert code == 0 and (tmp_path / "jobs/long/script.sh").is_file()
+
+
+def test_more_gpus_than_a_node_can_have_are_refused(
+    prolong: Callable[..., tuple], write: Write, recipe_data: dict[str, Any]
+) -> None:
+    code, _, err = prolong("launch", write(recipe_data), "--gpus-per-node", 8000)
+    assert code == 2 and "'--gpus-per-node'" in err and "16" in err
 
 
 def test_a_bad_recipe_stops_before_torchrun(
