@@ -15,6 +15,7 @@ from typing import Any
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, ScoringBackend, encode
+from megatron_prolong.evaluation.synthetic.size import largest_fit
 from megatron_prolong.evaluation.words import word_list
 
 # RULER's noise haystack (niah_single_1).
@@ -59,7 +60,7 @@ def make_needle(tokenizer: Any, haystack: str, length: int, depth: float, seed: 
     The haystack is repeated when it is too short. Same arguments, same prompt.
 
     Raises:
-        UserError: not even the needle and its question fit.
+        UserError: not even the needle, its question and one sentence fit.
     """
     rng = random.Random(f"{seed}-{length}-{depth}")
     key = f"{rng.choice(word_list('adjective'))}-{rng.choice(word_list('noun'))}"
@@ -72,13 +73,15 @@ def make_needle(tokenizer: Any, haystack: str, length: int, depth: float, seed: 
         body.insert(round(depth * count), NEEDLE.format(key=key, value=value))
         return Prompt(INTRODUCTION + " ".join(body) + QUESTION.format(key=key))
 
-    if (least := len(encode(tokenizer, render(0)))) > room:
+    def count_tokens(count: int) -> int:
+        return len(encode(tokenizer, render(count)))
+
+    if (least := count_tokens(1)) > room:
         raise UserError(
-            f"needle at a length of {length} tokens: with its question and answer it takes "
+            f"needle at a length of {length} tokens: with its question, answer and one sentence it takes "
             f"{least + ANSWER_TOKENS}; ask for longer --lengths ({length}K is {length << 10:,})"
         )
-    count = _largest(lambda count: len(encode(tokenizer, render(count))) <= room, room)
-    return Needle(length, depth, render(count), value, distractors)
+    return Needle(length, depth, render(largest_fit(count_tokens, room)), value, distractors)
 
 
 def run(
@@ -143,14 +146,3 @@ def _sentences(haystack: str, rng: random.Random) -> list[str]:
     sentences = [sentence.strip() + "." for sentence in haystack.split(". ") if sentence.strip(" .")]
     start = rng.randrange(len(sentences))
     return sentences[start:] + sentences[:start]
-
-
-def _largest(fits: Any, upper: int) -> int:
-    """The largest count in [0, upper] that fits, which must hold up to some count and not beyond."""
-    low, high = 0, 1
-    while high < upper and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low

@@ -119,7 +119,7 @@ def test_questions_over_documents(tokenizer: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [11, 99, 1000, 123457])
-def test_the_largest_fit_fits_and_nearly_fills(limit: int) -> None:
+def test_the_largest_fit_fits_and_one_more_does_not(limit: int) -> None:
     calls = []
 
     def count(units: int) -> int:
@@ -127,8 +127,8 @@ def test_the_largest_fit_fits_and_nearly_fills(limit: int) -> None:
         return 3 + 7 * units + units % 3
 
     units = largest_fit(count, limit)
-    assert count(units) <= limit and count(units + max(2, units // 40)) > limit
-    assert len(calls) < 40
+    assert len(calls) <= 12
+    assert count(units) <= limit < count(units + 1)
 
 
 def test_a_row_that_cannot_shrink_is_left_to_be_cut() -> None:
@@ -147,7 +147,7 @@ def test_what_never_fits_is_refused() -> None:
 def test_the_needle_lies_at_its_depth(depth: float, tokenizer: Any) -> None:
     needle = make_needle(tokenizer, NOISE, 2000, depth, seed=3)
     tokens = len(encode(tokenizer, needle.prompt))
-    assert 1900 < tokens <= 2000 - 16
+    assert 2000 - 16 - 24 < tokens <= 2000 - 16
     place = needle.prompt.text.index(needle.value) / len(needle.prompt.text)
     assert abs(place - (0.1 + 0.75 * depth)) < 0.12
     sizes = {len(tokenizer(f" {value}")["input_ids"]) for value in (needle.value, *needle.distractors)}

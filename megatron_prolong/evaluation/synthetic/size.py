@@ -33,9 +33,9 @@ def fitting_rows(
 
 
 def largest_fit(count_tokens: Callable[[int], int], limit: int, start: int = 64) -> int:
-    """The largest number of units whose text has at most `limit` tokens, within about one percent.
+    """The largest number of units whose text has at most `limit` tokens.
 
-    `count_tokens(n)` renders n units and counts; it is called about five times, because a million tokens
+    `count_tokens(n)` renders n units and counts; it is called five to ten times, because a million tokens
     take a second to count.
 
     Raises:
@@ -49,19 +49,14 @@ def largest_fit(count_tokens: Callable[[int], int], limit: int, start: int = 64)
         )
     high: int | None = None
     guess = start
-    while high is None or high - low > max(1, low // 100):
+    while high is None or high - low > 1:
         tokens = count_tokens(guess)
+        rate = max((tokens - low_tokens) / (guess - low), 1e-9)
         if tokens <= limit:
-            rate = (tokens - low_tokens) / (guess - low) if guess > low else tokens / guess
             low, low_tokens = guess, tokens
-            step = max(1, int((limit - tokens) / max(rate, 1e-9) * 0.995))
-            guess = low + step
         else:
             high = guess
-            rate = (tokens - low_tokens) / (guess - low)
-            guess = low + max(1, int((limit - low_tokens) / max(rate, 1e-9) * 0.995))
+        guess = low + max(1, int((limit - low_tokens) / rate * 0.995))
         if high is not None and guess >= high:
             guess = (low + high) // 2
-            if guess == low:
-                break
     return low
