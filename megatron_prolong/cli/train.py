@@ -159,6 +159,7 @@ def _replay(recipe: Recipe, step: str, trace: Path | None) -> None:
 def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
     """Check everything before any training; the recipe's `evaluation:`, for it to call."""
     from megatron_prolong.evaluation.in_training import CheckpointEvaluation, tasks_of
+    from megatron_prolong.recipe.run_files import EVALUATION
     from megatron_prolong.recipe.validate import check
 
     check(recipe, world.size, on_cpu=world.device.type == "cpu")
@@ -166,7 +167,7 @@ def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
     spec = recipe.evaluation
     if spec is None:
         return None
-    out = recipe.run_dir / "evaluation"
+    out = recipe.run_dir / EVALUATION
     return CheckpointEvaluation(spec, tasks_of(spec), out, world, lambda: stop.received is not None)
 
 
@@ -181,7 +182,7 @@ def status(
 
     from megatron_prolong.cli.tables import print_table
     from megatron_prolong.recipe.load import load_recipe
-    from megatron_prolong.training.run_directory import RESOLVED_RECIPE
+    from megatron_prolong.recipe.run_files import RESOLVED_RECIPE
     from megatron_prolong.training.state import chain_status
 
     recipe = load_recipe(run / RESOLVED_RECIPE if run.is_dir() else run, overrides or [])

@@ -24,6 +24,7 @@ from megatron_prolong.evaluation.partial import sample_key
 from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.results import JUDGED, judged_path
 from megatron_prolong.evaluation.text_metrics import parse_output
+from megatron_prolong.runtime.strict_json import read_lines
 
 QUESTIONS = "narrativeqa_"
 SUMMARIES = ("infbench_sum_", "multi_lexsum_")
@@ -64,14 +65,7 @@ class Judge:
         return str(self.client.post("chat/completions", body)["choices"][0]["message"]["content"] or "")
 
     def _cached(self) -> dict[str, str]:
-        known: dict[str, str] = {}
-        for line in self.cache.read_text(encoding="utf-8").splitlines() if self.cache.exists() else []:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the last line of a run that was killed
-                continue
-            known[entry["key"]] = entry["answer"]
-        return known
+        return {entry["key"]: entry["answer"] for entry in read_lines(self.cache)}
 
 
 def judge_results(directory: Path, judge: Judge, helmet: Path) -> list[Path]:

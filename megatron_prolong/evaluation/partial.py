@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
+
+from megatron_prolong.runtime.strict_json import read_lines
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,9 @@ class PartialOutputs:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.done: dict[str, Generated] = {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    sample = Generated(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue
+        for entry in read_lines(path):
+            with suppress(TypeError):  # the fields of another version
+                sample = Generated(**entry)
                 self.done[sample.key] = sample
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] = path.open("a", encoding="utf-8")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.run_files import LATEST
 
 MANIFEST = "prolong.json"
 """What a checkpoint of ours says about itself; its absence tells a Hugging Face directory."""
@@ -102,7 +103,7 @@ def model_directory(path: Path | str) -> Path:
     Training writes RUN/STAGE/latest, a file that names the newest of RUN/STAGE/step_*.
     """
     path = Path(path)
-    pointer = path if path.name == "latest" else path / "latest"
+    pointer = path if path.name == LATEST else path / LATEST
     if pointer.is_file():
         return pointer.parent / pointer.read_text(encoding="utf-8", errors="replace").strip()
     return path
@@ -110,7 +111,7 @@ def model_directory(path: Path | str) -> Path:
 
 def stages_hint(directory: Path) -> str:
     """What an error adds when somebody gives a run where a checkpoint is wanted."""
-    stages = ", ".join(str(pointer.parent) for pointer in sorted(directory.glob("*/latest")))
+    stages = ", ".join(str(pointer.parent) for pointer in sorted(directory.glob(f"*/{LATEST}")))
     return f"; this is a run, give one of its stages: {stages}" if stages else ""
 
 

@@ -17,12 +17,10 @@ from megatron_prolong.recipe.inputs import (
     vocabulary_size,
 )
 from megatron_prolong.recipe.layout_rules import layout_problems
+from megatron_prolong.recipe.run_files import RESERVED_STAGE_NAMES
 from megatron_prolong.recipe.schema import InitSpec, Recipe, Stage, layout_of, precision_of
 from megatron_prolong.recipe.shape import MANIFEST, ModelShape, model_directory, read_json, read_shape
 from megatron_prolong.recipe.source import Key, key_text
-
-# A run directory holds these beside its stages' directories.
-_RESERVED_STAGE_NAMES = ("initial", "export", "tensorboard", "evaluation")
 
 
 @dataclass
@@ -196,8 +194,8 @@ def _chain(findings: Findings, shape: ModelShape | None) -> None:
     for name, count in Counter(stage.name for stage in recipe.stages).items():
         if count > 1:
             findings.error(("stages", name), f"{count} stages have this name; names must be unique")
-        if name in _RESERVED_STAGE_NAMES:
-            reserved = ", ".join(_RESERVED_STAGE_NAMES)
+        if name in RESERVED_STAGE_NAMES:
+            reserved = ", ".join(RESERVED_STAGE_NAMES)
             findings.error(("stages", name, "name"), f"found {name}; {reserved} are reserved: rename it")
     rope_base = shape.rope_base if shape else None
     for index, stage in enumerate(recipe.stages):

@@ -6,7 +6,6 @@ later line counts. A line that is cut off (the writer died) or damaged is skippe
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -16,12 +15,17 @@ from typing import Any
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
+from megatron_prolong.recipe.run_files import METRICS, RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import Recipe, Stage
-from megatron_prolong.runtime.strict_json import with_nan
+from megatron_prolong.runtime.strict_json import read_lines, with_nan
 
-METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
 _RECENT_STEPS = 20
-_KINDS = {"time": int | float, "event": str, "stage": str, "step": int}
+_NUMBER = int | float | None
+_KINDS = {
+    "time": int | float, "event": str, "stage": str, "step": int, "scores": dict, "domains": dict,
+    "loss": _NUMBER, "lr": _NUMBER, "grad_norm": _NUMBER, "tokens_per_second": _NUMBER,
+    "tflops_per_rank": _NUMBER, "step_seconds": _NUMBER, "peak_memory_bytes": _NUMBER,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,9 @@ def read_run(directory: Path) -> RunHistory:
     Raises:
         UserError: there is no recipe.yaml in it, or it cannot be read.
     """
-    if not (directory / RECIPE).is_file():
-        raise UserError(f"{directory}: no run directory: it has no {RECIPE}")
-    recipe = load_recipe(directory / RECIPE)
+    if not (directory / RESOLVED_RECIPE).is_file():
+        raise UserError(f"{directory}: no run directory: it has no {RESOLVED_RECIPE}")
+    recipe = load_recipe(directory / RESOLVED_RECIPE)
     steps: dict[str, dict[int, dict[str, Any]]] = {stage.name: {} for stage in recipe.stages}
     events, updated = [], None
     for record in _records(directory / METRICS):
@@ -129,22 +133,15 @@ def read_run(directory: Path) -> RunHistory:
 
 def find_runs(directory: Path) -> list[Path]:
     """Run directories in `directory` (itself included), up to two levels down, oldest first."""
-    if (directory / RECIPE).is_file():
+    if (directory / RESOLVED_RECIPE).is_file():
         return [directory]
-    found = [path.parent for pattern in ("*", "*/*") for path in directory.glob(f"{pattern}/{RECIPE}")]
-    return sorted(found, key=lambda path: (path / RECIPE).stat().st_mtime)
+    found = [
+        path.parent for pattern in ("*", "*/*") for path in directory.glob(f"{pattern}/{RESOLVED_RECIPE}")
+    ]
+    return sorted(found, key=lambda path: (path / RESOLVED_RECIPE).stat().st_mtime)
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and all(
-                isinstance(record[key], kind) for key, kind in _KINDS.items() if key in record
-            ):
-                yield record
+    for record in read_lines(path):
+        if all(isinstance(record[key], kind) for key, kind in _KINDS.items() if key in record):
+            yield record

@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_prolong.page.charts import lines, stacked_bars
 from megatron_prolong.page.html import figure, heading, note, page, preformatted, table
-from megatron_prolong.report.history import RECIPE, RunHistory, StageHistory
+from megatron_prolong.recipe.run_files import EVALUATION, RESOLVED_RECIPE
+from megatron_prolong.report.history import RunHistory, StageHistory
 
 _CURVES = (
     ("loss", "loss (nats per token)", "Training loss."),
@@ -31,7 +32,7 @@ def run_page(run: RunHistory) -> str:
     for stage in run.stages:
         body += _domains(stage)
     body += [*_memory(run), *_evaluation(run), *_events(run)]
-    body += [heading("Recipe"), preformatted((run.directory / RECIPE).read_text(encoding="utf-8"))]
+    body += [heading("Recipe"), preformatted((run.directory / RESOLVED_RECIPE).read_text(encoding="utf-8"))]
     return page(f"Run {run.recipe.name}", body)
 
 
@@ -103,7 +104,7 @@ def _memory(run: RunHistory) -> Iterator[str]:
 def _evaluation(run: RunHistory) -> Iterator[str]:
     """Scores along the run, from the events; and the JSON files that `prolong eval --out RUN/evaluation` left."""
     events = [event for event in run.events if event["event"] == "evaluation"]
-    files = sorted((run.directory / "evaluation").glob("*.json"))
+    files = sorted((run.directory / EVALUATION).glob("*.json"))
     if not events and not files:
         return
     yield heading("Evaluation")

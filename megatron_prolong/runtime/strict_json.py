@@ -1,10 +1,12 @@
-"""JSON that every reader takes: it has no NaN and no infinity, so what is not finite is written as null."""
+"""JSON that every reader takes: it has no NaN and no infinity, so what is not finite is written as null; and files
+of a line per object, read where a process may have died writing one."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -16,6 +18,20 @@ def dumps(value: Any, indent: int | None = None) -> str:
 def with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record of numbers as it was before `dumps`: null is NaN again."""
     return {key: math.nan if value is None else value for key, value in record.items()}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of one per line; a line that a writer was killed in, or that is damaged, is skipped."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
 
 
 def _finite(value: Any) -> Any:

@@ -26,12 +26,13 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.mcore.checkpoint import Snapshot, state_bytes, take_snapshot, training_state
 from megatron_prolong.mcore.optimizer import MegatronOptimizer
+from megatron_prolong.recipe.run_files import RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import CheckpointSpec
 from megatron_prolong.recipe.shape import HF_DIR, MANIFEST
 from megatron_prolong.runtime.agreement import on_main
 from megatron_prolong.runtime.checksums import CHECKSUMS, Entries, verify_checksums, write_checksums
 from megatron_prolong.runtime.publish import is_disk_full, publish, remove
-from megatron_prolong.training.run_directory import RESOLVED_RECIPE, prune, write_pointer
+from megatron_prolong.training.run_directory import prune, write_pointer
 
 
 @dataclass

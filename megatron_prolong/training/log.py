@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.run_files import METRICS, TENSORBOARD
 from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.runtime.strict_json import dumps
 
@@ -99,13 +100,13 @@ def open_log(recipe: Recipe) -> Iterator[RunLog]:
     """
     run_dir = recipe.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / METRICS
     if path.exists():
         written = path.read_bytes()
         os.truncate(path, written.rfind(b"\n") + 1)
     with (
         path.open("a") as metrics,
-        SummaryWriter(str(run_dir / "tensorboard")) as tensorboard,
+        SummaryWriter(str(run_dir / TENSORBOARD)) as tensorboard,
         _wandb_run(recipe) if recipe.logging.wandb else nullcontext() as wandb,
     ):
         yield RunLog(Console(), metrics, tensorboard, wandb)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,16 +14,12 @@ from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.stream import stream
 from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.groups import megatron
+from megatron_prolong.recipe.run_files import METRICS, RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import Recipe, Stage, layout_of
 from megatron_prolong.runtime.launch import World
-from megatron_prolong.runtime.strict_json import with_nan
+from megatron_prolong.runtime.strict_json import read_lines, with_nan
 from megatron_prolong.training.run import initial_directory, stage_input
-from megatron_prolong.training.run_directory import (
-    RESOLVED_RECIPE,
-    Checkpoint,
-    checkpoints,
-    latest_checkpoint,
-)
+from megatron_prolong.training.run_directory import Checkpoint, checkpoints, latest_checkpoint
 from megatron_prolong.training.stage import StageInput, first_state, prepare_stage
 from megatron_prolong.training.state import StageStatus
 from megatron_prolong.training.step import StepMetrics
@@ -81,7 +76,7 @@ def replay(
         UserError: there is no such checkpoint, or it does not fit the recipe.
     """
     start = _start(recipe, stage, step)
-    recorded = _recorded(recipe.run_dir / "metrics.jsonl", stage.name)
+    recorded = _recorded(recipe.run_dir / METRICS, stage.name)
     layout = layout_of(recipe, stage)
     with megatron(layout, stage.seed) as groups:
         run = prepare_stage(recipe, stage, start, layout, world, groups)
@@ -124,7 +119,5 @@ def _start(recipe: Recipe, stage: Stage, step: int) -> StageInput:
 
 def _recorded(path: Path, stage: str) -> dict[int, dict[str, Any]]:
     """The lines of metrics.jsonl about a stage's steps; the last one where a step was made twice."""
-    if not path.exists():
-        return {}
-    records = [with_nan(json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
+    records = (with_nan(record) for record in read_lines(path))
     return {record["step"]: record for record in records if record.get("stage") == stage and "loss" in record}

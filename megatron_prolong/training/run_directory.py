@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.run_files import LATEST, RESOLVED_RECIPE  # noqa: F401
 from megatron_prolong.recipe.shape import MANIFEST
 from megatron_prolong.runtime.publish import remove, remove_leftovers, write_durably
-
-RESOLVED_RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
     Without `latest` (lost, or not written yet by a process that was killed) the last one is taken: starting anew
     would in time overwrite them all.
     """
-    pointer, complete = stage_dir / "latest", _complete(stage_dir)
+    pointer, complete = stage_dir / LATEST, _complete(stage_dir)
     if not pointer.exists():
         return Checkpoint.open(complete[-1]) if complete else None
     newest = stage_dir / pointer.read_text(errors="replace").strip()
@@ -67,7 +66,7 @@ def checkpoints(stage_dir: Path) -> list[Checkpoint]:
 
 def write_pointer(stage_dir: Path, name: str) -> None:
     """Make `latest` name a checkpoint, in one atomic step."""
-    write_durably(stage_dir / "latest", name + "\n")
+    write_durably(stage_dir / LATEST, name + "\n")
 
 
 def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
@@ -76,7 +75,7 @@ def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
     The newest is the one that `latest` names. After a run was put back to an older one, those beyond it are of
     another history, and stay until the run comes to their step.
     """
-    newest = (stage_dir / "latest").read_text().strip()
+    newest = (stage_dir / LATEST).read_text().strip()
     history = [path for path in _complete(stage_dir) if path.name <= newest]
     for old in history[:-keep]:
         if keep_every is None or _step(old) % keep_every:

@@ -101,7 +101,14 @@ def test_a_loss_that_is_no_number_is_shown_and_stays_json(run: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ['{"stage": "long", "step": "x"}', '{"stage": ["long"], "step": 4}', '{"time": "x"}', "[1]", "\x00"],
+    [
+        '{"stage": "long", "step": "x"}',
+        '{"stage": "long", "step": 4, "loss": "low"}',
+        '{"stage": ["long"], "step": 4}',
+        '{"time": "x"}',
+        "[1]",
+        "\x00",
+    ],
 )
 def test_a_damaged_line_is_skipped(run: Path, line: str) -> None:
     before = read_run(run)
