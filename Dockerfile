@@ -38,9 +38,9 @@ CMD ["prolong", "--help"]
 
 # ---- gpu (default) -----------------------------------------------------------------------------------------
 # Why 26.02: it was the newest image when megatron-core 0.16.1 came out (March 2026), and the first with
-# PyTorch 2.11, the oldest we test; Python 3.12; Apex, Transformer Engine 2.12 and CUDA 13.1 come built for it.
-# megatron-core 0.16.1 sets no upper bound on Transformer Engine at run time (its development extra was tested
-# below 2.12; 26.01 has 2.11, but PyTorch 2.10). Check a newer tag with `prolong doctor` and tests -m gpu.
+# PyTorch 2.11, the oldest we test; Python 3.12; Apex, Transformer Engine 2.12 and CUDA 13.1 come built for it
+# (26.01 has 2.11, but PyTorch 2.10). Check a newer tag with `prolong doctor`, against the ranges in setup.py, and
+# tests -m gpu.
 FROM nvcr.io/nvidia/pytorch:26.02-py3 AS gpu
 
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]

@@ -29,8 +29,9 @@ CORE = [
     "wonderwords>=3,<4",  # the word lists of RULER's synthetic tasks
 ]
 EXTRAS = {
-    # GPU-only packages are imported lazily and come with NVIDIA's PyTorch image.
-    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    # Imported lazily; NVIDIA's PyTorch image brings it, the Dockerfile's 2.12. megatron-core 0.16.1 bounds it only
+    # in its development extra (>=2.9.0a0,<2.12). What was checked with which: docs/gpu.md.
+    "gpu": ["transformer-engine[pytorch]>=2.9,<2.13"],
     # sources that few need: Parquet, saved Hugging Face datasets, remote paths
     "data": ["pyarrow>=21,<27", "datasets>=5.2,<6", "fsspec>=2024.2"],
     "ray": ["ray>=2.60,<3"],

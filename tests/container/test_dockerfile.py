@@ -47,6 +47,12 @@ def test_constraints_are_exact_and_within_setup_s_ranges() -> None:
             assert requirement.specifier.contains(pins[requirement.name]), text
 
 
+def test_the_gpu_image_s_transformer_engine_is_within_setup_s_range() -> None:
+    found = re.search(r"Transformer Engine (\d+\.\d+) .* come built", DOCKERFILE)
+    wanted = re.search(r'"(transformer-engine.*)"', (ROOT / "setup.py").read_text())
+    assert found and wanted and Requirement(wanted[1]).specifier.contains(found[1])
+
+
 def test_the_gpu_stage_keeps_the_image_s_torch() -> None:
     gpu = STAGES[1]
     assert "--no-deps ." in gpu and "startswith('torch>')" in gpu and "'.nv' in torch.__version__" in gpu
