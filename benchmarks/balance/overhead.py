@@ -17,12 +17,12 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from measure import write_result  # noqa: E402
-from schemes import LLAMA_3_8B  # noqa: E402
+from shapes import LLAMA3_8B  # noqa: E402
 
 from megatron_prolong.data.balance import CostModel, assign  # noqa: E402
 from megatron_prolong.plan.lengths import PROLONG_64K, PROLONG_512K  # noqa: E402
 
-COST = CostModel.for_shape(LLAMA_3_8B)
+COST = CostModel.for_shape(LLAMA3_8B)
 
 
 def short_documents(count: int = 20_000, tokens: int = 4 * 2**20) -> list[np.ndarray]:

@@ -17,7 +17,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from measure import write_result  # noqa: E402
 from schemes import (  # noqa: E402
-    LLAMA_3_8B,
     Outcome,
     best_possible,
     in_order,
@@ -25,11 +24,12 @@ from schemes import (  # noqa: E402
     ours,
     prolong_sort,
 )
+from shapes import LLAMA3_8B  # noqa: E402
 
 from megatron_prolong.data.balance import CostModel  # noqa: E402
 from megatron_prolong.plan.lengths import PROLONG_64K, PROLONG_512K, LengthMixture  # noqa: E402
 
-COST = CostModel.for_shape(LLAMA_3_8B)
+COST = CostModel.for_shape(LLAMA3_8B)
 RANK_TOKENS = (
     65_536  # what ProLong trained with per GPU at 64K; more where one rank must hold a 512K document
 )

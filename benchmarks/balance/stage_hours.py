@@ -25,7 +25,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from measure import write_result  # noqa: E402
 from schemes import (  # noqa: E402
-    LLAMA_3_8B,
     Outcome,
     in_order,
     megatron_hybrid_cp,
@@ -33,6 +32,7 @@ from schemes import (  # noqa: E402
     ours,
     prolong_sort,
 )
+from shapes import LLAMA3_8B  # noqa: E402
 
 from megatron_prolong.data.balance import CostModel  # noqa: E402
 from megatron_prolong.data.balance.cost import Lengths  # noqa: E402
@@ -41,7 +41,7 @@ from megatron_prolong.plan.lengths import PROLONG_64K, PROLONG_512K  # noqa: E40
 GPUS = 64
 STEPS = 48
 RANK_TOKENS = 65_536
-NODE = CostModel.for_shape(LLAMA_3_8B)  # exchange at 80% of NVLink's 450 GB/s
+NODE = CostModel.for_shape(LLAMA3_8B)  # exchange at 80% of NVLink's 450 GB/s
 # Beyond a node all eight 400 Gb/s cards carry the exchange: 80% of 400 GB/s.
 FABRIC = dataclasses.replace(NODE, exchange=NODE.exchange * 360 / 320)
 # FlashAttention-2, which ProLong ran: 335 TFLOP/s forward and 322 backward instead of 539 and 516 (same source).

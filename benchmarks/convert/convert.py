@@ -28,11 +28,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from measure import write_result
+from shapes import LLAMA3_8B
 
 from megatron_prolong.convert.hf_writer import write_safetensors
 from megatron_prolong.convert.names import Rows, hf_tensors
 from megatron_prolong.convert.sidecar import exported_config, write_config
-from megatron_prolong.recipe.shape import ModelShape
 
 
 class RandomBits:
@@ -48,14 +48,6 @@ class RandomBits:
     def read_into(self, rows: Rows, out: Tensor) -> None:
         """Fill `out`."""
         out.view(-1).copy_(self._numbers[: out.numel()])
-
-
-def llama3_8b(num_layers: int) -> ModelShape:
-    """Llama-3-8B, or fewer layers of it."""
-    return ModelShape(
-        num_layers=num_layers, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8, head_dim=128,
-        vocab_size=128_256, max_length=8192, rope_base=5e5,
-    )  # fmt: skip
 
 
 def drop_from_cache(directory: Path) -> None:
@@ -113,7 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         root = Path(name)
-        shape = llama3_8b(options.layers)
+        shape = LLAMA3_8B.replace(num_layers=options.layers)
         (root / "hf").mkdir()
         write_config(root / "hf", exported_config(shape, None, "bfloat16"))
         tensors = hf_tensors(shape)
