@@ -40,21 +40,31 @@ class HuggingFaceBackend:
 
     @classmethod
     def open(cls, directory: Path, *, batch_size: int = 1) -> HuggingFaceBackend:
-        """Load a directory written by `save_pretrained` (or by `prolong convert to-hf`)."""
+        """Load a directory written by `save_pretrained` (or by `prolong convert to-hf`).
+
+        Raises:
+            UserError: transformers does not take it, or weights are missing.
+        """
         from transformers import AutoModelForCausalLM
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         try:
-            module = AutoModelForCausalLM.from_pretrained(
+            module, found = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=dtype,
                 attn_implementation="sdpa",
                 local_files_only=True,
                 use_safetensors=True,
+                output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{directory}: transformers cannot load this model: {error}") from error
+        if found["missing_keys"]:
+            raise UserError.many(
+                f"{directory}: weights are missing, which transformers would make up at random; copy it again:",
+                sorted(found["missing_keys"]),
+            )
         return cls(
             module=module.to(device).eval(),
             tokenizer=load_tokenizer(directory),

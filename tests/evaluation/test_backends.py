@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
@@ -111,6 +113,16 @@ def test_neither_kind_of_model_is_refused(tmp_path: Path, hf_directory: Path) ->
     (tmp_path / "run" / "64k" / "latest").write_text("step_00000001")
     with pytest.raises(UserError, match=r"give one of its stages: .*run/64k"), open_backend(tmp_path / "run"):
         pass
+
+
+def test_a_model_without_some_of_its_weights_is_refused(tmp_path: Path, hf_directory: Path) -> None:
+    """transformers only warns, and measures random numbers."""
+    shutil.copytree(hf_directory, tmp_path / "half")
+    weights = load_file(tmp_path / "half/model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "half/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"weights are missing.*\n  - lm_head\.weight"):
+        hf.HuggingFaceBackend.open(tmp_path / "half")
 
 
 def test_tensor_parallelism_stops_where_the_model_does_not_divide() -> None:
