@@ -17,8 +17,8 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """Build Megatron's optimizer for the recipe's AdamW.
 
-    Norms (all one-dimensional weights; Llama has no biases) are exempt from weight decay unless
-    `spec.decay_norms`: ProLong probably decayed them.
+    Megatron gives the norms (all one-dimensional weights; Llama has no biases) a group of their own, with `wd_mult`
+    0; a checkpoint's groups are found by such multipliers, so these stay whether norms are decayed or not.
     """
     config = OptimizerConfig(
         optimizer="adam",
@@ -34,10 +34,7 @@ def build_optimizer(
         use_distributed_optimizer=layout.distributed_optimizer,
         overlap_param_gather=layout.distributed_optimizer,
     )
-    overrides: dict | None = {} if spec.decay_norms else None
-    optimizer = get_megatron_optimizer(
-        config, model.chunks, config_overrides=overrides, use_gloo_process_groups=False
-    )
+    optimizer = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=False)
     weights: list[Any] = [weight for chunk in model.chunks for weight in chunk.parameters()]
     for weight in filter(is_float8tensor, weights):
         weight.clear_high_precision_init_val()  # Megatron lets go of those of this rank's shard only
@@ -51,7 +48,7 @@ def set_hyperparameters(optimizer: MegatronOptimizer, spec: OptimizerSpec, lr: f
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-        group["weight_decay"] = spec.weight_decay * group["wd_mult"]
+        group["weight_decay"] = spec.weight_decay * (1.0 if spec.decay_norms else group["wd_mult"])
         group["betas"] = (spec.beta1, spec.beta2)
         group["eps"] = spec.eps
 

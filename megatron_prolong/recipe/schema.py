@@ -166,7 +166,7 @@ class OptimizerSpec(_Frozen):
     clip: Annotated[Real, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 does not clip."""
     decay_norms: bool = False
-    """Decay the norm weights too, as ProLong's scripts appear to."""
+    """Decay the norm weights too, as ProLong's scripts do."""
 
 
 class CheckpointSpec(_Frozen):

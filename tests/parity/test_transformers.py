@@ -129,16 +129,17 @@ def test_activations_in_host_memory_change_no_gradient(recompute, world, groups)
         assert error < 1e-5, f"{name}: relative error {error:.1e}"
 
 
-def test_twenty_adamw_steps(world, groups):
+@pytest.mark.parametrize("decay_norms", [False, True])
+def test_twenty_adamw_steps(decay_norms, world, groups):
     """The same batches through a plain PyTorch loop over the HF model with torch.optim.AdamW."""
     hf = reference_llama()
     model = ours_from(hf)
-    spec = OptimizerSpec()
+    spec = OptimizerSpec(decay_norms=decay_norms)
     optimizer = build_optimizer(model, spec, Layout(), lr=1e-3)
     decayed = [p for p in hf.parameters() if p.ndim > 1]
     norms = [p for p in hf.parameters() if p.ndim == 1]
     reference = torch.optim.AdamW(
-        [{"params": decayed}, {"params": norms, "weight_decay": 0.0}],
+        [{"params": decayed}, {"params": norms, "weight_decay": spec.weight_decay if decay_norms else 0.0}],
         lr=1e-3, betas=(spec.beta1, spec.beta2), eps=spec.eps, weight_decay=spec.weight_decay,
     )  # fmt: skip
     losses, expected_losses = [], []
@@ -162,6 +163,21 @@ def test_twenty_adamw_steps(world, groups):
     assert losses == pytest.approx(expected_losses, rel=1e-4)
     # The run went somewhere, so the comparison was not of a standing model.
     assert max(expected_losses) - min(expected_losses) > 0.5
+    # Decay takes 1e-3 off a norm's weight in these steps.
+    ours, expected = dict(model.bare_chunks[0].named_parameters()), megatron_weights(hf)
+    for name in (name for name, weight in ours.items() if weight.ndim == 1):
+        torch.testing.assert_close(ours[name].data, expected[name], rtol=0, atol=2e-4)
+
+
+def test_a_carried_optimizer_may_begin_or_cease_to_decay_norms(world, groups):
+    """Megatron looks for a checkpoint's parameter groups by these multipliers."""
+    hf = reference_llama()
+    specs = [OptimizerSpec(decay_norms=decay) for decay in (False, True)]
+    optimizers = [build_optimizer(ours_from(hf), spec, Layout(), lr=1e-3) for spec in specs]
+    with_decay, without = (
+        [(group["wd_mult"], group["lr_mult"]) for group in one.param_groups] for one in optimizers
+    )
+    assert with_decay == without
 
 
 def test_documents_do_not_see_each_other(world, groups):
