@@ -38,6 +38,7 @@ def optimizer_state(
         with_weights: add the model's weights, rounded from the distributed optimizer's fp32 ones.
     """
     (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    _begin(single)
     if not isinstance(single, DistributedOptimizer):
         assert not with_weights
         return optimizer.sharded_state_dict(model_state, metadata=dict(metadata))
@@ -57,6 +58,13 @@ def optimizer_state(
         "param_state": dict(enumerate(shards)),
         "param_state_sharding_type": SHARDING_TYPE,
     }
+
+
+def _begin(optimizer: MegatronOptimizer) -> None:
+    """Zero moments and step count where every step so far was skipped: Adam makes them in its first update."""
+    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    for group in optimizer.param_groups:
+        group.setdefault("step", 0)
 
 
 def _states(

@@ -272,6 +272,19 @@ def test_a_snapshot_is_of_its_moment(trained, tmp_path):
         assert torch.equal(found, wanted)
 
 
+def test_a_run_whose_first_steps_were_all_skipped_can_be_saved(tmp_path):
+    """Adam has no moments before its first update."""
+    with megatron(Layout(), seed=1):
+        model = build_model(SHAPE, Layout(), precision="fp32", recompute="full")
+        optimizer = build_optimizer(model, OptimizerSpec(), Layout(), lr=0.1)
+        save_weights_and_optimizer(tmp_path, model, optimizer)
+        optimizer.step()
+        load_weights_and_optimizer(tmp_path, model, optimizer)
+        assert [group["step"] for group in optimizer.param_groups] == [0, 0]
+        weights = list(model.chunks[0].parameters())
+        assert not any(moment.any() for moment in numbers(model, optimizer)[len(weights) :])
+
+
 def test_a_step_draws_no_random_number(trained):
     """Dropout is 0 and the data a function of the step, so no generator's state belongs in a checkpoint."""
     model, optimizer, groups = trained
