@@ -23,7 +23,7 @@ from megatron_prolong.cli import (
     train,
 )
 from megatron_prolong.errors import JointError, RankLost, UserError
-from megatron_prolong.runtime.publish import wanted_name
+from megatron_prolong.runtime.publish import is_disk_full, wanted_name
 
 app = typer.Typer(
     name="prolong",
@@ -68,7 +68,7 @@ app.command()(launch.launch)
 def run() -> None:
     """Console entry point. `--debug` anywhere on the line keeps the traceback of a user error.
 
-    A path that cannot be read or written is the user's to mend, wherever in the program it was met.
+    A path that cannot be read or written, or a full disk, is the user's to mend, wherever in the program it was met.
     """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) != len(sys.argv) - 1
@@ -84,8 +84,9 @@ def run() -> None:
         print(f"error: {event}", file=sys.stderr, flush=True)
         os._exit(1)  # an orderly exit would wait for the rank that is gone
     except OSError as error:
-        if debug or error.filename is None:
+        if debug or (error.filename is None and not is_disk_full(error)):
             raise
         path = error.filename2 or error.filename  # of a rename, the name that was wanted
-        print(f"error: {wanted_name(str(path))}: {error.strerror} (--debug shows where)", file=sys.stderr)
+        where = f"{wanted_name(str(path))}: " if path else ""
+        print(f"error: {where}{error.strerror} (--debug shows where)", file=sys.stderr)
         sys.exit(2)

@@ -1,3 +1,4 @@
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,19 @@ def test_more_gpus_than_a_node_can_have_are_refused(
 ) -> None:
     code, _, err = prolong("launch", write(recipe_data), "--gpus-per-node", 8000)
     assert code == 2 and "'--gpus-per-node'" in err and "16" in err
+
+
+def test_a_full_disk_is_one_line_where_the_file_has_no_name(
+    prolong: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a line of metrics.jsonl does not fit any more."""
+
+    def write(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megatron_prolong.recipe.load.load_recipe", write)
+    code, _, err = prolong("train", "recipe.yaml")
+    assert (code, err) == (2, "error: No space left on device (--debug shows where)\n")
 
 
 def test_a_bad_recipe_stops_before_torchrun(
