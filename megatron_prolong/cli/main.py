@@ -68,7 +68,7 @@ app.command()(launch.launch)
 def run() -> None:
     """Console entry point. `--debug` anywhere on the line keeps the traceback of a user error.
 
-    A path that cannot be read or written, or a full disk, is the user's to mend, wherever in the program it was met.
+    A path that cannot be read or written, or a full disk, is the user's to mend, wherever it was met.
     """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) != len(sys.argv) - 1
