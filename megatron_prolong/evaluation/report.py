@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,22 +89,24 @@ def plot_needle(results: dict[str, Sequence[NeedleCell]], path: Path) -> None:
     figure, axes = new_figure(len(results), rows=2)
     for column, (label, cells) in enumerate(results.items()):
         for row, score in enumerate(("ranked_first", "recall")):
-            _heatmap(axes[row * len(results) + column], cells, score, f"{label}: {score.replace('_', ' ')}")
+            place, title = axes[row * len(results) + column], f"{label}: {score.replace('_', ' ')}"
+            depths = {depth: f"{100 * depth:.0f}%" for depth in sorted({cell.depth for cell in cells})}
+            heatmap(place, {(cell.depth, cell.length): 100 * getattr(cell, score) for cell in cells}, depths)
+            place.set(xlabel="context (tokens)", ylabel="depth of the needle", title=title)
     save_figure(figure, path)
 
 
-def _heatmap(axes: Any, cells: Sequence[NeedleCell], score: str, title: str) -> None:
-    lengths = sorted({cell.length for cell in cells})
-    depths = sorted({cell.depth for cell in cells})
-    values = {(cell.depth, cell.length): getattr(cell, score) for cell in cells}
-    grid = [[values[depth, length] for length in lengths] for depth in depths]
-    axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+def heatmap(axes: Any, scores: Mapping[tuple[Any, int], float], rows: Mapping[Any, str]) -> None:
+    """Scores from 0 to 100 by row and length; `rows` are their names, from the top down."""
+    lengths = sorted({length for _, length in scores})
+    grid = [[scores.get((row, length), math.nan) for length in lengths] for row in rows]
+    axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
     axes.set_xticks(range(len(lengths)), [format_count(length) for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths])
-    for row, line in enumerate(grid):
-        for column, value in enumerate(line):
-            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
-    axes.set(xlabel="context (tokens)", ylabel="depth of the needle", title=title)
+    axes.set_yticks(range(len(rows)), rows.values())
+    for y, line in enumerate(grid):
+        for x, value in enumerate(line):
+            if not math.isnan(value):
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8)
 
 
 def new_figure(columns: int, rows: int = 1) -> tuple[Any, list[Any]]:

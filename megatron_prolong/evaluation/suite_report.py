@@ -12,7 +12,7 @@ from rich.table import Table
 
 from megatron_prolong.evaluation.bootstrap import Interval, difference_interval
 from megatron_prolong.evaluation.published import published
-from megatron_prolong.evaluation.report import new_figure, save_figure
+from megatron_prolong.evaluation.report import heatmap, new_figure, save_figure
 from megatron_prolong.evaluation.results import MEAN, Average, Result, averages
 from megatron_prolong.evaluation.suites import CATEGORIES
 from megatron_prolong.recipe.numbers import format_count
@@ -200,7 +200,9 @@ def plot_suite(models: Models, path: Path) -> None:
     for place, category in enumerate(categories):
         _lines(axes[place], models, category)
     for place, (label, results) in enumerate(models.items()):
-        _heatmap(axes[columns + place], label, results)
+        scores = {(_short(result.name), result.length): result.interval.mean for result in results}
+        heatmap(axes[columns + place], scores, {name: name for name in sorted({name for name, _ in scores})})
+        axes[columns + place].set(title=label, xlabel="length (tokens)")
     for unused in [*axes[len(categories) : columns], *axes[columns + len(models) :]]:
         unused.set_visible(False)
     save_figure(figure, path)
@@ -214,22 +216,6 @@ def _lines(axes: Any, models: Models, category: str) -> None:
     axes.set(title=category, xlabel="length (tokens)", ylabel="score", ylim=(-3, 103))
     axes.grid(alpha=0.3)
     axes.legend()
-
-
-def _heatmap(axes: Any, label: str, results: Sequence[Result]) -> None:
-    lengths = sorted({result.length for result in results})
-    names = sorted({_short(result.name) for result in results})
-    grid = [[float("nan")] * len(lengths) for _ in names]
-    for result in results:
-        grid[names.index(_short(result.name))][lengths.index(result.length)] = result.interval.mean
-    axes.imshow(grid, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(lengths)), [format_count(length) for length in lengths])
-    axes.set_yticks(range(len(names)), names)
-    for row, line in enumerate(grid):
-        for column, value in enumerate(line):
-            if value == value:
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8)
-    axes.set(title=label, xlabel="length (tokens)")
 
 
 def _short(name: str) -> str:

@@ -114,7 +114,7 @@ class Layout(_Frozen):
     last_stage_layers: Positive | None = None
     """Layers of the last pipeline stage, which also computes the loss; by default as many as the others have."""
     cp: Positive = 1
-    """Context-parallel ranks: each holds 1/cp of every packed sequence."""
+    """Context-parallel ranks: long documents are split over them, short ones stay whole on one."""
     sequence_parallel: bool = True
     """Split norms and residuals along the sequence over the tensor-parallel ranks; no effect at tp 1."""
     cp_exchange: CpExchange = "all_gather"
