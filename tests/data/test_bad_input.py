@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from documents import files_of, write_documents
-from llama3 import llama3_tokenizer
 
 from megatron_prolong.data import filter as filter_module
 from megatron_prolong.data import pack as pack_module
@@ -23,13 +22,6 @@ from megatron_prolong.data.mds import MDSReader, MDSWriter
 from megatron_prolong.data.megatron_indexed import to_megatron
 from megatron_prolong.data.pack import PackOptions, pack
 from megatron_prolong.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer")
-    llama3_tokenizer().save_pretrained(path)
-    return path
 
 
 @pytest.fixture

@@ -11,13 +11,9 @@ from megatron_prolong.data.balance import CostModel, assign
 from megatron_prolong.data.balance.threshold import NEVER, best_share
 from megatron_prolong.errors import UserError
 from megatron_prolong.model.context_plan import ContextPlan
-from megatron_prolong.recipe.shape import ModelShape
+from tests.plan.plan_shapes import LLAMA3_8B
 
 COST = CostModel(linear=1.0, quadratic=1 / 2_000, exchange=0.02)
-LLAMA_3_8B = ModelShape(
-    num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8, head_dim=128,
-    vocab_size=128256, max_length=8192, rope_base=5e5,
-)  # fmt: skip
 
 # Lengths from one token to a whole sequence of 512, in a few packed sequences.
 documents = st.lists(st.integers(1, 512), min_size=1, max_size=30)
@@ -117,7 +113,7 @@ def test_balanced_where_arithmetic_allows():
 
 def test_context_parallelism_only_for_those_that_need_it():
     """Eight documents on eight ranks stay whole; five among short ones are split; a long one must be."""
-    cost = CostModel.for_shape(LLAMA_3_8B)
+    cost = CostModel.for_shape(LLAMA3_8B)
     long, short = [65_536], [700] * 90
     eight = best_share(np.array(long * 8), 8, 65_536, cost)
     assert eight.split_threshold_tokens == NEVER and eight.exchange_seconds == 0
@@ -160,7 +156,7 @@ def test_fit_leaves_out_what_noise_makes_negative():
 
 def test_cost_of_llama_3_8b_on_an_h100():
     """Against arithmetic by hand: 16.1 GFLOP per token forward, 0.524 MFLOP per token and token of length."""
-    cost = CostModel.for_shape(LLAMA_3_8B)
+    cost = CostModel.for_shape(LLAMA3_8B)
     assert cost.linear == pytest.approx(4 * 2 * 7.504e9 / 692e12, rel=0.01)  # 7.5B weights do matrix products
     assert cost.quadratic == pytest.approx(2 * 32 * 4096 * (2 / 539e12 + 2.5 / 516e12), rel=1e-6)
     assert cost.exchange == pytest.approx(32 * 4096 * 3 / 360e9, rel=1e-6)

@@ -38,13 +38,6 @@ def run(inputs: list[Path], out: Path, **options: object) -> FilterReport:
     return report
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer")
-    llama3_tokenizer().save_pretrained(path)
-    return path
-
-
 def write_texts(path: Path, texts: list[str]) -> Path:
     encode = llama3_tokenizer().backend_tokenizer.encode
     with MDSWriter(path, {"input_ids": "ndarray:uint32", "domain": "str"}) as writer:

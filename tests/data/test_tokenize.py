@@ -21,13 +21,6 @@ from megatron_prolong.data.tokenize import TokenizeOptions, TokenizeReport, toke
 from megatron_prolong.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer")
-    llama3_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenize_module, "TASK_BYTES", 300)

@@ -7,35 +7,25 @@ import pytest
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import ModelShape, RopeScaling, model_directory, read_shape, to_hf_config
+from tests.plan.plan_shapes import LLAMA3_8B
 
 CONFIGS = Path(__file__).parent / "configs"
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192)
-LLAMA = ModelShape(
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=128_256,
-    max_length=8192,
-    rope_base=5e5,
-)
 
 
 def test_llama_3_8b() -> None:
-    assert read_shape(CONFIGS / "llama-3-8b-instruct") == LLAMA
+    assert read_shape(CONFIGS / "llama-3-8b-instruct") == LLAMA3_8B
 
 
 def test_llama_3_70b() -> None:
-    large = LLAMA.replace(num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_heads=64)
+    large = LLAMA3_8B.replace(num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_heads=64)
     assert read_shape(CONFIGS / "llama-3-70b-instruct") == large
 
 
 SHAPES = [
-    LLAMA,
-    LLAMA.replace(rope_scaling=SCALING, max_length=131_072),
-    LLAMA.replace(tie_embeddings=True, head_dim=64, rope_base=8e6, norm_eps=1e-6, initializer_range=0.01),
+    LLAMA3_8B,
+    LLAMA3_8B.replace(rope_scaling=SCALING, max_length=131_072),
+    LLAMA3_8B.replace(tie_embeddings=True, head_dim=64, rope_base=8e6, norm_eps=1e-6, initializer_range=0.01),
 ]
 
 
@@ -65,7 +55,7 @@ def test_both_spellings_of_rope_are_written(shape: ModelShape) -> None:
 
 def test_the_source_config_travels_along() -> None:
     source = {"bos_token_id": 128_000, "rope_theta": 5e5, "max_position_embeddings": 8192}
-    config = to_hf_config(LLAMA.replace(rope_base=8e6, max_length=65_536), source)
+    config = to_hf_config(LLAMA3_8B.replace(rope_base=8e6, max_length=65_536), source)
     assert config["bos_token_id"] == 128_000
     assert (config["rope_theta"], config["max_position_embeddings"]) == (8e6, 65_536)
     assert source["rope_theta"] == 5e5  # not changed
@@ -99,7 +89,7 @@ def test_the_source_config_travels_along() -> None:
 )
 def test_other_models_are_refused(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=r"here/config\.json") as caught:
-        ModelShape.from_hf({**to_hf_config(LLAMA), **change}, "here/config.json")
+        ModelShape.from_hf({**to_hf_config(LLAMA3_8B), **change}, "here/config.json")
     assert reason in str(caught.value)
     assert str(caught.value).count("\n") == 1  # this one reason only
 
@@ -108,7 +98,7 @@ def test_null_is_as_good_as_absent() -> None:
     nulls = dict.fromkeys(
         ("max_position_embeddings", "rms_norm_eps", "initializer_range", "num_key_value_heads")
     )
-    found = ModelShape.from_hf({**to_hf_config(LLAMA), **nulls}, "config.json")
+    found = ModelShape.from_hf({**to_hf_config(LLAMA3_8B), **nulls}, "config.json")
     assert (found.max_length, found.norm_eps, found.initializer_range) == (2048, 1e-6, 0.02)
     assert found.num_kv_heads == found.num_heads
 
