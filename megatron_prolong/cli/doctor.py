@@ -122,28 +122,8 @@ def _memory_findings(recipe: Recipe, shape: ModelShape, world: int | None) -> li
 
 
 def _checkpoint_finding(recipe: Recipe, shape: ModelShape) -> Finding:
-    """Checkpoints that all stages keep: bf16 (or fp32) weights, fp32 main weights and two moments each."""
-    import shutil
-
-    from megatron_prolong.plan.memory import num_parameters
+    from megatron_prolong.plan.disk import REMEDY, checkpoint_room
     from megatron_prolong.runtime.doctor import Finding
 
-    per_weight = 16 if recipe.precision == "fp32" else 14
-    one = per_weight * num_parameters(shape)
-    spec = recipe.checkpoint
-    kept = sum(
-        min(
-            -(-stage.num_steps // spec.every),
-            spec.keep + (stage.num_steps // spec.keep_every if spec.keep_every else 0),
-        )
-        for stage in recipe.stages
-    )
-    needed = one * (kept + 1)  # one more is written before one is deleted
-    directory = recipe.run_dir.absolute()
-    existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    detail = f"{needed / 1e9:.1f} GB at most ({one / 1e9:.1f} each), {free / 1e9:.0f} GB free at {existing}"
-    if needed > free:
-        remedy = "free space, choose another run_dir, or keep fewer (checkpoint.keep, checkpoint.keep_every)"
-        return Finding("checkpoints", "missing", detail, remedy)
-    return Finding("checkpoints", "ok", detail)
+    room = checkpoint_room(recipe, shape)
+    return Finding("checkpoints", *(("ok", str(room)) if room.fits else ("missing", str(room), REMEDY)))

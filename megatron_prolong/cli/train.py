@@ -47,6 +47,7 @@ def train(
     its place from them. Exits with 75 when asked to stop (SIGTERM, SIGUSR1) after saving, so that a batch script
     can requeue.
     """
+    from megatron_prolong.plan.disk import check_room
     from megatron_prolong.recipe.load import load_recipe
     from megatron_prolong.recipe.validate import check as check_recipe
     from megatron_prolong.runtime.rendezvous import read_rendezvous
@@ -58,6 +59,7 @@ def train(
         launched = int(os.environ.get("WORLD_SIZE", "0")) or read_rendezvous(os.environ).size
         world_size = processes if processes > 1 else launched
         check_recipe(resolved, world_size)
+        check_room(resolved)
         if resolved.evaluation:
             from megatron_prolong.evaluation.in_training import tasks_of
 
@@ -159,11 +161,12 @@ def _replay(recipe: Recipe, step: str, trace: Path | None) -> None:
 def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
     """Check everything before any training; the recipe's `evaluation:`, for it to call."""
     from megatron_prolong.evaluation.in_training import CheckpointEvaluation, tasks_of
+    from megatron_prolong.plan.disk import check_room
     from megatron_prolong.recipe.run_files import EVALUATION
     from megatron_prolong.recipe.validate import check
 
     check(recipe, world.size, on_cpu=world.device.type == "cpu")
-
+    check_room(recipe)
     spec = recipe.evaluation
     if spec is None:
         return None

@@ -80,18 +80,24 @@ def test_a_recipe_that_has_all_it_needs(recipe: Path) -> None:
 
 
 def test_what_a_recipe_lacks(recipe: Path) -> None:
-    arguments = ["doctor", "--quick", str(recipe), "precision=fp8", "--gpus", "3"]
+    arguments = ["doctor", "--quick", str(recipe), "precision=fp8", "layout.tp=2", "--gpus", "3"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     missing = [line for line in result.stdout.splitlines() if line.startswith("missing")]
     assert any("it needs CUDA" in line for line in missing)
-    assert any("must divide the global batch of 4" in line for line in missing)
+    assert any("3 ranks cannot be divided" in line for line in missing)
 
 
 def test_checkpoints_that_do_not_fit_on_the_disk(recipe: Path) -> None:
-    code, found = findings(str(recipe), "checkpoint.keep_every=1", "checkpoint.every=1", "stage.s.steps=1B")
+    overrides = ("checkpoint.keep_every=1", "checkpoint.every=1", "stage.s.steps=1B")
+    code, found = findings(str(recipe), *overrides)
     assert code == 1 and found["checkpoints"]["status"] == "missing"
     assert "checkpoint.keep" in found["checkpoints"]["remedy"]
+    for check in (["--check"], []):
+        refused = CliRunner().invoke(app, ["train", *check, str(recipe), *overrides])
+        assert "no room for the checkpoints" in str(refused.exception), (
+            "before a day of training, not after it"
+        )
 
 
 def test_gpus_are_judged_by_what_pytorch_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,81 @@
+"""Room on the disk for a run's checkpoints, looked at before training: the first of them may be a day away."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.plan.memory import num_parameters
+from megatron_prolong.recipe.schema import Recipe, Stage
+from megatron_prolong.recipe.shape import ModelShape
+from megatron_prolong.recipe.validate import incoming_shape
+
+REMEDY = "free space, choose another run_dir, or keep fewer (checkpoint.keep, checkpoint.keep_every)"
+
+
+@dataclass(frozen=True)
+class CheckpointRoom:
+    """What the checkpoints that are not there yet take, and what is free.
+
+    Attributes:
+        one: bytes of a checkpoint.
+        needed: bytes of all to come, as many as lie on the disk at once.
+        free: bytes.
+        directory: run_dir, or the nearest one above it that exists.
+    """
+
+    one: int
+    needed: int
+    free: int
+    directory: Path
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room for all of them."""
+        return self.needed <= self.free
+
+    def __str__(self) -> str:
+        return (
+            f"{self.needed / 1e9:.1f} GB at most ({self.one / 1e9:.1f} each), {self.free / 1e9:.0f} GB free at "
+            f"{self.directory}"
+        )
+
+
+def checkpoint_room(recipe: Recipe, shape: ModelShape) -> CheckpointRoom:
+    """Of bf16 (or fp32) weights, fp32 main weights and two moments each."""
+    one = (16 if recipe.precision == "fp32" else 14) * num_parameters(shape)
+    directory = recipe.run_dir.absolute()
+    existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    return CheckpointRoom(one, one * _to_come(recipe), shutil.disk_usage(existing).free, existing)
+
+
+def check_room(recipe: Recipe) -> None:
+    """Refuse a run whose disk would be full one day.
+
+    Raises:
+        UserError: with what is needed and what is free.
+    """
+    room = checkpoint_room(recipe, incoming_shape(recipe))
+    if not room.fits:
+        raise UserError(f"no room for the checkpoints: {room}; {REMEDY}")
+
+
+def _to_come(recipe: Recipe) -> int:
+    """Checkpoints of all stages that will be kept and are not there; one more is written before one is deleted."""
+    there = {stage.name: _there(recipe.run_dir / stage.name) for stage in recipe.stages}
+    if all(stage.num_steps in there[stage.name] for stage in recipe.stages):
+        return 0
+    return 1 + sum(max(0, _kept(recipe, stage) - len(there[stage.name])) for stage in recipe.stages)
+
+
+def _kept(recipe: Recipe, stage: Stage) -> int:
+    spec = recipe.checkpoint
+    lasting = stage.num_steps // spec.keep_every if spec.keep_every else 0
+    return min(-(-stage.num_steps // spec.every), spec.keep + lasting)
+
+
+def _there(stage_dir: Path) -> set[int]:
+    """Steps of the complete checkpoints."""
+    return {int(path.name.removeprefix("step_")) for path in stage_dir.glob("step_*") if not path.suffix}
