@@ -7,8 +7,8 @@
 #
 # OVERRIDES="stage.64k.lr=2e-5 layout.cp=4" before the command changes the recipe; CONTAINER=image.sqsh (and
 # MOUNTS=/data:/data) runs it in a container, with pyxis; GPUS=4 uses that many of each node's GPUs. Start it where
-# the recipe's relative paths begin, with `prolong` on the PATH. Ten minutes before the time limit, and at a
-# preemption, training saves and the job goes back into the queue, to continue from there.
+# the recipe's relative paths begin, with `prolong` on the PATH. Half an hour before the time limit, and at a
+# preemption, training saves after the step it is at, and the job goes back into the queue, to continue from there.
 #SBATCH --job-name=prolong-64k
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -17,7 +17,7 @@
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@600
+#SBATCH --signal=B:USR1@1800
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail

@@ -70,7 +70,7 @@ def plan(
         print(json.dumps([to_json(one, device, top) for one in plans], indent=1))
     else:
         for one in plans:
-            _print(one, device, top)
+            _print(one, device, top, loaded.checkpoint.every)
         _print_total(plans, device)
     if html is not None:
         write_durably(html, plan_page(loaded.name, plans, device))
@@ -82,7 +82,7 @@ def plan(
         typer.echo(f"wrote {write}", err=True)
 
 
-def _print(plan: StagePlan, gpu: Gpu, top: int) -> None:
+def _print(plan: StagePlan, gpu: Gpu, top: int, steps_between_checkpoints: int) -> None:
     from dataclasses import asdict
 
     from rich.table import Table
@@ -100,6 +100,11 @@ def _print(plan: StagePlan, gpu: Gpu, top: int) -> None:
     )
     if plan.written.runs:
         print(f"  recipe's layout ({plan.written.name}): {_summary(plan.written, gpu, stage.num_steps)}")
+        assert plan.written.time is not None
+        hours = plan.written.time.total * steps_between_checkpoints / 3600
+        print(
+            f"  a checkpoint every {steps_between_checkpoints} steps (checkpoint.every): every {hours:.1f} hours"
+        )
     else:
         print(f"  recipe's layout ({plan.written.name}) does not run: {plan.written.reason}")
     if plan.best is None:

@@ -1,6 +1,7 @@
 """`prolong plan` from a recipe to tables, a written recipe and a page that a browser draws."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -43,6 +44,20 @@ def outputs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
     recipe, page = directory / "best.yaml", directory / "plan.html"
     text = run(model, "--simulate", "--write", str(recipe), "--html", str(page))
     return text, recipe, page
+
+
+def test_a_step_ends_between_the_signal_and_the_time_limit(model: Path) -> None:
+    """On one node, where steps are longest; half as long again remains for the save."""
+    lead = re.search(r"--signal=B:USR1@(\d+)", EXAMPLE.with_name("prolong_512k.sh").read_text())
+    assert lead is not None
+    plans = json.loads(run(model, "--json", "--gpus", "8"))
+    longest = max(plan["recipe"]["step_seconds"]["total"] for plan in plans)
+    assert 600 < 1.5 * longest < int(lead[1])
+
+
+def test_how_often_a_checkpoint_comes(model: Path) -> None:
+    text = run(model, "--stage", "512k", "--gpus", "8", "checkpoint.every=125")
+    assert "a checkpoint every 125 steps (checkpoint.every): every 30.0 hours" in text
 
 
 def test_tables_rank_and_explain(outputs: tuple[str, Path, Path]) -> None:
