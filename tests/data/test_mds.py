@@ -299,6 +299,16 @@ def test_compressed_shards_are_unpacked_beside_or_on_a_read_only_disk_elsewhere(
     assert (small_disk / "data" / "shard.00000.mds").exists()
 
 
+def test_a_full_disk_is_not_a_damaged_shard(small_disk: Path) -> None:
+    with MDSWriter(small_disk / "data", {"input_ids": "ndarray:uint32"}, compression="zstd") as writer:
+        writer.write({"input_ids": np.zeros(1 << 20, np.uint32)})
+    with pytest.raises(
+        UserError, match=r"shard.00000.mds: the disk is full; unpacked it takes 4,194,\d+ bytes"
+    ):
+        MDSReader(small_disk / "data")[0]
+    assert not list((small_disk / "data").glob("*.tmp-*"))
+
+
 def test_full_disk(small_disk: Path) -> None:
     with pytest.raises(UserError, match=r"disk/data: the disk is full.*run the same command again"):
         write(small_disk / "data", [10_000] * 100, size_limit=200_000)

@@ -26,7 +26,7 @@ from megatron_prolong.data.mds.compression import open_compressed, parse_compres
 from megatron_prolong.data.mds.encodings import Decode, encoding
 from megatron_prolong.data.mds.index import Shard, check_hashes, read_index
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import temporary_name
+from megatron_prolong.runtime.publish import is_disk_full, temporary_name
 
 _PAIR = struct.Struct("<II")
 _CHUNK_BYTES = 1 << 20
@@ -234,6 +234,9 @@ def _unpack(shard: Shard) -> IO[bytes]:
     try:
         _decompress(shard, raw)
         temporary.replace(shard.path)
+    except BaseException:
+        raw.close()
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return raw
@@ -247,6 +250,11 @@ def _decompress(shard: Shard, raw: IO[bytes]) -> None:
             while part := stream.read(_CHUNK_BYTES):
                 raw.write(part)
     except (EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
+        if is_disk_full(error):
+            raise UserError(
+                f"{shard.path}: the disk is full; unpacked it takes {shard.raw.num_bytes:,} bytes. Free space and "
+                "run the same command again"
+            ) from None
         raise UserError(f"{path}: cannot be unpacked ({error}); fetch or write it again") from None
     raw.flush()
     if raw.tell() != shard.raw.num_bytes:
