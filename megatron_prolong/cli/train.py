@@ -189,10 +189,11 @@ def status(
     from megatron_prolong.training.state import chain_status
 
     recipe = load_recipe(run / RESOLVED_RECIPE if run.is_dir() else run, overrides or [])
-    table = Table(title=str(recipe.run_dir))
+    run_dir = run if run.is_dir() else recipe.run_dir  # it may have moved since its recipe was written
+    table = Table(title=str(run_dir))
     for heading in ("stage", "status", "step", "length", "RoPE base", "checkpoint"):
         table.add_column(heading)
-    for line in chain_status(recipe, recipe.run_dir):
+    for line in chain_status(recipe, run_dir):
         stage = line.stage
         table.add_row(
             stage.name,

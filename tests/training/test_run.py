@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.runtime.lock import DirectoryLock
@@ -74,6 +76,15 @@ def test_carrying_the_optimizer_matters(workspace, undisturbed):
 def test_changes_that_would_corrupt_a_begun_stage_are_refused(workspace, undisturbed):
     output = workspace.train("undisturbed", "stage.short.seed=7", "stage.long.lr=5e-3", code=2)
     assert "stage.short.seed: 42 → 7" in output and "stage.long.lr" in output
+
+
+def test_the_status_of_a_run_that_has_moved_is_its_own(workspace, undisturbed):
+    """recipe.yaml still names the place where the run was."""
+    root = workspace.root
+    shutil.copytree(root / "undisturbed", root / "copied")
+    shutil.rmtree(root / "copied/long")
+    shown = CliRunner().invoke(app, ["status", str(root / "copied")]).output
+    assert "copied/short/step_00000006" in shown and "waiting" in shown and "undisturbed" not in shown
 
 
 def test_a_stage_with_checkpoints_cannot_leave_the_recipe_unnoticed(workspace, undisturbed):
