@@ -21,6 +21,21 @@ from megatron_prolong.recipe.shape import (
 )
 
 _ITERATION_POINTER = "latest_checkpointed_iteration.txt"
+# Argument of Megatron-LM's command line, its value for a Llama, its value where an older version does not know it.
+_LLAMA_ARGUMENTS: tuple[tuple[str, Any, Any], ...] = (
+    ("swiglu", True, False),
+    ("normalization", "RMSNorm", "LayerNorm"),
+    ("position_embedding_type", "rope", "learned_absolute"),
+    ("add_bias_linear", False, True),
+    ("add_qkv_bias", False, False),
+    ("qk_layernorm", False, False),
+    ("rotary_percent", 1.0, 1.0),
+    ("rotary_interleaved", False, False),
+    ("num_experts", None, None),
+    ("apply_layernorm_1p", False, False),
+    ("multi_latent_attention", False, False),
+    ("rotary_seq_len_interpolation_factor", None, None),
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,7 @@ class MegatronCheckpoint:
         if (directory / MANIFEST).exists():
             return cls._open_ours(directory, sidecar)
         if (pointer := directory / _ITERATION_POINTER).exists():
-            directory = directory / f"iter_{int(pointer.read_text()):07d}"
+            directory = directory / _newest(pointer)
         if (directory / "common.pt").exists():
             return cls._open_megatron_lm(directory, sidecar)
         raise UserError(
@@ -87,7 +102,7 @@ class MegatronCheckpoint:
             raise UserError(f"{directory / 'common.pt'}: holds no args, so the model's shape is unknown")
         vocab_size = None
         if sidecar is not None and (sidecar / "config.json").exists():
-            vocab_size = int(read_json(sidecar / "config.json")["vocab_size"])
+            vocab_size = read_json(sidecar / "config.json").get("vocab_size")
         about = {
             "step": common.get("iteration"),
             "sequence_length": getattr(args, "seq_length", None),
@@ -101,6 +116,16 @@ class MegatronCheckpoint:
         )
 
 
+def _newest(pointer: Path) -> str:
+    """The directory that Megatron-LM's pointer names."""
+    text = pointer.read_text(errors="replace").strip()
+    if text == "release":  # converted from elsewhere, not trained
+        return text
+    if not text.isdecimal():
+        raise UserError(f"{pointer}: found {text!r}; must be the number of an iteration, or release")
+    return f"iter_{int(text):07d}"
+
+
 def shape_from_args(args: argparse.Namespace, where: str, vocab_size: int | None = None) -> ModelShape:
     """The shape that Megatron-LM's command line describes.
 
@@ -111,23 +136,9 @@ def shape_from_args(args: argparse.Namespace, where: str, vocab_size: int | None
         UserError: the model is not a Llama, with every reason.
     """
     found = vars(args)
-    rules: list[tuple[str, Any, Any]] = [
-        ("swiglu", True, False),
-        ("normalization", "RMSNorm", "LayerNorm"),
-        ("position_embedding_type", "rope", "learned_absolute"),
-        ("add_bias_linear", False, True),
-        ("add_qkv_bias", False, False),
-        ("qk_layernorm", False, False),
-        ("rotary_percent", 1.0, 1.0),
-        ("rotary_interleaved", False, False),
-        ("num_experts", None, None),
-        ("apply_layernorm_1p", False, False),
-        ("multi_latent_attention", False, False),
-        ("rotary_seq_len_interpolation_factor", None, None),
-    ]
     problems = [
         f"{name} is {found.get(name, default)!r}; Llama has {wanted!r}"
-        for name, wanted, default in rules
+        for name, wanted, default in _LLAMA_ARGUMENTS
         if found.get(name, default) != wanted
     ]
     needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")

@@ -102,6 +102,16 @@ def test_config_and_tokenizer_come_from_a_hugging_face_directory(checkpoint: Pat
     assert (tmp_path / "exported" / "chat_template.jinja").exists()
 
 
+def test_the_pointer_names_a_release_or_an_iteration(checkpoint: Path, tmp_path: Path) -> None:
+    pointer = checkpoint / "latest_checkpointed_iteration.txt"
+    (checkpoint / "iter_0000120").rename(checkpoint / "release")
+    pointer.write_text("release\n")
+    to_hf(checkpoint, tmp_path / "exported")
+    pointer.write_text("")
+    with pytest.raises(UserError, match=r"iteration.txt: found ''; must be the number of an iteration"):
+        to_hf(checkpoint, tmp_path / "again")
+
+
 def test_what_is_not_a_llama_is_refused_with_every_reason(checkpoint: Path, tmp_path: Path) -> None:
     _write(checkpoint, _args("llama3.2-tied", swiglu=False, normalization="LayerNorm", num_experts=8))
     with pytest.raises(UserError) as error:
