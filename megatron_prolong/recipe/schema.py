@@ -229,7 +229,7 @@ class Stage(_Frozen):
     """Fraction of the steps over which the learning rate rises linearly from zero."""
     schedule: Schedule = "cosine"
     """How the learning rate falls after the warmup."""
-    seed: Annotated[Count, Field(ge=0)] = 42
+    seed: Annotated[Count, Field(ge=0, lt=2**63)] = 42
     """Seed of the order of the data."""
     carry: Carry = Carry()
     """What is taken from the stage before."""

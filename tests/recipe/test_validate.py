@@ -92,6 +92,7 @@ MISTAKES = [
     (["stage.one.carry.weights=false"], None, "stages.one.carry.weights: found false; the first stage"),
     (["stage.two.carry.weights=false"], None, "stages.two.carry.optimizer: found true; moments of other"),
     (["stage.one.tokens=null", "stage.one.steps=null"], None, "found neither of steps and tokens; give one"),
+    (["stage.one.seed=99999999999999999999"], None, "stages.one.seed: found 99999999999999999999; must be less"),
     (["stages=[]"], None, "stages: found []; must not be empty"),
     (["layout=4"], None, "layout: found 4; must be a mapping"),
     (["name=a b"], None, "name: found 'a b'; may hold only letters"),
