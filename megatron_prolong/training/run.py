@@ -13,6 +13,7 @@ from megatron_prolong.convert.initial import write_initial
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import dump_recipe, load_recipe
+from megatron_prolong.recipe.run_files import INITIAL, RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import HF_DIR, MANIFEST, model_directory
 from megatron_prolong.runtime.agreement import against_main, from_main, on_main, together
@@ -20,7 +21,7 @@ from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.runtime.publish import write_durably
 from megatron_prolong.training.log import RunLog, open_log
-from megatron_prolong.training.run_directory import RESOLVED_RECIPE, Checkpoint, latest_checkpoint
+from megatron_prolong.training.run_directory import Checkpoint, latest_checkpoint
 from megatron_prolong.training.stage import Preempted, Session, StageInput, train_stage
 from megatron_prolong.training.state import (
     StageStatus,
@@ -128,7 +129,6 @@ def _announce(log: RunLog | None, status: StageStatus, start: StageInput) -> Non
 def _open(recipe: Recipe, stack: ExitStack) -> RunLog:
     """Lock the run directory and write the resolved recipe into it, unless that contradicts the run so far."""
     run_dir = recipe.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
     stack.enter_context(DirectoryLock(run_dir))
     log = stack.enter_context(open_log(recipe))
     path, statuses = run_dir / RESOLVED_RECIPE, chain_status(recipe, run_dir)
@@ -143,7 +143,7 @@ def _open(recipe: Recipe, stack: ExitStack) -> RunLog:
 def initial_directory(recipe: Recipe) -> Path:
     """Where the weights before the first stage are, or will be once converted or made."""
     path = recipe.model.path and model_directory(recipe.model.path)
-    return path if path is not None and (path / MANIFEST).exists() else recipe.run_dir / "initial"
+    return path if path is not None and (path / MANIFEST).exists() else recipe.run_dir / INITIAL
 
 
 def _initial_checkpoint(recipe: Recipe) -> Checkpoint:

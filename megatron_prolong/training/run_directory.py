@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.run_files import LATEST, RESOLVED_RECIPE  # noqa: F401
+from megatron_prolong.recipe.run_files import LATEST
 from megatron_prolong.recipe.shape import MANIFEST
 from megatron_prolong.runtime.publish import remove, remove_leftovers, write_durably
 
