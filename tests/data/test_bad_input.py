@@ -151,6 +151,14 @@ def test_a_full_disk_while_writing_megatrons_files(tmp_path: Path, small_disk: P
     assert not list(small_disk.iterdir())
 
 
+def test_a_disk_that_cannot_be_written_is_one_message(source: Path, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for words in (["to-megatron"], ["pack", "--mode", "concat", "--length", 64]):
+        code, message = prolong(*words, source, small_disk / "out")
+        assert code == 2 and "Read-only file system" in message and len(message.splitlines()) == 1
+        assert f"{small_disk}/out" in message and ".tmp-" not in message
+
+
 @pytest.mark.parametrize("step", ["pack", "plan", "filter", "duplicates"])
 def test_a_full_disk_and_then_room(
     step: str, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch

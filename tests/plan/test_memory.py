@@ -1,5 +1,6 @@
 """Bytes per rank: closed forms that can be checked by hand, and what must grow or shrink with what."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ from megatron_prolong.plan.memory import (
     activation_bytes,
     buffer_elements,
     fp8_weights,
+    gpu_kernels,
     in_flight,
     kept_by_chunk,
     kept_by_layer,
@@ -190,3 +192,16 @@ def test_a_512k_sequence_of_8b_fits_eight_80gb_gpus() -> None:
     assert peak_memory(job).total < 70e9
     unsharded = replace(job, layout=Layout(cp=8, distributed_optimizer=False))
     assert peak_memory(unsharded).total > 80e9
+
+
+@pytest.mark.parametrize(
+    ("cp", "exchange", "ours"), [(8, "a2a", False), (16, "a2a", True), (16, "p2p", False)]
+)
+def test_an_exchange_that_repeats_key_value_heads_is_ours_on_transformer_engine_too(
+    cp: int, exchange: str, ours: bool
+) -> None:
+    job = replace(JOB, attention="te", world_size=cp, layout=Layout(cp=cp, cp_exchange=exchange))
+    assert gpu_kernels(job).flash2 is ours
+    per_layer = saved_by_layer(job)
+    heads = math.lcm(cp, 8) if exchange == "a2a" else 8
+    assert per_layer["values"] == job.rank_tokens * heads * 128 * 2
