@@ -13,6 +13,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests for CPU stay there on a machine with GPUs; `-m gpu` selects the others."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB; `mount -o remount,size=…` makes it larger."""

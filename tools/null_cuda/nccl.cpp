@@ -64,8 +64,9 @@ void send(ncclComm* comm, const void* data, size_t bytes, int to) {
   std::rename(unfinished.c_str(), path.c_str());
 }
 
-void receive(ncclComm* comm, void* data, size_t bytes, int from) {
-  std::string path = path_of(comm, from, comm->rank, comm->received[from]++);
+std::string next_from(ncclComm* comm, int from) { return path_of(comm, from, comm->rank, comm->received[from]++); }
+
+void receive(const std::string& path, void* data, size_t bytes) {
   auto begin = std::chrono::steady_clock::now();
   int file;
   while ((file = open(path.c_str(), O_RDONLY)) < 0) {
@@ -150,7 +151,7 @@ std::vector<Bytes> exchange(ncclComm* comm, size_t bytes, std::function<const vo
     if (from == comm->rank)
       std::memcpy(parts[from].data(), slice(from), bytes);
     else
-      receive(comm, parts[from].data(), bytes, from);
+      receive(next_from(comm, from), parts[from].data(), bytes);
   return parts;
 }
 
@@ -201,7 +202,7 @@ ncclResult_t ncclSend(const void* data, size_t count, ncclDataType_t type, int t
 }
 ncclResult_t ncclRecv(void* data, size_t count, ncclDataType_t type, int from, ncclComm_t comm, cudaStream_t) {
   if (!directory) return ncclSuccess;
-  auto call = [=] { receive(comm, data, count * width_of(type), from); };
+  auto call = [=, path = next_from(comm, from)] { receive(path, data, count * width_of(type)); };
   if (group_depth)
     delayed.push_back(call);
   else
@@ -252,7 +253,7 @@ ncclResult_t ncclBroadcast(const void* data, void* out, size_t count, ncclDataTy
   if (!directory) return ncclSuccess;
   size_t bytes = count * width_of(type);
   if (comm->rank != root) {
-    receive(comm, out, bytes, root);
+    receive(next_from(comm, root), out, bytes);
     return ncclSuccess;
   }
   for (int to = 0; to < comm->size; ++to)
