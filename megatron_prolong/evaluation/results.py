@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.bootstrap import Interval, mean_interval
 from megatron_prolong.evaluation.suites import CATEGORIES
+from megatron_prolong.recipe.shape import read_json
 
 JUDGED = "-gpt4eval_o.json"
 # How HELMET puts scores on a 0 to 100 scale; averaged_metrics holds the others so already.
@@ -71,9 +71,13 @@ def judged_path(path: Path) -> Path:
 
 
 def read_result(path: Path) -> Result:
-    """Read one result; the judge's file beside it (…-gpt4eval_o.json) wins."""
+    """Read one result; the judge's file beside it (…-gpt4eval_o.json) wins.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     judged = judged_path(path)
-    content = json.loads((judged if judged.exists() else path).read_text(encoding="utf-8"))
+    content = read_json(judged if judged.exists() else path)
     arguments, items = content["args"], content["data"]
     averages = content["averaged_metrics"]
     names = arguments["metric_names"]

@@ -5,7 +5,6 @@ Result files have HELMET's names and fields (its collect_results reads them), be
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from megatron_prolong.evaluation.results import Result, judged_path, read_result
 from megatron_prolong.evaluation.task import Entails, Inputs, Row, Task
 from megatron_prolong.evaluation.tasks.long_documents import has_llama2
 from megatron_prolong.recipe.numbers import format_count
+from megatron_prolong.recipe.shape import read_json
 
 SHOWN_TOKENS = 500  # of the prompt's beginning and end, in the results
 
@@ -72,7 +72,7 @@ def run_task(
         result = read_result(path)
         if not (result.missing and task.summarise and entails):
             return result
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         content["averaged_metrics"] = task.summarise(content["data"], entails)
         _write(path, content)
         return read_result(path)
@@ -117,7 +117,7 @@ def file_name(task: Task, inputs: Inputs, settings: Settings, chat: bool) -> str
 
 def _is_of(path: Path, arguments: dict[str, Any]) -> bool:
     """Whether a result was made with these arguments; a model that has moved is known by its identity."""
-    known = json.loads(path.read_text(encoding="utf-8"))["args"]
+    known = read_json(path)["args"]
     if arguments["model_identity"]:
         known["model_name_or_path"] = arguments["model_name_or_path"]
     return bool(known == arguments)

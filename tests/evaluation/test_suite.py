@@ -170,6 +170,19 @@ def test_a_stopped_run_continues_and_equals_an_unstopped_one(inputs: Inputs, tmp
     assert len(third.seen) == 4, "another model in the same place is run"
 
 
+def test_half_a_result_is_named(inputs: Inputs, tmp_path: Path) -> None:
+    """As a copy that broke off leaves it."""
+    task, parrot = only("kilt_nq"), Parrot(inputs.tokenizer)
+    path = run_task(task, parrot, inputs, Settings(), tmp_path).path
+    path.write_text(path.read_text()[:100])
+    for read in (
+        lambda: run_task(task, parrot, inputs, Settings(), tmp_path),
+        lambda: read_results(tmp_path),
+    ):
+        with pytest.raises(UserError, match=f"{path.name}: cannot be read as JSON"):
+            read()
+
+
 def test_a_result_of_other_settings_is_not_taken_for_this_one(inputs: Inputs, tmp_path: Path) -> None:
     task = only("kilt_nq")
     run_task(task, Parrot(inputs.tokenizer), inputs, Settings(model_identity="x"), tmp_path)
