@@ -112,6 +112,34 @@ def test_loss_and_gradients_against_transformers(kernels, precision, world):
         assert cosine > cosine_bound, f"{name}: cosine {cosine:.4f}"
 
 
+def test_inference_against_transformers(kernels, world, tmp_path, monkeypatch):
+    """Log-probabilities read in chunks; and greedy tokens of a batch: the reference's best, or as good in bf16."""
+    from reference import reference_llama
+
+    from megatron_prolong.convert.to_megatron import to_megatron
+    from megatron_prolong.mcore import inference
+    from megatron_prolong.mcore.groups import megatron
+    from megatron_prolong.recipe.schema import Layout
+
+    monkeypatch.setattr(inference, "PREFILL_TOKENS", 50)
+    hf = reference_llama()
+    hf.save_pretrained(tmp_path / "hf")
+    to_megatron(tmp_path / "hf", tmp_path / "ours")
+    random = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 1000, (length,), generator=random).tolist() for length in (230, 3, 40)]
+    with megatron(Layout(), seed=1) as groups, torch.no_grad():
+        ours = inference.load_for_inference(tmp_path / "ours", Layout(), groups, world.device, "bf16")
+        logprobs = ours.token_logprobs(prompts[0]).cpu()
+        answers = ours.generate(prompts, 12, stop_ids=[])
+        expected = hf(torch.tensor(prompts[:1])).logits[0].log_softmax(-1)
+        expected = expected[:-1].gather(1, torch.tensor(prompts[0][1:])[:, None])[:, 0]
+        assert (logprobs - expected).abs().mean() < 2e-2 * expected.std()
+        for prompt, answer in zip(prompts, answers, strict=True):
+            logits = hf(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+            assert len(answer) == 12 and (logits.amax(1) - chosen < 5e-2 * logits.std()).all()
+
+
 def test_fp8_trains_like_bf16(world):
     """The mean loss of the last eight of 100 steps is within 1%, and well below that of the first eight."""
     from reference import reference_llama
