@@ -1,6 +1,6 @@
 # `make demo` and `make test` each work alone in a fresh clone: they make their own .venv.
 PYTHON ?= python3.11
-# The CPU build the tests run with; on a GPU machine: make demo TORCH=torch
+# What the tests run with; PyPI's build for Linux takes CUDA along.
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin

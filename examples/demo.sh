@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TQDM_DISABLE=1
+export CUDA_VISIBLE_DEVICES=""  # on CPU in fp32, with the same numbers on a machine that has GPUs
 
 base_steps=() long_steps=() documents=12 trials=2
 if [ -n "${QUICK:-}" ]; then
