@@ -40,7 +40,7 @@ def commands() -> list[str]:
 def place(tmp_path: Path) -> Path:
     """A working directory with scripts, tiny recipes, a model and data where the page's downloads would be."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    for name in ("64k", "512k", "sft"):
+    for name in ("64k", "512k", "sft", "8b"):
         write_tiny_recipe(tmp_path, name)
     write_model(tmp_path / "models/Meta-Llama-3-8B-Instruct")
     (tmp_path / "bin").mkdir()
@@ -52,15 +52,15 @@ def place(tmp_path: Path) -> Path:
 def write_tiny_recipe(place: Path, name: str) -> None:
     """The shipped recipe on top of small numbers, and packed data in the directories it names."""
     path = place / f"examples/prolong_{name}.yaml"
-    (stage,) = load_recipe(path).stages
+    stages = load_recipe(path).stages
     path = path.rename(path.with_name(f"full_{name}.yaml"))
-    tiny = [
-        f"base: {path.name}", "layout: {tp: 1, cp: 1}", "precision: fp32", "recompute: none", "stages:",
-        f"  - {{name: {stage.name}, sequence_length: {LENGTH}, batch_tokens: 16K, steps: 2}}",
-    ]  # fmt: skip
+    small = f"sequence_length: {LENGTH}, batch_tokens: 16K, steps: 2, layout: {{tp: 1, cp: 1}}"
+    tiny = [f"base: {path.name}", "layout: {tp: 1}", "precision: fp32", "recompute: none", "stages:"]
+    tiny += [f"  - {{name: {stage.name}, {small}}}" for stage in stages]
     path.with_name(f"prolong_{name}.yaml").write_text("\n".join(tiny) + "\n")
-    for directory in stage.mixture:
-        write_domain(place / directory, masked=stage.loss_mask)
+    for stage in stages:
+        for directory in stage.mixture:
+            write_domain(place / directory, masked=stage.loss_mask)
 
 
 def write_domain(directory: Path, masked: bool) -> None:
