@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -29,7 +30,7 @@ from megatron_prolong.mcore.optimizer import MegatronOptimizer
 from megatron_prolong.recipe.run_files import RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import CheckpointSpec
 from megatron_prolong.recipe.shape import HF_DIR, MANIFEST
-from megatron_prolong.runtime.agreement import on_main
+from megatron_prolong.runtime.agreement import against_main, on_main
 from megatron_prolong.runtime.checksums import CHECKSUMS, Entries, verify_checksums, write_checksums
 from megatron_prolong.runtime.publish import is_disk_full, publish, remove
 from megatron_prolong.training.run_directory import prune, write_pointer
@@ -173,15 +174,24 @@ class CheckpointWriter:
 
 
 def verify_checkpoint(directory: Path) -> None:
-    """Refuse a checkpoint with a changed, cut-off or missing file. Collective: the ranks share the reading.
+    """Refuse a checkpoint with a changed, cut-off or missing file, or one that differs between nodes. Collective: the
+    ranks share the reading.
 
     A checkpoint without checksums (of another program, or the converter's before it had them) is taken as it is.
 
     Raises:
         UserError: naming every damaged file.
     """
-    if (directory / CHECKSUMS).exists():
+    sums = directory / CHECKSUMS
+    against_main(sums.read_bytes() if sums.exists() else b"", partial(_refuse_other_copy, directory))
+    if sums.exists():
         verify_checksums(directory, slice(dist.get_rank(), None, dist.get_world_size()))
+
+
+def _refuse_other_copy(directory: Path, main: bytes, own: bytes) -> None:
+    """A model may lie on each node's own disk; ranks that load an older copy would mix two models."""
+    if own != main:
+        raise UserError(f"{directory} is not what rank 0 has under this name; copy it to this node again")
 
 
 def _give_up(partial: Path, problems: list[str]) -> None:

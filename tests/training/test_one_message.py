@@ -15,9 +15,11 @@ import pytest
 
 from megatron_prolong.errors import JointError, RankLost, UserError
 from megatron_prolong.runtime.agreement import on_main, together
+from megatron_prolong.runtime.checksums import write_checksums
 from megatron_prolong.runtime.launch import distributed
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.runtime.signals import STOP_SIGNALS
+from megatron_prolong.training.checkpoint import verify_checkpoint
 
 
 def test_a_directory_in_use_is_told_by_rank_0_alone(workspace) -> None:
@@ -100,6 +102,14 @@ def full_on_rank_0() -> None:
     on_main(save)
 
 
+def other_copy_on_rank_1() -> None:
+    copy = Path(os.environ["COPIES"], os.environ["RANK"])
+    copy.mkdir()
+    (copy / "weights").write_text(f"of model {copy.name}")
+    write_checksums(copy)
+    verify_checkpoint(copy)
+
+
 def broken_on_rank_0() -> None:
     if os.environ["RANK"] == "0":
         raise AssertionError("a defect of ours")
@@ -125,11 +135,17 @@ def run_rank(rank: int, directory: str, action) -> None:
         (missing_on_rank_1, "rank 1: /not/there: No such file or directory"),
         (refused_on_both, "no such recipe"),
         (full_on_rank_0, "the disk is full"),
+        (
+            other_copy_on_rank_1,
+            "rank 1: {copies}/1 is not what rank 0 has under this name; copy it to this node again",
+        ),
         (broken_on_rank_0, None),
     ],
 )
 def test_every_rank_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action, said) -> None:
     monkeypatch.setenv("MASTER_PORT", str(20000 + os.getpid() % 20000))
+    monkeypatch.setenv("COPIES", str(tmp_path / "copies"))
+    (tmp_path / "copies").mkdir()
     spawn = multiprocessing.get_context("spawn")
     ranks = [spawn.Process(target=run_rank, args=(rank, str(tmp_path), action)) for rank in range(2)]
     for process in ranks:
@@ -141,4 +157,5 @@ def test_every_rank_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert first == "AssertionError: a defect of ours"
         assert second.startswith("RankLost: rank 1 lost another rank in a collective")
     else:
+        said = said.format(copies=tmp_path / "copies")
         assert (first, second) == (f"{said}, said here: True", f"{said}, said here: False")
