@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from helmet_checkout import HELMET, needs_helmet
 from samples import write_data
 from stand_ins import short_documents
@@ -25,6 +26,7 @@ from megatron_prolong.evaluation.task import Inputs
 
 pytestmark = needs_helmet
 TASKS = {f"{task.category}-{task.name}": task for task in select("helmet", [8192]) + select("ruler", [8192])}
+PER_TASK = ("datasets", "input_max_length", "test_files", "demo_files", "generation_max_length")
 UNSEEDED = ("narrativeqa", "multi_lexsum")  # whose demonstrations HELMET draws without a seed
 HUB = {
     "CogComp/trec": ("trec", {"coarse_label": 6, "fine_label": 50}),
@@ -114,3 +116,25 @@ def test_prompts_and_scores_are_helmets(name: str, helmet: Any, data: Path, toke
             scored = task.score(output, row)
             assert scored.scores == pytest.approx(scores, abs=1.1e-5), output
             assert scored.parsed == other["parsed_output"]
+
+
+def test_files_lengths_and_settings_are_those_of_helmets_configurations() -> None:
+    """At every length: data and demonstration files, answer tokens, chat template, questions and shots."""
+    theirs = {}
+    for category in ("recall", "rag", "rerank", "icl", "longqa", "summ", "cite", "ruler"):
+        for file in (f"{category}.yaml", f"{category}_short.yaml"):
+            config = yaml.safe_load((HELMET / "configs" / file).read_text(encoding="utf-8"))
+            lists = {name: str(config[name]).split(",") for name in PER_TASK}
+            for name, length, *rest in zip(*(lists[field] for field in PER_TASK), strict=True):
+                files = [path.removeprefix("data/") for path in rest[:2]]
+                common = (config["use_chat_template"], config["max_test_samples"], config["shots"])
+                theirs[category, name, int(length)] = (*files, int(rest[2]), *common)
+    lengths = sorted({length for _, _, length in theirs})
+    ours = {
+        (task.category, task.name, task.length): (
+            task.test_file, task.demo_file, task.max_new_tokens, task.chat, task.max_samples, task.shots,
+        )
+        for task in [*select("helmet", lengths), *select("ruler", lengths)]
+    }  # fmt: skip
+    assert len(theirs) == 170
+    assert ours == theirs
