@@ -174,10 +174,10 @@ class CheckpointWriter:
 
 
 def verify_checkpoint(directory: Path) -> None:
-    """Refuse a checkpoint with a changed, cut-off or missing file, or one that differs between nodes. Collective: the
-    ranks share the reading.
+    """Refuse a checkpoint with a changed, cut-off or missing file, or one that differs between nodes. Collective.
 
-    A checkpoint without checksums (of another program, or the converter's before it had them) is taken as it is.
+    The ranks share the reading. A checkpoint without checksums (of another program, or the converter's before it
+    had them) is taken as it is.
 
     Raises:
         UserError: naming every damaged file.
