@@ -22,7 +22,7 @@ from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
-DOWNLOADS = ("make ", "hf download ")  # what the stand-ins replace
+DOWNLOADS = ("make ", "source ", "hf download ")  # what the stand-ins replace
 TOOLS = ("bash", "env", "date", "dirname", "sleep", "wc", "cat", "pkill")
 SHORTER = {"8K,32K,128K": "2K", "--samples 20": "--samples 2"}
 VOCAB_SIZE, LENGTH = 300, 256
