@@ -1,4 +1,4 @@
-"""Every `prolong` command line in README and docs has subcommands, options and arguments that exist."""
+"""README and docs: the commands, options and files that they name exist."""
 
 from __future__ import annotations
 
@@ -40,6 +40,21 @@ def parse(line: str) -> None:
 @pytest.mark.parametrize("line", [line for page in PAGES for line in command_lines(page)])
 def test_the_command_exists(line: str) -> None:
     parse(line)
+
+
+def links(page: Path) -> list[Path]:
+    """Files that a page leads to."""
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    return [page.parent / target for target in targets if "://" not in target]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert [str(target) for target in links(page) if not target.exists()] == []
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    assert {target.resolve() for target in links(ROOT / "README.md")} >= set(ROOT.glob("docs/*.md"))
 
 
 def test_there_are_commands() -> None:
