@@ -4,8 +4,9 @@
 #   examples/prolong_all.sh -N 8 -p long      options of sbatch, for all three jobs
 #   bash examples/prolong_all.sh              without Slurm: one after the other on this machine
 #
-# OVERRIDES, CONTAINER and MOUNTS are as in the scripts of the stages. A stage that fails cancels the later ones; one
-# that is requeued does not. To run the whole schedule as one job: prolong launch examples/prolong_8b.yaml
+# OVERRIDES (for all three, so none that names a stage), CONTAINER and MOUNTS are as in the scripts of the stages. A
+# stage that fails cancels the later ones; one that is requeued does not. To run the whole schedule as one job:
+# prolong launch examples/prolong_8b.yaml
 set -euo pipefail
 
 HERE=$(dirname "$0")

@@ -5,7 +5,7 @@
 #   sbatch -N 8 -p long examples/prolong_sft.sh      any option of sbatch; on more nodes nothing else changes
 #   bash examples/prolong_sft.sh      this machine alone: all its GPUs, or one process without any
 #
-# OVERRIDES="stage.64k.lr=2e-5 layout.cp=4" before the command changes the recipe; CONTAINER=image.sqsh (and
+# OVERRIDES="stage.sft.lr=2e-5 layout.cp=4" before the command changes the recipe; CONTAINER=image.sqsh (and
 # MOUNTS=/data:/data) runs it in a container, with pyxis; GPUS=4 uses that many of each node's GPUs. Start it where
 # the recipe's relative paths begin, with `prolong` on the PATH. Half an hour before the time limit, and at a
 # preemption, training saves after the step it is at, and the job goes back into the queue, to continue from there.

@@ -37,6 +37,7 @@ def render_script(
     values = {
         "RECIPE": shlex.quote(str(recipe_path)),
         "STAGES": ", ".join(stage.name for stage in recipe.stages),
+        "STAGE": recipe.stages[0].name,
         "NAME": recipe.name,
         "NODES": "one node" if nodes == 1 else f"{nodes} nodes",
         "NODE_COUNT": str(nodes),

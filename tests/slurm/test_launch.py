@@ -52,6 +52,7 @@ def test_nodes_and_overrides_are_written_into_the_script(tmp_path: Path) -> None
     script = render(recipe, "stage.one.lr=2e-5", "run_dir=$HOME/runs", "model.path=a}b", nodes=4)
     assert "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=1\n#SBATCH --gres=gpu:8\n" in script
     assert f"RECIPE='{recipe}'\n" in script
+    assert '# OVERRIDES="stage.one.lr=2e-5 layout.cp=4"' in script, "an example that this recipe takes"
     lines = [line for line in script.splitlines() if line.startswith(("RECIPE=", "read -ra"))]
     show = 'printf "%s\\n" "$RECIPE" "${OVERRIDES[@]}"'
     result = subprocess.run(
