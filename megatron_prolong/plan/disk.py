@@ -78,4 +78,5 @@ def _kept(recipe: Recipe, stage: Stage) -> int:
 
 def _there(stage_dir: Path) -> set[int]:
     """Steps of the complete checkpoints."""
-    return {int(path.name.removeprefix("step_")) for path in stage_dir.glob("step_*") if not path.suffix}
+    names = (path.name.removeprefix("step_") for path in stage_dir.glob("step_*"))
+    return {int(name) for name in names if name.isdigit()}
