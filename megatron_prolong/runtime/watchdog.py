@@ -1,7 +1,8 @@
 """A step that hangs ends the process, with a record of where every thread was.
 
 A collective waits for a rank that will not come; the process group's own timeout may be long, switched off,
-or not reached (a stuck file system, a deadlock). The watchdog is a thread that is fed once per step.
+or not reached (a stuck file system, a deadlock). The watchdog is a thread that is fed with each step and
+micro-batch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Watchdog:
 
     Args:
         rank: named in the message.
-        timeout_seconds: much longer than the longest step with its checkpoint.
+        timeout_seconds: much longer than the longest micro-batch, and than saving a checkpoint.
     """
 
     def __init__(self, rank: int, timeout_seconds: float) -> None:
@@ -35,9 +36,9 @@ class Watchdog:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def feed(self, step: int) -> None:
-        """Say that work on `step` begins now."""
-        self._step, self._fed = step, time.monotonic()
+    def feed(self, step: int | None = None) -> None:
+        """Say that work on `step` begins now, or that the one at hand goes on."""
+        self._step, self._fed = self._step if step is None else step, time.monotonic()
 
     @property
     def where(self) -> str:

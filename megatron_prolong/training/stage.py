@@ -51,7 +51,9 @@ from megatron_prolong.training.schedule import learning_rate
 from megatron_prolong.training.state import LOSS_WINDOW, TrainState, versions
 from megatron_prolong.training.step import StepMetrics, train_step
 
-STEP_TIMEOUT_SECONDS = 3600.0  # the longest honest step is minutes; saving a checkpoint of 70B is in it too
+# From one micro-batch to the next, which takes minutes (a step of 8M tokens takes hours on a few GPUs); saving a
+# checkpoint of 70B is in it too.
+HANG_SECONDS = 3600.0
 
 
 class Preempted(Exception):  # noqa: N818 - an event, not an error
@@ -137,10 +139,12 @@ def train_stage(session: Session, stage: Stage, start: StageInput, until: int) -
     layout, rank, log = layout_of(session.recipe, stage), session.world.rank, session.log
     with (
         megatron(layout, stage.seed) as groups,
-        Watchdog(rank, STEP_TIMEOUT_SECONDS) as watchdog,
+        Watchdog(rank, HANG_SECONDS) as watchdog,
         naming_lost_ranks(rank, lambda: f"{watchdog.where} of stage {stage.name}"),
     ):
         run = prepare_stage(session.recipe, stage, start, layout, session.world, groups)
+        for chunk in run.model.chunks:
+            chunk.register_forward_pre_hook(lambda *_: watchdog.feed())
         state = first_state(run, start)
         if log:
             mixture = run.mixture.summary()

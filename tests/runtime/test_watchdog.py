@@ -33,8 +33,9 @@ def test_feeding_keeps_it_quiet_beyond_the_timeout(monkeypatch):
     monkeypatch.setattr(Watchdog, "_bite", lambda self: bites.append(self._step))
     # Fed 20 times as often as needed, so that a busy machine does not fail the test.
     with Watchdog(rank=0, timeout_seconds=2) as watchdog:
-        for step in range(25):
+        for step in (1, *[None] * 24):  # one long step of many micro-batches
             watchdog.feed(step)
             time.sleep(0.1)
+        assert watchdog.where == "step 1"
     assert not bites
     assert not watchdog._thread.is_alive()

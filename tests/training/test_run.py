@@ -168,6 +168,31 @@ def test_asked_to_stop_it_saves_and_continues_bit_for_bit(workspace, undisturbed
     assert workspace.losses("asked") == undisturbed
 
 
+COUNTS_FEEDING = """
+import sys
+from megatron_prolong.cli.main import run
+from megatron_prolong.runtime.watchdog import Watchdog
+
+fed = []
+Watchdog.feed = lambda self, step=None: fed.append(step)
+try:
+    run()
+finally:
+    print("fed", fed)
+"""
+
+
+def test_the_watchdog_hears_of_every_micro_batch(workspace):
+    """A step may honestly take hours: that of a large batch on few GPUs."""
+    recipe = workspace.recipe("watched")
+    command = [sys.executable, "-c", COUNTS_FEEDING, "train", str(recipe), "stage.short.steps=2"]
+    output = subprocess.run(
+        [*command, "stage.long.steps=1"], capture_output=True, text=True, check=True
+    ).stdout
+    step = [None] * 4
+    assert f"fed {[*step, 2, *step, 3, *step, 2]}" in output
+
+
 def test_the_logged_flops_are_those_of_the_documents(workspace, undisturbed):
     lines = (workspace.root / "undisturbed/metrics.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if "loss" in record]

@@ -156,6 +156,28 @@ def flash_attention_backward(
     return tuple(device(x) for x in (dq, dk, dv))
 
 
+def cudnn_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    compute_log_sumexp: bool,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    """`aten::_scaled_dot_product_cudnn_attention` for inference, [B, N, T, D]."""
+    q, k, v = (host(x) for x in (query, key, value))
+    bias = None if attn_bias is None else host(attn_bias)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, bias, dropout_p, is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    none = device(torch.empty(0))
+    return device(out), none, none, none, q.shape[2], k.shape[2], none, none, none
+
+
 def rms_norm(
     input: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -220,6 +242,7 @@ _OWN: dict[str, Callable[..., Any]] = {
     "_flash_attention_backward": flash_attention_backward,
     "_fused_rms_norm": rms_norm,
     "_fused_rms_norm_backward": rms_norm_backward,
+    "_scaled_dot_product_cudnn_attention": cudnn_attention,
     "_fused_sdp_choice": lambda *args, **kwargs: 0,  # scaled_dot_product_attention in plain operations
 }
 
