@@ -16,7 +16,7 @@ from megatron_prolong.recipe.shape import (
     ModelShape,
     RopeScaling,
     read_json,
-    read_shape,
+    read_manifest,
     stages_hint,
 )
 
@@ -81,18 +81,12 @@ class MegatronCheckpoint:
 
     @classmethod
     def _open_ours(cls, directory: Path, sidecar: Path | None) -> MegatronCheckpoint:
-        about = read_json(directory / MANIFEST)
-        if about.get("format") != 1:
-            raise UserError(
-                f"{directory / MANIFEST}: format {about.get('format')!r}; this version reads format 1"
-            )
-        shape = read_shape(directory)
+        about = read_manifest(directory)
+        shape = ModelShape.from_dict(about["shape"])
         if (length := about.get("sequence_length")) and length > shape.max_length:
             shape = shape.replace(max_length=length)
         own = directory / HF_DIR
-        return cls(
-            directory, shape, about.get("kind", "weights"), sidecar or (own if own.is_dir() else None), about
-        )
+        return cls(directory, shape, about["kind"], sidecar or (own if own.is_dir() else None), about)
 
     @classmethod
     def _open_megatron_lm(cls, directory: Path, sidecar: Path | None) -> MegatronCheckpoint:

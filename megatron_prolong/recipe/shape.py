@@ -125,19 +125,33 @@ def read_shape(path: Path | str) -> ModelShape:
     directory = model_directory(path)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; expected a Hugging Face model or a checkpoint")
-    if (ours := directory / MANIFEST).exists():
-        try:
-            return ModelShape.from_dict(read_json(ours)["shape"])
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{ours}: not a checkpoint description this version can read ({error!r})"
-            ) from error
+    if (directory / MANIFEST).exists():
+        return ModelShape.from_dict(read_manifest(directory)["shape"])
     if (theirs := directory / "config.json").exists():
         return ModelShape.from_hf(read_json(theirs), str(theirs))
     raise UserError(
         f"{directory}: holds neither config.json (Hugging Face) nor {MANIFEST} (checkpoint)"
         + stages_hint(directory)
     )
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What a checkpoint of ours says about itself.
+
+    Raises:
+        UserError: there is no such file, or it is not one that this version can read.
+    """
+    path = directory / MANIFEST
+    content = read_json(path)
+    if content.get("format") != 1:
+        raise UserError(f"{path}: format {content.get('format')!r}; this version reads format 1")
+    try:
+        ModelShape.from_dict(content["shape"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a checkpoint description this version can read ({error!r})") from error
+    if missing := [name for name in ("kind", "step") if name not in content]:
+        raise UserError(f"{path}: does not say {' and '.join(missing)}: not a checkpoint's description")
+    return content
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ disk. RUN/STAGE/latest names the newest one.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.run_files import LATEST
-from megatron_prolong.recipe.shape import MANIFEST
+from megatron_prolong.recipe.shape import MANIFEST, read_manifest
 from megatron_prolong.runtime.publish import remove, remove_leftovers, write_durably
 
 
@@ -32,13 +31,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
-        """Read the manifest; raises UserError when the directory is not a checkpoint of ours."""
-        try:
-            return cls(directory, json.loads((directory / MANIFEST).read_text()))
-        except OSError as error:
-            raise UserError(f"{directory} is not a checkpoint: {MANIFEST}: {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"{directory} is not a checkpoint: {MANIFEST}: {error}") from error
+        """Read the manifest; raises UserError when the directory is not a checkpoint that this version can read."""
+        if not (directory / MANIFEST).exists():
+            raise UserError(f"{directory} is not a checkpoint: it holds no {MANIFEST}")
+        return cls(directory, read_manifest(directory))
 
 
 def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:

@@ -251,7 +251,13 @@ def first_state(run: StageRun, start: StageInput) -> TrainState:
     fingerprint = run.mixture.fingerprint()
     if not start.resume:
         return TrainState(stage=run.stage.name, stream=fingerprint)
-    state = TrainState.from_dict(start.checkpoint.manifest["training"])
+    try:
+        state = TrainState.from_dict(start.checkpoint.manifest["training"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{start.checkpoint.directory}: this version cannot continue from its training state ({error!r}); use "
+            "the version that wrote it (named in its prolong.json)"
+        ) from error
     if state.stream != fingerprint:
         raise UserError(
             f"stage {run.stage.name} cannot continue from {start.checkpoint.directory}: its data has changed "

@@ -156,7 +156,7 @@ def save(job: Job, model, optimizer, rank: int) -> None:
 
     save_weights_and_optimizer(Path(job.save), model, optimizer)
     if rank == 0:
-        manifest = {"format": 1, "kind": "training", "shape": model.shape.to_dict(), "dtype": "float32"}
+        manifest = {"format": 1, "kind": "training", "shape": model.shape.to_dict(), "step": 0}
         (Path(job.save) / MANIFEST).write_text(json.dumps(manifest))
 
 

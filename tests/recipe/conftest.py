@@ -23,6 +23,12 @@ SHAPE = ModelShape(
 )
 
 
+def describe_checkpoint(directory: Path, kind: str, shape: ModelShape) -> None:
+    """Write the description of a checkpoint into a directory that is there."""
+    manifest = {"format": 1, "kind": kind, "shape": shape.to_dict(), "step": 0}
+    (directory / "prolong.json").write_text(json.dumps(manifest))
+
+
 @pytest.fixture
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, holding model/, books/ (with a mask column) and code/ (without)."""

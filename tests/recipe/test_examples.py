@@ -1,6 +1,5 @@
 """Every shipped recipe against the real Llama configs, with stand-ins for weights and data."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from megatron_prolong.recipe.load import dump_recipe, load_recipe
 from megatron_prolong.recipe.schema import Recipe, layout_of
 from megatron_prolong.recipe.shape import read_shape
 from megatron_prolong.recipe.validate import find_problems
-from tests.recipe.conftest import write_domain, write_tokenizer
+from tests.recipe.conftest import describe_checkpoint, write_domain, write_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIGS = Path(__file__).parent / "configs"
@@ -55,7 +54,7 @@ def _write_checkpoint(stage_directory: Path) -> None:
     checkpoint = stage_directory / "step_00005000"
     write_tokenizer(checkpoint / "hf", 128_256)
     shape = read_shape(CONFIGS / "llama-3-8b-instruct").replace(rope_base=8e6, max_length=65_536)
-    (checkpoint / "prolong.json").write_text(json.dumps({"kind": "training", "shape": shape.to_dict()}))
+    describe_checkpoint(checkpoint, "training", shape)
     (checkpoint / ".metadata").touch()
     (stage_directory / "latest").write_text(f"{checkpoint.name}\n")
 

@@ -7,7 +7,9 @@ import pytest
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import ModelShape, RopeScaling, model_directory, read_shape, to_hf_config
+from megatron_prolong.training.run_directory import Checkpoint
 from tests.plan.plan_shapes import LLAMA3_8B
+from tests.recipe.conftest import describe_checkpoint
 
 CONFIGS = Path(__file__).parent / "configs"
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192)
@@ -112,7 +114,7 @@ def test_every_reason_is_given_at_once() -> None:
 def test_read_shape_of_a_checkpoint_and_of_a_stage_directory(tmp_path: Path) -> None:
     checkpoint = tmp_path / "64k" / "step_00000125"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "prolong.json").write_text(json.dumps({"format": 1, "shape": SHAPES[1].to_dict()}))
+    describe_checkpoint(checkpoint, "training", SHAPES[1])
     (tmp_path / "64k" / "latest").write_text("step_00000125\n")
     assert model_directory(tmp_path / "64k") == checkpoint
     for path in (checkpoint, tmp_path / "64k", tmp_path / "64k" / "latest"):
@@ -129,6 +131,23 @@ def test_read_shape_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
         read_shape(tmp_path)
-    (tmp_path / "prolong.json").write_text('{"shape": {"layers": 3}}')
-    with pytest.raises(UserError, match=r"prolong\.json: not a checkpoint description"):
-        read_shape(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ({}, "format None; this version reads format 1"),
+        ({"format": 2, "model": {}}, "format 2; this version reads format 1"),
+        ({"format": 1, "shape": {"layers": 3}}, "not a checkpoint description"),
+        ({"format": 1, "shape": None}, "not a checkpoint description"),
+        ({"format": 1, "shape": LLAMA3_8B.to_dict()}, "does not say kind and step"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_is_named(
+    tmp_path: Path, manifest: dict[str, Any], said: str
+) -> None:
+    """An emptied description, one of a newer version, one with other fields; whoever reads it."""
+    (tmp_path / "prolong.json").write_text(json.dumps(manifest))
+    for read in (read_shape, Checkpoint.open):
+        with pytest.raises(UserError, match=rf"prolong\.json: {said}"):
+            read(tmp_path)

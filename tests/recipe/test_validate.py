@@ -9,7 +9,7 @@ import pytest
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.validate import check, find_problems, incoming_shape
-from tests.recipe.conftest import SHAPE, write_domain, write_model, write_tokenizer
+from tests.recipe.conftest import SHAPE, describe_checkpoint, write_domain, write_model, write_tokenizer
 
 Write = Callable[..., Path]
 
@@ -111,7 +111,7 @@ def inputs(workdir: Path) -> None:
     write_model(workdir / "weightless")
     (workdir / "weightless" / "model.safetensors").unlink()
     (workdir / "unfinished").mkdir()
-    (workdir / "unfinished" / "prolong.json").write_text(json.dumps({"shape": SHAPE.to_dict()}))
+    describe_checkpoint(workdir / "unfinished", "weights", SHAPE)
 
 
 @pytest.mark.usefixtures("inputs")
@@ -215,7 +215,7 @@ def test_a_stage_of_another_run_is_a_model(write: Write, recipe_data: dict[str, 
     checkpoint = Path("runs/earlier/64k/step_00000125")
     write_tokenizer(checkpoint / "hf", SHAPE.vocab_size)
     raised = SHAPE.replace(rope_base=8e6)
-    (checkpoint / "prolong.json").write_text(json.dumps({"kind": "training", "shape": raised.to_dict()}))
+    describe_checkpoint(checkpoint, "training", raised)
     (checkpoint / ".metadata").touch()
     (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
     overrides = ["model.path=runs/earlier/64k", "stage.one.carry.optimizer=true"]

@@ -16,17 +16,22 @@ import torch.distributed as dist
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Recipe
+from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training import run
 from megatron_prolong.training import stage as stage_module
 from megatron_prolong.training.log import open_log
 from megatron_prolong.training.replay import _recorded, _start
 from megatron_prolong.training.run_directory import MANIFEST, Checkpoint, latest_checkpoint, write_pointer
-from megatron_prolong.training.stage import Preempted, Session, _advance
+from megatron_prolong.training.stage import Preempted, Session, StageInput, _advance, first_state
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
+SHAPE = ModelShape(
+    num_layers=1, hidden_size=8, ffn_hidden_size=8, num_heads=1, num_kv_heads=1, head_dim=8, vocab_size=8,
+    max_length=64, rope_base=1e4,
+)  # fmt: skip
 INITIAL = Checkpoint(Path("initial"), {"step": 0, "kind": "weights"})
 
 
@@ -49,7 +54,8 @@ def session(of: Recipe, log=None, stop=False) -> Session:
 def save(stage_dir: Path, step: int) -> None:
     directory = stage_dir / f"step_{step:08d}"
     directory.mkdir(parents=True)
-    (directory / MANIFEST).write_text(json.dumps({"step": step, "kind": "training"}))
+    manifest = {"format": 1, "kind": "training", "shape": SHAPE.to_dict(), "step": step}
+    (directory / MANIFEST).write_text(json.dumps(manifest))
     write_pointer(stage_dir, directory.name)
 
 
@@ -201,5 +207,13 @@ def test_what_is_not_there_is_named(tmp_path):
         with pytest.raises(UserError, match=r"is no checkpoint there; .*: step_00000002$"):
             latest_checkpoint(tmp_path / "short")
     write_pointer(tmp_path / "short", "step_00000002")
-    with pytest.raises(UserError, match=r"is not a checkpoint: prolong\.json: No such file"):
+    with pytest.raises(UserError, match=r"is not a checkpoint: it holds no prolong\.json"):
         latest_checkpoint(tmp_path / "short")
+
+
+@pytest.mark.parametrize("manifest", [{}, {"training": {"stage": "short", "curriculum": 1}}])
+def test_a_training_state_of_another_version_is_named(manifest):
+    run = SimpleNamespace(mixture=SimpleNamespace(fingerprint=lambda: "same"))
+    start = StageInput(Checkpoint(Path("saved"), manifest), optimizer=True, resume=True)
+    with pytest.raises(UserError, match=r"^saved: this version cannot continue"):
+        first_state(run, start)
