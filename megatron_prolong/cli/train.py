@@ -50,13 +50,13 @@ def train(
     from megatron_prolong.plan.disk import check_room
     from megatron_prolong.recipe.load import load_recipe
     from megatron_prolong.recipe.validate import check as check_recipe
-    from megatron_prolong.runtime.rendezvous import read_rendezvous
+    from megatron_prolong.runtime.rendezvous import read_number, read_rendezvous
 
     if trace is not None and replay is None:
         raise UserError(f"--trace {trace}: needs --replay [STAGE:]STEP, the step to profile")
     resolved = load_recipe(recipe, overrides or [])
     if check:
-        launched = int(os.environ.get("WORLD_SIZE", "0")) or read_rendezvous(os.environ).size
+        launched = read_number(os.environ, "WORLD_SIZE", 0) or read_rendezvous(os.environ).size
         world_size = processes if processes > 1 else launched
         check_recipe(resolved, world_size)
         check_room(resolved)

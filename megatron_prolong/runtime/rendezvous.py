@@ -24,14 +24,22 @@ def read_rendezvous(environment: Mapping[str, str]) -> Rendezvous:
     """Read the launcher's variables: torchrun's, else srun's, else a world of one process.
 
     Raises:
-        UserError: the variables of a launcher are there but incomplete.
+        UserError: the variables of a launcher are there but incomplete, or no place among the ranks.
     """
     if "TORCHELASTIC_RUN_ID" in environment or {"RANK", "WORLD_SIZE"} <= environment.keys():
         return _from_variables(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK", "torchrun")
     # An interactive salloc shell has SLURM_JOB_ID too; only a job step (srun) has a step id and tasks.
-    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+    if "SLURM_STEP_ID" in environment and read_number(environment, "SLURM_NTASKS", 1) > 1:
         return _from_variables(environment, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "srun")
     return Rendezvous(0, 1, 0, "127.0.0.1", _free_port())
+
+
+def read_number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """The whole number in a variable; raises UserError when it holds something else."""
+    text = environment.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name} in the environment: found {text!r}; must be a whole number (or unset it)")
+    return int(text)
 
 
 def _from_variables(
@@ -44,13 +52,16 @@ def _from_variables(
             f"started by {launcher}, but {', '.join(missing)} not set: start with torchrun, or export "
             "MASTER_ADDR and MASTER_PORT of the first node before srun"
         )
-    return Rendezvous(
-        rank=int(environment[rank]),
-        size=int(environment[size]),
-        local_rank=int(environment.get(local_rank, "0")),
+    place = Rendezvous(
+        rank=read_number(environment, rank, 0),
+        size=read_number(environment, size, 1),
+        local_rank=read_number(environment, local_rank, 0),
         address=environment["MASTER_ADDR"],
-        port=int(environment["MASTER_PORT"]),
+        port=read_number(environment, "MASTER_PORT", 0),
     )
+    if place.rank >= place.size:
+        raise UserError(f"{rank} is {place.rank}, but {size} is {place.size}: ranks are counted from 0")
+    return place
 
 
 def _free_port() -> int:

@@ -38,6 +38,23 @@ def test_a_batch_script_is_one_process_and_a_step_is_all_of_them() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"RANK": "first"}, "RANK in the environment: found 'first'; must be a whole number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE in the environment: found ''"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK in the environment: found '-1'"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT in the environment: found 'http'"),
+        ({"RANK": "4"}, "RANK is 4, but WORLD_SIZE is 4: ranks are counted from 0"),
+    ],
+)
+def test_what_is_no_place_among_the_ranks_is_named(changed: dict[str, str], said: str) -> None:
+    """The last one would wait for ever."""
+    variables = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500", **changed}
+    with pytest.raises(UserError, match=said):
+        read_rendezvous(variables)
+
+
+@pytest.mark.parametrize(
     ("variables", "ranks"), [(BATCH_SCRIPT, 1), (STEP, 8), ({**STEP, "WORLD_SIZE": "4"}, 4)]
 )
 def test_a_check_is_for_as_many_ranks_as_would_train(
