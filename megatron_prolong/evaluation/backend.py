@@ -84,9 +84,21 @@ class ScoringBackend(Backend, Protocol):
 
 
 def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The prompt's token ids, with the special tokens (or chat template) the model was trained with."""
-    if prompt.ids is not None:
-        return prompt.ids
+    """The prompt's token ids, with the special tokens (or chat template) the model was trained with.
+
+    Raises:
+        UserError: there is no chat template, or no token, which no model can continue.
+    """
+    ids = _encode(tokenizer, prompt) if prompt.ids is None else prompt.ids
+    if not ids:
+        raise UserError(
+            f"the prompt {prompt.text[:80]!r} has no token, so there is nothing to continue; give a longer one, or a "
+            f"tokenizer that begins with BOS ({tokenizer.name_or_path})"
+        )
+    return ids
+
+
+def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     if not prompt.chat:
         return list(tokenizer(prompt.text)["input_ids"])
     if not getattr(tokenizer, "chat_template", None):

@@ -104,6 +104,11 @@ def test_a_prompt_begins_with_one_bos(chat: bool, tokenizer: Any) -> None:
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
+def test_a_prompt_without_any_token_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="prompt '' has no token"):
+        encode(tokenizer, Prompt(""))
+
+
 def test_neither_kind_of_model_is_refused(tmp_path: Path, hf_directory: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"), open_backend(tmp_path):
         pass
