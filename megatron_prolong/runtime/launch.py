@@ -36,12 +36,12 @@ class World:
 
 
 @contextmanager
-def distributed(timeout_seconds: float = 600.0) -> Iterator[World]:
+def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
     """Initialise the default process group, yield this process's place in it, and leave cleanly.
 
     Args:
         timeout_seconds: a collective that waits longer than this fails on every rank, so that one dead rank
-            never leaves the others hanging.
+            never leaves the others hanging. Ranks honestly wait for the slowest one's part of a checkpoint.
     """
     set_gpu_environment()
     place = read_rendezvous(os.environ)

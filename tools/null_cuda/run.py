@@ -1,13 +1,13 @@
 """Run a command on a machine without a GPU as if it had H100s whose kernels do nothing.
 
-    python tools/null_cuda/run.py -- prolong train recipe.yaml precision=bf16
-    python tools/null_cuda/run.py --devices 2 -- torchrun --nproc-per-node 2 -m megatron_prolong train recipe.yaml
-    python tools/null_cuda/run.py --compute -- pytest -m gpu
+    python tools/null_cuda/run.py --compute -- prolong train recipe.yaml precision=bf16
+    python tools/null_cuda/run.py --compute --devices 4 -- pytest -m gpu
 
 What it shows: whether the GPU path of a program runs through (devices that do not meet, hooks that do not fire,
 arguments that no kernel takes) and what memory it takes. What it cannot show: any time; nor any number, unless
 `--compute` has PyTorch's CPU kernels do the work on what the program takes for GPUs, and NCCL's messages travel.
 Then it shows what the program computes where its GPU path differs from the CPU's, but for the kernels themselves.
+(Without it a training ends after five steps: a batch whose targets sum to zero is skipped.)
 
 Needs Linux, g++ and a CUDA 13 build of PyTorch in this Python environment, with the headers of its runtime:
 
