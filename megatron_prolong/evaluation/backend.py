@@ -92,8 +92,8 @@ def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     ids = _encode(tokenizer, prompt) if prompt.ids is None else prompt.ids
     if not ids:
         raise UserError(
-            f"the prompt {prompt.text[:80]!r} has no token, so there is nothing to continue; give a longer one, or a "
-            f"tokenizer that begins with BOS ({tokenizer.name_or_path})"
+            f"the prompt {prompt.text[:80]!r} has no token, so there is nothing to continue; give a longer one, "
+            f"or a tokenizer that begins with BOS ({tokenizer.name_or_path})"
         )
     return ids
 

@@ -1,10 +1,12 @@
-"""Which weights a directory holds, without reading them."""
+"""Which weights a directory holds, and which data a task reads, without reading them."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_prolong.evaluation.task import Task
 from megatron_prolong.recipe.shape import MANIFEST
 
 WEIGHTS = ("*.safetensors", "*.distcp", "config.json", MANIFEST)
@@ -12,6 +14,19 @@ WEIGHTS = ("*.safetensors", "*.distcp", "config.json", MANIFEST)
 
 def model_identity(directory: Path) -> str:
     """Changes when the weights in the directory are written anew: names, sizes and times of the files."""
-    files = sorted({file for pattern in WEIGHTS for file in directory.glob(pattern)})
-    text = "\n".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+    return _identity({file.name: file for pattern in WEIGHTS for file in directory.glob(pattern)})
+
+
+def data_identity(task: Task, data: Path | None) -> str:
+    """Changes when a file that the task reads does, wherever `data` lies; empty when the task makes its rows."""
+    if data is None or task.missing(data):
+        return ""
+    places = [data / name for name in (*task.needs, task.instead) if name]
+    files = [file for place in places for file in (place, *place.rglob("*")) if file.is_file()]
+    return _identity({file.relative_to(data).as_posix(): file for file in files})
+
+
+def _identity(files: Mapping[str, Path]) -> str:
+    stats = [(name, file.stat()) for name, file in sorted(files.items())]
+    text = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_prolong.evaluation.backend import Backend, Prompt
-from megatron_prolong.evaluation.identity import model_identity
+from megatron_prolong.evaluation.identity import data_identity, model_identity
 from megatron_prolong.evaluation.megatron import open_megatron
 from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.run import Settings
@@ -55,7 +55,8 @@ class CheckpointEvaluation:
         out = self.out / checkpoint.parent.name / checkpoint.name
         identity = model_identity(checkpoint)
         tasks = [f"{task.name}/{task.length}" for task in self.tasks]
-        about = {"model_identity": identity, "samples": self.spec.samples, "tasks": tasks}
+        data = [data_identity(task, self.spec.data) for task in self.tasks]
+        about = {"model_identity": identity, "data": data, "samples": self.spec.samples, "tasks": tasks}
         if self._agree(_measured(out / SCORES, about)):
             return {}
         with open_megatron(checkpoint, world=self.world) as backend:

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Backend
+from megatron_prolong.evaluation.identity import data_identity
 from megatron_prolong.evaluation.partial import Generated, PartialOutputs, sample_key
 from megatron_prolong.evaluation.prompts import Prepared, prepare, render
 from megatron_prolong.evaluation.report import write_json
@@ -59,7 +60,7 @@ def run_task(
     out: Path,
     entails: Entails | None = None,
 ) -> Result:
-    """Run one task, or go on with it, or read its finished result if that is of the same model and settings.
+    """Run one task, or go on with it, or read its finished result if that is of the same model, data and settings.
 
     Raises:
         UserError: prompts that are too long for the model (with too_long "refuse"), missing data.
@@ -227,6 +228,7 @@ def _arguments(
         "use_chat_template": chat,
         "backend": backend.name,
         "model_identity": settings.model_identity,
+        "data_identity": data_identity(task, inputs.data),
         "category": task.category,
         "metric_names": list(task.metrics),
         "question_field": task.question,

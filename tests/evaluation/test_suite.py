@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +196,17 @@ def test_a_result_of_other_settings_is_not_taken_for_this_one(inputs: Inputs, tm
         assert len(parrot.seen) == 4, changed
         run_task(task, replace(parrot, model="moved"), inputs, changed, tmp_path)
         assert len(parrot.seen) == 4, "the same model in another place is known"
+
+
+def test_a_result_of_other_data_is_not_taken_for_this_one(inputs: Inputs, data: Path, tmp_path: Path) -> None:
+    task, parrot = only("kilt_nq"), Parrot(inputs.tokenizer)
+    copied = shutil.copytree(data, tmp_path / "data")
+    run_task(task, parrot, inputs, Settings(), tmp_path / "out")
+    run_task(task, parrot, replace(inputs, data=copied), Settings(), tmp_path / "out")
+    assert len(parrot.seen) == 4, "the same data in another place is known"
+    (copied / task.demo_file).write_text((copied / task.demo_file).read_text() + "\n")
+    run_task(task, parrot, replace(inputs, data=copied), Settings(), tmp_path / "out")
+    assert len(parrot.seen) == 8
 
 
 def test_citations_are_scored_later_without_asking_again(inputs: Inputs, tmp_path: Path) -> None:
