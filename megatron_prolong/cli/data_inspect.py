@@ -30,6 +30,7 @@ def inspect(
     from rich.console import Console
 
     from megatron_prolong.data.inspect import domain_table, length_table, plot, preview, survey
+    from megatron_prolong.data.mds import read_index
     from megatron_prolong.runtime.publish import whole_file
 
     if png is not None and png.suffix != ".png":
@@ -44,6 +45,8 @@ def inspect(
         return
     domains = survey(directory)
     console.print(domain_table(domains), length_table(domains))
+    if fingerprint := read_index(directory).tokenizer:
+        console.print(f"fingerprint of the tokenizer: {fingerprint}")
     if png is not None:
         with whole_file(png) as temporary:
             plot(domains, str(directory)).savefig(temporary, format="png", dpi=120)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.mds import MDSReader
+from megatron_prolong.data.mds import MDSReader, common_tokenizer
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
 
@@ -31,7 +31,8 @@ _BLOCK_DOCUMENTS = 1 << 16
 class TokenizedInputs:
     """Several tokenized data sets as one sequence of samples.
 
-    Raises UserError when one has no column input_ids of uint32, or only some have a mask.
+    Raises UserError when one has no column input_ids of uint32, when only some have a mask, and when they were made
+    with different tokenizers.
     """
 
     def __init__(self, directories: Sequence[str]) -> None:
@@ -44,6 +45,7 @@ class TokenizedInputs:
         if masked and len(masked) < len(directories):
             raise UserError(f"{masked[0]} has a column mask, other inputs have none; pack them apart")
         self.has_mask = bool(masked)
+        self.tokenizer = common_tokenizer({each.path: each.tokenizer for each in self._readers})
         self.is_packed = any("indices" in each.columns for each in self._readers)
 
     def __len__(self) -> int:

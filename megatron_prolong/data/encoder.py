@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.inputs import fingerprint
 
 SEGMENT_CHARACTERS = 1 << 17
 _BATCH_CHARACTERS = 1 << 19
@@ -37,7 +38,9 @@ class TextEncoder:
     def __init__(self, directory: Path | str) -> None:
         self.path = tokenizer_file(directory)
         self._tokenizer = _load(self.path, self.path.stat().st_mtime_ns)
-        self.splits = _may_be_split(json.loads(self._tokenizer.to_str()))
+        content = json.loads(self._tokenizer.to_str())
+        self.splits = _may_be_split(content)
+        self.fingerprint = fingerprint(content)
         self.forced_cuts = 0
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:

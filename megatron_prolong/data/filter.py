@@ -243,7 +243,7 @@ class _Work:
         if data.has_mask:
             columns["mask"] = "ndarray:uint8"
         report = FilterReport()
-        with MDSWriter(directory, columns) as writer:
+        with MDSWriter(directory, columns, tokenizer=data.tokenizer) as writer:
             for number in range(*samples):
                 sample = data.read(number)
                 tokens, domain = sample["input_ids"], sample.get("domain", "")

@@ -324,7 +324,7 @@ class _Work:
         }
         if inputs.has_mask:
             columns["mask"] = "ndarray:uint8"
-        with MDSWriter(directory, columns) as writer:
+        with MDSWriter(directory, columns, tokenizer=inputs.tokenizer) as writer:
             for pieces in self.plan.packs_of(*task):
                 writer.write(_assemble(pieces, inputs, self.options))
 

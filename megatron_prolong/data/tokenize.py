@@ -181,7 +181,7 @@ class _Work:
         columns = {"input_ids": "ndarray:uint32", "length": "int", "domain": "str"}
         if self.options.chat:
             columns["mask"] = "ndarray:uint8"
-        with MDSWriter(directory, columns) as writer:
+        with MDSWriter(directory, columns, tokenizer=encoder.fingerprint) as writer:
             for batch in _batches(self._records(parts, report, chats)):
                 for record, encoded in zip(batch, encode(batch), strict=True):
                     self._write(writer, record, encoded, report)

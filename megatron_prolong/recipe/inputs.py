@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import HF_DIR, MANIFEST, model_directory, read_json, read_shape
@@ -38,11 +42,7 @@ def vocabulary_size(path: Path) -> int:
     Raises:
         UserError: there is no readable tokenizer.json.
     """
-    directory = model_directory(path)
-    candidates = [directory / "tokenizer.json", directory / HF_DIR / "tokenizer.json"]
-    file = next((candidate for candidate in candidates if candidate.exists()), None)
-    if file is None:
-        raise UserError(f"{path}: no tokenizer.json there")
+    file = _tokenizer_file(path)
     content = read_json(file)
     try:
         vocabulary = content["model"]["vocab"]
@@ -52,20 +52,59 @@ def vocabulary_size(path: Path) -> int:
         raise UserError(f"{file}: not a tokenizer of the tokenizers library ({error!r})") from error
 
 
-def mixture_problems(path: Path, *, loss_mask: bool) -> list[str]:
-    """What keeps `path` from being one domain of a mixture: a directory of MDS shards."""
+def _tokenizer_file(path: Path) -> Path:
+    directory = model_directory(path)
+    candidates = [directory / "tokenizer.json", directory / HF_DIR / "tokenizer.json"]
+    file = next((candidate for candidate in candidates if candidate.exists()), None)
+    if file is None:
+        raise UserError(f"{path}: no tokenizer.json there")
+    return file
+
+
+def fingerprint(tokenizer: Mapping[str, Any]) -> str:
+    """16 hex digits that two tokenizers (contents of tokenizer.json) share when the same ids are the same tokens.
+
+    Added and special tokens do not count: Llama-3, its Instruct and Llama-3.1 differ in the names of reserved ones
+    only, and read each other's data.
+    """
+    vocabulary = tokenizer["model"]["vocab"]
+    if not isinstance(vocabulary, dict):  # Unigram: pieces with scores, in the order of their ids
+        vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+    special = {token["content"] for token in tokenizer.get("added_tokens", []) if token.get("special")}
+    ordinary = {token: number for token, number in vocabulary.items() if token not in special}
+    return hashlib.sha256(json.dumps(ordinary, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tokenizer_fingerprint(path: Path | None) -> str | None:
+    """`fingerprint` of the tokenizer in a model's or tokenizer's directory; None when there is none to read."""
+    if path is None or tokenizer_problems(path):
+        return None
+    return fingerprint(read_json(_tokenizer_file(path)))
+
+
+def mixture_problems(path: Path, *, loss_mask: bool, tokenizer: str | None) -> list[str]:
+    """What keeps `path` from being one domain of a mixture: a directory of MDS shards.
+
+    tokenizer: fingerprint of the model's, which the data's must be where both are known.
+    """
     if not path.is_dir():
         return ["no such directory; pack it first, or correct the path (relative to the working directory)"]
     if not (path / "index.json").is_file():
         return ["no index.json in this directory; it holds no complete MDS shards (see prolong data pack)"]
     try:
-        shards = read_json(path / "index.json").get("shards")
+        index = read_json(path / "index.json")
     except UserError as error:
         return [_one_line(error)]
+    shards, known = index.get("shards"), index.get("tokenizer")
     if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
         return ["its index.json lists no shards"]
     if not sum(int(shard.get("samples", 0)) for shard in shards):
         return ["it is empty: its index.json lists no samples"]
+    if known and tokenizer and known != tokenizer:
+        return [
+            f"its tokens were made with another tokenizer (fingerprint {known}) than the model's ({tokenizer}); "
+            "tokenize its source again with the model's, and pack it again"
+        ]
     columns = set(shards[0].get("column_names", []))
     needed = {"input_ids", "mask"} if loss_mask else {"input_ids"}
     reasons = {"input_ids": "the tokens", "mask": "loss_mask is true"}

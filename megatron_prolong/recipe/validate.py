@@ -13,6 +13,7 @@ from megatron_prolong.recipe.fp8 import fp8_parameters_problem
 from megatron_prolong.recipe.inputs import (
     mixture_problems,
     model_problems,
+    tokenizer_fingerprint,
     tokenizer_problems,
     vocabulary_size,
 )
@@ -86,9 +87,11 @@ def find_problems(
     _checkpoint(findings)
     _chain(findings, shape)
     _fp8_parameters(findings)
+    doubtful_model = findings.has_doubtful_part(("model",))
+    tokenizer = None if doubtful_model else tokenizer_fingerprint(recipe.model.tokenizer_path)
     for stage in recipe.stages:
         _stage(findings, stage)
-        _mixture(findings, stage)
+        _mixture(findings, stage, tokenizer)
         _layout(findings, stage, shape, world_size)
         if on_cpu and precision_of(recipe, stage) == "fp8":
             key = ("stages", stage.name, "precision") if stage.precision else ("precision",)
@@ -247,7 +250,7 @@ def _stage(findings: Findings, stage: Stage) -> None:
         )
 
 
-def _mixture(findings: Findings, stage: Stage) -> None:
+def _mixture(findings: Findings, stage: Stage, tokenizer: str | None) -> None:
     key = ("stages", stage.name, "mixture")
     if findings.has_doubtful_part(key):
         return
@@ -263,7 +266,7 @@ def _mixture(findings: Findings, stage: Stage) -> None:
     if abs(total - 1) > 1e-6:
         findings.error(key, f"the proportions sum to {total:.6g}; they must sum to 1")
     for path in stage.mixture:
-        for problem in mixture_problems(path, loss_mask=stage.loss_mask):
+        for problem in mixture_problems(path, loss_mask=stage.loss_mask, tokenizer=tokenizer):
             findings.error((*key, str(path)), problem)
 
 

@@ -1,5 +1,6 @@
 import re
 import sys
+import json
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,10 @@ def test_inspect_prints_tables_and_writes_the_image(packs: Path, tmp_path: Path)
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lengths.png", "packs"]
     assert isinstance(run("inspect", packs, "--png", tmp_path / "lengths.svg").exception, UserError)
+    assert "tokenizer" not in result.output
+    index = json.loads((packs / "index.json").read_text())
+    (packs / "index.json").write_text(json.dumps(index | {"tokenizer": "0123456789abcdef"}))
+    assert "fingerprint of the tokenizer: 0123456789abcdef" in run("inspect", packs).output
 
 
 def test_inspect_shows_samples_as_text(packs: Path, tmp_path: Path) -> None:

@@ -102,6 +102,22 @@ def test_merge_keeps_order_and_reads_nested_directories(tmp_path: Path) -> None:
     assert [each["domain"] for each in MDSReader(tmp_path / "all")] == ["d1", "d2", "d0"]
 
 
+def test_merge_carries_the_tokenizer_and_refuses_another(tmp_path: Path) -> None:
+    write(tmp_path / "a", [3], tokenizer="one")
+    write(tmp_path / "b", [3])  # as other writers of the format leave it, and goes with any
+    write(tmp_path / "c", [3], tokenizer="two")
+    for known, unknown in (("a", "b"), ("b", "a")):
+        merge_indexes([tmp_path / known, tmp_path / unknown], tmp_path)
+        assert MDSReader(tmp_path).tokenizer == "one"
+    with pytest.raises(
+        UserError, match=r"/a and .*/c were made with different tokenizers \(fingerprints one and two\)"
+    ):
+        merge_tree(tmp_path)
+    assert len(MDSReader(tmp_path)) == 2, "the index is as it was"
+    merge_indexes([tmp_path / "b"], tmp_path)
+    assert MDSReader(tmp_path).tokenizer is None
+
+
 def test_merge_refuses_other_columns_and_leaves_the_old_index(tmp_path: Path) -> None:
     write(tmp_path / "a", [3])
     with MDSWriter(tmp_path / "b", {"text": "str"}) as writer:

@@ -19,6 +19,7 @@ from megatron_prolong.data.executors import LocalProcesses
 from megatron_prolong.data.mds import MDSReader
 from megatron_prolong.data.tokenize import TokenizeOptions, TokenizeReport, tokenize
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.inputs import tokenizer_fingerprint
 
 
 @pytest.fixture
@@ -227,4 +228,8 @@ def test_commands(tokenizer: Path, tmp_path: Path) -> None:
     assert {sample["domain"] for sample in MDSReader(tmp_path / "packs")} == {"code"}
     result = invoke(app, ["merge", str(tmp_path / "packs")])
     assert result.exit_code == 0, result.output
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    assert fingerprint is not None
+    for name in ("code", "long", "packs"):
+        assert MDSReader(tmp_path / name).tokenizer == fingerprint
     assert isinstance(invoke(app, ["pack", "one", "--length", "4", "--mode", "concat"]).exception, UserError)

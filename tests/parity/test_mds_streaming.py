@@ -98,9 +98,8 @@ def test_streaming_reads_what_we_wrote(tmp_path: Path) -> None:
     directories = []
     for compression in (None, "zstd:9", "gz", "bz2"):
         directories.append(str(tmp_path / str(compression)))
-        with MDSWriter(
-            directories[-1], COLUMNS, size_limit=900, compression=compression, hashes=["xxh64"]
-        ) as writer:
+        options: dict = {"compression": compression, "hashes": ["xxh64"], "tokenizer": "0123456789abcdef"}
+        with MDSWriter(directories[-1], COLUMNS, size_limit=900, **options) as writer:
             for number in range(COUNT):
                 writer.write(sample(number))
     done = subprocess.run(

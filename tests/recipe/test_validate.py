@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.inputs import fingerprint, tokenizer_fingerprint
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.validate import check, find_problems, incoming_shape
 from tests.recipe.conftest import SHAPE, describe_checkpoint, write_domain, write_model, write_tokenizer
@@ -259,6 +260,45 @@ def test_an_empty_or_broken_domain(write: Write, recipe_data: dict[str, Any], wo
     ):
         (problem,) = problems_of(path, [f"stage.one.mixture={{{name}: 1.0}}"])
         assert message in problem
+
+
+def test_data_of_another_tokenizer(write: Write, recipe_data: dict[str, Any], workdir: Path) -> None:
+    """Its ids are within the vocabulary, so nothing else would notice."""
+    path = write(recipe_data)
+    write_tokenizer(workdir / "smaller", SHAPE.vocab_size - 1)
+    index = json.loads((workdir / "books" / "index.json").read_text())
+    for made_with, said in (
+        ("model", []),
+        ("smaller", ["stages.one.mixture.books", "stages.two.mixture.books"]),
+    ):
+        known = tokenizer_fingerprint(workdir / made_with)
+        (workdir / "books" / "index.json").write_text(json.dumps(index | {"tokenizer": known}))
+        problems = problems_of(path, [])
+        assert len(problems) == len(said)
+        for problem, key in zip(problems, said, strict=True):
+            model = tokenizer_fingerprint(workdir / "model")
+            message = f"another tokenizer (fingerprint {known}) than the model's ({model})"
+            assert f"{key}: its tokens were made with {message}" in problem
+    (workdir / "model" / "tokenizer.json").unlink()
+    assert problems_of(path, []) == []  # nothing to compare with
+
+
+def test_a_fingerprint_is_that_of_the_ordinary_tokens() -> None:
+    """Llama-3 and Llama-3.1 name their reserved tokens differently; some vocabularies list such tokens too."""
+
+    def tokenizer(vocabulary: object, *special: str) -> dict[str, Any]:
+        added = [{"id": 7, "content": token, "special": True} for token in special]
+        return {"model": {"vocab": vocabulary}, "added_tokens": added}
+
+    plain = fingerprint(tokenizer({"a": 0, "b": 1}))
+    assert len(plain) == 16
+    assert fingerprint(tokenizer({"b": 1, "a": 0}, "<|reserved_special_token_2|>")) == plain
+    assert fingerprint(tokenizer({"a": 0, "b": 1, "<|python_tag|>": 2}, "<|python_tag|>")) == plain
+    assert fingerprint(tokenizer([["a", -1.5], ["b", -2.0]])) == plain
+    assert plain not in {
+        fingerprint(tokenizer({"a": 1, "b": 0})),
+        fingerprint(tokenizer({"a": 0, "b": 1, "c": 2})),
+    }
 
 
 def test_checking_changes_nothing(write: Write, recipe_data: dict[str, Any]) -> None:

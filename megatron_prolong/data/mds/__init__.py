@@ -11,9 +11,18 @@ hold hashes of them. The package that defined the format depends on torchvision 
 this implementation; `tests/parity/test_mds_streaming.py` proves both directions against it.
 """
 
-from megatron_prolong.data.mds.index import INDEX, Shard, read_index
+from megatron_prolong.data.mds.index import INDEX, Shard, common_tokenizer, read_index
 from megatron_prolong.data.mds.merge import merge_indexes, merge_tree
 from megatron_prolong.data.mds.reader import MDSReader
 from megatron_prolong.data.mds.writer import MDSWriter
 
-__all__ = ["INDEX", "MDSReader", "MDSWriter", "Shard", "merge_indexes", "merge_tree", "read_index"]
+__all__ = [
+    "INDEX",
+    "MDSReader",
+    "MDSWriter",
+    "Shard",
+    "common_tokenizer",
+    "merge_indexes",
+    "merge_tree",
+    "read_index",
+]

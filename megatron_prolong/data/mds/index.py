@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -53,7 +53,15 @@ class Shard:
         return self.directory / file.basename, file
 
 
-def read_index(directory: Path) -> list[Shard]:
+@dataclass(frozen=True)
+class Index:
+    """tokenizer: fingerprint (recipe/inputs.py) of the one that made the tokens; None where it is not known."""
+
+    shards: list[Shard]
+    tokenizer: str | None
+
+
+def read_index(directory: Path) -> Index:
     """Parse and check `directory/index.json`.
 
     Raises UserError naming the file when it is missing, not JSON, of another version or format, or when
@@ -61,7 +69,8 @@ def read_index(directory: Path) -> list[Shard]:
     """
     path = Path(directory) / INDEX
     try:
-        entries = list(json.loads(path.read_bytes())["shards"])
+        content = json.loads(path.read_bytes())
+        entries = list(content["shards"])
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(_missing(Path(directory))) from None
     except (ValueError, KeyError, TypeError) as error:
@@ -82,7 +91,28 @@ def read_index(directory: Path) -> list[Shard]:
             )
         shards.append(shard)
         first += shard.num_samples
-    return shards
+    return Index(shards, content.get("tokenizer"))
+
+
+def index_text(shards: Sequence[Mapping[str, Any]], tokenizer: str | None) -> str:
+    """The content of an index.json. Other readers of the format ignore the key `tokenizer`."""
+    content = {"version": 2, "shards": shards}
+    return json.dumps(content if tokenizer is None else content | {"tokenizer": tokenizer}, sort_keys=True)
+
+
+def common_tokenizer(tokenizers: Mapping[Path, str | None]) -> str | None:
+    """The tokenizer of several data sets, by directory; one that does not know its tokenizer goes with any.
+
+    Raises UserError naming two data sets of different tokenizers.
+    """
+    known = {tokenizer: directory for directory, tokenizer in tokenizers.items() if tokenizer is not None}
+    if len(known) > 1:
+        (one, first), (other, second) = list(known.items())[:2]
+        raise UserError(
+            f"{first} and {second} were made with different tokenizers (fingerprints {one} and {other}); "
+            "tokenize one of them again, or keep them apart"
+        )
+    return next(iter(known), None)
 
 
 def _show(columns: Mapping[str, str]) -> str:

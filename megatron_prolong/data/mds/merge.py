@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_prolong.data.mds.index import INDEX, read_index
+from megatron_prolong.data.mds.index import INDEX, common_tokenizer, index_text, read_index
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.publish import write_durably
 
@@ -16,25 +16,27 @@ def merge_indexes(directories: Sequence[Path], out: Path) -> int:
     """Write `out/index.json` naming the shards of `directories`, in this order; returns the sample count.
 
     Every directory must lie below `out`, since shards are named relative to it. Raises UserError when one
-    does not, has no valid index, or has other columns than the first.
+    does not, has no valid index, has other columns than the first, or was made with another tokenizer.
     """
     entries: list[dict[str, Any]] = []
+    tokenizers: dict[Path, str | None] = {}
     for directory in directories:
         try:
             relative = Path(directory).resolve().relative_to(Path(out).resolve())
         except ValueError:
             raise UserError(f"{directory} does not lie below {out}; move it there to merge it") from None
-        read_index(directory)
+        tokenizers[Path(directory)] = read_index(directory).tokenizer
         for entry in json.loads((Path(directory) / INDEX).read_bytes())["shards"]:
             for key in ("raw_data", "zip_data"):
                 if entry.get(key):
                     entry[key]["basename"] = (relative / entry[key]["basename"]).as_posix()
             entries.append(entry)
+    tokenizer = common_tokenizer(tokenizers)
     path = Path(out) / INDEX
     previous = path.read_bytes() if path.exists() else None
     try:
-        write_durably(path, json.dumps({"version": 2, "shards": entries}, sort_keys=True))
-        return sum(shard.num_samples for shard in read_index(out))  # also compares the columns
+        write_durably(path, index_text(entries, tokenizer))
+        return sum(shard.num_samples for shard in read_index(out).shards)  # also compares the columns
     except BaseException:
         if previous is None:
             path.unlink(missing_ok=True)

@@ -43,7 +43,9 @@ class MDSReader(Sequence[dict[str, Any]]):
 
     def __init__(self, path: Path | str, *, columns: Iterable[str] | None = None) -> None:
         self.path = Path(path)
-        self.shards = read_index(self.path)
+        index = read_index(self.path)
+        self.shards = index.shards
+        self.tokenizer = index.tokenizer
         self._starts = [shard.first for shard in self.shards]
         self._length = sum(shard.num_samples for shard in self.shards)
         self._maps: dict[int, mmap.mmap] = {}  # oldest first

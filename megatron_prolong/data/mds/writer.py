@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_prolong.data.mds.compression import compressed_writer, parse_compression
 from megatron_prolong.data.mds.encodings import encoding
-from megatron_prolong.data.mds.index import INDEX, hasher
+from megatron_prolong.data.mds.index import INDEX, hasher, index_text
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.publish import is_disk_full, publish, temporary_name
 
@@ -36,6 +36,7 @@ class MDSWriter:
     columns: name to MDS encoding. size_limit: bytes of an uncompressed shard; a single larger sample gets
     a shard of its own. compression: None, `zstd[:level]`, `gz[:level]`, `bz2[:level]`. hashes: names such as
     `xxh64` or `sha1`, recorded for every file; none is the default of the format's own writer.
+    tokenizer: fingerprint of the one that made the tokens, recorded in the index.
     Raises UserError when `path` exists and is not an empty directory, when a value does not fit its column
     (naming column and sample), when a sample exceeds the format's 4 GiB, and when the disk is full.
     """
@@ -48,8 +49,10 @@ class MDSWriter:
         size_limit: int = SHARD_BYTES,
         compression: str | None = None,
         hashes: Sequence[str] = HASHES,
+        tokenizer: str | None = None,
     ) -> None:
         self.path = Path(path)
+        self.tokenizer = tokenizer
         self.num_samples = 0
         refuse_existing(self.path)
         if not 0 < size_limit <= _MAX_SHARD_BYTES:
@@ -168,8 +171,7 @@ class MDSWriter:
         if self._ends[-1]:
             self._flush()
         with disk_full_is_users(self.path):
-            text = json.dumps({"version": 2, "shards": self._shards}, sort_keys=True)
-            (self._temporary / INDEX).write_text(text)
+            (self._temporary / INDEX).write_text(index_text(self._shards, self.tokenizer))
             publish(self._temporary, self.path)
 
     def discard(self) -> None:
