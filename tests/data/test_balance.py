@@ -30,7 +30,7 @@ def budget_of(cp, extra):
     return 512 // cp + extra
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batch=batches, layout=layouts, extra=st.integers(0, 300))
 def test_every_document_exactly_once_within_the_budget(batch, layout, extra):
     dp, cp, equal = layout
@@ -48,7 +48,7 @@ def test_every_document_exactly_once_within_the_budget(batch, layout, extra):
         assert len({len(plans) for plans in assignment.micro_batches}) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batch=batches, layout=layouts, extra=st.integers(0, 300))
 def test_the_model_agrees_with_the_slices_the_engine_makes(batch, layout, extra):
     """Tokens and work of every context-parallel rank, as ContextPlan lays the micro-batch out."""
@@ -75,7 +75,7 @@ def test_the_model_agrees_with_the_slices_the_engine_makes(batch, layout, extra)
         assert plan.share.work_seconds == pytest.approx(COST.work(lengths).sum(), rel=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(batch=batches, layout=layouts)
 def test_the_same_on_every_rank_and_in_every_run(batch, layout):
     dp, cp, equal = layout
@@ -89,7 +89,7 @@ def test_the_same_on_every_rank_and_in_every_run(batch, layout):
     assert first == second
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batch=batches, dp=st.integers(1, 9))
 def test_not_worse_than_whole_sequences_in_order(batch, dp):
     """Rank r trains on sequences r, r + dp, ...: what every other trainer does."""

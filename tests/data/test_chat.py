@@ -3,7 +3,7 @@ from itertools import groupby
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from llama3 import TEMPLATE, encode, llama3_tokenizer
 
@@ -96,14 +96,12 @@ chats = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(chats)
 def test_masks_equal_the_difference_of_token_prefixes(messages: list[dict[str, str]]) -> None:
     _, mask = encode(messages, llama3_tokenizer())
     assert mask.tolist() == mask_by_token_diff(messages)
 
 
-@settings(deadline=None)
 @given(chats)
 def test_blanks_with_trimmed_offsets_are_masked_all_the_same(messages: list[dict[str, str]]) -> None:
     plain = encode(messages, llama3_tokenizer())

@@ -59,7 +59,7 @@ def whole(directory: Path, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(pieces=st.lists(st.sampled_from(PIECES), max_size=60), size=st.integers(3, 12))
 def test_segments_give_the_tokens_of_the_whole_text(
     directory: Path, gpt2_directory: Path, pieces: list[str], size: int

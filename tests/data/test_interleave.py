@@ -2,7 +2,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prolong.data.interleave import Interleave
@@ -18,7 +18,6 @@ proportions = st.lists(
 PROLONG_64K = [0.30, 0.30, 0.03, 0.10, 0.10, 0.04, 0.04, 0.03, 0.03, 0.03]
 
 
-@settings(deadline=None)
 @given(proportions, st.integers(1, 400))
 def test_every_prefix_keeps_the_proportions_within_one_sample(shares: list[float], num_slots: int) -> None:
     interleave = Interleave(shares, num_slots)

@@ -29,7 +29,7 @@ def write(path: Path, lengths: list[int], first: int = 0, **options: object) -> 
             writer.write({"input_ids": tokens, "length": length, "domain": f"d{number}"})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 400), min_size=1, max_size=30),
     size_limit=st.integers(1, 5000),
@@ -131,7 +131,7 @@ def test_merge_refuses_other_columns_and_leaves_the_old_index(tmp_path: Path) ->
 
 
 @given(st.lists(st.integers(1, 70_000), min_size=1, max_size=6), st.booleans())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_lengths_without_reading(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], fixed: bool
 ) -> None:

@@ -67,7 +67,7 @@ packs = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(packs)
 def test_there_and_back_keeps_tokens_and_boundaries(
     tmp_path_factory: pytest.TempPathFactory, packs: list[list[list[int]]]

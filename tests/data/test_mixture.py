@@ -36,7 +36,7 @@ def mixture(root: Path, shares: dict[str, float] | None = None, **changes: objec
 shares_of_three = st.lists(st.floats(0.01, 1), min_size=3, max_size=3)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shares=shares_of_three, batch=st.integers(1, 16), steps=st.integers(1, 12), seed=st.integers(0, 2**32))
 def test_proportions_hold_within_one_sample_after_every_step(
     sources: Path, shares: list[float], batch: int, steps: int, seed: int
@@ -56,7 +56,7 @@ def test_proportions_hold_within_one_sample_after_every_step(
     assert [use.num_draws for use in mixed.usage()] == [seen[number] for number in range(3)]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(start=st.integers(0, 11), seed=st.integers(0, 1000))
 def test_starting_at_any_step_equals_no_stop(sources: Path, start: int, seed: int) -> None:
     uninterrupted = mixture(sources, seed=seed)

@@ -57,7 +57,7 @@ OPTIONS = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(lengths=st.lists(st.integers(1, 130), min_size=1, max_size=20), options=OPTIONS, data=st.data())
 def test_every_piece_is_a_run_of_its_document(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], options: PackOptions, data: st.DataObject

@@ -107,7 +107,7 @@ def test_text_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(found, Bad) and found.reason == "too long"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lines=st.lists(st.text("ab\u00e9 ", max_size=30), max_size=20), part=st.integers(1, 60), end=st.booleans()
 )

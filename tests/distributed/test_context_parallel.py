@@ -121,7 +121,7 @@ document_lengths = st.one_of(
 @pytest.mark.parametrize(
     ("cp", "exchange"), [(1, "p2p"), *((cp, exchange) for cp in (2, 4) for exchange in EXCHANGES)]
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     lengths=document_lengths,
     heads=st.sampled_from([(4, 4), (4, 2), (4, 1), (8, 2), (12, 3), (8, 8), (16, 4)]),

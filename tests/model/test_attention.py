@@ -41,7 +41,7 @@ def gradients(attention, q, k, v, dout):
     return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=document_lengths,
     kv_heads=st.sampled_from([1, 2, 3]),
@@ -123,7 +123,7 @@ def test_a_document_is_blind_to_the_others(changed):
         assert not is_changed.any(), "another document moved"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(num_cached=st.integers(1, 70), num_new=st.integers(1, 70), spare=st.integers(0, 4))
 def test_cache_equals_the_whole_document(num_cached, num_new, spare):
     num_new = min(num_new, num_cached)

@@ -22,7 +22,7 @@ plans = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(plan=plans)
 def test_every_token_is_on_exactly_one_rank(plan):
     tokens = torch.arange(plan.num_tokens)
@@ -34,7 +34,7 @@ def test_every_token_is_on_exactly_one_rank(plan):
         assert len(part) == plan.slice_length(rank) > 0 and len(part) % plan.multiple == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans)
 def test_split_documents_lie_in_zigzag_chunks(plan):
     """Transformer Engine's definition as it is said: pad, cut in 2·cp, take chunks r and 2·cp-1-r."""
@@ -51,7 +51,7 @@ def test_split_documents_lie_in_zigzag_chunks(plan):
         assert torch.equal(part, torch.cat([*expected, torch.empty(0, dtype=torch.int64)]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plan=plans)
 def test_local_documents_are_whole_and_in_order(plan):
     tokens = torch.arange(plan.num_tokens)
@@ -80,7 +80,7 @@ def test_one_rank_holds_the_pack_as_it_is():
     assert plan.local_cu_seqlens(0) == (0, 5, 6, 13)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(lengths=st.lists(st.integers(1, 2000), min_size=1, max_size=60), cp=st.sampled_from([2, 4, 8]))
 def test_local_work_is_balanced(lengths, cp):
     """Graham's bound for longest-first dealing, against the lower bounds on any dealing."""

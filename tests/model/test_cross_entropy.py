@@ -45,7 +45,7 @@ def chunked(hidden, weight, labels, real_vocab, chunk_tokens):
     return cross_entropy_sum(hidden, weight, labels, VocabularyShard(0, real_vocab), chunk_tokens)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_tokens=st.integers(0, 40),
     chunk_tokens=st.integers(1, 50),

@@ -98,7 +98,8 @@ class Bench:
         return snapshot
 
     def save(self, step: int) -> None:
-        self.writer.save(None, None, {"step": step})
+        manifest = {"format": 1, "kind": "training", "shape": SHAPE.to_dict(), "step": step}
+        self.writer.save(None, None, manifest)
 
     @property
     def newest(self) -> int | None:
