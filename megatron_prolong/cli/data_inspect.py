@@ -39,7 +39,7 @@ def inspect(
     if sample:
         if tokenizer is None:
             raise UserError("--sample shows text, so it needs --tokenizer (the directory of the tokenizer)")
-        loaded = _tokenizer(tokenizer)
+        loaded = _tokenizer(tokenizer, directory)
         for index in sample:
             console.print(preview(directory, index, loaded, max_tokens=max_tokens), soft_wrap=True)
         return
@@ -80,11 +80,11 @@ def mixture(recipe: RecipePath, overrides: Overrides = None) -> None:
 def verify(directory: Directory, tokenizer: Tokenizer = None) -> None:
     """Read every byte of a data set and list all that is damaged. Exit code 2 if anything is.
 
-    With --tokenizer, tokens beyond its vocabulary are found too.
+    With --tokenizer, tokens beyond its vocabulary are found too, and that they are another one's.
     """
     from megatron_prolong.data.verify import verify
 
-    verdict = verify(directory, None if tokenizer is None else len(_tokenizer(tokenizer)))
+    verdict = verify(directory, None if tokenizer is None else len(_tokenizer(tokenizer, directory)))
     if verdict.num_unhashed:
         print(
             f"warning: {verdict.num_unhashed} of {verdict.num_shards} shards have no hash in the index, so a "
@@ -115,15 +115,22 @@ def from_megatron(
     print(f"{directory}: {num_samples:,} samples{left_out}")
 
 
-def _tokenizer(directory: Path):  # type: ignore[no-untyped-def]
+def _tokenizer(directory: Path, data: Path):  # type: ignore[no-untyped-def]
+    """The tokenizer there. Raises UserError where the data says that another one made its tokens."""
     from transformers import AutoTokenizer
+
+    from megatron_prolong.data.mds import common_tokenizer, read_index
+    from megatron_prolong.recipe.inputs import tokenizer_fingerprint
 
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; expected one with tokenizer.json")
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: no tokenizer can be read from it ({error})") from None
+    made_with = {str(data): read_index(data).tokenizer, str(directory): tokenizer_fingerprint(directory)}
+    common_tokenizer(made_with)
+    return tokenizer
 
 
 def register(app: typer.Typer) -> None:

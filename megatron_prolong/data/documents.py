@@ -45,7 +45,7 @@ class TokenizedInputs:
         if masked and len(masked) < len(directories):
             raise UserError(f"{masked[0]} has a column mask, other inputs have none; pack them apart")
         self.has_mask = bool(masked)
-        self.tokenizer = common_tokenizer({each.path: each.tokenizer for each in self._readers})
+        self.tokenizer = common_tokenizer({str(each.path): each.tokenizer for each in self._readers})
         self.is_packed = any("indices" in each.columns for each in self._readers)
 
     def __len__(self) -> int:

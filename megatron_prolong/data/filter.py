@@ -25,11 +25,12 @@ from megatron_prolong.data.duplicates import find_duplicates
 from megatron_prolong.data.encoder import tokenizer_file
 from megatron_prolong.data.executors import Executor, LocalProcesses
 from megatron_prolong.data.job import REPORT, Job
-from megatron_prolong.data.mds import INDEX, MDSReader, MDSWriter
+from megatron_prolong.data.mds import INDEX, MDSReader, MDSWriter, common_tokenizer
 from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.ngrams import DEFAULT_N, NgramIndex, evaluation_texts
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.inputs import tokenizer_fingerprint
 from megatron_prolong.runtime.publish import whole_file
 
 TASK_BYTES = 1 << 28
@@ -152,6 +153,9 @@ def filter_documents(
     data = TokenizedInputs(names)
     if data.is_packed:
         raise UserError(f"{', '.join(names)}: packed already; filter the documents before packing them")
+    if options.tokenizer:
+        given = tokenizer_fingerprint(Path(options.tokenizer))
+        common_tokenizer({", ".join(names): data.tokenizer, options.tokenizer: given})
     job = Job(Path(out), _settings(names, options))
     if not job.is_finished:
         with job.open():

@@ -84,7 +84,7 @@ def _meet(backend: str, place: Rendezvous, timeout_seconds: float) -> None:
             world_size=place.size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-    except dist.DistError as error:
+    except (dist.DistError, ValueError) as error:  # ValueError: a port beyond 65535
         raise UserError(
             f"rank {place.rank} of {place.size} could not meet the others at MASTER_ADDR {place.address}, "
             f"MASTER_PORT {place.port}: {str(error).splitlines()[0]}"

@@ -52,6 +52,11 @@ def test_inspect_shows_samples_as_text(packs: Path, tmp_path: Path) -> None:
     assert isinstance(missing, UserError) and "absent: no such directory" in str(missing)
     empty = run("inspect", packs, "--sample", 0, "--tokenizer", packs).exception
     assert isinstance(empty, UserError) and "no tokenizer can be read" in str(empty)
+    index = json.loads((packs / "index.json").read_text())
+    (packs / "index.json").write_text(json.dumps(index | {"tokenizer": "0123456789abcdef"}))
+    for command in (["inspect", packs, "--sample", 0], ["verify", packs]):
+        other = run(*command, "--tokenizer", tmp_path / "tokenizer").exception
+        assert isinstance(other, UserError) and "are of different tokenizers" in str(other)
 
 
 def test_mixture_shows_how_often_domains_repeat(packs: Path, tmp_path: Path) -> None:

@@ -104,6 +104,10 @@ def test_contaminated_documents(tokenizer: Path, tmp_path: Path) -> None:
         hits=50,
     )
     assert many.kept_documents == 4
+    index = json.loads((source / "index.json").read_text())
+    (source / "index.json").write_text(json.dumps(index | {"tokenizer": "0123456789abcdef"}))
+    with pytest.raises(UserError, match="are of different tokenizers"):
+        run([source], tmp_path / "out3", against=(str(tmp_path / "eval.jsonl"),), tokenizer=str(tokenizer))
 
 
 @given(

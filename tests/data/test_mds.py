@@ -110,7 +110,7 @@ def test_merge_carries_the_tokenizer_and_refuses_another(tmp_path: Path) -> None
         merge_indexes([tmp_path / known, tmp_path / unknown], tmp_path)
         assert MDSReader(tmp_path).tokenizer == "one"
     with pytest.raises(
-        UserError, match=r"/a and .*/c were made with different tokenizers \(fingerprints one and two\)"
+        UserError, match=r"/a and .*/c are of different tokenizers \(fingerprints one and two\)"
     ):
         merge_tree(tmp_path)
     assert len(MDSReader(tmp_path)) == 2, "the index is as it was"

@@ -223,7 +223,7 @@ def test_unsuitable_inputs(tmp_path: Path) -> None:
     for name in ("one", "two"):
         with MDSWriter(tmp_path / name, {"input_ids": "ndarray:uint32"}, tokenizer=name) as writer:
             writer.write({"input_ids": np.zeros(4, np.uint32)})
-    with pytest.raises(UserError, match=r"/one and .*/two were made with different tokenizers"):
+    with pytest.raises(UserError, match=r"/one and .*/two are of different tokenizers"):
         pack([plain, tmp_path / "one", tmp_path / "two"], tmp_path / "packs", PackOptions(2, "concat"))
     with MDSWriter(tmp_path / "text", {"text": "str"}) as writer:
         writer.write({"text": "x"})

@@ -74,14 +74,17 @@ def test_local_processes_save_and_stop_as_a_single_one_would(workspace, number: 
     assert "continue with the same command" in output and (workspace.root / run / "short/latest").exists()
 
 
-def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_is_taken_or_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="MASTER_PORT 70000: "), distributed():
+        pass
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_PORT", port)
         with pytest.raises(UserError, match=f"MASTER_PORT {port}: .*address already in use"), distributed():
             pass
 

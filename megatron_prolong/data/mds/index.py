@@ -100,17 +100,17 @@ def index_text(shards: Sequence[Mapping[str, Any]], tokenizer: str | None) -> st
     return json.dumps(content if tokenizer is None else content | {"tokenizer": tokenizer}, sort_keys=True)
 
 
-def common_tokenizer(tokenizers: Mapping[Path, str | None]) -> str | None:
-    """The tokenizer of several data sets, by directory; one that does not know its tokenizer goes with any.
+def common_tokenizer(tokenizers: Mapping[str, str | None]) -> str | None:
+    """The fingerprint of several data sets or tokenizers, by directory; an unknown one goes with any.
 
-    Raises UserError naming two data sets of different tokenizers.
+    Raises UserError naming two that differ.
     """
     known = {tokenizer: directory for directory, tokenizer in tokenizers.items() if tokenizer is not None}
     if len(known) > 1:
         (one, first), (other, second) = list(known.items())[:2]
         raise UserError(
-            f"{first} and {second} were made with different tokenizers (fingerprints {one} and {other}); "
-            "tokenize one of them again, or keep them apart"
+            f"{first} and {second} are of different tokenizers (fingerprints {one} and {other}); tokenize one "
+            "again, or keep them apart"
         )
     return next(iter(known), None)
 

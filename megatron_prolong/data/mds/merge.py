@@ -19,13 +19,13 @@ def merge_indexes(directories: Sequence[Path], out: Path) -> int:
     does not, has no valid index, has other columns than the first, or was made with another tokenizer.
     """
     entries: list[dict[str, Any]] = []
-    tokenizers: dict[Path, str | None] = {}
+    tokenizers: dict[str, str | None] = {}
     for directory in directories:
         try:
             relative = Path(directory).resolve().relative_to(Path(out).resolve())
         except ValueError:
             raise UserError(f"{directory} does not lie below {out}; move it there to merge it") from None
-        tokenizers[Path(directory)] = read_index(directory).tokenizer
+        tokenizers[str(directory)] = read_index(directory).tokenizer
         for entry in json.loads((Path(directory) / INDEX).read_bytes())["shards"]:
             for key in ("raw_data", "zip_data"):
                 if entry.get(key):
