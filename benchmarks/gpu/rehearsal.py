@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import measure
 from null_cuda import run as null_cuda
-from throughput import LLAMA3_8B, training_step
+from throughput import PROLONG_8B, training_step
 
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.memory import peak_memory
@@ -76,7 +76,7 @@ def rehearse(name: str) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     with replaced([(schedule, "_reduce", counted)]), megatron(layout, seed=1) as groups:
         step = training_step(
-            LLAMA3_8B, layout, documents, groups, device, precision="bf16", recompute=recompute,
+            PROLONG_8B, layout, documents, groups, device, precision="bf16", recompute=recompute,
             offload=options.get("offload", False), split_threshold_tokens=4 * K,
         )  # fmt: skip
         for _ in range(2):  # the first allocates the optimizer's state and compiles what is compiled
@@ -96,7 +96,7 @@ def planned_gib(name: str) -> float:
     ranks, fields, micro_batches, recompute, options = CASES[name]
     layout, tokens = Layout(**fields), sum(micro_batches[0])
     job = Job(
-        shape=LLAMA3_8B,
+        shape=PROLONG_8B,
         layout=layout,
         world_size=ranks,
         sequence_length=tokens,

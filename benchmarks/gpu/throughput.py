@@ -28,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import measure
+from shapes import LLAMA3_8B
 
 from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.plan.lengths import PROLONG_64K, PROLONG_512K, LengthMixture, single_document
@@ -36,12 +37,8 @@ from megatron_prolong.recipe.shape import ModelShape
 LAYERS = (2, 4)
 WAYS = ("native", "te", "te fp8", "transformers")
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense, data sheets
-LLAMA3_8B = ModelShape(
-    num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_heads=32, num_kv_heads=8, head_dim=128,
-    vocab_size=128_256, max_length=524_288, rope_base=1.28e8, tie_embeddings=False, norm_eps=1e-5,
-    initializer_range=0.02,
-)  # fmt: skip
-TINY = LLAMA3_8B.replace(
+PROLONG_8B = LLAMA3_8B.replace(max_length=524_288, rope_base=1.28e8)
+TINY = PROLONG_8B.replace(
     hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=256
 )
 
@@ -159,7 +156,7 @@ def transformers_step(shape: ModelShape, docs: list[torch.Tensor]) -> Callable[[
 def measure_case(case: dict[str, Any]) -> dict[str, Any]:
     from contextlib import ExitStack
 
-    shape = (TINY if case["tiny"] else LLAMA3_8B).replace(num_layers=case["layers"])
+    shape = (TINY if case["tiny"] else PROLONG_8B).replace(num_layers=case["layers"])
     docs = documents(case, shape)
     with ExitStack() as stack:
         peer = case["way"] == "transformers"
@@ -187,7 +184,7 @@ def measure_row(mixture: str, way: str, tiny: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"mixture": mixture, "way": way}
     if "failed" in few or "failed" in more:
         return {**row, "failed": few.get("failed") or more.get("failed")}
-    shape = TINY if tiny else LLAMA3_8B
+    shape = TINY if tiny else PROLONG_8B
     lengths = [len(document) for document in documents(case, shape)]
     layer = (more["seconds"] - few["seconds"]) / (LAYERS[1] - LAYERS[0])
     whole = few["seconds"] + (shape.num_layers - LAYERS[0]) * layer

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_prolong.evaluation.backend import Backend, Prompt
 from megatron_prolong.evaluation.identity import data_identity, model_identity
 from megatron_prolong.evaluation.megatron import open_megatron
@@ -19,6 +17,7 @@ from megatron_prolong.evaluation.suite import run_suite, runnable
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.task import Inputs, Task
 from megatron_prolong.recipe.schema import EvaluationSpec
+from megatron_prolong.runtime.agreement import from_main
 from megatron_prolong.runtime.launch import World
 
 SCORES = "scores.json"
@@ -57,7 +56,8 @@ class CheckpointEvaluation:
         tasks = [f"{task.name}/{task.length}" for task in self.tasks]
         data = [data_identity(task, self.spec.data) for task in self.tasks]
         about = {"model_identity": identity, "data": data, "samples": self.spec.samples, "tasks": tasks}
-        if self._agree(_measured(out / SCORES, about)):
+        # Rank 0's answer: file systems show a new file to others late.
+        if from_main(_measured(out / SCORES, about)):
             return {}
         with open_megatron(checkpoint, world=self.world) as backend:
             if backend is None:
@@ -73,12 +73,6 @@ class CheckpointEvaluation:
         scores = {f"{result.name}/{result.length}": result.score for result in results}
         write_json(out / SCORES, {**about, "scores": scores})
         return scores
-
-    def _agree(self, answer: bool) -> bool:
-        """The main rank's answer, on every rank: file systems show a new file to others late."""
-        answers = [answer]
-        dist.broadcast_object_list(answers, src=0, device=self.world.device)
-        return answers[0]
 
 
 def _measured(scores: Path, about: Mapping[str, object]) -> bool:

@@ -42,23 +42,23 @@ def vocabulary_size(path: Path) -> int:
     Raises:
         UserError: there is no readable tokenizer.json.
     """
-    file = _tokenizer_file(path)
-    content = read_json(file)
-    try:
-        vocabulary = content["model"]["vocab"]
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        return 1 + max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: not a tokenizer of the tokenizers library ({error!r})") from error
+    return _read_tokenizer(path)[1]
 
 
-def _tokenizer_file(path: Path) -> Path:
+def _read_tokenizer(path: Path) -> tuple[dict[str, Any], int]:
+    """The content of tokenizer.json, and its vocabulary's size."""
     directory = model_directory(path)
     candidates = [directory / "tokenizer.json", directory / HF_DIR / "tokenizer.json"]
     file = next((candidate for candidate in candidates if candidate.exists()), None)
     if file is None:
         raise UserError(f"{path}: no tokenizer.json there")
-    return file
+    content = read_json(file)
+    try:
+        vocabulary = content["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return content, 1 + max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not a tokenizer of the tokenizers library ({error!r})") from error
 
 
 def fingerprint(tokenizer: Mapping[str, Any]) -> str:
@@ -77,9 +77,13 @@ def fingerprint(tokenizer: Mapping[str, Any]) -> str:
 
 def tokenizer_fingerprint(path: Path | None) -> str | None:
     """`fingerprint` of the tokenizer in a model's or tokenizer's directory; None when there is none to read."""
-    if path is None or tokenizer_problems(path):
+    if path is None:
         return None
-    return fingerprint(read_json(_tokenizer_file(path)))
+    try:
+        content, _ = _read_tokenizer(path)
+    except UserError:
+        return None
+    return fingerprint(content)
 
 
 def mixture_problems(path: Path, *, loss_mask: bool, tokenizer: str | None) -> list[str]:

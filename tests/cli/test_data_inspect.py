@@ -1,4 +1,3 @@
-import json
 import re
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from llama3 import llama3_tokenizer
-from packs import numbered_packs, write_packs
+from packs import numbered_packs, record_tokenizer, write_packs
 
 from megatron_prolong.cli.data_inspect import register
 from megatron_prolong.data.mds import MDSReader
@@ -36,8 +35,7 @@ def test_inspect_prints_tables_and_writes_the_image(packs: Path, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lengths.png", "packs"]
     assert isinstance(run("inspect", packs, "--png", tmp_path / "lengths.svg").exception, UserError)
     assert "tokenizer" not in result.output
-    index = json.loads((packs / "index.json").read_text())
-    (packs / "index.json").write_text(json.dumps(index | {"tokenizer": "0123456789abcdef"}))
+    record_tokenizer(packs)
     assert "fingerprint of the tokenizer: 0123456789abcdef" in run("inspect", packs).output
 
 
@@ -52,8 +50,7 @@ def test_inspect_shows_samples_as_text(packs: Path, tmp_path: Path) -> None:
     assert isinstance(missing, UserError) and "absent: no such directory" in str(missing)
     empty = run("inspect", packs, "--sample", 0, "--tokenizer", packs).exception
     assert isinstance(empty, UserError) and "no tokenizer can be read" in str(empty)
-    index = json.loads((packs / "index.json").read_text())
-    (packs / "index.json").write_text(json.dumps(index | {"tokenizer": "0123456789abcdef"}))
+    record_tokenizer(packs)
     for command in (["inspect", packs, "--sample", 0], ["verify", packs]):
         other = run(*command, "--tokenizer", tmp_path / "tokenizer").exception
         assert isinstance(other, UserError) and "are of different tokenizers" in str(other)

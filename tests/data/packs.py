@@ -1,5 +1,6 @@
 """Small packed data sets for the tests of this room."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def write_packs(
                 sample["mask"] = np.array([bit for mask in masks[number] for bit in mask], np.uint8)
             writer.write(sample)
     return directory
+
+
+def record_tokenizer(directory: Path, fingerprint: str = "0123456789abcdef") -> None:
+    """As if a tokenizer of this fingerprint had made the data set."""
+    index = json.loads((directory / "index.json").read_text())
+    (directory / "index.json").write_text(json.dumps(index | {"tokenizer": fingerprint}))
 
 
 def numbered_packs(count: int, sequence_length: int = 8, first: int = 0) -> list[list[list[int]]]:

@@ -11,6 +11,7 @@ from documents import files_of, tokens_of, write_documents
 from hypothesis import given
 from hypothesis import strategies as st
 from llama3 import llama3_tokenizer
+from packs import record_tokenizer
 
 from megatron_prolong.data import filter as filter_module
 from megatron_prolong.data.executors import LocalProcesses
@@ -104,8 +105,7 @@ def test_contaminated_documents(tokenizer: Path, tmp_path: Path) -> None:
         hits=50,
     )
     assert many.kept_documents == 4
-    index = json.loads((source / "index.json").read_text())
-    (source / "index.json").write_text(json.dumps(index | {"tokenizer": "0123456789abcdef"}))
+    record_tokenizer(source)
     with pytest.raises(UserError, match="are of different tokenizers"):
         run([source], tmp_path / "out3", against=(str(tmp_path / "eval.jsonl"),), tokenizer=str(tokenizer))
 

@@ -155,6 +155,11 @@ std::vector<Bytes> exchange(ncclComm* comm, size_t bytes, std::function<const vo
   return parts;
 }
 
+void concatenate(const std::vector<Bytes>& parts, void* out) {
+  auto* end = static_cast<char*>(out);
+  for (const Bytes& part : parts) end = std::copy(part.begin(), part.end(), end);
+}
+
 }  // namespace
 
 extern "C" {
@@ -212,10 +217,7 @@ ncclResult_t ncclRecv(void* data, size_t count, ncclDataType_t type, int from, n
 ncclResult_t ncclAllGather(const void* data, void* out, size_t count, ncclDataType_t type, ncclComm_t comm,
                            cudaStream_t) {
   if (!directory) return ncclSuccess;
-  size_t bytes = count * width_of(type);
-  auto parts = exchange(comm, bytes, [=](int) { return data; });
-  for (int rank = 0; rank < comm->size; ++rank)
-    std::memcpy(static_cast<char*>(out) + rank * bytes, parts[rank].data(), bytes);
+  concatenate(exchange(comm, count * width_of(type), [=](int) { return data; }), out);
   return ncclSuccess;
 }
 ncclResult_t ncclAllReduce(const void* data, void* out, size_t count, ncclDataType_t type, ncclRedOp_t op,
@@ -243,9 +245,8 @@ ncclResult_t ncclAlltoAll(const void* data, void* out, size_t count, ncclDataTyp
                           cudaStream_t) {
   if (!directory) return ncclSuccess;
   size_t bytes = count * width_of(type);
-  auto parts = exchange(comm, bytes, [=](int to) { return static_cast<const char*>(data) + to * bytes; });
-  for (int rank = 0; rank < comm->size; ++rank)
-    std::memcpy(static_cast<char*>(out) + rank * bytes, parts[rank].data(), bytes);
+  auto slice = [=](int to) { return static_cast<const char*>(data) + to * bytes; };
+  concatenate(exchange(comm, bytes, slice), out);
   return ncclSuccess;
 }
 ncclResult_t ncclBroadcast(const void* data, void* out, size_t count, ncclDataType_t type, int root, ncclComm_t comm,
