@@ -94,5 +94,4 @@ def _meet(backend: str, place: Rendezvous, timeout_seconds: float) -> None:
 def _share_cores(place: Rendezvous) -> None:
     """Divide the machine's cores among the local processes unless the user has set OMP_NUM_THREADS."""
     if place.size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", place.size))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))

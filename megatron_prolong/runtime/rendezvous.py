@@ -11,11 +11,15 @@ from megatron_prolong.errors import UserError
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """What the launcher said: who we are and where the first process listens."""
+    """What the launcher said: who we are and where the first process listens.
+
+    local_size: processes on this machine; all, where the launcher does not say (srun).
+    """
 
     rank: int
     size: int
     local_rank: int
+    local_size: int
     address: str
     port: int
 
@@ -31,7 +35,7 @@ def read_rendezvous(environment: Mapping[str, str]) -> Rendezvous:
     # An interactive salloc shell has SLURM_JOB_ID too; only a job step (srun) has a step id and tasks.
     if "SLURM_STEP_ID" in environment and read_number(environment, "SLURM_NTASKS", 1) > 1:
         return _from_variables(environment, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "srun")
-    return Rendezvous(0, 1, 0, "127.0.0.1", _free_port())
+    return Rendezvous(0, 1, 0, 1, "127.0.0.1", _free_port())
 
 
 def read_number(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -56,11 +60,17 @@ def _from_variables(
         rank=read_number(environment, rank, 0),
         size=read_number(environment, size, 1),
         local_rank=read_number(environment, local_rank, 0),
+        local_size=read_number(environment, "LOCAL_WORLD_SIZE", read_number(environment, size, 1)),
         address=environment["MASTER_ADDR"],
         port=read_number(environment, "MASTER_PORT", 0),
     )
     if place.rank >= place.size:
         raise UserError(f"{rank} is {place.rank}, but {size} is {place.size}: ranks are counted from 0")
+    if not place.local_rank < place.local_size <= place.size:
+        raise UserError(
+            f"{local_rank} is {place.local_rank}, LOCAL_WORLD_SIZE {place.local_size} and {size} {place.size}: "
+            "they count this process among those of its machine, these, and all"
+        )
     return place
 
 

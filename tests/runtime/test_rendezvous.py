@@ -45,10 +45,14 @@ def test_a_batch_script_is_one_process_and_a_step_is_all_of_them() -> None:
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK in the environment: found '-1'"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT in the environment: found 'http'"),
         ({"RANK": "4"}, "RANK is 4, but WORLD_SIZE is 4: ranks are counted from 0"),
+        ({"LOCAL_WORLD_SIZE": "all"}, "LOCAL_WORLD_SIZE in the environment: found 'all'"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_RANK is 0, LOCAL_WORLD_SIZE 0 and WORLD_SIZE 4: they"),
+        ({"LOCAL_WORLD_SIZE": "8"}, "LOCAL_RANK is 0, LOCAL_WORLD_SIZE 8 and WORLD_SIZE 4: they"),
+        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK is 2, LOCAL_WORLD_SIZE 2 and"),
     ],
 )
 def test_what_is_no_place_among_the_ranks_is_named(changed: dict[str, str], said: str) -> None:
-    """The last one would wait for ever."""
+    """RANK 4 would wait for ever."""
     variables = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500", **changed}
     with pytest.raises(UserError, match=said):
         read_rendezvous(variables)
