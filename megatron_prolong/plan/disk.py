@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.plan.memory import num_parameters
+from megatron_prolong.recipe.run_files import complete_checkpoints
 from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.recipe.validate import incoming_shape
@@ -64,7 +65,7 @@ def check_room(recipe: Recipe) -> None:
 
 def _to_come(recipe: Recipe) -> int:
     """Checkpoints of all stages that will be kept and are not there; one more is written before one is deleted."""
-    there = {stage.name: _there(recipe.run_dir / stage.name) for stage in recipe.stages}
+    there = {stage.name: complete_checkpoints(recipe.run_dir / stage.name) for stage in recipe.stages}
     if all(stage.num_steps in there[stage.name] for stage in recipe.stages):
         return 0
     return 1 + sum(max(0, _kept(recipe, stage) - len(there[stage.name])) for stage in recipe.stages)
@@ -74,9 +75,3 @@ def _kept(recipe: Recipe, stage: Stage) -> int:
     spec = recipe.checkpoint
     lasting = stage.num_steps // spec.keep_every if spec.keep_every else 0
     return min(-(-stage.num_steps // spec.every), spec.keep + lasting)
-
-
-def _there(stage_dir: Path) -> set[int]:
-    """Steps of the complete checkpoints."""
-    names = (path.name.removeprefix("step_") for path in stage_dir.glob("step_*"))
-    return {int(name) for name in names if name.isdigit()}

@@ -1,5 +1,7 @@
 """Names in a run directory, beside those of its stages: who writes them, reads them, or keeps stages off them."""
 
+from pathlib import Path
+
 RESOLVED_RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -10,3 +12,9 @@ LATEST = "latest"
 """In the directory of a stage: the name of its newest checkpoint."""
 
 RESERVED_STAGE_NAMES = (INITIAL, "export", TENSORBOARD, EVALUATION)
+
+
+def complete_checkpoints(stage_dir: Path) -> dict[int, Path]:
+    """Step to directory, oldest first; what is being written or deleted has a suffix."""
+    found = {path.name.removeprefix("step_"): path for path in sorted(stage_dir.glob("step_*"))}
+    return {int(step): path for step, path in found.items() if step.isdecimal()}

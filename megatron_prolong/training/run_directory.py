@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.run_files import LATEST
+from megatron_prolong.recipe.run_files import LATEST, complete_checkpoints
 from megatron_prolong.recipe.shape import MANIFEST, read_manifest
 from megatron_prolong.runtime.publish import remove, remove_leftovers, write_durably
 
@@ -43,7 +43,7 @@ def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
     Without `latest` (lost, or not written yet by a process that was killed) the last one is taken: starting anew
     would in time overwrite them all.
     """
-    pointer, complete = stage_dir / LATEST, _complete(stage_dir)
+    pointer, complete = stage_dir / LATEST, [*complete_checkpoints(stage_dir).values()]
     if not pointer.exists():
         return Checkpoint.open(complete[-1]) if complete else None
     newest = stage_dir / pointer.read_text(errors="replace").strip()
@@ -57,7 +57,7 @@ def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
 
 def checkpoints(stage_dir: Path) -> list[Checkpoint]:
     """The complete checkpoints of a stage, oldest first."""
-    return [Checkpoint.open(path) for path in _complete(stage_dir)]
+    return [Checkpoint.open(path) for path in complete_checkpoints(stage_dir).values()]
 
 
 def write_pointer(stage_dir: Path, name: str) -> None:
@@ -72,19 +72,10 @@ def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
     another history, and stay until the run comes to their step.
     """
     newest = (stage_dir / LATEST).read_text().strip()
-    history = [path for path in _complete(stage_dir) if path.name <= newest]
-    for old in history[:-keep]:
-        if keep_every is None or _step(old) % keep_every:
+    history = [item for item in complete_checkpoints(stage_dir).items() if item[1].name <= newest]
+    for step, old in history[:-keep]:
+        if keep_every is None or step % keep_every:
             remove(old)
     remove_leftovers(stage_dir)
     for leftover in stage_dir.glob("step_*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _complete(stage_dir: Path) -> list[Path]:
-    """Oldest first; what is being written or deleted has a suffix."""
-    return sorted(path for path in stage_dir.glob("step_*") if path.suffix == "")
-
-
-def _step(directory: Path) -> int:
-    return int(directory.name.removeprefix("step_"))
