@@ -164,9 +164,12 @@ def _shape_problems(shape: ModelShape) -> list[str]:
 def _vocabulary(findings: Findings, shape: ModelShape) -> None:
     path = findings.recipe.model.tokenizer_path
     assert path is not None, "a model with a shape has a path or a tokenizer"
-    if problems := tokenizer_problems(path):
-        findings.warn(("model", "path"), f"{problems[0]}; set model.tokenizer to export and evaluate")
-    elif (size := vocabulary_size(path)) > shape.vocab_size:
+    try:
+        size = vocabulary_size(path)
+    except UserError as error:
+        findings.warn(("model", "path"), f"{error}; set model.tokenizer to export and evaluate")
+        return
+    if size > shape.vocab_size:
         findings.error(
             ("model", "tokenizer"),
             f"{path} has {size} tokens, but the model has embeddings for {shape.vocab_size}; "
