@@ -58,17 +58,22 @@ def mixture(recipe: RecipePath, overrides: Overrides = None) -> None:
     from rich.console import Console
 
     from megatron_prolong.data.inspect import usage_table
+    from megatron_prolong.data.mds import common_tokenizer
     from megatron_prolong.data.mixture import Mixture
+    from megatron_prolong.recipe.inputs import tokenizer_fingerprint
     from megatron_prolong.recipe.load import load_recipe
 
     console = Console() if sys.stdout.isatty() else Console(width=140)
     problems = []
-    for stage in load_recipe(recipe, overrides or ()).stages:
+    loaded = load_recipe(recipe, overrides or ())
+    model = {str(loaded.model.tokenizer_path): tokenizer_fingerprint(loaded.model.tokenizer_path)}
+    for stage in loaded.stages:
         if stage.mixture == "mock":
             console.print(f"{stage.name}: mock, random tokens")
             continue
         try:
             mixture = Mixture.of_stage(stage)
+            common_tokenizer({**model, "its data": mixture.tokenizer})
         except UserError as error:
             problems.append(f"stage {stage.name}: {error}")
         else:

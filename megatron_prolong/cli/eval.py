@@ -57,9 +57,10 @@ def perplexity(
     from megatron_prolong.evaluation.report import plot_perplexity, print_perplexity, write_json
 
     sizes = lengths_of(lengths)
-    check_documents(data)
+    models = models_of(model, compare)
+    check_documents(data, [path for _, path in models])
     results: dict[str, Perplexity] = {}
-    for label, path in models_of(model, compare):
+    for label, path in models:
         with open_backend(path) as backend:
             if backend is None:  # a rank that only lent its part of the model
                 continue

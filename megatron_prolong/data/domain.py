@@ -43,6 +43,7 @@ class ShardedDomain:
         self._vocab_size = vocab_size
         self._loss_mask = loss_mask
         self._reader = MDSReader(directory)
+        self.tokenizer = self._reader.tokenizer
         if not len(self._reader):
             raise UserError(f"{directory}: no samples; pack a source into it, or leave it out of the mixture")
         self._refuse_other_lengths([self.read(index) for index in {0, len(self) // 2, len(self) - 1}])

@@ -23,6 +23,7 @@ from typing import Literal
 
 from megatron_prolong.data.domain import Domain, MockDomain, ShardedDomain
 from megatron_prolong.data.interleave import Interleave
+from megatron_prolong.data.mds import common_tokenizer
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.permutation import Permutation
 from megatron_prolong.errors import UserError
@@ -58,8 +59,9 @@ class Mixture:
     domains: directory of MDS shards → proportion, in any unit; or the word "mock" for random tokens.
     sequence_length: tokens of a packed sequence. batch_sequences: sequences of a global batch.
     loss_mask: read the mask column (instruction data). vocab_size: of the model; needed for "mock", and
-    otherwise lets tokens beyond it be refused as they are read.
-    Raises UserError naming every domain that cannot be used.
+    otherwise lets tokens beyond it be refused as they are read. `tokenizer`: fingerprint of the one that made the
+    tokens; None where no domain records it.
+    Raises UserError naming every domain that cannot be used, or two whose tokenizers differ.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Mixture:
         self.seed = seed
         num_slots = batch_sequences * num_steps
         self._domains: Sequence[Domain]
+        self.tokenizer: str | None = None
         if domains == "mock":
             assert vocab_size is not None, "random tokens need a vocabulary size"
             self.proportions = [1.0]
@@ -90,7 +93,9 @@ class Mixture:
             raise UserError(f"mixture: {domains!r} is neither a mapping of directories nor the word mock")
         else:
             self.proportions = list(domains.values())
-            self._domains = _open(domains, sequence_length, vocab_size, loss_mask)
+            opened = _open(domains, sequence_length, vocab_size, loss_mask)
+            self.tokenizer = common_tokenizer({domain.name: domain.tokenizer for domain in opened})
+            self._domains = opened
         self._interleave = Interleave(self.proportions, num_slots)
 
     @classmethod

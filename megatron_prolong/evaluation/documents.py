@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.mds import MDSReader
+from megatron_prolong.data.mds import MDSReader, common_tokenizer, read_index
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.inputs import tokenizer_fingerprint
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
 
@@ -47,10 +48,16 @@ def read_passages(data: Sequence[Path], tokenizer: Any, length: int, count: int,
     return [found[index] for index in sorted(chosen)]
 
 
-def check_documents(data: Sequence[Path]) -> None:
-    """Look before a model is loaded: raises UserError when a path holds no documents."""
-    for path in data:
-        _parts(path)
+def check_documents(data: Sequence[Path], models: Sequence[str]) -> None:
+    """Look before a model is loaded.
+
+    Raises:
+        UserError: a path holds no documents, or tokens of another tokenizer than a model's.
+    """
+    packs = [part for path in data for part in _parts(path) if part.is_dir()]
+    made_with = {str(pack): read_index(pack).tokenizer for pack in packs}
+    for model in models:
+        common_tokenizer({**made_with, model: tokenizer_fingerprint(Path(model))})
 
 
 def read_text(path: Path) -> str:

@@ -72,6 +72,20 @@ def test_mixture_shows_how_often_domains_repeat(packs: Path, tmp_path: Path) -> 
     assert isinstance(error, UserError) and "stage long: the mixture cannot be read" in str(error)
 
 
+def test_mixture_refuses_data_of_another_tokenizer_than_the_models(packs: Path, tmp_path: Path) -> None:
+    llama3_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: test\nmodel: {{path: {tmp_path / 'model'}}}\nstages:\n  - {{name: long, sequence_length: 8, "
+        f"batch_tokens: 32, steps: 5, lr: 1e-5, mixture: {{{packs}: 1.0}}}}\n"
+    )
+    assert run("mixture", recipe).exit_code == 0
+    record_tokenizer(packs)
+    error = run("mixture", recipe).exception
+    assert isinstance(error, UserError) and "stage long: " in str(error)
+    assert "model and its data are of different tokenizers (fingerprints " in str(error)
+
+
 def test_verify_lists_all_damage(packs: Path) -> None:
     assert "8 shards, 8 samples, nothing wrong" in run("verify", packs).output
     for number in (2, 6):

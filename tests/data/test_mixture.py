@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packs import numbered_packs, write_packs
+from packs import numbered_packs, record_tokenizer, write_packs
 
 from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.data.mixture import Mixture, SampleRef
@@ -189,6 +189,18 @@ def test_every_domain_that_cannot_be_used_is_named(tmp_path: Path, sources: Path
         strict=True,
     ):
         assert name in line and said in line
+
+
+def test_domains_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
+    sources = write_sources(tmp_path)
+    record_tokenizer(sources / "books", "a" * 16)
+    shares = {"code": 0.5, "books": 0.3, "wiki": 0.2}
+    assert mixture(sources, shares).tokenizer == "a" * 16
+    record_tokenizer(sources / "wiki", "b" * 16)
+    with pytest.raises(
+        UserError, match=r"books and .*wiki are of different tokenizers \(fingerprints a+ and b+\)"
+    ):
+        mixture(sources, shares)
 
 
 def test_a_later_bad_sample_is_refused_when_it_is_read(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.main import app
+from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import encode
+from megatron_prolong.evaluation.documents import check_documents
 from megatron_prolong.evaluation.needle import NOISE, make_needle
 from megatron_prolong.evaluation.prompts import render
 from megatron_prolong.evaluation.sentences import split_sentences
@@ -174,6 +176,16 @@ def test_documents_that_are_not_there_are_missed_before_the_model_is_opened(tmp_
     ]
     found = CliRunner().invoke(app, ["eval", *arguments])
     assert isinstance(found.exception, UserError) and "no_data: no text here" in str(found.exception)
+
+
+def test_packs_of_another_tokenizer_are_refused_before_the_model_is_opened(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "model")
+    with MDSWriter(tmp_path / "packs", {"input_ids": "ndarray:uint32"}, tokenizer="0123456789abcdef"):
+        pass
+    with pytest.raises(UserError, match=r"packs and .*model are of different tokenizers"):
+        check_documents([tmp_path], [str(tmp_path / "model")])
 
 
 def test_sentences_without_nltk_data_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
