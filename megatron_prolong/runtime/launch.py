@@ -6,6 +6,7 @@ NCCL when CUDA is there, gloo on CPU. One process per device; this module knows 
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.runtime.gpu_environment import set_gpu_environment
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
 from megatron_prolong.runtime.rendezvous import Rendezvous, read_rendezvous
+
+FEWEST_OPEN_FILES = 512  # a single process of the smallest model has 93 open
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
             never leaves the others hanging. Ranks honestly wait for the slowest one's part of a checkpoint.
     """
     set_gpu_environment()
+    _allow_open_files()
     place = read_rendezvous(os.environ)
     if torch.cuda.is_available():
         if place.local_rank >= torch.cuda.device_count():
@@ -89,6 +93,21 @@ def _meet(backend: str, place: Rendezvous, timeout_seconds: float) -> None:
             f"rank {place.rank} of {place.size} could not meet the others at MASTER_ADDR {place.address}, "
             f"MASTER_PORT {place.port}: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _allow_open_files() -> None:
+    """As many as the administrator permits: gloo keeps a socket to every rank in every group of ranks.
+
+    Raises:
+        UserError: these are too few; PyTorch would end with an error of its own, or wait for ever.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < FEWEST_OPEN_FILES:
+        raise UserError(
+            f"a process may open {most} files here; training takes at least {FEWEST_OPEN_FILES} (sockets and "
+            "shards are files): raise the limit in a new shell (ulimit -n 4096), or have it raised"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _share_cores(place: Rendezvous) -> None:

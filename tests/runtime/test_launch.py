@@ -1,0 +1,22 @@
+"""What a process of a job is allowed, before it looks for the others."""
+
+import resource
+
+import pytest
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.launch import distributed
+
+
+def test_all_open_files_that_are_permitted_are_used_and_too_few_are_one_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With 40, PyTorch ends with a traceback of its own; with 16 it waits for ever."""
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    with distributed():
+        assert asked == [(4096, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))
+    with pytest.raises(UserError, match="may open 40 files here; training takes at least 512"), distributed():
+        pass
