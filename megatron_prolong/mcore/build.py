@@ -81,12 +81,14 @@ def build_model(
     fp8_parameters: bool = False,
     loss_chunk_tokens: int = 2048,
     offload_activations: bool = False,
+    rank_tokens: int = 0,
     training: bool = True,
 ) -> StageModel:
     """Build the chunks this pipeline rank owns; weights are zeros until a checkpoint is loaded.
 
     Args:
         shape: model shape; its `rope_base` is the base used.
+        rank_tokens: as transformer_config's.
         training: wrap in Megatron's DistributedDataParallel (gradients accumulate and reduce in fp32).
     """
     config = transformer_config(
@@ -96,6 +98,7 @@ def build_model(
         recompute=recompute,
         fp8_recipe=fp8_recipe,
         fp8_parameters=fp8_parameters,
+        rank_tokens=rank_tokens,
     )
     chunks: list[torch.nn.Module] = []
     for vp_stage in range(layout.virtual_pp):

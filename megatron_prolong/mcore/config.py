@@ -37,6 +37,7 @@ def transformer_config(
     recompute: str,
     fp8_recipe: Fp8Recipe = "tensorwise",
     fp8_parameters: bool = False,
+    rank_tokens: int = 0,
 ) -> TransformerConfig:
     """Build the config of one stage.
 
@@ -47,6 +48,7 @@ def transformer_config(
         recompute: "none", "selective" (the MLP, whose activations are the largest), "full" (every layer) or
             "block:N" (the first N layers of each model chunk).
         fp8_parameters: keep the weights of fp8 layers in fp8 only; for training.
+        rank_tokens: the most tokens that one rank holds at a time, where that may be very many.
 
     Raises:
         UserError: this machine cannot run that precision.
@@ -99,13 +101,20 @@ def transformer_config(
         # These fusions are torch.compile'd, TE's or Apex's kernels, made for CUDA.
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
-        apply_rope_fusion=on_te,
+        apply_rope_fusion=on_te and fused_rotation_fits(shape, layout.tp, rank_tokens),
         masked_softmax_fusion=False,
         # Megatron asks for Apex's extension even where TE's linears would do the work.
         gradient_accumulation_fusion=on_te and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         **_recompute(recompute),
         **(_fp8(fp8_recipe, fp8_parameters, layout, on_te) if precision == "fp8" else {}),
     )
+
+
+def fused_rotation_fits(shape: ModelShape, tp: int, rank_tokens: int) -> bool:
+    """Whether Transformer Engine's rotation can address the keys of so many tokens: it counts elements in 32 bits
+    (2.12, fused_rope.cu: offset_block), and each key lies in a row of the query, key and value products."""
+    row = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // tp
+    return 1.1 * rank_tokens * row < 2**31  # a tenth for the padding of documents
 
 
 def _fp8(recipe: Fp8Recipe, parameters: bool, layout: Layout, on_te: bool) -> dict[str, object]:
@@ -116,7 +125,12 @@ def _fp8(recipe: Fp8Recipe, parameters: bool, layout: Layout, on_te: bool) -> di
     problem = fp8_problem(recipe, torch.cuda.get_device_capability(), layout.cp)
     if problem:
         raise UserError(problem)
-    history: dict[str, object] = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    history: dict[str, object] = {
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        # Maxima are shared behind every micro-batch, of which data-parallel ranks have different numbers.
+        "tp_only_amax_red": True,
+    }
     return {
         "fp8": "e4m3" if recipe == "mxfp8" else "hybrid",
         "fp8_recipe": recipe,

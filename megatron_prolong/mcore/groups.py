@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ def _destroy_groups() -> None:
     parallel_state.destroy_model_parallel()
     for group in groups - {dist.GroupMember.NON_GROUP_MEMBER, dist.group.WORLD}:
         dist.destroy_process_group(group)
+    # Transformer Engine keeps delayed scaling's maxima, and the groups that share them, for all models to come.
+    if fp8 := sys.modules.get("transformer_engine.pytorch.fp8"):
+        fp8.FP8GlobalStateManager.reset()
 
 
 @contextlib.contextmanager

@@ -104,12 +104,13 @@ def _exchange(layout: Layout, shape: ModelShape) -> Iterator[LayoutProblem]:
 
 
 def _fp8(layout: Layout, shape: ModelShape) -> Iterator[LayoutProblem]:
-    """FP8 matrix products work on tiles of 16: both sides of every weight (the tokens of a rank are padded)."""
+    """FP8 products work on tiles of 16 and mxfp8 on blocks of 32, along both sides of every weight; no Llama is so
+    narrow that one rule would refuse what the other allows. (The tokens of a rank are padded.)"""
     widths = {
         "hidden_size": shape.hidden_size,
         "ffn_hidden_size / tp": shape.ffn_hidden_size // layout.tp,
         "num_heads · head_dim / tp": shape.num_heads * shape.head_dim // layout.tp,
     }
     for name, width in widths.items():
-        if width % 16:
-            yield LayoutProblem("tp", f"fp8 needs {name} to be a multiple of 16, but it is {width}")
+        if width % 32:
+            yield LayoutProblem("tp", f"fp8 needs {name} to be a multiple of 32, but it is {width}")

@@ -213,6 +213,7 @@ def prepare_stage(
         fp8_parameters=recipe.fp8_parameters,
         loss_chunk_tokens=recipe.loss_chunk_tokens,
         offload_activations=offload_of(recipe, stage),
+        rank_tokens=-(-stage.micro_batch_length // layout.cp),
     )
     verify_checkpoint(start.checkpoint.directory)
     if start.optimizer:

@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory) -> str:
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,

@@ -17,6 +17,7 @@ import torch
 
 from megatron_prolong.data.balance import CostModel
 from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.recipe.fp8 import TOKEN_MULTIPLE, Fp8Recipe
 from megatron_prolong.recipe.schema import Layout, OptimizerSpec
 from megatron_prolong.recipe.shape import MANIFEST, read_shape
 
@@ -89,6 +90,8 @@ class Job:
     recompute: str = "none"
     precision: str = "fp32"
     offload_activations: bool = False
+    fp8_recipe: Fp8Recipe = "tensorwise"
+    fp8_parameters: bool = False
     first: int = 0
     last: int = NUM_STEPS
     save: str = ""
@@ -113,6 +116,7 @@ def train(rank: int, job: Job) -> Trained:
         shape = read_shape(Path(job.start))
         model = build.build_model(
             shape, layout, precision=job.precision, recompute=job.recompute,
+            fp8_recipe=job.fp8_recipe, fp8_parameters=job.fp8_parameters,
             offload_activations=job.offload_activations, loss_chunk_tokens=24,
         )  # fmt: skip
         optimizer = load(job, model, layout, spec)
@@ -120,7 +124,10 @@ def train(rank: int, job: Job) -> Trained:
         for sequences in batches()[job.first : job.last]:
             assignment = share_out(sequences, groups, SEQUENCE_LENGTH, COST)
             device = torch.device(torch.cuda.current_device())
-            shared = micro_batches(sequences, assignment, groups, layout, COST, device)
+            multiple = TOKEN_MULTIPLE if job.precision == "fp8" else 1
+            shared = micro_batches(
+                sequences, assignment, groups, layout, COST, device, token_multiple=multiple
+            )
             plans += [batch.documents.context.plan for batch in shared if batch.documents.context]
             metrics.append(train_step(model, optimizer, shared, groups, spec=spec, lr=1e-3))
             assert metrics[-1].updated

@@ -105,7 +105,7 @@ def test_loss_and_gradients_against_transformers(kernels, precision, world):
     expected.backward()
     loss, gradients = loss_and_gradients(hf, batch, world, precision)
     loss_bound, cosine_bound = BOUNDS[precision]
-    assert loss == pytest.approx(float(expected), rel=loss_bound)
+    assert loss == pytest.approx(expected.item(), rel=loss_bound)
     for name, reference in megatron_weights(hf, gradients=True).items():
         ours = gradients[name][: reference.shape[0]].flatten()
         cosine = torch.nn.functional.cosine_similarity(ours, reference.flatten(), dim=0)

@@ -121,6 +121,8 @@ def test_megatron_and_transformer_engine_take_the_fp8_settings(on_hopper, recipe
     settings = config.transformer_config(
         shape_of(reference_llama()), Layout(), precision="fp8", recompute=recompute, fp8_recipe=recipe
     )
+    # Data-parallel ranks have different numbers of micro-batches, behind each of which maxima are shared.
+    assert settings.tp_only_amax_red or recipe != "delayed"
     chosen = get_fp8_recipe(settings)
     names = {"tensorwise": "float8_current_scaling", "blockwise": "float8_block_scaling"}
     assert getattr(chosen, names.get(recipe, recipe))()

@@ -6,6 +6,7 @@
 // its memory; tools/null_cuda/run.py adds a successful stub for every other symbol that PyTorch asks for.
 //
 // NULL_CUDA_DEVICES: GPUs of the machine (1). NULL_CUDA_GIB: memory of each (80); beyond it cudaMalloc fails.
+// NULL_CUDA_CAPABILITY: their compute capability (9), 9 or 10; all else is an H100's.
 
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
@@ -55,11 +56,11 @@ bool inside(const std::unordered_map<void*, size_t>& memory, const void* at) {
   return false;
 }
 
-void describe_h100(cudaDeviceProp* device) {
+void describe_device(cudaDeviceProp* device) {
   std::memset(device, 0, sizeof *device);
-  std::strcpy(device->name, "NVIDIA H100 (null)");
+  device->major = static_cast<int>(from_environment("NULL_CUDA_CAPABILITY", 9));
+  std::strcpy(device->name, device->major < 10 ? "NVIDIA H100 (null)" : "NVIDIA B200 (null)");
   device->totalGlobalMem = capacity();
-  device->major = 9;
   device->multiProcessorCount = 132;
   device->warpSize = 32;
   device->maxThreadsPerBlock = 1024;
@@ -77,9 +78,9 @@ void describe_h100(cudaDeviceProp* device) {
   device->unifiedAddressing = 1;
 }
 
-int attribute_of_h100(int attribute) {
+int attribute_of_device(int attribute) {
   cudaDeviceProp device;
-  describe_h100(&device);
+  describe_device(&device);
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor: return device.major;
     case cudaDevAttrMultiProcessorCount: return device.multiProcessorCount;
@@ -139,11 +140,11 @@ cudaError_t cudaDriverGetVersion(int* version) {
 }
 #undef cudaGetDeviceProperties
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* device, int) {
-  describe_h100(device);
+  describe_device(device);
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute_of_h100(attribute);
+  *value = attribute_of_device(attribute);
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {

@@ -14,8 +14,9 @@ Needs Linux, g++ and a CUDA 13 build of PyTorch in this Python environment, with
     python3.11 -m venv .venv-cuda
     .venv-cuda/bin/pip install torch==2.13.0 "nvidia-cuda-crt==13.0.*" -e .      # torch from PyPI: CUDA wheels
 
-Where Transformer Engine is installed too (tested: 2.11 with torch 2.11), its attention, which cuDNN would build,
-does nothing either; all else is its own.
+Transformer Engine's layers run where it is installed too (2.12 with torch 2.11; docs/gpu.md says how), but for its
+kernels: under `--compute` te_kernels.cpp does their work, otherwise only its attention, which cuDNN would build, is
+replaced.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ _REAL = re.compile(r"\w*(GetErrorString|GetErrorName|GetVersion)$")
 
 
 def build(target: Path) -> None:
-    """Compile libcuda.so.1 and, to be preloaded, libcudart.so and libte.so into `target`."""
+    """Compile libcuda.so.1 and, to be preloaded, libcudart.so, libte.so and libte_kernels.so into `target`."""
     torch = _package("torch")
     headers = [_package("nvidia") / part / "include" for part in ("cu13", "nccl")]
     if not (headers[0] / "crt" / "host_defines.h").is_file():
         sys.exit(f'null_cuda: no CUDA headers in {headers[0]}: pip install "nvidia-cuda-crt==13.0.*"')
     libraries = [torch / "lib" / f"lib{name}.so" for name in _TORCH_LIBRARIES]
     if find_spec("transformer_engine") is not None:
-        libraries += _engine(target / "libte.so", headers[0])
+        libraries += _engine(target, headers[0])
     wanted: set[str] = set()
     for library in libraries:
         wanted |= _symbols(library, "--dynamic", "--undefined-only")
@@ -61,12 +62,14 @@ def build(target: Path) -> None:
 
 
 def _engine(target: Path, headers: Path) -> list[Path]:
-    """Compile what takes the place of Transformer Engine's fused attention; returns its libraries."""
+    """Compile what takes the place of Transformer Engine's kernels; returns its libraries."""
     engine = _package("transformer_engine")
     includes = [f"-I{headers}", f"-I{engine / 'common' / 'include'}"]
-    lazy = "-Wl,-z,lazy"  # it calls functions of libraries that come later
-    _run(*_COMPILER, *includes, "-shared", lazy, HERE / "transformer_engine.cpp", "-o", target)
-    return [*engine.rglob("libtransformer_engine.so"), *engine.parent.glob("transformer_engine_torch*.so")]
+    fast = ["-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
+    lazy = "-Wl,-z,lazy"  # they call functions of libraries that come later
+    for source, library in (("transformer_engine.cpp", "libte.so"), ("te_kernels.cpp", "libte_kernels.so")):
+        _run(*_COMPILER, *fast, *includes, "-shared", lazy, HERE / source, "-o", target / library)
+    return [*engine.rglob("libtransformer_engine.so"), *engine.parent.rglob("transformer_engine_torch*.so")]
 
 
 def _library(target: Path, sources: list[Path], wanted: set[str], headers: list[Path]) -> None:
@@ -100,17 +103,19 @@ def _package(name: str) -> Path:
 
 
 def environment(
-    libraries: Path, devices: int = 1, gib: float = 80.0, compute: bool = False
+    libraries: Path, devices: int = 1, gib: float = 80.0, compute: bool = False, capability: int = 9
 ) -> dict[str, str]:
-    """The variables under which a process sees `devices` GPUs of `gib` GiB each."""
+    """The variables under which a process sees `devices` GPUs of `gib` GiB and that compute capability each."""
+    preloaded = [*(["libte_kernels.so"] if compute else []), "libte.so", "libcudart.so"]
     return {
         **os.environ,
         **(_computing(libraries) if compute else {}),
-        "LD_PRELOAD": " ".join(str(path) for path in sorted(libraries.glob("lib[ct]*.so"), reverse=True)),
+        "LD_PRELOAD": " ".join(str(libraries / name) for name in preloaded if (libraries / name).exists()),
         "NVTE_DISABLE_NVRTC": "1",  # kernels that Transformer Engine would compile for the device it finds
         "LD_LIBRARY_PATH": str(libraries),
         "NULL_CUDA_DEVICES": str(devices),
         "NULL_CUDA_GIB": str(gib),
+        "NULL_CUDA_CAPABILITY": str(capability),
         # Segments that grow ask the driver for virtual memory.
         "PYTORCH_ALLOC_CONF": "expandable_segments:False",
     }
@@ -137,6 +142,7 @@ def main() -> None:
     )
     parser.add_argument("--devices", type=int, default=1, help="GPUs of this machine")
     parser.add_argument("--gib", type=float, default=80.0, help="memory of each GPU")
+    parser.add_argument("--capability", type=int, choices=(9, 10), default=9, help="9: Hopper, 10: Blackwell")
     parser.add_argument("--compute", action="store_true", help="with numbers, by PyTorch's CPU kernels")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     arguments = parser.parse_args()
@@ -147,7 +153,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as directory:
         libraries = Path(directory)
         build(libraries)
-        machine = environment(libraries, arguments.devices, arguments.gib, arguments.compute)
+        machine = environment(
+            libraries, arguments.devices, arguments.gib, arguments.compute, arguments.capability
+        )
         sys.exit(subprocess.call(command, env=machine))
 
 

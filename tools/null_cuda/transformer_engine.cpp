@@ -1,14 +1,22 @@
 // Transformer Engine's fused attention without cuDNN, which builds its graphs by asking the device for more than
 // a null CUDA can answer. Preloaded beside libcudart.cpp, these take the place of libtransformer_engine.so's
-// functions of the same name: they tell the caller how large outputs and workspaces are and compute nothing.
+// functions of the same name: they tell the caller how large outputs and workspaces are, and under `run.py --compute`
+// attend packed documents on the CPU.
 //
-// Sizes are those of TE's fused_attn_f16_arbitrary_seqlen.cu and of cuDNN frontend's SDPA backward node.
+// Sizes are those of TE 2.12's fused_attn_f16_arbitrary_seqlen.cu and of cuDNN frontend's SDPA backward node.
+
+#include "te_tensors.h"
 
 #include <transformer_engine/fused_attn.h>
 
+#include <cstdlib>
 #include <initializer_list>
 
+using namespace te;
+
 namespace {
+
+const bool kComputes = std::getenv("NULL_CUDA_MESSAGES");
 
 struct Heads {
   size_t tokens, heads, head_dim;
@@ -39,20 +47,125 @@ void describe(NVTETensor tensor, std::initializer_list<size_t> sizes, NVTEDType 
 // TE calls twice: for the sizes, then with memory of that size to run the kernel.
 bool has_memory(const NVTETensor workspace) { return nvte_tensor_data(workspace) != nullptr; }
 
+// Documents of queries and keys: where they begin in memory, how long they are, and which keys a query sees.
+class Documents {
+ public:
+  Documents(NVTETensor lengths_q, NVTETensor lengths_k, NVTETensor starts_q, NVTETensor starts_k, size_t longest_q,
+            size_t longest_k, NVTE_QKV_Layout layout, NVTE_Mask_Type mask)
+      : q_(lengths_q), k_(lengths_k), start_q_(given(starts_q, lengths_q)), start_k_(given(starts_k, lengths_k)) {
+    require(layout == NVTE_THD_THD_THD, "attention of another layout than packed documents");
+    causal_ = mask != NVTE_NO_MASK && mask != NVTE_PADDING_MASK;
+    at_the_end_ = mask == NVTE_CAUSAL_BOTTOM_RIGHT_MASK || mask == NVTE_PADDING_CAUSAL_BOTTOM_RIGHT_MASK;
+    for (size_t i = 0; i + 1 < q_.size(); ++i)
+      require(length(q_, i) <= longest_q && length(k_, i) <= longest_k, "documents beyond the longest");
+  }
+
+  // Calls f(query, first key, keys that it sees) for every query of every document.
+  template <class F>
+  void each_query(F f) const {
+    for (size_t i = 0; i + 1 < q_.size(); ++i) {
+      size_t queries = length(q_, i), keys = length(k_, i);
+      for (size_t j = 0; j < queries; ++j) {
+        size_t seen = at_the_end_ ? std::max<int64_t>(int64_t(j + 1 + keys) - int64_t(queries), 0) : j + 1;
+        f(start_q_.integer(i) + j, start_k_.integer(i), causal_ ? std::min(seen, keys) : keys);
+      }
+    }
+  }
+
+ private:
+  static Elements given(NVTETensor starts, NVTETensor lengths) {
+    return Elements(starts && nvte_tensor_data(starts) ? starts : lengths);
+  }
+  static size_t length(const Elements& bounds, size_t i) { return bounds.integer(i + 1) - bounds.integer(i); }
+
+  Elements q_, k_, start_q_, start_k_;
+  bool causal_, at_the_end_;
+};
+
+// Numbers of [tokens, heads, head_dim] in fp32.
+struct Rows {
+  Heads shape;
+  std::vector<float> values;
+  explicit Rows(NVTETensor tensor) : shape(heads_of(tensor)), values(read(tensor, kNVTERowwiseData).values) {}
+  float* at(size_t token, size_t head) { return &values[(token * shape.heads + head) * shape.head_dim]; }
+  void zero() { std::fill(values.begin(), values.end(), 0.0f); }
+  void store(NVTETensor tensor) const {
+    Elements elements(tensor);
+    for (size_t i = 0; i < values.size(); ++i) elements.set(i, values[i]);
+  }
+};
+
+float dot(const float* a, const float* b, size_t size) {
+  float sum = 0;
+  for (size_t i = 0; i < size; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+void add(float* to, const float* from, float factor, size_t size) {
+  for (size_t i = 0; i < size; ++i) to[i] += factor * from[i];
+}
+
+void attend(NVTETensor Q, NVTETensor K, NVTETensor V, NVTETensor O, NVTETensor lse, const Documents& documents,
+            float scale) {
+  Rows q(Q), k(K), v(V), out(O);
+  Elements stats(lse);
+  std::vector<float> scores;
+  for (size_t head = 0; head < q.shape.heads; ++head)
+    documents.each_query([&](size_t query, size_t first, size_t seen) {
+      size_t kv_head = head / (q.shape.heads / k.shape.heads);
+      float most = -INFINITY, sum = 0, *row = out.at(query, head);
+      scores.resize(seen);
+      for (size_t i = 0; i < seen; ++i)
+        most = std::max(most, scores[i] = scale * dot(q.at(query, head), k.at(first + i, kv_head), q.shape.head_dim));
+      for (size_t i = 0; i < seen; ++i) sum += scores[i] = std::exp(scores[i] - most);
+      std::fill(row, row + out.shape.head_dim, 0.0f);
+      for (size_t i = 0; i < seen; ++i) add(row, v.at(first + i, kv_head), scores[i] / sum, out.shape.head_dim);
+      stats.set(query * q.shape.heads + head, most + std::log(sum));
+    });
+  out.store(O);
+}
+
+void attend_backward(NVTETensor Q, NVTETensor K, NVTETensor V, NVTETensor O, NVTETensor dO, NVTETensor lse,
+                     NVTETensor dQ, NVTETensor dK, NVTETensor dV, const Documents& documents, float scale) {
+  Rows q(Q), k(K), v(V), out(O), dout(dO), dq(dQ), dk(dK), dv(dV);
+  for (Rows* rows : {&dq, &dk, &dv}) rows->zero();
+  Elements stats(lse);
+  size_t size = q.shape.head_dim;
+  for (size_t head = 0; head < q.shape.heads; ++head)
+    documents.each_query([&](size_t query, size_t first, size_t seen) {
+      size_t kv_head = head / (q.shape.heads / k.shape.heads);
+      float delta = dot(dout.at(query, head), out.at(query, head), size);
+      for (size_t i = first; i < first + seen; ++i) {
+        float score = scale * dot(q.at(query, head), k.at(i, kv_head), size);
+        float probability = std::exp(score - stats[query * q.shape.heads + head]);
+        float dscore = scale * probability * (dot(dout.at(query, head), v.at(i, kv_head), size) - delta);
+        add(dv.at(i, kv_head), dout.at(query, head), probability, size);
+        add(dk.at(i, kv_head), q.at(query, head), dscore, size);
+        add(dq.at(query, head), k.at(i, kv_head), dscore, size);
+      }
+    });
+  dq.store(dQ), dk.store(dK), dv.store(dV);
+}
+
 }  // namespace
 
 extern "C" {
 
-void nvte_fused_attn_fwd(const NVTETensor Q, const NVTETensor K, const NVTETensor, const NVTETensor, const NVTETensor,
-                         NVTETensor, NVTETensor, NVTETensorPack* saved, const NVTETensor,
-                         const NVTETensor, const NVTETensor, const NVTETensor, const NVTETensor, const NVTETensor,
-                         const NVTETensor, size_t max_seqlen_q, size_t, bool, bool, bool, float, float,
-                         NVTE_QKV_Layout layout, NVTE_Bias_Type, NVTE_Mask_Type, NVTE_Softmax_Type, int64_t, int64_t,
+void nvte_fused_attn_fwd(const NVTETensor Q, const NVTETensor K, const NVTETensor V, const NVTETensor, const NVTETensor,
+                         NVTETensor, NVTETensor O, NVTETensorPack* saved, const NVTETensor lengths_q,
+                         const NVTETensor lengths_k, const NVTETensor starts_q, const NVTETensor starts_k,
+                         const NVTETensor, const NVTETensor, const NVTETensor, size_t max_seqlen_q,
+                         size_t max_seqlen_k, bool, bool, bool, float scale, float, NVTE_QKV_Layout layout,
+                         NVTE_Bias_Type, NVTE_Mask_Type mask, NVTE_Softmax_Type, int64_t, int64_t, bool,
                          NVTETensor workspace, cudaStream_t) {
-  if (has_memory(workspace)) return;
+  if (has_memory(workspace)) {
+    if (!kComputes) return;
+    Documents documents(lengths_q, lengths_k, starts_q, starts_k, max_seqlen_q, max_seqlen_k, layout, mask);
+    return attend(Q, K, V, O, saved->tensors[0], documents, scale);
+  }
   Heads q = heads_of(Q);
   if (nvte_get_qkv_format(layout) == NVTE_THD)
-    describe(saved->tensors[0], {graph_tokens(q.tokens), q.heads, 1}, kNVTEFloat32);
+    describe(saved->tensors[0], {q.tokens, q.heads, 1}, kNVTEFloat32);
   else
     describe(saved->tensors[0], {q.tokens / max_seqlen_q, q.heads, max_seqlen_q, 1}, kNVTEFloat32);
   describe(saved->tensors[1], {2}, kNVTEInt64);  // state of the random generator
@@ -60,13 +173,18 @@ void nvte_fused_attn_fwd(const NVTETensor Q, const NVTETensor K, const NVTETenso
   describe(workspace, {1024}, kNVTEByte);
 }
 
-void nvte_fused_attn_bwd(const NVTETensor Q, const NVTETensor K, const NVTETensor, const NVTETensor, const NVTETensor,
-                         const NVTETensor, NVTETensor, const NVTETensorPack*, NVTETensor, NVTETensor, NVTETensor,
-                         NVTETensor, NVTETensor, const NVTETensor, const NVTETensor, const NVTETensor,
-                         const NVTETensor, size_t, size_t, float, float, NVTE_QKV_Layout layout, NVTE_Bias_Type,
-                         NVTE_Mask_Type, NVTE_Softmax_Type, int64_t, int64_t, bool, bool, NVTETensor workspace,
-                         cudaStream_t) {
-  if (has_memory(workspace)) return;
+void nvte_fused_attn_bwd(const NVTETensor Q, const NVTETensor K, const NVTETensor V, const NVTETensor O,
+                         const NVTETensor dO, const NVTETensor, NVTETensor, const NVTETensorPack* saved, NVTETensor dQ,
+                         NVTETensor dK, NVTETensor dV, NVTETensor, NVTETensor, const NVTETensor lengths_q,
+                         const NVTETensor lengths_k, const NVTETensor starts_q, const NVTETensor starts_k,
+                         size_t max_seqlen_q, size_t max_seqlen_k, float scale, float, NVTE_QKV_Layout layout,
+                         NVTE_Bias_Type, NVTE_Mask_Type mask, NVTE_Softmax_Type, int64_t, int64_t, bool, bool, bool,
+                         NVTETensor workspace, cudaStream_t) {
+  if (has_memory(workspace)) {
+    if (!kComputes) return;
+    Documents documents(lengths_q, lengths_k, starts_q, starts_k, max_seqlen_q, max_seqlen_k, layout, mask);
+    return attend_backward(Q, K, V, O, dO, saved->tensors[0], dQ, dK, dV, documents, scale);
+  }
   Heads q = heads_of(Q), k = heads_of(K);
   bool packed = nvte_get_qkv_format(layout) == NVTE_THD;
   size_t queries = (packed ? graph_tokens(q.tokens) : q.tokens) * q.heads;
