@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -50,7 +51,7 @@ class LocalProcesses:
         pool = ProcessPoolExecutor(
             min(self.workers, len(items)),
             mp_context=multiprocessing.get_context("spawn"),
-            initializer=_one_thread_each,
+            initializer=_begin_worker,
         )
         try:
             for future in as_completed([pool.submit(work, item) for item in items]):
@@ -61,10 +62,23 @@ class LocalProcesses:
             pool.shutdown(cancel_futures=True)
 
 
+def _begin_worker() -> None:
+    _one_thread_each()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
 def _one_thread_each() -> None:
     """Many processes, one thread each: the tokenizer's own thread pool would only fight over the cores."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _end_with_parent() -> None:
+    """Workers whose parent was killed would wait for its next task for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is a worker"
+    parent.join()
+    os._exit(1)
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def _run_once(work: Callable[[Path, T], None], task: tuple[Path, T]) -> None:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         raise UserError(f"{path} is damaged; remove {path.parent} and start anew") from None

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from documents import files_of, write_documents
 from hypothesis import given
@@ -43,6 +48,40 @@ def die_at_first(item: tuple[int, str]) -> int:
 def test_local_processes_give_every_result() -> None:
     for workers in (1, 3):
         assert sorted(LocalProcesses(workers).map(square, range(5))) == [0, 1, 4, 9, 16]
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from megatron_prolong.data.executors import LocalProcesses
+
+def work(number):
+    Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(0.1 if number < 2 else 600)
+
+if __name__ == "__main__":
+    list(LocalProcesses(2).map(work, range(4)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "job.py").write_text(KILLED)
+    (tmp_path / "workers").mkdir()
+    job = subprocess.Popen([sys.executable, "job.py", "workers"], cwd=tmp_path)
+    wait_until(lambda: len(list((tmp_path / "workers").iterdir())) == 2)
+    job.send_signal(number)
+    assert job.wait(timeout=60) == -number
+    workers = [int(path.name) for path in (tmp_path / "workers").iterdir()]
+    wait_until(lambda: not any(psutil.pid_exists(worker) for worker in workers))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("a minute has passed")
 
 
 def test_errors_of_users_come_through() -> None:

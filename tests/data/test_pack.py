@@ -185,6 +185,9 @@ def test_running_again_does_nothing_and_other_settings_are_refused(tmp_path: Pat
     before = files_of(tmp_path / "packs")
     assert packed([source], tmp_path / "packs", PackOptions(16, "concat")) == first
     assert files_of(tmp_path / "packs") == before
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file exists already"):
+        packed([source], tmp_path / "file", PackOptions(16, "concat"))
     with pytest.raises(UserError, match="packs exists already"):
         pack([source], tmp_path / "packs", PackOptions(8, "concat"))
 
