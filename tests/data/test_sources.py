@@ -60,7 +60,8 @@ def test_repositories(tmp_path: Path) -> None:
         },
     )
     (tree / "beta" / "link.py").symlink_to(tree / "alpha" / "main.c")
-    alpha, beta = read("repositories", tree)
+    loose, alpha, beta = read("repositories", tree)
+    assert loose == Bad(str(tree / "loose.py"), "", "a file beside the repositories")
     assert isinstance(alpha, Record) and isinstance(beta, Record)
     assert alpha.fields["text"] == "### main.c\nint main;\n\n" and alpha.left_out == {}
     assert beta.fields["text"] == ("### README.md\nBeta\n\n### src/a.py\na = 1\n\n### src/b.py\nb = 1\n\n")

@@ -48,9 +48,15 @@ class Repositories:
         if not repositories:
             raise UserError(f"{path} has no subdirectories; every subdirectory is one repository")
         sizes = [sum(file.stat().st_size for file in _files(tree, Counter())) for tree in repositories]
-        return [Part(str(tree), 0, size, size) for tree, size in zip(repositories, sizes, strict=True)]
+        loose = [Part(str(entry), 0, 0, 0) for entry in sorted(root.iterdir()) if entry.is_file()]
+        return loose + [
+            Part(str(tree), 0, size, size) for tree, size in zip(repositories, sizes, strict=True)
+        ]
 
     def read(self, part: Part) -> Iterator[Record | Bad]:
+        if Path(part.path).is_file():
+            yield Bad(part.path, "", "a file beside the repositories")
+            return
         root, left_out = Path(part.path), Counter[str]()
         texts: list[str] = []
         num_bytes = 0
