@@ -47,7 +47,7 @@ def find_kind(path: str) -> str:
     if len(kinds) != 1:
         raise UserError(
             f"{path}: cannot tell what kind of source this is ({', '.join(sorted(kinds)) or 'none known'}); "
-            f"say it with --kind {'|'.join(SOURCES)}"
+            f"say it with --kind {'|'.join(SOURCES)}|chat"
         )
     return kinds.pop()
 
