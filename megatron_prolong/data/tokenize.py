@@ -212,7 +212,9 @@ class _Work:
         value = _get(record.fields, name)
         if value is None:
             known = ", ".join(record.fields)
-            return Bad(record.name, f"has no field {name!r} (fields: {known})", f"no field {name}")
+            return Bad(
+                record.name, f"field {name!r} is missing or null (fields: {known})", f"no field {name}"
+            )
         if chats is not None:
             problem = chats.find_problem(value)
             return Bad(record.name, problem, "not a chat") if problem else None

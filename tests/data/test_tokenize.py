@@ -123,7 +123,8 @@ def test_other_settings_do_not_continue_a_begun_run(
     ("line", "message", "reason"),
     [
         (b'{"text": 7}', "field 'text' is int, not text", "not text"),
-        (b'{"txt": "a"}', r"has no field 'text' \(fields: txt\)", "no field text"),
+        (b'{"txt": "a"}', r"field 'text' is missing or null \(fields: txt\)", "no field text"),
+        (b'{"text": null}', r"field 'text' is missing or null \(fields: text\)", "no field text"),
         (b'{"text": "\\ud800"}', "half a surrogate pair at character 0", "not UTF-8"),
         (b"[1]", "is not a JSON object but list", "not an object"),
         (b'{"text"', "is not JSON", "not JSON"),
