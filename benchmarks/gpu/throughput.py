@@ -4,8 +4,8 @@
     python benchmarks/gpu/throughput.py --tiny  # a toy shape on any machine, to see that it runs; writes nothing
 
 An 8B model with its optimizer does not fit one GPU, so each case takes whole training steps (forward, backward,
-clip, AdamW) of the real embedding and output layer with LAYERS[0] and LAYERS[1] layers. The difference is the time
-of a layer, and what 32 of them would take is extrapolated and labelled so. FLOPs are document-aware: attention
+clip, AdamW) of the real embedding and output layer with few layers and with more. The difference is the time of a
+layer, and what 32 of them would take is extrapolated and labelled so. FLOPs are document-aware: attention
 counts Σ len² inside documents, and recomputation does not count (MFU, not HFU).
 
 - native: our layers on PyTorch's kernels, bf16
@@ -34,13 +34,17 @@ from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.plan.lengths import PROLONG_64K, PROLONG_512K, LengthMixture, single_document
 from megatron_prolong.recipe.shape import ModelShape
 
-LAYERS = (2, 4)
 WAYS = ("native", "te", "te fp8", "transformers")
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense, data sheets
 PROLONG_8B = LLAMA3_8B.replace(max_length=524_288, rope_base=1.28e8)
 TINY = PROLONG_8B.replace(
     hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=256
 )
+
+
+def numbers_of_layers(mixture: str) -> tuple[int, int]:
+    """Of the two measurements; four layers at 512K would take 135 GiB."""
+    return (2, 3) if "512K" in mixture else (2, 4)
 
 
 def mixtures(tiny: bool) -> dict[str, LengthMixture]:
@@ -106,7 +110,11 @@ def training_step(
     from megatron_prolong.training.step import train_step
 
     spec = OptimizerSpec()
-    model = build_model(shape, layout, precision=precision, recompute=recompute, offload_activations=offload)
+    tokens = max(sum(len(document) for document in docs) for docs in micro_batches)
+    model = build_model(
+        shape, layout, precision=precision, recompute=recompute, offload_activations=offload,
+        rank_tokens=tokens // layout.cp,
+    )  # fmt: skip
     with torch.no_grad():
         for weight in model.bare_chunks[0].parameters():
             weight.normal_(std=0.02) if weight.ndim > 1 else weight.fill_(1.0)
@@ -180,20 +188,24 @@ def _synchronize() -> None:
 
 def measure_row(mixture: str, way: str, tiny: bool) -> dict[str, Any]:
     case: dict[str, Any] = {"mixture": mixture, "way": way, "tiny": tiny, "repeats": 1 if tiny else 3}
-    few, more = (measure.in_fresh_process(__file__, {**case, "layers": layers}) for layers in LAYERS)
+    num_few, num_more = numbers_of_layers(mixture)
+    few, more = (
+        measure.in_fresh_process(__file__, {**case, "layers": layers}) for layers in (num_few, num_more)
+    )
     row: dict[str, Any] = {"mixture": mixture, "way": way}
     if "failed" in few or "failed" in more:
         return {**row, "failed": few.get("failed") or more.get("failed")}
     shape = TINY if tiny else PROLONG_8B
     lengths = [len(document) for document in documents(case, shape)]
-    layer = (more["seconds"] - few["seconds"]) / (LAYERS[1] - LAYERS[0])
-    whole = few["seconds"] + (shape.num_layers - LAYERS[0]) * layer
+    layer = (more["seconds"] - few["seconds"]) / (num_more - num_few)
+    whole = few["seconds"] + (shape.num_layers - num_few) * layer
     flops = model_flops(shape, sum(lengths), sum(length**2 for length in lengths)) / whole
     row |= {
         "tokens": sum(lengths),
         "documents": len(lengths),
-        f"seconds, {LAYERS[1]} layers": round(more["seconds"], 4),
-        f"peak_gib, {LAYERS[1]} layers": more["peak_gib"],
+        "layers": [num_few, num_more],
+        "seconds": [round(few["seconds"], 4), round(more["seconds"], 4)],
+        "peak_gib": [few["peak_gib"], more["peak_gib"]],
         "tokens_per_second, 32 layers extrapolated": round(sum(lengths) / whole),
         "tflops": round(flops / 1e12, 1),
         "loss": more["loss"],
@@ -217,11 +229,7 @@ def main(tiny: bool) -> None:
     if not tiny:
         measure.write_result(
             Path(__file__).with_suffix(".json"),
-            {
-                "what": "one packed sequence per step, full recomputation, one GPU",
-                "layers": LAYERS,
-                "rows": rows,
-            },
+            {"what": "one packed sequence per step, full recomputation, one GPU", "rows": rows},
         )
 
 
