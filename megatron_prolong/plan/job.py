@@ -41,6 +41,8 @@ class Job:
         fp8_parameters: weights of fp8 layers are kept in fp8 only.
         attention: kernels of the layers, a field of the hardware table's `efficiency`: "flash2" for PyTorch's own
             FlashAttention-2, "te" for Transformer Engine, whose layers keep less for the backward too.
+        mixed: micro-batches hold both documents that are split over context-parallel ranks and whole ones; the
+            fullest counts, so yes by default: which are split is chosen for each while training.
     """
 
     shape: ModelShape
@@ -55,6 +57,7 @@ class Job:
     micro_batch_tokens: int | None = None
     fp8_parameters: bool = False
     attention: str = "flash2"
+    mixed: bool = True
 
     @property
     def dp(self) -> int:

@@ -211,6 +211,8 @@ def saved_by_layer(job: Job, kernels: Kernels = GPU_KERNELS, fp8: bool = False) 
         saved["values"] = t * repeated * d * e
         saved["rotated"] = t * (heads + repeated) * d * e
         saved["attention"] += t * heads * d * e
+    elif job.layout.cp > 1 and job.mixed:
+        saved["attention"] += t * heads * d * e  # the two outputs joined are a copy, and each is kept
     if not kernels.rope:
         saved["cos_sin"] = 4 * t * d * e
     if not kernels.norm:
@@ -298,7 +300,7 @@ def loss_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
 
 def layer_working(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     """While one layer runs backward, without a context-parallel exchange: its MLP first, then its attention."""
-    mlp = recomputed_bytes(job, kernels) + mlp_gradients(job) + passing_gradients(job)
+    mlp = recomputed_bytes(job, kernels) + layer_input_bytes(job) + mlp_gradients(job)
     return max(mlp, attention_backward(job, kernels))
 
 
@@ -323,19 +325,35 @@ def recomputed_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
 
 def passing_gradients(job: Job) -> int:
     """Gradients of the residual stream, gathered over the tensor-parallel ranks, and of the largest weight."""
-    e, h = job.element_bytes, job.shape.hidden_size
-    gathered = 2 * job.rank_tokens * h * e if job.residual_tokens < job.rank_tokens else 0
-    weight_gradient = max(layer_weights(job.shape, job.layout.tp).values()) * e
-    return job.residual_tokens * h * e + gathered + weight_gradient
+    weight_gradient = max(layer_weights(job.shape, job.layout.tp).values()) * job.element_bytes
+    return layer_input_bytes(job) + 2 * gathered_bytes(job) + weight_gradient
 
 
 def mlp_gradients(job: Job) -> int:
-    """Gradients of fc1's output and of its activation."""
-    return job.rank_tokens * 3 * job.shape.ffn_hidden_size // job.layout.tp * job.element_bytes
+    """What the MLP's backward adds, at the larger of two moments.
+
+    fc2's: the gradients of the activation and of the weight and, with sequence parallelism, a gathered gradient
+    and Megatron's buffer for gathered inputs. SwiGLU's: the gradients of the activation and of fc1's output, in
+    place of the activation, which fc2 has used, and that buffer.
+    """
+    activation = job.rank_tokens * job.shape.ffn_hidden_size // job.layout.tp * job.element_bytes
+    gathered = gathered_bytes(job)
+    fc2 = activation + 2 * gathered + layer_weights(job.shape, job.layout.tp)["fc2"] * job.element_bytes
+    return max(fc2, 2 * activation + gathered)
+
+
+def gathered_bytes(job: Job) -> int:
+    """The residual stream gathered over the tensor-parallel ranks; nothing without sequence parallelism."""
+    split = job.residual_tokens < job.rank_tokens
+    return job.rank_tokens * job.shape.hidden_size * job.element_bytes if split else 0
 
 
 def attention_gradients(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
-    """Gradients of attention's output, queries, keys and values, and of the packed projections."""
+    """Gradients of attention's output, queries, keys and values, and of the packed projections.
+
+    FlashAttention-2 makes those of keys and values for every query head and adds them up; beyond 2 GiB PyTorch
+    does so in a buffer in fp32. With all_gather they are those of the whole sequence.
+    """
     shape, tp = job.shape, job.layout.tp
     heads = 2 * (shape.num_heads + shape.num_kv_heads)
     gradients = job.rank_tokens * heads * shape.head_dim // tp * job.element_bytes
@@ -343,7 +361,10 @@ def attention_gradients(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
         return gradients
     queries = job.rank_tokens * shape.num_heads * shape.head_dim // tp
     gathered = job.layout.cp if job.layout.cp_exchange == "all_gather" else 1
-    return gradients + queries * 4 + 2 * queries * gathered * job.element_bytes
+    keys = gathered * job.rank_tokens * shape.num_kv_heads * shape.head_dim // tp
+    expanded = gathered * queries * job.element_bytes
+    summed = 2 * keys * job.element_bytes if gathered > 1 else 0
+    return gradients + queries * 4 + 2 * expanded + summed + (keys * 4 if expanded >= 2**31 else 0)
 
 
 def loss_working(job: Job) -> int:
@@ -365,7 +386,8 @@ def exchange_bytes(job: Job) -> int:
     """Buffers of the context-parallel exchange of one layer's backward.
 
     As `model/context_parallel.py` has them (gradients of keys and values travel in fp32):
-    - all_gather: keys and values of the whole sequence, their gradients, and those again in rank order;
+    - all_gather: keys and values of the whole sequence, their gradients in fp32, and what each of two calls of the
+      kernel returns: gradients of queries, keys and values;
     - p2p: keys and values at hand, arriving and their gradients, at hand, sent and arriving; fp32 gradient of
       the queries;
     - a2a: queries, keys, values, output and the gradients of these once more, by heads.
@@ -377,7 +399,8 @@ def exchange_bytes(job: Job) -> int:
     queries = t * shape.num_heads * shape.head_dim // layout.tp
     keys_values = 2 * t * shape.num_kv_heads * shape.head_dim // layout.tp
     if layout.cp_exchange == "all_gather":
-        return layout.cp * keys_values * (e + 4 + 4)
+        whole = layout.cp * keys_values
+        return whole * (e + 4) + 2 * (queries + whole) * e
     if "p2p" in layout.cp_exchange:
         return keys_values * (3 * e + 3 * 4) + queries * (4 + e)
     return 2 * e * (2 * queries + a2a_repeats(job) * keys_values)

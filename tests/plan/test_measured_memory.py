@@ -56,7 +56,15 @@ def test_predicted_is_measured(case: str, pools: dict[int, RankPool]) -> None:
     size, fields, precision, recompute = CASES[case]
     layout = Layout(**fields)
     job = Job(
-        TINY, layout, size, LENGTH, SEQUENCES, precision=precision, recompute=recompute, loss_chunk_tokens=32
+        TINY,
+        layout,
+        size,
+        LENGTH,
+        SEQUENCES,
+        precision=precision,
+        recompute=recompute,
+        loss_chunk_tokens=32,
+        mixed=False,
     )
     ranks: list[Measured] = pools[size].run(measure, TINY, layout, precision, recompute, LENGTH, SEQUENCES)
     for found in ranks:

@@ -122,7 +122,8 @@ def test_transformer_engine_takes_the_planned_memory(tokens, ranks, layout, opti
     if options.get("fp8_parameters"):
         options = {**options, "precision": "fp8"}
     layout = Layout(**layout)
-    job = Job(LLAMA3_8B, layout, ranks, tokens * 1024, ranks // layout.model_ranks, attention="te", **options)
+    options = {"attention": "te", "mixed": False, **options}
+    job = Job(LLAMA3_8B, layout, ranks, tokens * 1024, ranks // layout.model_ranks, **options)
     assert peak_memory(job).total / 2**30 == pytest.approx(peak, rel=0.05)
 
 
