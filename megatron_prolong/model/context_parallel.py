@@ -128,6 +128,7 @@ class _GatherAttention(torch.autograd.Function):
             dq += part[0]
             whole_dkv[0] += part[1]
             whole_dkv[1] += part[2]
+            del part  # whole sequences' gradients: not one more while the next call makes its own
         dk, dv = _scatter_sum(whole_dkv, chunk_tokens, group).to(k.dtype)
         return dq, dk, dv, None, None, None, None
 

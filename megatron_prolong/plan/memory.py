@@ -386,8 +386,8 @@ def exchange_bytes(job: Job) -> int:
     """Buffers of the context-parallel exchange of one layer's backward.
 
     As `model/context_parallel.py` has them (gradients of keys and values travel in fp32):
-    - all_gather: keys and values of the whole sequence, their gradients in fp32, and what each of two calls of the
-      kernel returns: gradients of queries, keys and values;
+    - all_gather: keys and values of the whole sequence, their gradients in fp32, and what a call of the kernel
+      returns: gradients of queries, keys and values;
     - p2p: keys and values at hand, arriving and their gradients, at hand, sent and arriving; fp32 gradient of
       the queries;
     - a2a: queries, keys, values, output and the gradients of these once more, by heads.
@@ -400,7 +400,7 @@ def exchange_bytes(job: Job) -> int:
     keys_values = 2 * t * shape.num_kv_heads * shape.head_dim // layout.tp
     if layout.cp_exchange == "all_gather":
         whole = layout.cp * keys_values
-        return whole * (e + 4) + 2 * (queries + whole) * e
+        return whole * (e + 4) + (queries + whole) * e
     if "p2p" in layout.cp_exchange:
         return keys_values * (3 * e + 3 * 4) + queries * (4 + e)
     return 2 * e * (2 * queries + a2a_repeats(job) * keys_values)
