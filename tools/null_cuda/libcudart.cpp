@@ -6,7 +6,7 @@
 // its memory; tools/null_cuda/run.py adds a successful stub for every other symbol that PyTorch asks for.
 //
 // NULL_CUDA_DEVICES: GPUs of the machine (1). NULL_CUDA_GIB: memory of each (80); beyond it cudaMalloc fails.
-// NULL_CUDA_CAPABILITY: their compute capability (9), 9 or 10; all else is an H100's.
+// NULL_CUDA_CAPABILITY: their compute capability (9), 8 to 10; all else is an H100's.
 
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
@@ -59,7 +59,7 @@ bool inside(const std::unordered_map<void*, size_t>& memory, const void* at) {
 void describe_device(cudaDeviceProp* device) {
   std::memset(device, 0, sizeof *device);
   device->major = static_cast<int>(from_environment("NULL_CUDA_CAPABILITY", 9));
-  std::strcpy(device->name, device->major < 10 ? "NVIDIA H100 (null)" : "NVIDIA B200 (null)");
+  std::strcpy(device->name, device->major == 8 ? "NVIDIA A100 (null)" : device->major == 9 ? "NVIDIA H100 (null)" : "NVIDIA B200 (null)");
   device->totalGlobalMem = capacity();
   device->multiProcessorCount = 132;
   device->warpSize = 32;

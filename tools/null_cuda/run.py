@@ -142,7 +142,7 @@ def main() -> None:
     )
     parser.add_argument("--devices", type=int, default=1, help="GPUs of this machine")
     parser.add_argument("--gib", type=float, default=80.0, help="memory of each GPU")
-    parser.add_argument("--capability", type=int, choices=(9, 10), default=9, help="9: Hopper, 10: Blackwell")
+    parser.add_argument("--capability", type=int, choices=(8, 9, 10), default=9, help="8: A100, 10: B200")
     parser.add_argument("--compute", action="store_true", help="with numbers, by PyTorch's CPU kernels")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     arguments = parser.parse_args()
