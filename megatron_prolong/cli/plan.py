@@ -100,6 +100,8 @@ def _print(plan: StagePlan, gpu: Gpu, top: int, steps_between_checkpoints: int) 
     )
     if plan.written.runs:
         print(f"  recipe's layout ({plan.written.name}): {_summary(plan.written, gpu, stage.num_steps)}")
+        if why := plan.why_slower():
+            print(f"    slower than the best mostly by {why}")
         assert plan.written.time is not None
         hours = plan.written.time.total * steps_between_checkpoints / 3600
         print(
@@ -110,17 +112,24 @@ def _print(plan: StagePlan, gpu: Gpu, top: int, steps_between_checkpoints: int) 
     if plan.best is None:
         print("  no layout runs.")
     else:
-        table = Table("layout", "GB/GPU", "s/step", "tok/s/GPU", "MFU", "GPU-hours", "USD")
+        table = Table(
+            "layout", f"GB of {gpu.memory_bytes / 1e9:.1f}", "s/step", "tok/s/GPU", "MFU", "GPU-hours", "USD"
+        )
         for candidate in plan.ranked(top):
             table.add_row(candidate.name, *_numbers(candidate, gpu, stage.num_steps))
         print_table(table)
+        if note := plan.head_room(top):
+            print(f"  {note}")
         memory, time = plan.best.memory, plan.best.time
         assert memory is not None and time is not None
         print("  best, GB: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in memory.parts().items()))
         if parked := max(parked_bytes(plan.best.job, rank) for rank in range(plan.best.job.layout.pp)):
             print(f"  best, GB in host memory: {parked / 1e9:.0f} for each GPU")
         sent = asdict(step_volume(plan.best.job, pp_rank=0))
-        print("  best, GB sent per step: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in sent.items()))
+        print(
+            "  best, GB sent per step, all documents split: "
+            + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in sent.items())
+        )
         print("  best, seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in time.parts().items()))
     if plan.simulation is not None:
         spread = ", ".join(f"{name} {seconds:.1f}" for name, seconds in plan.simulation.percentiles().items())
@@ -161,7 +170,7 @@ def _numbers(candidate: Candidate, gpu: Gpu, num_steps: int) -> list[str]:
     assert candidate.time is not None
     hours = candidate.gpu_hours(num_steps)
     return [
-        f"{candidate.needed_bytes / 1e9:.0f}",
+        f"{'!' * candidate.tight}{candidate.needed_bytes / 1e9:.1f}",
         f"{candidate.time.total:.1f}",
         f"{candidate.throughput:,.0f}",
         f"{candidate.mfu:.1%}",

@@ -42,6 +42,8 @@ def _stage(plan: StagePlan, gpu: Gpu) -> Iterator[str]:
         ["layout", "GB per GPU", "seconds per step", "tokens/s/GPU", "MFU", "GPU-hours", "USD"],
         [_row(candidate, gpu, stage.num_steps) for candidate in best],
     )
+    if head_room := plan.head_room(_SHOWN):
+        yield note(head_room)
     yield figure(
         stacked_bars(_memory_rows([*best, *_written(plan)]), "GB", gpu.memory_bytes / 1e9),
         "Memory of the fullest GPU by part; dashed: what the GPU has.",
@@ -83,7 +85,7 @@ def _row(candidate: Candidate, gpu: Gpu, num_steps: int) -> list[str]:
     hours = candidate.gpu_hours(num_steps)
     return [
         candidate.name,
-        f"{candidate.needed_bytes / 1e9:.1f}",
+        f"{'!' * candidate.tight}{candidate.needed_bytes / 1e9:.1f}",
         f"{candidate.time.total:.1f}",
         f"{candidate.throughput:,.0f}",
         f"{candidate.mfu:.1%}",

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_prolong.plan.batches import Batches, stage_batches
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job, job_of
-from megatron_prolong.plan.search import Candidate, evaluate, search
+from megatron_prolong.plan.search import AS_FAST, Candidate, best_of, evaluate, search
 from megatron_prolong.plan.simulate import Simulation, simulate
 from megatron_prolong.plan.volume import step_volume
 from megatron_prolong.recipe.schema import LayoutOverride, Recipe, Stage
@@ -43,11 +43,14 @@ class StagePlan:
 
     @property
     def best(self) -> Candidate | None:
-        """The fastest layout that runs."""
-        return self.candidates[0] if self.candidates[0].runs else None
+        """The layout to run, if any does."""
+        return best_of(self.candidates)
 
     def ranked(self, count: int) -> list[Candidate]:
-        """The `count` fastest, one per (tp, pp, cp): of those alike but for details, the fastest."""
+        """The `count` fastest, one per (tp, pp, cp): of those alike but for details, the fastest.
+
+        The last gives way to the best one where that is not among them.
+        """
         seen: set[tuple[int, int, int]] = set()
         chosen = []
         for candidate in self.candidates:
@@ -56,7 +59,34 @@ class StagePlan:
             if candidate.runs and key not in seen:
                 seen.add(key)
                 chosen.append(candidate)
-        return chosen[:count]
+        shown = chosen[:count]
+        if self.best is not None and self.best not in shown:
+            shown[-1] = self.best
+        return shown
+
+    def head_room(self, count: int) -> str:
+        """What the mark of a tight layout means, if one of the `count` shown (or the recipe's) has it."""
+        if not any(candidate.tight for candidate in [*self.ranked(count), self.written]):
+            return ""
+        text = (
+            "! less than 5% of the GPU's memory left, and what a real allocator takes of that is unmeasured"
+        )
+        assert self.best is not None, "one that runs is the best"
+        if self.best.tight:
+            return f"{text}; nothing with more room is within 10% of its speed"
+        slower = 1 - self.best.throughput / self.candidates[0].throughput
+        return f"{text}; best: {self.best.name}, {slower:.0%} slower" if self.candidates[0].tight else text
+
+    def why_slower(self) -> str:
+        """Where the recipe's layout loses most against the best one; empty where it is nearly as fast."""
+        ours, best = self.written, self.best
+        if ours.time is None or best is None or ours.throughput >= AS_FAST * best.throughput:
+            return ""
+        assert best.time is not None
+        spent, needed = ours.time.parts(), best.time.parts()
+        part = max(spent.keys() - {"overhead"}, key=lambda name: spent[name] - needed[name])
+        cause = _cause(part, ours.job, best.job)
+        return f"{part}, {spent[part]:.1f} s/step instead of {needed[part]:.1f}{cause}"
 
     def reasons(self) -> list[tuple[str, int]]:
         """Why layouts do not run, most frequent first; reasons that differ in numbers are one, by example."""
@@ -74,6 +104,20 @@ class StagePlan:
         """The layout out of memory that needs least."""
         misses = [c for c in self.candidates if c.memory is not None and not c.runs]
         return min(misses, key=lambda c: c.needed_bytes, default=None)
+
+
+def _cause(part: str, ours: Job, best: Job) -> str:
+    """Why `part` of a step is longer at our layout than at the best one, where its name does not say it."""
+    if part == "imbalance":
+        return (
+            f": {ours.batch_sequences} sequences do not deal out evenly to dp {ours.dp}, and all wait for the "
+            "fullest rank; more cp, tp or pp leaves fewer ranks to wait"
+        )
+    if part == "pipeline":
+        return f": {ours.micro_batches} micro-batches must fill and drain pp {ours.layout.pp}"
+    if part in ("matmul", "attention") and ours.recompute not in ("none", best.recompute):
+        return f": recompute {ours.recompute}, the best has {best.recompute}"
+    return ""
 
 
 def plan_stage(
@@ -96,8 +140,8 @@ def plan_stage(
     job = job_of(recipe, stage, shape, world_size, transformer_engine=transformer_engine)
     sampled = batches.documents[:SAMPLED_STEPS]
     candidates = search(job, gpu, sampled)
-    best = candidates[0]
-    played = simulate(best.job, gpu, batches) if simulated_steps and best.runs else None
+    best = best_of(candidates)
+    played = simulate(best.job, gpu, batches) if simulated_steps and best is not None else None
     return StagePlan(stage, batches, evaluate(job, gpu, sampled), candidates, played)
 
 
@@ -124,6 +168,7 @@ def to_json(plan: StagePlan, gpu: Gpu, count: int) -> dict[str, Any]:
         "document_lengths": plan.batches.source,
         "attention": plan.written.job.attention,
         "recipe": candidate_json(plan.written, gpu, plan.stage.num_steps),
+        "best": candidate_json(plan.best, gpu, plan.stage.num_steps) if plan.best is not None else None,
         "layouts": [candidate_json(c, gpu, plan.stage.num_steps) for c in plan.ranked(count)],
         "rejected": dict(plan.reasons()),
     }
@@ -144,6 +189,7 @@ def candidate_json(candidate: Candidate, gpu: Gpu, num_steps: int) -> dict[str, 
     hours = candidate.gpu_hours(num_steps)
     return {
         **found,
+        "tight": candidate.tight,
         "sent_bytes_per_step": asdict(step_volume(candidate.job, pp_rank=0)),
         "step_seconds": {**candidate.time.parts(), "total": candidate.time.total},
         "tokens_per_second_per_gpu": candidate.throughput,

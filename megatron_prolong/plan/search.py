@@ -7,6 +7,7 @@ exhaustive.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -23,6 +24,11 @@ RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 EXCHANGES: tuple[CpExchange, ...] = ("all_gather", "p2p", "a2a")
 ONLY_RANK: tuple[CpExchange, ...] = ("all_gather",)
 
+# Above this share of a GPU's memory a plan is marked: what a real allocator needs beyond it is unmeasured.
+ROOMY = 0.95
+# A layout this near to another's speed is as good, if it has something else to offer.
+AS_FAST = 0.9
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -32,6 +38,7 @@ class Candidate:
         job: the stage at this layout.
         memory: of the fullest rank; None when the layout is invalid.
         needed_bytes: GPU memory with fragmentation and reserve.
+        tight: it runs, but the prediction leaves less than 5% of the GPU's memory.
         time: of a step; None when it does not run.
         throughput: tokens per second and GPU.
         mfu: document-aware model FLOPs over the peak.
@@ -41,6 +48,7 @@ class Candidate:
     job: Job
     memory: RankMemory | None = None
     needed_bytes: float = 0.0
+    tight: bool = False
     time: StepTime | None = None
     throughput: float = 0.0
     mfu: float = 0.0
@@ -73,25 +81,47 @@ def evaluate(job: Job, gpu: Gpu, batches: Sequence[BatchDocuments]) -> Candidate
     memory = peak_memory(job)
     needed = gpu.needed_bytes(memory)
     if not gpu.fits(memory):
-        largest = max(memory.parts(), key=lambda part: memory.parts()[part])
-        reason = (
-            f"out of memory: needs {needed / 1e9:.0f} GB of {gpu.memory_bytes / 1e9:.0f}"
-            f" (most: {largest} {memory.parts()[largest] / 1e9:.0f} GB)"
-        )
-        return Candidate(job, memory, needed, reason=reason)
+        return Candidate(job, memory, needed, reason=_out_of_memory(memory, needed, gpu))
     parked = max(parked_bytes(job, rank) for rank in range(job.layout.pp))
     if parked > (room := gpu.parkable_bytes(job.world_size)):
         reason = f"out of host memory: parks {parked / 1e9:.0f} GB for each GPU, of {room / 1e9:.0f}"
         return Candidate(job, reason=reason)
     time = step_time(job, gpu, batches)
-    utilisation = mfu(job, gpu, time, batches)
-    return Candidate(job, memory, needed, time, tokens_per_second_per_gpu(job, time), utilisation)
+    return Candidate(
+        job,
+        memory,
+        needed,
+        tight=needed > ROOMY * gpu.memory_bytes,
+        time=time,
+        throughput=tokens_per_second_per_gpu(job, time),
+        mfu=mfu(job, gpu, time, batches),
+    )
+
+
+def _out_of_memory(memory: RankMemory, needed: float, gpu: Gpu) -> str:
+    largest = max(memory.parts(), key=lambda part: memory.parts()[part])
+    needs, has = math.ceil(needed / 1e8) / 10, math.floor(gpu.memory_bytes / 1e8) / 10  # never equal
+    return (
+        f"out of memory: needs {needs} GB of {has} (most: {largest} {memory.parts()[largest] / 1e9:.1f} GB)"
+    )
 
 
 def search(job: Job, gpu: Gpu, batches: Sequence[BatchDocuments]) -> list[Candidate]:
-    """Every layout of `job` (its own layout's values do not matter), fastest first, then those that fail."""
+    """Every layout of `job` (its own layout's values do not matter), fastest first, then those that fail.
+
+    Of equally fast ones that with the smallest copies of the model is first, and then that of least memory.
+    """
     candidates = [evaluate(option, gpu, batches) for option in layouts(job, gpu)]
-    return sorted(candidates, key=lambda c: (not c.runs, -c.throughput, c.job.layout.model_ranks))
+    return sorted(
+        candidates, key=lambda c: (not c.runs, -c.throughput, c.job.layout.model_ranks, c.needed_bytes)
+    )
+
+
+def best_of(ranking: Sequence[Candidate]) -> Candidate | None:
+    """The layout to run: the fastest, but not a tight one if another with more room is nearly as fast."""
+    running = [candidate for candidate in ranking if candidate.runs]
+    roomy = [c for c in running if not c.tight and c.throughput >= AS_FAST * running[0].throughput]
+    return next(iter(roomy or running), None)
 
 
 def layouts(job: Job, gpu: Gpu) -> Iterator[Job]:

@@ -39,12 +39,12 @@ def test_published_throughput_within_half_and_unbiased() -> None:
 
 def test_longest_sequences_of_arctic_training() -> None:
     found = np.array(list(errors(facts.max_lengths()).values()))
-    assert np.abs(found).max() < 0.9
-    assert np.median(np.abs(found)) < 0.3
+    assert np.abs(found).max() < 0.4
+    assert np.median(np.abs(found)) < 0.15
 
 
 def test_out_of_memory_reports() -> None:
-    """Three of four reports; the 512K one on A100s is predicted to fit at 63 of 85 GB: see docs/plan.md."""
+    """Three of four reports; the 512K one on A100s is predicted to fit at 61 of 85 GB: see docs/plan.md."""
     right = {fact.what: fact.predicted_to_run == fact.ran for fact in facts.out_of_memory()}
     assert sum(right.values()) == 3
     assert not right["512K, 8 A100, sequence parallel 8, chunked loss"]

@@ -82,6 +82,20 @@ def test_the_written_recipe_is_valid_at_its_best_layouts(outputs: tuple[str, Pat
         assert f"tp{stage.layout.tp} pp{stage.layout.pp}" in text
 
 
+def test_the_best_leaves_room_and_is_what_is_written(model: Path, tmp_path: Path) -> None:
+    """At 64K on 8 GPUs the fastest layout fills them, and one with room is 5% slower."""
+    path = tmp_path / "best.yaml"
+    arguments = ["--no-te", "--stage", "64k", "--gpus", "8"]
+    text = run(model, *arguments, "--write", str(path))
+    assert re.search(r"tp2 pp1 cp4 dp1 a2a, recompute none +!84\.\d ", text)
+    assert "best: tp4 pp1 cp2 dp1 all_gather, recompute none, 5% slower" in text
+    assert "slower than the best mostly by attention" in text
+    (found,) = json.loads(run(model, *arguments, "--json", "--top", "1"))
+    assert found["layouts"] == [found["best"]] and not found["best"]["tight"]
+    written = load_recipe(path).stages[0]
+    assert (written.layout.tp, written.layout.cp, written.recompute) == (4, 2, "none")
+
+
 def test_kernels_are_named_and_those_of_transformer_engine_are_faster(model: Path) -> None:
     texts = [run(model, "--stage", "512k", "--top", "1", option) for option in ("--no-te", "--te")]
     assert "layers and attention: PyTorch's FlashAttention-2" in texts[0]

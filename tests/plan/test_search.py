@@ -1,0 +1,83 @@
+"""Which layout is the best, what is said of those near a GPU's memory, and why the recipe's is slower."""
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+from plan_shapes import LLAMA3_8B
+
+from megatron_prolong.plan.batches import stage_batches
+from megatron_prolong.plan.hardware import find_gpu
+from megatron_prolong.plan.job import Job
+from megatron_prolong.plan.lengths import PROLONG_SFT, BatchDocuments
+from megatron_prolong.plan.memory import peak_memory
+from megatron_prolong.plan.report import StagePlan
+from megatron_prolong.plan.search import Candidate, best_of, evaluate, search
+from megatron_prolong.recipe.load import load_recipe
+from megatron_prolong.recipe.schema import Layout
+
+JOB = Job(LLAMA3_8B, Layout(tp=4, cp=2), 8, 2**16, 64)
+H100 = find_gpu("h100-80g")
+SHORT = [BatchDocuments.of(PROLONG_SFT.batch(0, 64))]
+
+
+def running(throughput: float, tight: bool) -> Candidate:
+    return Candidate(JOB, throughput=throughput, tight=tight)
+
+
+def test_a_tight_layout_gives_way_to_a_roomy_one_that_is_nearly_as_fast() -> None:
+    tight, near, far = running(100, True), running(91, False), running(89, False)
+    assert best_of([tight, running(95, True), near, far]) is near
+    assert best_of([near, tight]) is near
+    assert best_of([tight, far]) is tight
+    assert best_of([tight, replace(near, reason="out of memory")]) is tight
+    assert best_of([replace(near, reason="out of memory")]) is None
+
+
+def test_tight_is_less_than_5_percent_of_the_memory_left() -> None:
+    needed = H100.needed_bytes(peak_memory(JOB))
+    tight = [
+        evaluate(JOB, H100.model_copy(update={"memory_bytes": needed / share}), SHORT).tight
+        for share in (0.94, 0.96, 1)
+    ]
+    assert tight == [False, True, True]
+
+
+def test_a_layout_that_misses_by_little_does_not_read_as_if_it_fitted() -> None:
+    needed = H100.needed_bytes(peak_memory(JOB))
+    reason = evaluate(JOB, H100.model_copy(update={"memory_bytes": needed - 1e6}), SHORT).reason
+    needs, has = map(float, re.findall(r"needs ([\d.]+) GB of ([\d.]+)", reason)[0])
+    assert needs > has
+
+
+def test_of_equally_fast_layouts_that_of_least_memory_is_first() -> None:
+    """Without documents to split, the three exchanges are equally fast."""
+    ranking = [candidate for candidate in search(JOB, H100, SHORT) if candidate.runs]
+    equals = [
+        (one.needed_bytes, other.needed_bytes)
+        for one, other in pairwise(ranking)
+        if one.throughput == other.throughput and one.job.layout.cp == other.job.layout.cp
+    ]
+    assert equals and all(one <= other for one, other in equals) and any(one < other for one, other in equals)
+
+
+def test_why_the_recipe_s_layout_is_slower() -> None:
+    """Few long documents on many ranks; a pipeline; layers computed twice; nothing where it is nearly as fast."""
+    stage = load_recipe(Path(__file__).parents[2] / "examples" / "prolong_512k.yaml").stages[0]
+    batches = stage_batches(stage, 4)
+    base = Job(LLAMA3_8B, Layout(), 64, stage.sequence_length, stage.batch_sequences)
+    best = replace(base, layout=Layout(tp=2, cp=16, cp_exchange="a2a"), recompute="selective")
+
+    def why(ours: Job) -> str:
+        written, other = (evaluate(job, H100, batches.documents) for job in (ours, best))
+        assert written.runs and other.runs
+        return StagePlan(stage, batches, written, [other]).why_slower()
+
+    imbalance = why(replace(base, layout=Layout(tp=4, cp=2)))
+    assert re.match(r"imbalance, [\d.]+ s/step instead of 0.0: 16 sequences .* dp 8, ", imbalance)
+    pipeline = why(replace(base, layout=Layout(tp=4, pp=8, cp=2)))
+    assert pipeline.endswith(": 16 micro-batches must fill and drain pp 8")
+    repeated = why(replace(best, recompute="full"))
+    assert re.match(r"attention, .*: recompute full, the best has selective", repeated)
+    assert why(best) == ""
