@@ -140,6 +140,8 @@ def layouts(job: Job, gpu: Gpu) -> Iterator[Job]:
 def invalid(job: Job, gpu: Gpu) -> str:
     """Why the layout cannot run at all, or an empty string. Memory is judged elsewhere."""
     layout = job.layout
+    if job.precision == "fp32":
+        return "precision: fp32 runs on CPU only; use bf16"
     if not gpu.supports(job.precision):
         return f"{gpu.name} has no {job.precision} matrix products"
     problems = layout_problems(layout, job.shape, job.world_size, job.precision)

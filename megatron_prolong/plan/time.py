@@ -199,11 +199,10 @@ def tokens_per_second_per_gpu(job: Job, time: StepTime) -> float:
 
 
 def mfu(job: Job, gpu: Gpu, time: StepTime, batches: Sequence[BatchDocuments]) -> float:
-    """Model FLOPs (document-aware) over the bf16 (fp32 for fp32) peak of all GPUs."""
-    peak = gpu.peak_flops["fp32" if job.precision == "fp32" else "bf16"]
+    """Model FLOPs (document-aware) over the bf16 peak of all GPUs."""
     pairs = float(np.mean([batch.pairs for batch in batches]))
     needed = model_flops(job.shape, job.batch_tokens, pairs)
-    return needed / (time.total * job.world_size * peak)
+    return needed / (time.total * job.world_size * gpu.peak_flops["bf16"])
 
 
 def _elementwise_seconds(job: Job, gpu: Gpu) -> float:

@@ -51,6 +51,13 @@ def test_a_layout_that_misses_by_little_does_not_read_as_if_it_fitted() -> None:
     assert needs > has
 
 
+def test_what_a_gpu_does_not_run_is_refused() -> None:
+    """As the engine does it: fp32 has no attention kernel on GPUs, an A100 no fp8."""
+    fp32, fp8 = (replace(JOB, precision=precision) for precision in ("fp32", "fp8"))
+    assert evaluate(fp32, H100, SHORT).reason == "precision: fp32 runs on CPU only; use bf16"
+    assert evaluate(fp8, find_gpu("a100-80g"), SHORT).reason == "a100-80g has no fp8 matrix products"
+
+
 def test_of_equally_fast_layouts_that_of_least_memory_is_first() -> None:
     """Without documents to split, the three exchanges are equally fast."""
     ranking = [candidate for candidate in search(JOB, H100, SHORT) if candidate.runs]
