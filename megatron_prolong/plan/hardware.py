@@ -33,6 +33,7 @@ class Gpu(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
+    compute_capability: tuple[int, int]
     memory_bytes: float = Field(gt=0)
     memory_bandwidth: float = Field(gt=0)
     peak_flops: dict[str, float]
@@ -45,10 +46,6 @@ class Gpu(BaseModel):
     reserve_bytes: float = Field(ge=0)
     fragmentation: float = Field(ge=0, lt=1)
     price_per_hour: float = Field(ge=0)
-
-    def supports(self, precision: str) -> bool:
-        """Whether matrix products run in this precision."""
-        return precision in self.peak_flops
 
     def matmul_flops(self, precision: str) -> float:
         """FLOP/s that large matrix products reach."""

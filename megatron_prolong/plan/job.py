@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_prolong.recipe.fp8 import Fp8Recipe
 from megatron_prolong.recipe.schema import (
     Layout,
     Precision,
@@ -38,6 +39,7 @@ class Job:
         offload: activations wait for the backward pass in host memory.
         loss_chunk_tokens: tokens whose logits exist at once.
         micro_batch_tokens: tokens that one data-parallel rank holds at a time; None for sequence_length.
+        fp8_recipe: which GPUs and layouts can do it is in recipe/fp8.py; the prediction does not depend on it.
         fp8_parameters: weights of fp8 layers are kept in fp8 only.
         attention: kernels of the layers, a field of the hardware table's `efficiency`: "flash2" for PyTorch's own
             FlashAttention-2, "te" for Transformer Engine, whose layers keep less for the backward too.
@@ -55,6 +57,7 @@ class Job:
     offload: bool = False
     loss_chunk_tokens: int = 2048
     micro_batch_tokens: int | None = None
+    fp8_recipe: Fp8Recipe = "tensorwise"
     fp8_parameters: bool = False
     attention: str = "flash2"
     mixed: bool = True
@@ -147,6 +150,7 @@ def job_of(
         offload=offload_of(recipe, stage),
         loss_chunk_tokens=recipe.loss_chunk_tokens,
         micro_batch_tokens=stage.micro_batch_tokens,
+        fp8_recipe=recipe.fp8_recipe,
         fp8_parameters=recipe.fp8_parameters and precision == "fp8",
         attention="te" if transformer_engine or precision == "fp8" else "flash2",
     )

@@ -1,7 +1,7 @@
 """Every layout of a stage on a cluster: which are valid, which fit, how fast they are, and why others not.
 
-The rules are the ones a run is checked against (recipe/layout_rules.py), and those that the hardware sets. A
-layout is a point (tp, pp, virtual_pp, cp, exchange, recompute); all sizes are powers of two; the search is
+The rules are the ones a run is checked against (recipe/layout_rules.py, recipe/fp8.py), and those that the hardware
+sets. A layout is a point (tp, pp, virtual_pp, cp, exchange, recompute); all sizes are powers of two; the search is
 exhaustive.
 """
 
@@ -17,6 +17,7 @@ from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import BatchDocuments
 from megatron_prolong.plan.memory import RankMemory, parked_bytes, peak_memory
 from megatron_prolong.plan.time import StepTime, mfu, step_time, tokens_per_second_per_gpu
+from megatron_prolong.recipe.fp8 import fp8_problem
 from megatron_prolong.recipe.layout_rules import layout_problems
 from megatron_prolong.recipe.schema import CpExchange, Layout, Recompute
 
@@ -142,8 +143,8 @@ def invalid(job: Job, gpu: Gpu) -> str:
     layout = job.layout
     if job.precision == "fp32":
         return "precision: fp32 runs on CPU only; use bf16"
-    if not gpu.supports(job.precision):
-        return f"{gpu.name} has no {job.precision} matrix products"
+    if job.precision == "fp8" and (problem := fp8_problem(job.fp8_recipe, gpu.compute_capability, layout.cp)):
+        return problem
     problems = layout_problems(layout, job.shape, job.world_size, job.precision)
     if problems:
         return f"{problems[0].field}: {problems[0].rule}"

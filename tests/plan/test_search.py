@@ -52,10 +52,19 @@ def test_a_layout_that_misses_by_little_does_not_read_as_if_it_fitted() -> None:
 
 
 def test_what_a_gpu_does_not_run_is_refused() -> None:
-    """As the engine does it: fp32 has no attention kernel on GPUs, an A100 no fp8."""
-    fp32, fp8 = (replace(JOB, precision=precision) for precision in ("fp32", "fp8"))
-    assert evaluate(fp32, H100, SHORT).reason == "precision: fp32 runs on CPU only; use bf16"
-    assert evaluate(fp8, find_gpu("a100-80g"), SHORT).reason == "a100-80g has no fp8 matrix products"
+    """As the engine does it."""
+    fp8 = replace(JOB, precision="fp8")
+
+    def reason(job: Job, gpu: str) -> str:
+        return evaluate(job, find_gpu(gpu), SHORT).reason
+
+    assert reason(replace(JOB, precision="fp32"), "h100-80g") == "precision: fp32 runs on CPU only; use bf16"
+    assert "does not run on compute capability 8.0: use precision: bf16" in reason(fp8, "a100-80g")
+    assert "does not run on compute capability 9.0" in reason(replace(fp8, fp8_recipe="mxfp8"), "h100-80g")
+    assert reason(replace(fp8, fp8_recipe="mxfp8"), "b200-180g") == ""
+    blockwise = replace(fp8, fp8_recipe="blockwise")
+    assert "context parallelism" in reason(blockwise, "h100-80g")
+    assert reason(replace(blockwise, layout=Layout(tp=4)), "h100-80g") == ""
 
 
 def test_of_equally_fast_layouts_that_of_least_memory_is_first() -> None:
