@@ -9,11 +9,14 @@
 // NULL_CUDA_CAPABILITY: their compute capability (9), 8 to 10; all else is an H100's.
 
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <unordered_map>
 
 namespace {
@@ -102,6 +105,13 @@ cudaError_t new_handle(Handle* handle) {
   std::lock_guard<std::mutex> lock(mutex);
   *handle = reinterpret_cast<Handle>(next += 16);
   return cudaSuccess;
+}
+
+cudaError_t launch(const void* kernel) {
+  if (!kComputes) return cudaSuccess;
+  Dl_info from;
+  const char* library = dladdr(kernel, &from) ? from.dli_fname : "a library";
+  throw std::runtime_error(std::string("null_cuda: nothing does the work of a kernel of ") + library);
 }
 
 int success() { return 0; }
@@ -252,6 +262,22 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
   *blocks = 1;
   return cudaSuccess;
 }
+
+// --- kernels: they do nothing, which is an error where others do their work and this one was left out
+
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
+  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
+  return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3, dim3, void**, size_t, cudaStream_t) {
+  return launch(reinterpret_cast<void*>(kernel));
+}
+cudaError_t cudaLaunchKernel(const void* kernel, dim3, dim3, void**, size_t, cudaStream_t) { return launch(kernel); }
+cudaError_t cudaLaunchCooperativeKernel(const void* kernel, dim3, dim3, void**, size_t, cudaStream_t) {
+  return launch(kernel);
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void* kernel, void**) { return launch(kernel); }
+
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* found) {
   bool context = !std::strcmp(name, "cuDevicePrimaryCtxGetState");

@@ -145,7 +145,8 @@ void nvte_transpose(const NVTETensor input, NVTETensor output, cudaStream_t) {
   for (size_t i = 0; i + 1 < shape.ndim; ++i) rows *= shape.data[i];
   auto *from = static_cast<char*>(nvte_tensor_data(input)), *to = static_cast<char*>(nvte_tensor_data(output));
   for (size_t i = 0; i < rows; ++i)
-    for (size_t j = 0; j < columns; ++j) std::memcpy(to + (j * rows + i) * bytes, from + (i * columns + j) * bytes, bytes);
+    for (size_t j = 0; j < columns; ++j)
+      std::memcpy(to + (j * rows + i) * bytes, from + (i * columns + j) * bytes, bytes);
 }
 
 void nvte_swap_first_dims(const NVTETensor input, NVTETensor output, cudaStream_t) {
@@ -192,7 +193,8 @@ void nvte_delayed_scaling_recipe_amax_and_scale_update_after_reduction(
   size_t offset = 0;
   auto* buffer = static_cast<float*>(nvte_tensor_data(reduced));
   for (size_t i = 0; i < histories.size(); ++i) {
-    auto *history = static_cast<float*>(nvte_tensor_data(histories[i])), *scale = static_cast<float*>(nvte_tensor_data(scales[i]));
+    auto* history = static_cast<float*>(nvte_tensor_data(histories[i]));
+    auto* scale = static_cast<float*>(nvte_tensor_data(scales[i]));
     size_t length = nvte_tensor_size(histories[i], 0), stride = nvte_tensor_size(histories[i], 1);
     for (size_t j = 0; j < stride; ++j, ++offset) {
       float last = buffer && buffer[offset] != 0 ? buffer[offset] : history[j], amax = 0;
@@ -262,6 +264,13 @@ void nvte_fused_rope_backward(const NVTETensor grads, const NVTETensor, const NV
                               const int stride_s, const int stride_b, const int stride_h, const int stride_d,
                               cudaStream_t) {
   rotate(grads, freqs, input_grads, format, interleaved, s, b, h, d, d2, stride_s, stride_b, stride_h, stride_d, -1);
+}
+
+// (fused_attn/utils.cu) The state of dropout, which no layer here has.
+void nvte_extract_seed_and_offset(int64_t* state, int captured, int64_t*, uint64_t seed, int64_t*, uint64_t offset,
+                                  uint32_t, cudaStream_t) {
+  require(!captured, "in a CUDA graph");
+  state[0] = seed, state[1] = offset;
 }
 
 // What follows is TE's exchange over context-parallel ranks (fused_attn/context_parallel.cu). Log-sum-exps are
