@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.data.mds import MDSReader, common_tokenizer
+from megatron_prolong.data.packed import Identity, read_boundaries
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
 
@@ -36,7 +38,6 @@ class TokenizedInputs:
     """
 
     def __init__(self, directories: Sequence[str]) -> None:
-        self._directories = list(directories)
         self._readers = [_open(directory) for directory in directories]
         self._starts = np.cumsum([0, *map(len, self._readers)]).tolist()
         masked = [
@@ -53,14 +54,16 @@ class TokenizedInputs:
 
     def read(self, sample: int) -> dict[str, Any]:
         """Columns input_ids, and where they exist indices, mask and domain; arrays are views of the file."""
-        which = bisect_right(self._starts, sample) - 1
-        return self._readers[which][sample - self._starts[which]]
+        reader, number = self._find(sample)
+        return reader[number]
 
     def name(self, sample: int) -> str:
         """Data set, shard and sample number, for messages."""
+        return str(Identity.of(*self._find(sample)))
+
+    def _find(self, sample: int) -> tuple[MDSReader, int]:
         which = bisect_right(self._starts, sample) - 1
-        number = sample - self._starts[which]
-        return f"{self._readers[which].shard_of(number).path}, sample {number} of {self._directories[which]}"
+        return self._readers[which], sample - self._starts[which]
 
     def scan(self, bos: int | None, eos: int | None) -> Iterator[NDArray[np.void]]:
         """Tables of the documents of consecutive samples, DOCUMENT [n].
@@ -74,7 +77,7 @@ class TokenizedInputs:
         for sample in track(range(len(self)), len(self), "reading lengths"):
             values = self.read(sample)
             tokens = values["input_ids"]
-            for start, end in self._spans(sample, values):
+            for start, end in pairwise(self._boundaries(sample, values)):
                 add_bos = bos is not None and tokens[start] != bos
                 add_eos = eos is not None and tokens[end - 1] != eos
                 rows.append((sample, start, end - start, add_bos, add_eos))
@@ -95,21 +98,14 @@ class TokenizedInputs:
             first += len(lengths)
             yield table
 
-    def _spans(self, sample: int, values: dict[str, Any]) -> list[tuple[int, int]]:
-        num_tokens = len(values["input_ids"])
+    def _boundaries(self, sample: int, values: dict[str, Any]) -> list[int]:
+        num_tokens, identity = len(values["input_ids"]), Identity.of(*self._find(sample))
         if "mask" in values and len(values["mask"]) != num_tokens:
             raise UserError(
-                f"{self.name(sample)}: mask has {len(values['mask'])} entries for {num_tokens} tokens; "
+                f"{identity}: mask has {len(values['mask'])} entries for {num_tokens} tokens; "
                 "tokenize it again"
             )
-        if "indices" not in values:
-            return [(0, num_tokens)]
-        spans = [(int(start), int(end)) for start, end in values["indices"] if end > start]
-        if [start for start, _ in spans] != [0, *(end for _, end in spans[:-1])] or spans[-1][
-            1
-        ] != num_tokens:
-            raise UserError(f"{self.name(sample)}: the spans in indices do not cover its {num_tokens} tokens")
-        return spans
+        return read_boundaries(values.get("indices"), num_tokens, identity).tolist()
 
 
 def _open(directory: str) -> MDSReader:

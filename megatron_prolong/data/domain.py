@@ -71,7 +71,7 @@ class ShardedDomain:
 
     def read(self, index: int) -> PackedSequence:
         """Sample `index` of the directory, copied out of its shard."""
-        identity = Identity(self.name, self._reader.shard_of(index).raw.basename, index)
+        identity = Identity.of(self._reader, index)
         sequence = PackedSequence.from_sample(self._reader[index], identity, loss_mask=self._loss_mask)
         if sequence.num_tokens > self._sequence_length:
             raise UserError(

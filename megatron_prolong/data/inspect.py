@@ -86,15 +86,11 @@ def survey(directory: Path) -> list[DomainSurvey]:
         domain = domains.setdefault(name, DomainSurvey(name, num_targets=0 if has_mask else None))
         domain.num_samples += 1
         # Without a mask no token is touched: a data set larger than memory is counted from its boundaries.
-        edges = read_boundaries(sample.get("indices"), len(sample["input_ids"]), _identity(reader, number))
+        edges = read_boundaries(sample.get("indices"), len(sample["input_ids"]), Identity.of(reader, number))
         domain.lengths.add(np.diff(edges))
         if domain.num_targets is not None:
             domain.num_targets += int(sample["mask"].sum())
     return sorted(domains.values(), key=lambda domain: -domain.num_tokens)
-
-
-def _identity(reader: MDSReader, number: int) -> Identity:
-    return Identity(str(reader.path), reader.shard_of(number).raw.basename, number)
 
 
 def _domain_of(reader: MDSReader, sample: Mapping[str, Any]) -> str:
@@ -218,7 +214,7 @@ def preview(
     if not 0 <= index < len(reader):
         raise UserError(f"{directory}: no sample {index}; it has {len(reader)}, counted from 0")
     sample = reader[index]
-    sequence = PackedSequence.from_sample(sample, _identity(reader, index), loss_mask="mask" in sample)
+    sequence = PackedSequence.from_sample(sample, Identity.of(reader, index), loss_mask="mask" in sample)
     title = f"{sequence.identity} · {_domain_of(reader, sample)} · {sequence.num_tokens:,} tokens"
     text = Text(f"{title}\n", style="bold")
     for number, piece in enumerate(sequence.pieces(), start=1):

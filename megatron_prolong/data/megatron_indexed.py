@@ -177,7 +177,7 @@ def to_megatron(directory: Path, prefix: Path) -> int:
         )
     with disk_full_is_users(prefix), IndexedWriter(prefix) as writer:
         for number in track(range(len(reader)), len(reader), f"{prefix}: samples"):
-            identity = Identity(str(directory), reader.shard_of(number).raw.basename, number)
+            identity = Identity.of(reader, number)
             sequence = PackedSequence.from_sample(reader[number], identity)
             if sequence.tokens.max() >= 2**31:
                 raise UserError(f"{identity}: token {sequence.tokens.max()} does not fit the int32 of .bin")

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_prolong.data.mds import MDSReader
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class Identity:
     domain: str
     shard: str
     index: int
+
+    @classmethod
+    def of(cls, reader: MDSReader, index: int) -> Identity:
+        """Of sample `index` >= 0 of a data set."""
+        return cls(str(reader.path), reader.shard_of(index).raw.basename, index)
 
     def __str__(self) -> str:
         return f"{self.domain}, shard {self.shard}, sample {self.index}"

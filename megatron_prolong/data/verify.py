@@ -61,7 +61,7 @@ def _check_shard(reader: MDSReader, number: int, shard: Shard, vocab_size: int |
     if "input_ids" not in reader.columns:
         return
     for index in range(shard.first, shard.first + shard.num_samples):
-        identity = Identity(str(reader.path), shard.raw.basename, index)
+        identity = Identity.of(reader, index)
         sample = reader[index]
         try:
             sequence = PackedSequence.from_sample(sample, identity, loss_mask="mask" in sample)

@@ -88,7 +88,7 @@ def _parts(path: Path) -> list[Path]:
 def _packed_documents(directory: Path) -> Iterator[Passage]:
     reader = MDSReader(directory)
     for number in range(len(reader)):
-        identity = Identity(str(directory), reader.shard_of(number).raw.basename, number)
+        identity = Identity.of(reader, number)
         sequence = PackedSequence.from_sample(reader[number], identity)
         for piece, part in enumerate(sequence.pieces()):
             yield Passage(f"{identity}, document {piece}", part.tokens.astype(np.int64))

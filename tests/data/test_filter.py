@@ -96,7 +96,7 @@ def test_contaminated_documents(tokenizer: Path, tmp_path: Path) -> None:
     )
     assert report.dropped["contaminated"][0] == 1 and report.kept_documents == 3
     (example,) = report.examples
-    assert "sample 1 of" in example and "the quick brown fox" in example
+    assert "sample 1" in example and "the quick brown fox" in example
     many = run(
         [source],
         tmp_path / "out2",

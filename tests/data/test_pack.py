@@ -234,5 +234,5 @@ def test_unsuitable_inputs(tmp_path: Path) -> None:
         pack([tmp_path / "text"], tmp_path / "packs", PackOptions(8, "concat"))
     with MDSWriter(tmp_path / "uneven", {"input_ids": "ndarray:uint32", "mask": "ndarray:uint8"}) as writer:
         writer.write({"input_ids": np.zeros(4, np.uint32), "mask": np.zeros(5, np.uint8)})
-    with pytest.raises(UserError, match=r"sample 0 of .*uneven: mask has 5 entries for 4 tokens"):
+    with pytest.raises(UserError, match=r"uneven, shard .*, sample 0: mask has 5 entries for 4 tokens"):
         pack([tmp_path / "uneven"], tmp_path / "packs", PackOptions(2, "concat"))
