@@ -187,26 +187,15 @@ def _mask(encoding: Any, spans: Sequence[tuple[int, int]]) -> EncodedChat:
     return EncodedChat(np.array(encoding.ids, np.uint32), mask, np.array(ends, np.int64))
 
 
-@dataclass
-class MaskTally:
-    """Counts targets over a data set, to refuse one whose masks say nothing."""
-
-    num_tokens: int = 0
-    num_targets: int = 0
-
-    def add(self, mask: NDArray[np.uint8]) -> None:
-        self.num_tokens += len(mask)
-        self.num_targets += int(mask.sum())
-
-    def check(self, where: str) -> None:
-        """Raises UserError when every mask is all zeros, or all ones."""
-        if self.num_tokens and self.num_targets == 0:
-            raise UserError(
-                f"{where}: no token of any chat is marked as the assistant's, so there is nothing to learn; "
-                "look at the messages' roles (prolong data inspect shows the masks)"
-            )
-        if self.num_tokens and self.num_targets == self.num_tokens:
-            raise UserError(
-                f"{where}: every token is marked as the assistant's, headers and users' messages too; "
-                "look at the chat template (prolong data inspect shows the masks)"
-            )
+def refuse_empty_masks(num_tokens: int, num_targets: int, where: str) -> None:
+    """Raises UserError when the masks of a data set say nothing: all zeros, or all ones."""
+    if num_tokens and num_targets == 0:
+        raise UserError(
+            f"{where}: no token of any chat is marked as the assistant's, so there is nothing to learn; "
+            "look at the messages' roles (prolong data inspect shows the masks)"
+        )
+    if num_tokens and num_targets == num_tokens:
+        raise UserError(
+            f"{where}: every token is marked as the assistant's, headers and users' messages too; "
+            "look at the chat template (prolong data inspect shows the masks)"
+        )

@@ -20,6 +20,7 @@ from megatron_prolong.data.mixture import Mixture
 from megatron_prolong.data.packed import Identity, PackedSequence, Piece, read_boundaries
 from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.numbers import format_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,7 +133,7 @@ def length_table(domains: list[DomainSurvey]) -> Table:
     )
     for bucket in _used_buckets(domains):
         table.add_row(
-            _bucket_name(bucket),
+            format_count(1 << bucket),
             f"{documents[bucket]:,}",
             f"{tokens[bucket] / tokens.sum():.1%}",
             f"{squares[bucket] / squares.sum():.1%}",
@@ -165,16 +166,6 @@ def _used_buckets(domains: list[DomainSurvey]) -> range:
     return range(int(used[0]), int(used[-1]) + 1)
 
 
-def _bucket_name(bucket: int) -> str:
-    return (
-        f"{1 << bucket}"
-        if bucket < 10
-        else f"{1 << (bucket - 10)}K"
-        if bucket < 20
-        else f"{1 << (bucket - 20)}M"
-    )
-
-
 def plot(domains: list[DomainSurvey], title: str) -> Figure:
     """Shares of documents, tokens and attention cost by the length of the document, domains stacked."""
     from matplotlib.figure import Figure
@@ -192,7 +183,7 @@ def plot(domains: list[DomainSurvey], title: str) -> Figure:
         for domain, heights in zip(domains, percent, strict=True):
             axes.bar(range(len(buckets)), heights, bottom=bottom, label=domain.name, width=0.9)
             bottom += heights
-        axes.set_xticks(range(len(buckets)), [_bucket_name(bucket) for bucket in buckets], rotation=60)
+        axes.set_xticks(range(len(buckets)), [format_count(1 << bucket) for bucket in buckets], rotation=60)
         axes.set(xlabel="tokens of the document, from", ylabel=f"% of {label}")
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize="small", frameon=False)

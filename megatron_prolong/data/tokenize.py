@@ -145,9 +145,9 @@ def _sum(job: Job, tasks: Iterable[str], options: TokenizeOptions) -> TokenizeRe
     for report in job.task_reports(tasks):
         total.add(report)
     if options.chat:
-        from megatron_prolong.data.chat import MaskTally
+        from megatron_prolong.data.chat import refuse_empty_masks
 
-        MaskTally(total.tokens, total.targets).check(str(job.out))
+        refuse_empty_masks(total.tokens, total.targets, str(job.out))
     if not total.documents:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(total.left_out.items()))
         raise UserError(f"{job.out}: not a single document in the sources; left out: {reasons or 'nothing'}")

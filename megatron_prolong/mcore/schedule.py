@@ -71,7 +71,8 @@ def _reduce(
     """Sum over micro-batches, then over the ranks that saw other tokens, then hand on from the last stage."""
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for loss, num_targets in losses:
-        totals += torch.tensor([float(loss), num_targets], dtype=torch.float64, device=device)
+        totals[0] += loss  # on the device: nothing waits for it
+        totals[1] += num_targets
     dist.all_reduce(totals, group=groups.dp_cp.group)
     # Only the last pipeline stage has losses: the sum over stages is a broadcast.
     dist.all_reduce(totals, group=groups.pp.group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -148,11 +149,11 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _repaired(data: dict[str, Any], details: Sequence[ErrorDetails]) -> dict[str, Any]:
     """A copy of `data` without the values that do not fit; required ones get the example of their field."""
-    copy: dict[str, Any] = yaml.safe_load(yaml.safe_dump(data))
+    repaired = deepcopy(data)
     for detail in details:
         location = [part for part in detail["loc"] if part not in ("directories", "word", "[key]")]
         model: type[BaseModel] = Recipe
-        target: Any = copy
+        target: Any = repaired
         for depth, part in enumerate(location):
             field = model.model_fields.get(part) if isinstance(part, str) else None
             inner = next(_models_in(field.annotation), None) if field else None
@@ -162,7 +163,7 @@ def _repaired(data: dict[str, Any], details: Sequence[ErrorDetails]) -> dict[str
                 _replace(target, part, str(location[1]) if model is Stage and part == "name" else example)
                 break
             model, target = inner or model, target[part]
-    return copy
+    return repaired
 
 
 def _replace(target: Any, part: int | str, example: Any) -> None:

@@ -78,11 +78,10 @@ def verify_checksums(directory: Path, share: slice = slice(None)) -> None:
     Raises:
         UserError: with every file that is missing, of another size, changed, or not in the list.
     """
-    recorded = _read(directory)
-    present = _files(directory)
-    problems = [f"{name}: not in {CHECKSUMS}" for name in present if name not in recorded]
-    problems += [f"{name}: missing" for name in recorded if name not in present]
-    names = sorted(set(recorded) & set(present))[share]
+    recorded, present = _read(directory), set(_files(directory))
+    problems = [f"{name}: not in {CHECKSUMS}" for name in present - recorded.keys()]
+    problems += [f"{name}: missing" for name in recorded.keys() - present]
+    names = sorted(recorded.keys() & present)[share]
     for name, (size, digest) in hash_files(directory, names).items():
         expected_size, expected_digest = recorded[name]
         if size != expected_size:

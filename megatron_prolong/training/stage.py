@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_prolong.convert.dtypes import dtype_name
 from megatron_prolong.data.balance import CostModel
 from megatron_prolong.data.mixture import Mixture
 from megatron_prolong.data.packed import PackedSequence
@@ -321,7 +322,7 @@ def _manifest(run: StageRun, state: TrainState) -> dict[str, Any]:
         "format": 1,
         "kind": "training",
         "shape": run.model.shape.to_dict(),
-        "dtype": str(run.model.config.params_dtype).removeprefix("torch."),
+        "dtype": dtype_name(run.model.config.params_dtype),
         "stage": run.stage.name,
         "step": state.step,
         "sequence_length": run.stage.sequence_length,

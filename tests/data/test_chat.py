@@ -10,10 +10,10 @@ from llama3 import TEMPLATE, encode, llama3_tokenizer
 from megatron_prolong.data.batch import NO_LABEL, PackedBatch, collate_pieces
 from megatron_prolong.data.chat import (
     EncodedChat,
-    MaskTally,
     control_tokens,
     encode_batch,
     find_problem,
+    refuse_empty_masks,
 )
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import UserError
@@ -225,17 +225,11 @@ def test_templates_that_cannot_tell_the_spans_are_refused() -> None:
 
 
 def test_masks_that_say_nothing_are_refused() -> None:
-    for bit, said in ((0, "nothing to learn"), (1, "headers and users' messages too")):
-        tally = MaskTally()
-        tally.add(np.full(5, bit, np.uint8))
+    for num_targets, said in ((0, "nothing to learn"), (5, "headers and users' messages too")):
         with pytest.raises(UserError, match=f"data/chat: .*{said}"):
-            tally.check("data/chat")
-    tally = MaskTally()
-    tally.check("empty")
-    tally.add(np.array([0, 0], np.uint8))
-    tally.add(np.array([1], np.uint8))
-    tally.check("mixed")
-    assert (tally.num_tokens, tally.num_targets) == (3, 1)
+            refuse_empty_masks(5, num_targets, "data/chat")
+    refuse_empty_masks(0, 0, "empty")
+    refuse_empty_masks(3, 1, "mixed")
 
 
 def packed_loss(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
