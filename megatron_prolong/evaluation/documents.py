@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.data.mds import MDSReader, common_tokenizer, read_index
-from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.data.packed import Identity, PackedSequence, read_boundaries
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import tokenizer_fingerprint
 
@@ -33,19 +35,19 @@ def read_passages(data: Sequence[Path], tokenizer: Any, length: int, count: int,
         UserError: no document is that long (naming the longest found), or a path holds no documents.
     """
     longest = 0
-    found: list[Passage] = []
+    found: list[_Document] = []
     for path in data:
-        for passage in _documents(path, tokenizer):
-            longest = max(longest, len(passage.tokens))
-            if len(passage.tokens) >= length:
-                found.append(Passage(passage.name, passage.tokens[:length]))
+        for document in _documents(path, tokenizer):
+            longest = max(longest, document.num_tokens)
+            if document.num_tokens >= length:
+                found.append(document)
     if not found:
         raise UserError(
             f"{', '.join(map(str, data))}: no document of {length:,} tokens, the longest has {longest:,}; "
             "give longer documents (packs of at least that length) or shorter --lengths"
         )
     chosen = np.random.default_rng(seed).permutation(len(found))[:count]
-    return [found[index] for index in sorted(chosen)]
+    return [Passage(found[index].name, found[index].read()[:length].copy()) for index in sorted(chosen)]
 
 
 def check_documents(data: Sequence[Path], models: Sequence[str]) -> None:
@@ -68,14 +70,27 @@ def read_text(path: Path) -> str:
     return " ".join(words)
 
 
-def _documents(path: Path, tokenizer: Any) -> Iterator[Passage]:
+@dataclass(frozen=True)
+class _Document:
+    """A document whose tokens, int64 [num_tokens], are read when it is chosen: of a data set only few are."""
+
+    name: str
+    num_tokens: int
+    read: Callable[[], NDArray[np.int64]]
+
+
+def _documents(path: Path, tokenizer: Any) -> Iterator[_Document]:
     for part in _parts(path):
         if part.is_dir():
             yield from _packed_documents(part)
         else:
-            text = part.read_text(encoding="utf-8", errors="replace")
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            yield Passage(str(part), np.array(ids, dtype=np.int64))
+            encode = partial(_encode, tokenizer, part)
+            yield _Document(str(part), len(encode()), encode)
+
+
+def _encode(tokenizer: Any, path: Path) -> NDArray[np.int64]:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
 
 
 def _parts(path: Path) -> list[Path]:
@@ -85,13 +100,23 @@ def _parts(path: Path) -> list[Path]:
     return sorted(index.parent for index in path.rglob("index.json")) or _text_files(path)
 
 
-def _packed_documents(directory: Path) -> Iterator[Passage]:
+def _packed_documents(directory: Path) -> Iterator[_Document]:
     reader = MDSReader(directory)
-    for number in range(len(reader)):
+    if "input_ids" not in reader.columns:
+        raise UserError(
+            f"{directory}: no column input_ids, only {', '.join(reader.columns)}; tokenize it first"
+        )
+    for number, sample in enumerate(reader):
         identity = Identity.of(reader, number)
-        sequence = PackedSequence.from_sample(reader[number], identity)
-        for piece, part in enumerate(sequence.pieces()):
-            yield Passage(f"{identity}, document {piece}", part.tokens.astype(np.int64))
+        edges = read_boundaries(sample.get("indices"), len(sample["input_ids"]), identity).tolist()
+        for piece, (start, end) in enumerate(pairwise(edges)):
+            read = partial(_read_packed, reader, number, slice(start, end))
+            yield _Document(f"{identity}, document {piece}", end - start, read)
+
+
+def _read_packed(reader: MDSReader, number: int, span: slice) -> NDArray[np.int64]:
+    sequence = PackedSequence.from_sample(reader[number], Identity.of(reader, number))
+    return sequence.tokens[span].astype(np.int64)
 
 
 def _text_files(path: Path) -> list[Path]:

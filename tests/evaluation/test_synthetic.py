@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -15,7 +17,7 @@ from megatron_prolong.cli.main import app
 from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import encode
-from megatron_prolong.evaluation.documents import check_documents
+from megatron_prolong.evaluation.documents import check_documents, read_passages
 from megatron_prolong.evaluation.needle import NOISE, make_needle
 from megatron_prolong.evaluation.prompts import render
 from megatron_prolong.evaluation.sentences import split_sentences
@@ -186,6 +188,20 @@ def test_packs_of_another_tokenizer_are_refused_before_the_model_is_opened(
         pass
     with pytest.raises(UserError, match=r"packs and .*model are of different tokenizers"):
         check_documents([tmp_path], [str(tmp_path / "model")])
+
+
+def test_only_the_chosen_passages_are_in_memory(tmp_path: Path) -> None:
+    """A data set of billions of tokens has more documents of a length than fit."""
+    with MDSWriter(tmp_path / "packs", {"input_ids": "ndarray:uint32"}) as writer:
+        for number in range(64):
+            writer.write({"input_ids": np.full(1 << 14, number, np.uint32)})
+    tracemalloc.start()
+    passages = read_passages([tmp_path], None, 1 << 14, 2, seed=42)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [passage.tokens[0] for passage in passages] == [29, 42]
+    assert passages[1].name.endswith("sample 42, document 0")
+    assert peak_bytes < 16 * 8 * (1 << 14)  # all of them: 64
 
 
 def test_sentences_without_nltk_data_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
