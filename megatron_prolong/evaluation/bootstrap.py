@@ -28,7 +28,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], questions: Sequence[Hashable]) -> Interval:
-    """Mean over rows, interval over questions; rows of NaN do not count."""
+    """Mean over rows, interval over questions; rows of NaN do not count, and not all may be."""
     sums, counts = _by_question(values, questions)
     draws = np.random.default_rng(SEED).integers(0, len(sums), size=(DRAWS, len(sums)))
     means = sums[draws].sum(1) / counts[draws].sum(1)
@@ -38,9 +38,10 @@ def mean_interval(values: Sequence[float], questions: Sequence[Hashable]) -> Int
 
 def difference_interval(
     before: Sequence[float], after: Sequence[float], questions: Sequence[Hashable]
-) -> Interval:
-    """Paired difference of two models on the same rows: after − before."""
-    return mean_interval([late - early for early, late in zip(before, after, strict=True)], questions)
+) -> Interval | None:
+    """Paired difference of two models on the same rows, after − before; None without a row that both have."""
+    differences = [late - early for early, late in zip(before, after, strict=True)]
+    return None if all(map(math.isnan, differences)) else mean_interval(differences, questions)
 
 
 def _by_question(

@@ -47,7 +47,7 @@ def _difference(before: Result, after: Result) -> Interval | None:
     if (before.questions, before.missing) != (after.questions, after.missing):  # judged beside not judged
         return None
     found = difference_interval(before.values, after.values, before.questions)
-    return Interval(100 * found.mean, 100 * found.low, 100 * found.high)
+    return found and Interval(100 * found.mean, 100 * found.low, 100 * found.high)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_prolong.evaluation.bootstrap import difference_interval
 from megatron_prolong.evaluation.ranking import parse_ranking, ranking_metrics
 from megatron_prolong.evaluation.text_metrics import (
     answer_list,
@@ -25,6 +26,14 @@ from megatron_prolong.evaluation.text_metrics import (
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "helmet_vectors.json").read_text())
 NAMES = ("exact_match", "f1", "substring_exact_match")
 ROUGE = ("rougeL_f1", "rougeL_recall", "rougeLsum_f1", "rougeLsum_recall")
+
+
+def test_two_models_without_a_row_in_common_have_no_difference() -> None:
+    """As when the judge's answers could be read for other rows of each."""
+    nan = float("nan")
+    assert difference_interval([nan, 1.0], [0.0, nan], ["a", "b"]) is None
+    found = difference_interval([nan, 1.0], [0.0, 0.5], ["a", "b"])
+    assert found is not None and (found.mean, found.low, found.high) == (-0.5, -0.5, -0.5)
 
 
 def test_text_scores_of_a_thousand_strings_are_helmets() -> None:
