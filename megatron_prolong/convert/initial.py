@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_prolong.convert.names import Rows
 from megatron_prolong.convert.sidecar import TOKENIZER_CONFIG, copy_sidecar, exported_config, write_config
 from megatron_prolong.convert.to_megatron import write_checkpoint
-from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.inputs import tokenizer_file, vocabulary_size
 from megatron_prolong.recipe.schema import InitSpec
 from megatron_prolong.recipe.shape import ModelShape, read_json
 
@@ -48,25 +48,20 @@ def write_initial(init: InitSpec, tokenizer: Path, out: Path, seed: int) -> None
 
     Args:
         init: the model's size.
-        tokenizer: directory with tokenizer.json; its files travel along.
+        tokenizer: directory of a tokenizer or model, or a checkpoint; the tokenizer's files travel along.
         out: directory to make.
         seed: the weights are a pure function of (init, vocabulary size, seed).
 
     Raises:
         UserError: no tokenizer.json, `out` exists, disk full.
     """
-    path = tokenizer / "tokenizer.json"
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such file; a model starting at random takes its vocabulary from a tokenizer"
-        )
-    loaded = Tokenizer.from_file(str(path))
-    shape = init.shape(max(loaded.get_vocab(with_added_tokens=True).values()) + 1)
+    path = tokenizer_file(tokenizer)
+    shape = init.shape(vocabulary_size(tokenizer))
     with tempfile.TemporaryDirectory() as directory:
         sidecar = Path(directory)
-        copy_sidecar(tokenizer, sidecar)
+        copy_sidecar(path.parent, sidecar)
         config = exported_config(shape, None, "float32")
-        write_config(sidecar, {**config, **_special_tokens(sidecar, loaded)})
+        write_config(sidecar, {**config, **_special_tokens(sidecar, Tokenizer.from_file(str(path)))})
         write_checkpoint(out, shape, RandomWeights(shape, seed), torch.float32, sidecar)
 
 

@@ -45,13 +45,18 @@ def vocabulary_size(path: Path) -> int:
     return _read_tokenizer(path)[1]
 
 
+def tokenizer_file(path: Path) -> Path:
+    """The tokenizer.json of a model, tokenizer, checkpoint or stage directory. Raises UserError without one."""
+    directory = model_directory(path)
+    for candidate in (directory / "tokenizer.json", directory / HF_DIR / "tokenizer.json"):
+        if candidate.exists():
+            return candidate
+    raise UserError(f"{path}: no tokenizer.json there")
+
+
 def _read_tokenizer(path: Path) -> tuple[dict[str, Any], int]:
     """The content of tokenizer.json, and its vocabulary's size."""
-    directory = model_directory(path)
-    candidates = [directory / "tokenizer.json", directory / HF_DIR / "tokenizer.json"]
-    file = next((candidate for candidate in candidates if candidate.exists()), None)
-    if file is None:
-        raise UserError(f"{path}: no tokenizer.json there")
+    file = tokenizer_file(path)
     content = read_json(file)
     try:
         vocabulary = content["model"]["vocab"]

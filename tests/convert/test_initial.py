@@ -1,0 +1,28 @@
+"""Random weights take their vocabulary from whatever `recipe check` takes for a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models
+
+from megatron_prolong.convert.initial import write_initial
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.schema import InitSpec
+from megatron_prolong.recipe.shape import HF_DIR, read_shape
+
+INIT = InitSpec(num_layers=1, hidden_size=8, num_heads=2, num_kv_heads=1, ffn_hidden_size=16)
+
+
+def test_a_checkpoint_lends_its_tokenizer(tmp_path: Path) -> None:
+    source, first, second = tmp_path / "tokenizer", tmp_path / "first", tmp_path / "second"
+    source.mkdir()
+    Tokenizer(models.WordLevel({"a": 0, "b": 6}, "a")).save(str(source / "tokenizer.json"))
+    write_initial(INIT, source, first, seed=1)
+    write_initial(INIT, first, second, seed=1)
+    assert read_shape(first) == read_shape(second) and read_shape(first).vocab_size == 7
+    for name in ("tokenizer.json", "config.json"):
+        assert (first / HF_DIR / name).read_bytes() == (second / HF_DIR / name).read_bytes()
+    with pytest.raises(UserError, match=r"absent: no tokenizer\.json"):
+        write_initial(INIT, tmp_path / "absent", tmp_path / "third", seed=1)
