@@ -122,17 +122,13 @@ def from_megatron(
 
 def _tokenizer(directory: Path, data: Path):  # type: ignore[no-untyped-def]
     """The tokenizer there. Raises UserError where the data says that another one made its tokens."""
-    from transformers import AutoTokenizer
-
     from megatron_prolong.data.mds import common_tokenizer, read_index
+    from megatron_prolong.evaluation.backend import load_tokenizer
     from megatron_prolong.recipe.inputs import tokenizer_fingerprint
 
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; expected one with tokenizer.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no tokenizer can be read from it ({error})") from None
+    tokenizer = load_tokenizer(directory)
     made_with = {str(data): read_index(data).tokenizer, str(directory): tokenizer_fingerprint(directory)}
     common_tokenizer(made_with)
     return tokenizer

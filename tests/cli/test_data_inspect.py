@@ -49,7 +49,7 @@ def test_inspect_shows_samples_as_text(packs: Path, tmp_path: Path) -> None:
     missing = run("inspect", packs, "--sample", 0, "--tokenizer", tmp_path / "absent").exception
     assert isinstance(missing, UserError) and "absent: no such directory" in str(missing)
     empty = run("inspect", packs, "--sample", 0, "--tokenizer", packs).exception
-    assert isinstance(empty, UserError) and "no tokenizer can be read" in str(empty)
+    assert isinstance(empty, UserError) and "no tokenizer that transformers can read" in str(empty)
     record_tokenizer(packs)
     for command in (["inspect", packs, "--sample", 0], ["verify", packs]):
         other = run(*command, "--tokenizer", tmp_path / "tokenizer").exception

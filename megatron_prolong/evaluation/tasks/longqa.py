@@ -7,9 +7,8 @@ from collections.abc import Callable
 from functools import partial
 
 from megatron_prolong.evaluation.rows import read_split
-from megatron_prolong.evaluation.task import Inputs, Row, Scored, Task, shuffled, stable_seed
+from megatron_prolong.evaluation.task import Inputs, Row, Scored, Task, score_text, shuffled, stable_seed
 from megatron_prolong.evaluation.tasks.long_documents import cut_document, document_tokenizer, num_tokens
-from megatron_prolong.evaluation.text_metrics import parse_output, text_metrics
 
 NARRATIVE = (
     "You are given a story, which can be either a novel or a movie script, and a question. Answer the question "
@@ -119,10 +118,15 @@ def load_infbench(split: str, example: Callable[[Row], str], task: Task, inputs:
     assert inputs.data is not None
     tokenizer = document_tokenizer(inputs)
     rows = [_infbench_row(row, split) for row in read_split(inputs.data / "hf" / "infinitebench", split)]
-    rows = [{**row, "demo": _infbench_demo(row, rows, example, task.shots, inputs.seed)} for row in rows]
-    rows = [row for row in rows if num_tokens(tokenizer, row["context"]) >= INFBENCH_MIN_TOKENS]
-    chosen = shuffled(rows, inputs.seed)[: task.samples(inputs)]
-    return [{**row, "context": cut_document(tokenizer, row["context"], _budget(task))} for row in chosen]
+    long = [row for row in rows if num_tokens(tokenizer, row["context"]) >= INFBENCH_MIN_TOKENS]
+    return [
+        {
+            **row,
+            "demo": _infbench_demo(row, rows, example, task.shots, inputs.seed),
+            "context": cut_document(tokenizer, row["context"], _budget(task)),
+        }
+        for row in shuffled(long, inputs.seed)[: task.samples(inputs)]
+    ]
 
 
 def _infbench_row(row: Row, split: str) -> Row:
@@ -151,10 +155,7 @@ def _budget(task: Task) -> int:
 
 def _score_choice(output: str, row: Row) -> Scored:
     """The letter as a text answer, or the whole "X. option" anywhere in the output."""
-    parsed = parse_output(output)
-    raw, cut = text_metrics(output, row["answer"]), text_metrics(parsed, row["answer"])
-    scores = {name: max(value, cut[name]) for name, value in raw.items()}
-    scores["substring_exact_match"] = row["answer"][1].lower() in output.lower()
-    if scores["substring_exact_match"]:
-        scores["exact_match"] = True
-    return Scored(scores, parsed)
+    scored = score_text(output, row)
+    named = row["answer"][1].lower() in output.lower()
+    scores = {**scored.scores, "substring_exact_match": named}
+    return Scored({**scores, "exact_match": True} if named else scores, scored.parsed)
