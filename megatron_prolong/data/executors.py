@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -54,12 +56,28 @@ class LocalProcesses:
             initializer=_begin_worker,
         )
         try:
-            for future in as_completed([pool.submit(work, item) for item in items]):
+            with _ctrl_c_waits():
+                futures = [pool.submit(work, item) for item in items]
+            for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool:
             raise UserError(_KILLED.format("take fewer --workers")) from None
+        except (KeyboardInterrupt, GeneratorExit):
+            for worker in multiprocessing.active_children():  # a task under way may take minutes
+                worker.kill()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Workers started in here never see Ctrl-C, which a terminal sends to them too: this process ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker() -> None:

@@ -51,7 +51,7 @@ def test_local_processes_give_every_result() -> None:
 
 
 KILLED = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from megatron_prolong.data.executors import LocalProcesses
 
@@ -60,17 +60,29 @@ def work(number):
     time.sleep(0.1 if number < 2 else 600)
 
 if __name__ == "__main__":
-    list(LocalProcesses(2).map(work, range(4)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's parent ignores it
+    list(LocalProcesses(2).map(work, range(8)))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_end_with_the_process_that_started_them(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [
+        (signal.SIGKILL, os.kill),
+        (signal.SIGTERM, os.kill),
+        (signal.SIGINT, os.kill),
+        (signal.SIGINT, os.killpg),
+    ],
+)
+def test_workers_end_with_the_process_that_started_them(
+    tmp_path: Path, number: signal.Signals, send: Callable[[int, int], None]
+) -> None:
+    """killpg is Ctrl-C in a terminal, which every process of the job receives."""
     (tmp_path / "job.py").write_text(KILLED)
     (tmp_path / "workers").mkdir()
-    job = subprocess.Popen([sys.executable, "job.py", "workers"], cwd=tmp_path)
+    job = subprocess.Popen([sys.executable, "job.py", "workers"], cwd=tmp_path, start_new_session=True)
     wait_until(lambda: len(list((tmp_path / "workers").iterdir())) == 2)
-    job.send_signal(number)
+    send(job.pid, number)
     assert job.wait(timeout=60) == -number
     workers = [int(path.name) for path in (tmp_path / "workers").iterdir()]
     wait_until(lambda: not any(psutil.pid_exists(worker) for worker in workers))
