@@ -97,23 +97,25 @@ def _memory_findings(recipe: Recipe, shape: ModelShape, world: int | None) -> li
     """Whether each stage fits the GPUs here; on CPU, against the memory of the machine."""
     import torch
 
+    from megatron_prolong.plan.hardware import load_hardware
     from megatron_prolong.plan.job import job_of
     from megatron_prolong.plan.memory import peak_memory
     from megatron_prolong.recipe.schema import layout_of
     from megatron_prolong.runtime.doctor import Finding, version_of
 
     with_te = version_of("transformer-engine") is not None
+    any_gpu = next(iter(load_hardware().values()))  # what is kept free is the same on all
     findings = []
     for stage in recipe.stages:
         ranks = layout_of(recipe, stage).model_ranks
         job = job_of(recipe, stage, shape, max(world or ranks, ranks), transformer_engine=with_te)
-        needed = peak_memory(job).total
-        name, detail = f"memory of stage {stage.name}", f"{needed / 1e9:.1f} GB per rank predicted"
+        memory = peak_memory(job)
+        name, detail = f"memory of stage {stage.name}", f"{memory.total / 1e9:.1f} GB per rank predicted"
         if not torch.cuda.is_available():
             findings.append(Finding(name, "ok", detail))
             continue
         has = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-        fits = needed * 1.05 + 3e9 <= has  # as in plan/hardware.yaml: fragmentation, context and NCCL
+        fits = any_gpu.needed_bytes(memory) <= has
         remedy = "" if fits else "see prolong plan for layouts that fit"
         findings.append(
             Finding(name, "ok" if fits else "missing", f"{detail}, GPUs have {has / 1e9:.0f}", remedy)
