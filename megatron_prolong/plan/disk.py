@@ -38,9 +38,10 @@ class CheckpointRoom:
         return self.needed <= self.free
 
     def __str__(self) -> str:
+        size, unit = (1e9, "GB") if self.needed >= 1e8 else (1e6, "MB")
         return (
-            f"{self.needed / 1e9:.1f} GB at most ({self.one / 1e9:.1f} each), {self.free / 1e9:.0f} GB free at "
-            f"{self.directory}"
+            f"{self.needed / size:.1f} {unit} at most ({self.one / size:.1f} each), {self.free / size:.0f} {unit} "
+            f"free at {self.directory}"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.plan.disk import check_room, checkpoint_room
+from megatron_prolong.plan.disk import CheckpointRoom, check_room, checkpoint_room
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.recipe.shape import read_shape
@@ -59,3 +59,8 @@ def test_a_disk_that_will_be_full_is_refused(tmp_path: Path, monkeypatch: pytest
     message = rf"no room for the checkpoints: 899\.\d GB at most .* 788 GB free at {tmp_path}; free space"
     with pytest.raises(UserError, match=message):
         check_room(recipe(tmp_path / "run", "checkpoint.keep_every=5000"))
+
+
+def test_a_small_model_is_told_in_megabytes(tmp_path: Path) -> None:
+    room = CheckpointRoom(480_000, 1_440_000, 1_000_000, tmp_path)
+    assert str(room) == f"1.4 MB at most (0.5 each), 1 MB free at {tmp_path}"
