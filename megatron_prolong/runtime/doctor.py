@@ -138,7 +138,7 @@ def _devices() -> list[Finding]:
         detail = f"{device.name}, {device.total_memory / 1e9:.1f} GB, {capability}"
         if device.major < 8:
             findings.append(
-                Finding(f"GPU {index}", "warning", detail, "bf16 needs compute capability 8.0: use fp32")
+                Finding(f"GPU {index}", "warning", detail, "training on GPUs is in bf16, which needs 8.0")
             )
         else:
             findings.append(Finding(f"GPU {index}", "ok", detail))

@@ -108,4 +108,5 @@ def test_gpus_are_judged_by_what_pytorch_says(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: Device)
     (finding,) = doctor._devices()
-    assert finding.status == "warning" and "use fp32" in finding.remedy
+    assert finding.status == "warning" and "bf16" in finding.remedy
+    assert "fp32" not in finding.remedy, "a recipe with fp32 is refused on a GPU"
