@@ -195,7 +195,7 @@ def _refuse_other_copy(directory: Path, main: bytes, own: bytes) -> None:
 
 
 def _give_up(partial: Path, problems: list[str]) -> None:
-    shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)  # a disk that fails here too must not hide the problems
     raise UserError.many(f"{partial.with_suffix('')} could not be saved:", problems)
 
 

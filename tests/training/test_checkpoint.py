@@ -216,6 +216,15 @@ def test_a_disk_that_fills_up_loses_nothing(small_disk, monkeypatch):
     assert bench.newest == 2
 
 
+def test_what_could_not_be_written_is_named_also_where_it_cannot_be_deleted(bench):
+    bench.slow = True
+    bench.save(1)
+    shutil.rmtree(bench.snapshots[0].directory)
+    bench.snapshots[0].may_write.set()
+    with pytest.raises(UserError, match="step_00000001 could not be saved"):
+        bench.writer.finish()
+
+
 def test_what_killed_processes_left_goes_and_what_others_are_doing_stays(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
