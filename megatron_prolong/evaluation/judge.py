@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -111,10 +112,11 @@ def _judge_questions(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:
     totals = []
     for item, answer in zip(content["data"], answers, strict=True):
         scores = last_object(answer)
-        readable = scores is not None and {"fluency", "correctness"} <= scores.keys()
+        pair: list[Any] = [(scores or {}).get(name) for name in ("fluency", "correctness")]
+        readable = all(isinstance(score, int | float) for score in pair)
         item["gpt-4-scores"] = scores if readable else None
-        if scores is not None and readable:
-            totals.append(scores["fluency"] * scores["correctness"])
+        if readable:
+            totals.append(math.prod(pair))
     if not totals:
         raise UserError(
             f"{path}: none of the judge's {len(answers)} answers can be read; is {judge.model} able?"

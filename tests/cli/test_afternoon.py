@@ -55,7 +55,7 @@ def write_tiny_recipe(place: Path, name: str) -> None:
     stages = load_recipe(path).stages
     path = path.rename(path.with_name(f"full_{name}.yaml"))
     small = f"sequence_length: {LENGTH}, batch_tokens: 16K, steps: 2, layout: {{tp: 1, cp: 1}}"
-    tiny = [f"base: {path.name}", "layout: {tp: 1}", "precision: fp32", "recompute: none", "stages:"]
+    tiny = [f"base: {path.name}", "layout: {tp: 1}", "recompute: none", "stages:"]
     tiny += [f"  - {{name: {stage.name}, {small}}}" for stage in stages]
     path.with_name(f"prolong_{name}.yaml").write_text("\n".join(tiny) + "\n")
     for stage in stages:

@@ -105,6 +105,20 @@ def test_the_judge_scores_caches_and_resumes(server: Server, tmp_path: Path) -> 
     assert len(server.requests) == 6, "another judge is asked anew"
 
 
+@pytest.mark.parametrize(
+    "answer", ['{"fluency": "1", "correctness": "3"}', '{"fluency": null, "correctness": 3}']
+)
+def test_a_judges_score_that_is_no_number_cannot_be_read(server: Server, tmp_path: Path, answer: str) -> None:
+    items = [{"question": "q", "answer": ["x"], "output": "out"}]
+    result = tmp_path / "narrativeqa_7892_v1__in8192_size1.json"
+    result.write_text(json.dumps({"data": items, "averaged_metrics": {}, "args": {}}))
+    server.answer = answer
+    with pytest.raises(UserError, match="none of the judge's 1 answers can be read"):
+        judge_results(
+            tmp_path, Judge(client(server), "tiny", tmp_path / "cache.jsonl"), helmet_checkout(tmp_path)
+        )
+
+
 def test_summary_scores() -> None:
     answers = ['{"fluency": 1}', '{"recall": 2}', 'text {"precision": 3, "sentence_count": 4}']
     scores = summary_scores(answers, 4)
