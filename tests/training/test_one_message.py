@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megatron_prolong.errors import JointError, RankLost, UserError
 from megatron_prolong.runtime.agreement import on_main, together
@@ -114,6 +115,7 @@ def other_copy_on_rank_1() -> None:
 
 
 def broken_on_rank_0() -> None:
+    dist.barrier()  # rank 0 holds the rendezvous: gone before rank 1 has met it, there would be no collective yet
     if os.environ["RANK"] == "0":
         raise AssertionError("a defect of ours")
 
