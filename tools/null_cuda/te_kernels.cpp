@@ -55,16 +55,20 @@ ScaleRule rule(NVTEQuantizationConfig config) {
           static_cast<bool>(attribute<uint8_t>(config, kNVTEQuantizationConfigForcePow2Scales))};
 }
 
-void describe(NVTETensor tensor, size_t bytes) {
-  NVTEBasicTensor basic = {nullptr, kNVTEByte, nvte_make_shape(&bytes, 1)};
-  nvte_set_tensor_param(&tensor, kNVTERowwiseData, &basic);
-}
-
 // Norms are called twice: for the size of their workspace, then with it.
 bool is_question(NVTETensor workspace) {
   if (nvte_tensor_data(workspace)) return false;
-  describe(workspace, 16);
+  describe(workspace, {16}, kNVTEByte);
   return true;
+}
+
+// [rows, columns, ...] as [columns, rows, ...].
+void swap_axes(NVTETensor input, NVTETensor output, size_t rows, size_t columns) {
+  size_t bytes = nvte_tensor_numel(input) / (rows * columns) * nvte_tensor_element_size(input);
+  auto *from = static_cast<char*>(nvte_tensor_data(input)), *to = static_cast<char*>(nvte_tensor_data(output));
+  for (size_t i = 0; i < rows; ++i)
+    for (size_t j = 0; j < columns; ++j)
+      std::memcpy(to + (j * rows + i) * bytes, from + (i * columns + j) * bytes, bytes);
 }
 
 // (fused_rope/fused_rope.cu) The backward turns the other way.
@@ -141,22 +145,13 @@ void nvte_dequantize(const NVTETensor input, NVTETensor output, cudaStream_t) {
 
 void nvte_transpose(const NVTETensor input, NVTETensor output, cudaStream_t) {
   NVTEShape shape = nvte_tensor_shape(input);
-  size_t rows = 1, columns = shape.data[shape.ndim - 1], bytes = nvte_tensor_element_size(input);
-  for (size_t i = 0; i + 1 < shape.ndim; ++i) rows *= shape.data[i];
-  auto *from = static_cast<char*>(nvte_tensor_data(input)), *to = static_cast<char*>(nvte_tensor_data(output));
-  for (size_t i = 0; i < rows; ++i)
-    for (size_t j = 0; j < columns; ++j)
-      std::memcpy(to + (j * rows + i) * bytes, from + (i * columns + j) * bytes, bytes);
+  size_t size = nvte_tensor_numel(input), columns = shape.data[shape.ndim - 1];
+  if (size) swap_axes(input, output, size / columns, columns);
 }
 
 void nvte_swap_first_dims(const NVTETensor input, NVTETensor output, cudaStream_t) {
   NVTEShape shape = nvte_tensor_shape(input);
-  size_t bytes = nvte_tensor_element_size(input);
-  for (size_t i = 2; i < shape.ndim; ++i) bytes *= shape.data[i];
-  auto *from = static_cast<char*>(nvte_tensor_data(input)), *to = static_cast<char*>(nvte_tensor_data(output));
-  for (size_t i = 0; i < shape.data[0]; ++i)
-    for (size_t j = 0; j < shape.data[1]; ++j)
-      std::memcpy(to + (j * shape.data[0] + i) * bytes, from + (i * shape.data[1] + j) * bytes, bytes);
+  if (nvte_tensor_numel(input)) swap_axes(input, output, shape.data[0], shape.data[1]);
 }
 
 void nvte_memset(void* at, int value, size_t size, cudaStream_t) { std::memset(at, value, size); }

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -20,6 +21,12 @@ inline void require(bool is_so, const char* otherwise) {
 }
 
 inline NVTEBasicTensor part(NVTETensor tensor, NVTETensorParam which) { return nvte_get_tensor_param(tensor, which); }
+
+// What a caller will find when it asks for the shape of an output or workspace.
+inline void describe(NVTETensor tensor, std::initializer_list<size_t> sizes, NVTEDType dtype) {
+  NVTEBasicTensor basic = {nullptr, dtype, nvte_make_shape(sizes.begin(), sizes.size())};
+  nvte_set_tensor_param(&tensor, kNVTERowwiseData, &basic);
+}
 
 inline float* scalar(NVTETensor tensor, NVTETensorParam which) { return static_cast<float*>(part(tensor, which).data_ptr); }
 
@@ -168,7 +175,12 @@ inline Matrix read(NVTETensor tensor, NVTETensorParam which) {
 inline std::vector<float> scales_for(const Storage& storage, NVTETensor tensor, const Matrix& stored, ScaleRule rule) {
   if (!is_fp8(storage.data.dtype)) return {};
   Elements inverse(storage.inverse);
-  std::vector<float> scales(storage.mode == NVTE_DELAYED_TENSOR_SCALING ? 1 : inverse.size());
+  if (storage.mode == NVTE_DELAYED_TENSOR_SCALING) {
+    float scale = *scalar(tensor, kNVTEScale);
+    inverse.set(0, 1 / scale);
+    return {scale};
+  }
+  std::vector<float> scales(inverse.size());
   for (size_t i = 0; i < stored.rows; ++i)
     for (size_t j = 0; j < stored.columns; ++j) {
       float& amax = scales[storage.scale_index(i, j)];
@@ -176,10 +188,7 @@ inline std::vector<float> scales_for(const Storage& storage, NVTETensor tensor, 
     }
   float most = fp8_max(storage.data.dtype);
   for (size_t i = 0; i < scales.size(); ++i) {
-    if (storage.mode == NVTE_DELAYED_TENSOR_SCALING) {
-      scales[i] = *scalar(tensor, kNVTEScale);
-      inverse.set(i, 1 / scales[i]);
-    } else if (storage.mode == NVTE_MXFP8_1D_SCALING) {
+    if (storage.mode == NVTE_MXFP8_1D_SCALING) {
       inverse.set(i, scales[i] / most);
       scales[i] = 1 / inverse[i];
     } else {

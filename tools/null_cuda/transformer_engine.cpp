@@ -10,7 +10,6 @@
 #include <transformer_engine/fused_attn.h>
 
 #include <cstdlib>
-#include <initializer_list>
 
 using namespace te;
 
@@ -37,11 +36,6 @@ size_t graph_tokens(size_t tokens) {
   size_t rounded = 1024;
   while (rounded < tokens) rounded *= 2;
   return rounded;
-}
-
-void describe(NVTETensor tensor, std::initializer_list<size_t> sizes, NVTEDType dtype) {
-  NVTEBasicTensor basic = {nullptr, dtype, nvte_make_shape(sizes.begin(), sizes.size())};
-  nvte_set_tensor_param(&tensor, kNVTERowwiseData, &basic);
 }
 
 // TE calls twice: for the sizes, then with memory of that size to run the kernel.
