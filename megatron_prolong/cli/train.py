@@ -186,7 +186,7 @@ def status(
     from megatron_prolong.cli.tables import print_table
     from megatron_prolong.recipe.load import load_recipe
     from megatron_prolong.recipe.run_files import RESOLVED_RECIPE
-    from megatron_prolong.training.state import chain_status
+    from megatron_prolong.training.run_directory import chain_status
 
     recipe = load_recipe(run / RESOLVED_RECIPE if run.is_dir() else run, overrides or [])
     run_dir = run if run.is_dir() else recipe.run_dir  # it may have moved since its recipe was written

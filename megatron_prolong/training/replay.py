@@ -18,10 +18,9 @@ from megatron_prolong.recipe.run_files import METRICS, RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import Recipe, Stage, layout_of
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.strict_json import read_lines, with_nan
+from megatron_prolong.training.prepare import StageInput, first_state, prepare_stage
 from megatron_prolong.training.run import initial_directory, stage_input
-from megatron_prolong.training.run_directory import Checkpoint, checkpoints, latest_checkpoint
-from megatron_prolong.training.stage import StageInput, first_state, prepare_stage
-from megatron_prolong.training.state import StageStatus
+from megatron_prolong.training.run_directory import Checkpoint, StageStatus, checkpoints, latest_checkpoint
 from megatron_prolong.training.step import StepMetrics
 
 

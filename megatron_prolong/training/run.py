@@ -20,17 +20,11 @@ from megatron_prolong.runtime.agreement import against_main, from_main, on_main,
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.runtime.publish import write_durably
+from megatron_prolong.training.changes import refuse_changes, refuse_gaps, refuse_other_work, work_of
 from megatron_prolong.training.log import RunLog, open_log
-from megatron_prolong.training.run_directory import Checkpoint, latest_checkpoint
-from megatron_prolong.training.stage import Preempted, Session, StageInput, train_stage
-from megatron_prolong.training.state import (
-    StageStatus,
-    chain_status,
-    refuse_changes,
-    refuse_gaps,
-    refuse_other_work,
-    work_of,
-)
+from megatron_prolong.training.prepare import StageInput
+from megatron_prolong.training.run_directory import Checkpoint, StageStatus, chain_status, latest_checkpoint
+from megatron_prolong.training.stage import Preempted, Session, train_stage
 
 CONVERSION_TIMEOUT = timedelta(days=1)  # hundreds of GB, from a slow disk to a slow disk
 

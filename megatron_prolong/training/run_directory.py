@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: found, named, pruned. Reading a run's state needs no torch.
+"""The checkpoints of a run on disk: found, named, pruned; where its stages stand. Reading needs no torch.
 
 RUN/STAGE/step_00000125/ is a complete checkpoint: a directory never has that name before everything in it is on
 disk. RUN/STAGE/latest names the newest one.
@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.run_files import LATEST, complete_checkpoints
+from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import MANIFEST, read_manifest
 from megatron_prolong.runtime.publish import remove, remove_leftovers, write_durably
 
@@ -79,3 +80,28 @@ def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
     remove_leftovers(stage_dir)
     for leftover in stage_dir.glob("step_*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One line of `prolong status`."""
+
+    stage: Stage
+    checkpoint: Checkpoint | None
+
+    @property
+    def step(self) -> int:
+        """Updates that are safe on disk."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    @property
+    def word(self) -> str:
+        """waiting, in progress or done."""
+        if self.step >= self.stage.num_steps:
+            return "done"
+        return "in progress" if self.step else "waiting"
+
+
+def chain_status(recipe: Recipe, run_dir: Path) -> list[StageStatus]:
+    """The stages of the recipe in order, each with its newest complete checkpoint."""
+    return [StageStatus(stage, latest_checkpoint(run_dir / stage.name)) for stage in recipe.stages]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +14,24 @@ import numpy as np
 import torch
 
 from megatron_prolong.convert.dtypes import dtype_name
-from megatron_prolong.data.balance import CostModel
-from megatron_prolong.data.mixture import Mixture
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.stream import stream
 from megatron_prolong.errors import UserError
-from megatron_prolong.mcore.build import StageModel, build_model
-from megatron_prolong.mcore.checkpoint import load_weights, load_weights_and_optimizer
-from megatron_prolong.mcore.groups import ParallelGroups, megatron
-from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
+from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.plan.flops import model_flops
-from megatron_prolong.recipe import fp8
 from megatron_prolong.recipe.load import dump_recipe
-from megatron_prolong.recipe.schema import (
-    Layout,
-    Recipe,
-    Stage,
-    layout_of,
-    offload_of,
-    precision_of,
-    recompute_of,
-)
-from megatron_prolong.recipe.shape import ModelShape
-from megatron_prolong.runtime.agreement import against_main
+from megatron_prolong.recipe.schema import Recipe, Stage, layout_of
 from megatron_prolong.runtime.garbage import collected_by_hand
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
 from megatron_prolong.runtime.watchdog import Watchdog
 from megatron_prolong.training import guard
-from megatron_prolong.training.balance import micro_batches, share_out
-from megatron_prolong.training.checkpoint import CheckpointWriter, verify_checkpoint
+from megatron_prolong.training.changes import versions
+from megatron_prolong.training.checkpoint import CheckpointWriter
 from megatron_prolong.training.log import RunLog
-from megatron_prolong.training.run_directory import Checkpoint
-from megatron_prolong.training.schedule import learning_rate
-from megatron_prolong.training.state import LOSS_WINDOW, TrainState, versions
-from megatron_prolong.training.step import StepMetrics, train_step
+from megatron_prolong.training.prepare import StageInput, StageRun, first_state, prepare_stage
+from megatron_prolong.training.state import TrainState
+from megatron_prolong.training.step import StepMetrics
 
 # From one micro-batch to the next, which takes minutes (a step of 8M tokens takes hours on a few GPUs); saving a
 # checkpoint of 70B is in it too.
@@ -76,57 +57,6 @@ class Session:
     log: RunLog | None
     stop_requested: Callable[[], bool]
     sidecar: Path
-
-
-@dataclass(frozen=True)
-class StageInput:
-    """Where a stage starts from.
-
-    Attributes:
-        checkpoint: whose weights are loaded.
-        optimizer: load Adam's moments from it too.
-        resume: it is this stage's own checkpoint, so its TrainState continues.
-    """
-
-    checkpoint: Checkpoint
-    optimizer: bool
-    resume: bool
-
-    def shape(self, stage: Stage) -> ModelShape:
-        """The model's shape in this stage: the incoming one with the stage's RoPE base and at least its length."""
-        shape = ModelShape.from_dict(self.checkpoint.manifest["shape"])
-        return shape.replace(
-            rope_base=stage.rope_base or shape.rope_base,
-            max_length=max(shape.max_length, stage.sequence_length),
-        )
-
-
-@dataclass(frozen=True)
-class StageRun:
-    """Everything the loop of one stage works with, on this rank."""
-
-    recipe: Recipe
-    stage: Stage
-    layout: Layout
-    world: World
-    groups: ParallelGroups
-    model: StageModel
-    optimizer: MegatronOptimizer
-    mixture: Mixture
-    cost: CostModel
-
-    def update(self, step: int, sequences: list[PackedSequence]) -> StepMetrics:
-        """Make update `step` (counted from 0) with its global batch. Collective."""
-        stage, recipe = self.stage, self.recipe
-        assignment = share_out(sequences, self.groups, stage.micro_batch_length, self.cost)
-        batches = micro_batches(
-            sequences, assignment, self.groups, self.layout, self.cost, self.world.device,
-            token_multiple=fp8.TOKEN_MULTIPLE if precision_of(recipe, stage) == "fp8" else 1,
-        )  # fmt: skip
-        return train_step(
-            self.model, self.optimizer, batches, self.groups,
-            spec=recipe.optimizer, lr=learning_rate(stage, step),
-        )  # fmt: skip
 
 
 def train_stage(session: Session, stage: Stage, start: StageInput, until: int) -> None:
@@ -172,7 +102,7 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
     for step, sequences in stream(run.mixture, state.step):
         metrics = run.update(step, sequences)
         gc.collect()  # all ranks are here at the same time
-        before, state = state, _advance(state, stage, sequences, metrics)
+        before, state = state, state.after(stage, sequences, metrics)
         watchdog.feed(state.step + 1)
         writer.poll()
         try:
@@ -196,95 +126,6 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
             break
         started = time.perf_counter()  # so that waiting for data counts, and saving does not
     writer.finish()
-
-
-def prepare_stage(
-    recipe: Recipe, stage: Stage, start: StageInput, layout: Layout, world: World, groups: ParallelGroups
-) -> StageRun:
-    """Build model, optimizer and batch stream; load what the stage starts from."""
-    shape = start.shape(stage)
-    mixture = Mixture.of_stage(stage, shape.vocab_size)
-    against_main(mixture.fingerprint(), partial(_refuse_other_data, stage))
-    model = build_model(
-        shape,
-        layout,
-        precision=precision_of(recipe, stage),
-        recompute=recompute_of(recipe, stage),
-        fp8_recipe=recipe.fp8_recipe,
-        fp8_parameters=recipe.fp8_parameters,
-        loss_chunk_tokens=recipe.loss_chunk_tokens,
-        offload_activations=offload_of(recipe, stage),
-        rank_tokens=-(-stage.micro_batch_length // layout.cp),
-    )
-    verify_checkpoint(start.checkpoint.directory)
-    if start.optimizer:
-        _refuse_other_optimizer(start.checkpoint, layout)
-        optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
-        load_weights_and_optimizer(start.checkpoint.directory, model, optimizer)
-    else:
-        # The optimizer copies its fp32 main weights from the model, so the weights come first.
-        load_weights(start.checkpoint.directory, model)
-        optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
-    cost = CostModel.for_shape(shape)
-    return StageRun(recipe, stage, layout, world, groups, model, optimizer, mixture, cost)
-
-
-def _refuse_other_data(stage: Stage, main: str, own: str) -> None:
-    """Ranks that read other samples would each train on its own."""
-    if own != main:
-        raise UserError(
-            f"stage {stage.name}: its data here is not rank 0's (other samples behind the same recipe); copy it "
-            "to this node again, or read it from a shared disk"
-        )
-
-
-def _refuse_other_optimizer(checkpoint: Checkpoint, layout: Layout) -> None:
-    """Megatron's sharded and unsharded optimizers have files of their own; any other change of layout is fine."""
-    saved = checkpoint.manifest["layout"]["distributed_optimizer"]
-    if saved != layout.distributed_optimizer:
-        raise UserError(
-            f"{checkpoint.directory} was saved with layout.distributed_optimizer: {str(saved).lower()}, and its "
-            "optimizer state can only continue with that; set it so, or start the stage with carry.optimizer: false"
-        )
-
-
-def first_state(run: StageRun, start: StageInput) -> TrainState:
-    """A fresh state, or the one saved with the stage's own checkpoint if the batch stream is still the same."""
-    fingerprint = run.mixture.fingerprint()
-    if not start.resume:
-        return TrainState(stage=run.stage.name, stream=fingerprint)
-    try:
-        state = TrainState.from_dict(start.checkpoint.manifest["training"])
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{start.checkpoint.directory}: this version cannot continue from its training state ({error!r}); use "
-            "the version that wrote it (named in its prolong.json)"
-        ) from error
-    if state.stream != fingerprint:
-        raise UserError(
-            f"stage {run.stage.name} cannot continue from {start.checkpoint.directory}: its data has changed "
-            "(other samples, another order of the domains, or other proportions), so the batch stream would jump; "
-            "restore the data, or start a new run_dir"
-        )
-    return state
-
-
-def _advance(
-    state: TrainState, stage: Stage, sequences: list[PackedSequence], metrics: StepMetrics
-) -> TrainState:
-    domains, names = Counter(state.domain_tokens), stage.domain_names
-    for sequence in sequences:
-        domain = sequence.identity.domain
-        domains[names.get(domain, domain)] += sequence.num_tokens
-    return replace(
-        state,
-        step=state.step + 1,
-        tokens=state.tokens + stage.batch_tokens,
-        skipped=state.skipped + (not metrics.updated),
-        skipped_in_a_row=0 if metrics.updated else state.skipped_in_a_row + 1,
-        recent_losses=[*state.recent_losses, *[metrics.loss] * metrics.updated][-LOSS_WINDOW:],
-        domain_tokens=dict(domains),
-    )
 
 
 def _facts(

@@ -11,7 +11,6 @@ from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Stage
 from megatron_prolong.training.guard import MAX_SKIPS_IN_A_ROW, check
-from megatron_prolong.training.stage import _advance
 from megatron_prolong.training.state import LOSS_WINDOW, TrainState
 from megatron_prolong.training.step import StepMetrics
 
@@ -26,7 +25,7 @@ def walk(state: TrainState, losses: Iterable[float]) -> TrainState:
     for loss in losses:
         found = StepMetrics(loss, grad_norm=1.0, lr=1e-3, num_targets=3, updated=math.isfinite(loss))
         check(state, found, [SAMPLE])
-        state = _advance(state, STAGE, [SAMPLE], found)
+        state = state.after(STAGE, [SAMPLE], found)
         state = TrainState.from_dict(json.loads(json.dumps(state.to_dict())))
     return state
 

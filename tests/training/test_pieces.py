@@ -21,9 +21,10 @@ from megatron_prolong.runtime.launch import World
 from megatron_prolong.training import run
 from megatron_prolong.training import stage as stage_module
 from megatron_prolong.training.log import open_log
+from megatron_prolong.training.prepare import StageInput, first_state
 from megatron_prolong.training.replay import _recorded, _start
 from megatron_prolong.training.run_directory import MANIFEST, Checkpoint, latest_checkpoint, write_pointer
-from megatron_prolong.training.stage import Preempted, Session, StageInput, _advance, first_state
+from megatron_prolong.training.stage import Preempted, Session
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics
 
@@ -158,10 +159,10 @@ def test_domains_of_one_name_are_counted_apart(tmp_path):
         for path, length in zip(directories, (64, 60), strict=True)
     ]
     metrics = StepMetrics(2.0, grad_norm=1.0, lr=1e-3, num_targets=3, updated=True)
-    state = _advance(TrainState(stage="short"), stage, sequences, metrics)
+    state = TrainState(stage="short").after(stage, sequences, metrics)
     assert state.domain_tokens == {"code/64-64": 64, "books/64-64": 60}
     alone = stage.model_copy(update={"mixture": {directories[0]: 1.0}})
-    assert _advance(state, alone, sequences[:1], metrics).domain_tokens["64-64"] == 64
+    assert state.after(alone, sequences[:1], metrics).domain_tokens["64-64"] == 64
 
 
 def test_half_a_line_of_a_process_that_died_does_not_spoil_the_next(tmp_path):

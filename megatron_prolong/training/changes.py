@@ -1,0 +1,138 @@
+"""What may change between two starts of a run, and what must be the same on all of its ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.schema import Recipe
+from megatron_prolong.training.run_directory import StageStatus, latest_checkpoint
+
+# Changing one of these in a stage that has begun would make its numbers depend on when it was stopped.
+_FIXED_IN_STAGE = {
+    "sequence_length", "rope_base", "batch_tokens", "steps", "tokens", "warmup", "schedule", "seed", "carry",
+    "loss_mask", "precision",
+}  # fmt: skip
+_FIXED_IN_RUN = {"model", "precision"}
+
+
+class Change(NamedTuple):
+    """What differs between two starts, and why it cannot be taken up half-way, if it cannot."""
+
+    what: str
+    refusal: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.refusal})" if self.refusal else self.what
+
+
+def refuse_changes(before: Recipe, now: Recipe, statuses: list[StageStatus]) -> list[str]:
+    """The allowed changes since the run was last started; raises UserError when there are refused ones."""
+    changes = [
+        *_run_changes(before, now),
+        *_stage_changes(before, statuses),
+        *_removed_stages(before, now),
+        *_reordered_stages(before, now, statuses),
+    ]
+    if refused := [str(change) for change in changes if change.refusal]:
+        raise UserError.many(
+            f"{now.run_dir} was started with another recipe, and these changes cannot be taken up half-way "
+            "(undo them, or choose another run_dir):",
+            refused,
+        )
+    return [str(change) for change in changes]
+
+
+def _run_changes(before: Recipe, now: Recipe) -> Iterator[Change]:
+    for key, old, new in _differences(_without_stages(before), _without_stages(now)):
+        fixed = key.split(".")[0] in _FIXED_IN_RUN
+        yield Change(f"{key}: {old} → {new}", "fixed for the whole run" if fixed else None)
+
+
+def _stage_changes(before: Recipe, statuses: list[StageStatus]) -> Iterator[Change]:
+    stages_before = {stage.name: stage for stage in before.stages}
+    for status in statuses:
+        stage = status.stage
+        if status.word == "waiting" or stage.name not in stages_before:
+            continue
+        for key, old, new in _differences(_dump(stages_before[stage.name]), _dump(stage)):
+            fixed = status.word == "done" or key.split(".")[0] in _FIXED_IN_STAGE
+            refusal = f"the stage is {status.word}" if fixed else None
+            yield Change(f"stage.{stage.name}.{key}: {old} → {new}", refusal)
+
+
+def _removed_stages(before: Recipe, now: Recipe) -> Iterator[Change]:
+    for name in sorted({stage.name for stage in before.stages} - {stage.name for stage in now.stages}):
+        directory = now.run_dir / name
+        begun = latest_checkpoint(directory) is not None
+        yield Change(
+            f"stage {name}: removed{' or renamed' if begun else ''}",
+            f"to give it up, move {directory} away" if begun else None,
+        )
+
+
+def _reordered_stages(before: Recipe, now: Recipe, statuses: list[StageStatus]) -> Iterator[Change]:
+    begun = {status.stage.name for status in statuses if status.word != "waiting"}
+    old, new = ([stage.name for stage in of.stages if stage.name in begun] for of in (before, now))
+    if old != new:
+        yield Change(f"order of the stages: {old} → {new}", "they have begun")
+
+
+def refuse_gaps(statuses: list[StageStatus]) -> None:
+    """Raises UserError when a stage is not done but a later one has begun, which would see nothing of it."""
+    unfinished = next((status for status in statuses if status.word != "done"), None)
+    begun = [status for status in statuses if status.step]
+    if unfinished is not None and begun and statuses.index(begun[-1]) > statuses.index(unfinished):
+        later = begun[-1].stage.name
+        raise UserError(
+            f"stage {unfinished.stage.name} is at step {unfinished.step} of {unfinished.stage.num_steps}, but "
+            f"stage {later} after it has begun, from other weights; to go on with {later}, put the checkpoints "
+            f"of {unfinished.stage.name} back or take it out of the recipe; to train {later} anew, move its "
+            "directory away"
+        )
+
+
+def work_of(recipe: Recipe) -> dict[str, Any]:
+    """What all ranks must agree on. A node may have the mixture's data in a place of its own: what is in it is
+    compared when the stage begins."""
+    work = _dump(recipe)
+    work["stages"] = {stage["name"]: stage for stage in work["stages"]}
+    for stage in work["stages"].values():
+        if isinstance(stage["mixture"], dict):
+            stage["mixture"] = list(stage["mixture"].values())
+    return work | {"version": versions()}
+
+
+def refuse_other_work(main: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raises UserError when this rank's `work_of` is not rank 0's: it would train a model of its own."""
+    problems = [f"{key}: {here}, but {there} on rank 0" for key, there, here in _differences(main, own)]
+    if problems:
+        raise UserError.many(
+            "not the recipe or the packages of rank 0; give all nodes the same files:", problems
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that make the numbers."""
+    return {name: version(name) for name in ("megatron-prolong", "megatron-core", "torch")}
+
+
+def _dump(model: Any) -> dict[str, Any]:
+    return model.model_dump(mode="json")
+
+
+def _without_stages(recipe: Recipe) -> dict[str, Any]:
+    dumped = _dump(recipe)
+    for key in ("stages", "base", "run_dir", "name"):
+        dumped.pop(key, None)
+    return dumped
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    elif old != new:
+        yield prefix, old, new

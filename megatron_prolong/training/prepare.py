@@ -1,0 +1,155 @@
+"""Set a stage up at its layout: the model, the optimizer and the batch stream, and what it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from megatron_prolong.data.balance import CostModel
+from megatron_prolong.data.mixture import Mixture
+from megatron_prolong.data.packed import PackedSequence
+from megatron_prolong.errors import UserError
+from megatron_prolong.mcore.build import StageModel, build_model
+from megatron_prolong.mcore.checkpoint import load_weights, load_weights_and_optimizer
+from megatron_prolong.mcore.groups import ParallelGroups
+from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
+from megatron_prolong.recipe import fp8
+from megatron_prolong.recipe.schema import (
+    Layout,
+    Recipe,
+    Stage,
+    offload_of,
+    precision_of,
+    recompute_of,
+)
+from megatron_prolong.recipe.shape import ModelShape
+from megatron_prolong.runtime.agreement import against_main
+from megatron_prolong.runtime.launch import World
+from megatron_prolong.training.balance import micro_batches, share_out
+from megatron_prolong.training.checkpoint import verify_checkpoint
+from megatron_prolong.training.run_directory import Checkpoint
+from megatron_prolong.training.schedule import learning_rate
+from megatron_prolong.training.state import TrainState
+from megatron_prolong.training.step import StepMetrics, train_step
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """Where a stage starts from.
+
+    Attributes:
+        checkpoint: whose weights are loaded.
+        optimizer: load Adam's moments from it too.
+        resume: it is this stage's own checkpoint, so its TrainState continues.
+    """
+
+    checkpoint: Checkpoint
+    optimizer: bool
+    resume: bool
+
+    def shape(self, stage: Stage) -> ModelShape:
+        """The model's shape in this stage: the incoming one with the stage's RoPE base and at least its length."""
+        shape = ModelShape.from_dict(self.checkpoint.manifest["shape"])
+        return shape.replace(
+            rope_base=stage.rope_base or shape.rope_base,
+            max_length=max(shape.max_length, stage.sequence_length),
+        )
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """Everything the loop of one stage works with, on this rank."""
+
+    recipe: Recipe
+    stage: Stage
+    layout: Layout
+    world: World
+    groups: ParallelGroups
+    model: StageModel
+    optimizer: MegatronOptimizer
+    mixture: Mixture
+    cost: CostModel
+
+    def update(self, step: int, sequences: list[PackedSequence]) -> StepMetrics:
+        """Make update `step` (counted from 0) with its global batch. Collective."""
+        stage, recipe = self.stage, self.recipe
+        assignment = share_out(sequences, self.groups, stage.micro_batch_length, self.cost)
+        batches = micro_batches(
+            sequences, assignment, self.groups, self.layout, self.cost, self.world.device,
+            token_multiple=fp8.TOKEN_MULTIPLE if precision_of(recipe, stage) == "fp8" else 1,
+        )  # fmt: skip
+        return train_step(
+            self.model, self.optimizer, batches, self.groups,
+            spec=recipe.optimizer, lr=learning_rate(stage, step),
+        )  # fmt: skip
+
+
+def prepare_stage(
+    recipe: Recipe, stage: Stage, start: StageInput, layout: Layout, world: World, groups: ParallelGroups
+) -> StageRun:
+    """Build model, optimizer and batch stream; load what the stage starts from."""
+    shape = start.shape(stage)
+    mixture = Mixture.of_stage(stage, shape.vocab_size)
+    against_main(mixture.fingerprint(), partial(_refuse_other_data, stage))
+    model = build_model(
+        shape,
+        layout,
+        precision=precision_of(recipe, stage),
+        recompute=recompute_of(recipe, stage),
+        fp8_recipe=recipe.fp8_recipe,
+        fp8_parameters=recipe.fp8_parameters,
+        loss_chunk_tokens=recipe.loss_chunk_tokens,
+        offload_activations=offload_of(recipe, stage),
+        rank_tokens=-(-stage.micro_batch_length // layout.cp),
+    )
+    verify_checkpoint(start.checkpoint.directory)
+    if start.optimizer:
+        _refuse_other_optimizer(start.checkpoint, layout)
+        optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
+        load_weights_and_optimizer(start.checkpoint.directory, model, optimizer)
+    else:
+        # The optimizer copies its fp32 main weights from the model, so the weights come first.
+        load_weights(start.checkpoint.directory, model)
+        optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
+    cost = CostModel.for_shape(shape)
+    return StageRun(recipe, stage, layout, world, groups, model, optimizer, mixture, cost)
+
+
+def _refuse_other_data(stage: Stage, main: str, own: str) -> None:
+    """Ranks that read other samples would each train on its own."""
+    if own != main:
+        raise UserError(
+            f"stage {stage.name}: its data here is not rank 0's (other samples behind the same recipe); copy it "
+            "to this node again, or read it from a shared disk"
+        )
+
+
+def _refuse_other_optimizer(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Megatron's sharded and unsharded optimizers have files of their own; any other change of layout is fine."""
+    saved = checkpoint.manifest["layout"]["distributed_optimizer"]
+    if saved != layout.distributed_optimizer:
+        raise UserError(
+            f"{checkpoint.directory} was saved with layout.distributed_optimizer: {str(saved).lower()}, and its "
+            "optimizer state can only continue with that; set it so, or start the stage with carry.optimizer: false"
+        )
+
+
+def first_state(run: StageRun, start: StageInput) -> TrainState:
+    """A fresh state, or the one saved with the stage's own checkpoint if the batch stream is still the same."""
+    fingerprint = run.mixture.fingerprint()
+    if not start.resume:
+        return TrainState(stage=run.stage.name, stream=fingerprint)
+    try:
+        state = TrainState.from_dict(start.checkpoint.manifest["training"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{start.checkpoint.directory}: this version cannot continue from its training state ({error!r}); use "
+            "the version that wrote it (named in its prolong.json)"
+        ) from error
+    if state.stream != fingerprint:
+        raise UserError(
+            f"stage {run.stage.name} cannot continue from {start.checkpoint.directory}: its data has changed "
+            "(other samples, another order of the domains, or other proportions), so the batch stream would jump; "
+            "restore the data, or start a new run_dir"
+        )
+    return state
