@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,24 @@ def machine() -> dict[str, Any]:
     }
 
 
-def in_fresh_process(script: str, arguments: dict[str, Any], timeout_seconds: float = 600) -> dict[str, Any]:
+def in_fresh_process(
+    script: str,
+    arguments: dict[str, Any],
+    timeout_seconds: float = 600,
+    environment: dict[str, str] | None = None,
+) -> dict[str, Any]:
     """Runs `script --case '<json>'` and returns the JSON it prints last, or why it did not get there."""
     command = [sys.executable, script, "--case", json.dumps(arguments)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_seconds, check=False, env=environment
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"no result within {timeout_seconds:.0f} s"}
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[-1:] or [f"ended by signal {-done.returncode}"]
-        return {"failed": reason[0][:200]}
+        lines = done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"]
+        reason = next((line for line in reversed(lines) if "Error" in line), lines[-1])
+        return {"failed": reason[:200]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -117,3 +125,13 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     """JSON beside the script, with the machine it was measured on."""
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
     print(f"wrote {path}")
+
+
+def write_row(path: Path, what: str, row: dict[str, Any], keys: Sequence[str]) -> None:
+    """Add a row to a result, in place of the one with the same keys; rows of another machine or PyTorch go."""
+    rows, here = [], machine()
+    if path.exists():
+        before = json.loads(path.read_text())
+        if all(before["machine"][name] == here[name] for name in ("accelerator", "torch")):
+            rows = [old for old in before["rows"] if any(old[key] != row[key] for key in keys)]
+    write_result(path, {"what": what, "rows": [*rows, row]})

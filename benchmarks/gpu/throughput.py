@@ -1,9 +1,10 @@
 """Training speed and memory of Llama-3-8B-shaped layers on one GPU, beside transformers, in one command.
 
-    python benchmarks/gpu/throughput.py         # writes benchmarks/gpu/throughput.json
-    python benchmarks/gpu/throughput.py --tiny  # a toy shape on any machine, to see that it runs; writes nothing
+    python benchmarks/gpu/throughput.py               # writes benchmarks/gpu/throughput.json row by row; a table
+    python benchmarks/gpu/throughput.py --only "64K"  # only the rows with that in their name; the others stay
+    python benchmarks/gpu/throughput.py --tiny        # a toy shape on any machine, to see it run; writes nothing
 
-An 8B model with its optimizer does not fit one GPU, so each case takes whole training steps (forward, backward,
+An 8B model with its optimizer does not fit one GPU, so each row takes whole training steps (forward, backward,
 clip, AdamW) of the real embedding and output layer with few layers and with more. The difference is the time of a
 layer, and what 32 of them would take is extrapolated and labelled so. FLOPs are document-aware: attention
 counts Σ len² inside documents, and recomputation does not count (MFU, not HFU).
@@ -11,20 +12,26 @@ counts Σ len² inside documents, and recomputation does not count (MFU, not HFU
 - native: our layers on PyTorch's kernels, bf16
 - te: our layers on Transformer Engine, bf16
 - te fp8: the same with FP8 matrix products
-- transformers: Llama with SDPA, one document after another, gradient checkpointing, torch's fused AdamW, bf16
+- transformers: Llama with SDPA, one document after another, torch's fused AdamW, bf16; with gradient checkpointing
+  from 64K tokens on, without which its activations and logits do not fit
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import measure
@@ -40,29 +47,37 @@ PROLONG_8B = LLAMA3_8B.replace(max_length=524_288, rope_base=1.28e8)
 TINY = PROLONG_8B.replace(
     hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=256
 )
+MOST_REPEATS, ENOUGH_SECONDS = 3, 20.0
+TOKENS_PER_SECOND = "tokens_per_second, 32 layers extrapolated"
 
 
-def numbers_of_layers(mixture: str) -> tuple[int, int]:
-    """Of the two measurements; four layers at 512K would take 135 GiB."""
-    return (2, 3) if "512K" in mixture else (2, 4)
+@dataclass(frozen=True)
+class Load:
+    """Attributes:
+    lengths: of the documents.
+    recompute: of our layers, as a run on H100s would: the least that fits.
+    layers: of the two measurements, which fit 80 GiB but for the second at 64K.
+    """
+
+    lengths: LengthMixture
+    recompute: str
+    layers: tuple[int, int] = (2, 4)
 
 
-def mixtures(tiny: bool) -> dict[str, LengthMixture]:
-    if tiny:
-        return {"one document": single_document(256)}
-    return {
-        "one document, 8K": single_document(8192),
-        "ProLong 64K": PROLONG_64K,
-        "one document, 64K": single_document(65_536),
-        "one document, 128K": single_document(131_072),
-        "ProLong 512K": PROLONG_512K,
-        "one document, 512K": single_document(524_288),
-    }
+LOADS = {
+    "one document, 8K": Load(single_document(8192), "none"),
+    "ProLong 64K": Load(PROLONG_64K, "none"),
+    "one document, 64K": Load(single_document(65_536), "none"),
+    "one document, 128K": Load(single_document(131_072), "selective"),
+    "ProLong 512K": Load(PROLONG_512K, "full", (1, 2)),
+    "one document, 512K": Load(single_document(524_288), "full", (1, 2)),
+}
+TINY_LOADS = {"one document": Load(single_document(256), "none")}
 
 
-def documents(case: dict[str, Any], shape: ModelShape) -> list[torch.Tensor]:
+def documents(load: Load, shape: ModelShape) -> list[torch.Tensor]:
     """One packed sequence: of a mixture, the one whose Σ len² is nearest to the mean."""
-    sequences = mixtures(case["tiny"])[case["mixture"]].sample(64)
+    sequences = load.lengths.sample(64)
     squares = [int((lengths**2).sum()) for lengths in sequences]
     typical = min(range(64), key=lambda index: abs(squares[index] - sum(squares) / 64))
     generator = torch.Generator().manual_seed(0)
@@ -71,20 +86,30 @@ def documents(case: dict[str, Any], shape: ModelShape) -> list[torch.Tensor]:
     ]
 
 
+def select_way(way: str) -> str:
+    """Have the layers of this process built so; returns the precision."""
+    if way == "native":
+        from megatron_prolong.mcore import config, specs
+
+        specs.runs_on_transformer_engine = config.runs_on_transformer_engine = lambda dtype: False
+    else:
+        import transformer_engine.pytorch  # noqa: F401 - without it the layers would be native
+    return "fp8" if way == "te fp8" else "bf16" if torch.cuda.is_available() else "fp32"
+
+
 def our_step(
-    case: dict[str, Any], shape: ModelShape, docs: list[torch.Tensor], stack: Any
+    way: str, load: Load, shape: ModelShape, docs: list[torch.Tensor], stack: ExitStack
 ) -> Callable[[], float]:
-    from megatron_prolong.mcore import config, specs
     from megatron_prolong.mcore.groups import megatron
     from megatron_prolong.recipe.schema import Layout
     from megatron_prolong.runtime.launch import distributed
 
-    if case["way"] == "native":
-        specs.runs_on_transformer_engine = config.runs_on_transformer_engine = lambda dtype: False
-    precision = "fp8" if case["way"] == "te fp8" else "bf16" if torch.cuda.is_available() else "fp32"
+    precision = select_way(way)
     world = stack.enter_context(distributed())
     groups = stack.enter_context(megatron(Layout(), seed=1))
-    return training_step(shape, Layout(), [docs], groups, world.device, precision=precision, recompute="full")
+    return training_step(
+        shape, Layout(), [docs], groups, world.device, precision=precision, recompute=load.recompute
+    )
 
 
 def training_step(
@@ -130,7 +155,7 @@ def training_step(
     return lambda: train_step(model, optimizer, batches, groups, spec=spec, lr=1e-5).loss
 
 
-def transformers_step(shape: ModelShape, docs: list[torch.Tensor]) -> Callable[[], float]:
+def transformers_step(load: Load, shape: ModelShape, docs: list[torch.Tensor]) -> Callable[[], float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,7 +166,8 @@ def transformers_step(shape: ModelShape, docs: list[torch.Tensor]) -> Callable[[
     )  # fmt: skip
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = LlamaForCausalLM(config).to(device, dtype).train()
-    model.gradient_checkpointing_enable()
+    if load.lengths.sequence_length >= 65_536:
+        model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
     targets = sum(len(document) - 1 for document in docs)
 
@@ -162,23 +188,29 @@ def transformers_step(shape: ModelShape, docs: list[torch.Tensor]) -> Callable[[
 
 
 def measure_case(case: dict[str, Any]) -> dict[str, Any]:
-    from contextlib import ExitStack
+    """Both numbers of layers, one after the other."""
+    load = (TINY_LOADS if case["tiny"] else LOADS)[case["mixture"]]
+    found = [measure_layers(case["way"], load, num, case["tiny"]) for num in load.layers]
+    return {name: [one[name] for one in found] for name in found[0]}
 
-    shape = (TINY if case["tiny"] else PROLONG_8B).replace(num_layers=case["layers"])
-    docs = documents(case, shape)
+
+def measure_layers(way: str, load: Load, num_layers: int, tiny: bool) -> dict[str, float]:
+    shape = (TINY if tiny else PROLONG_8B).replace(num_layers=num_layers)
+    docs, times = documents(load, shape), []
     with ExitStack() as stack:
-        peer = case["way"] == "transformers"
-        step = transformers_step(shape, docs) if peer else our_step(case, shape, docs, stack)
+        peer = way == "transformers"
+        step = transformers_step(load, shape, docs) if peer else our_step(way, load, shape, docs, stack)
         loss = step()
-        times = []
-        for _ in range(case["repeats"]):
+        while len(times) < MOST_REPEATS and sum(times) < ENOUGH_SECONDS:
             _synchronize()
             start = time.perf_counter()
             step()
             _synchronize()
             times.append(time.perf_counter() - start)
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"seconds": min(times), "loss": round(loss, 4), "peak_gib": round(peak / 2**30, 2)}
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    del step
+    _empty_memory()
+    return {"seconds": round(min(times), 4), "loss": round(loss, 4), "peak_gib": round(peak / 2**30, 2)}
 
 
 def _synchronize() -> None:
@@ -186,30 +218,28 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def _empty_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def measure_row(mixture: str, way: str, tiny: bool) -> dict[str, Any]:
-    case: dict[str, Any] = {"mixture": mixture, "way": way, "tiny": tiny, "repeats": 1 if tiny else 3}
-    num_few, num_more = numbers_of_layers(mixture)
-    few, more = (
-        measure.in_fresh_process(__file__, {**case, "layers": layers}) for layers in (num_few, num_more)
-    )
     row: dict[str, Any] = {"mixture": mixture, "way": way}
-    if "failed" in few or "failed" in more:
-        return {**row, "failed": few.get("failed") or more.get("failed")}
-    shape = TINY if tiny else PROLONG_8B
-    lengths = [len(document) for document in documents(case, shape)]
-    layer = (more["seconds"] - few["seconds"]) / (num_more - num_few)
-    whole = few["seconds"] + (shape.num_layers - num_few) * layer
+    found = measure.in_fresh_process(__file__, {**row, "tiny": tiny})
+    if "failed" in found:
+        return row | found
+    shape, load = (TINY, TINY_LOADS[mixture]) if tiny else (PROLONG_8B, LOADS[mixture])
+    lengths = [len(document) for document in documents(load, shape)]
+    few, more = found["seconds"]
+    layer = (more - few) / (load.layers[1] - load.layers[0])
+    whole = few + (shape.num_layers - load.layers[0]) * layer
     flops = model_flops(shape, sum(lengths), sum(length**2 for length in lengths)) / whole
-    row |= {
-        "tokens": sum(lengths),
-        "documents": len(lengths),
-        "layers": [num_few, num_more],
-        "seconds": [round(few["seconds"], 4), round(more["seconds"], 4)],
-        "peak_gib": [few["peak_gib"], more["peak_gib"]],
-        "tokens_per_second, 32 layers extrapolated": round(sum(lengths) / whole),
-        "tflops": round(flops / 1e12, 1),
-        "loss": more["loss"],
-    }
+    row |= {"tokens": sum(lengths), "documents": len(lengths), "layers": load.layers}
+    if way != "transformers":
+        row["recompute"] = load.recompute
+    row |= {**found, TOKENS_PER_SECOND: round(sum(lengths) / whole), "tflops": round(flops / 1e12, 1)}
     if (peak := peak_flops()) is not None:
         row["mfu"] = round(flops / peak, 3)
     return row
@@ -220,17 +250,35 @@ def peak_flops() -> float | None:
     return next((flops for gpu, flops in PEAK_BF16_FLOPS.items() if gpu in name), None)
 
 
-def main(tiny: bool) -> None:
-    rows = []
-    for mixture in mixtures(tiny):
-        for way in ("native", "transformers") if tiny else WAYS:
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table at the end; speeds beside transformers' on the same documents."""
+    table = Table("mixture", "way", "tokens/s", "over transformers", "MFU", "GiB")
+    peers = {row["mixture"]: row.get(TOKENS_PER_SECOND) for row in rows if row["way"] == "transformers"}
+    for row in rows:
+        if "failed" in row:
+            table.add_row(row["mixture"], row["way"], row["failed"])
+            continue
+        speed, peer = row[TOKENS_PER_SECOND], peers.get(row["mixture"])
+        table.add_row(
+            row["mixture"], row["way"], f"{speed:,}", f"{speed / peer:.2f}" if peer else "",
+            f"{row['mfu']:.1%}" if "mfu" in row else "", f"{row['peak_gib'][-1]}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def main(only: str, tiny: bool) -> None:
+    rows, path = [], Path(__file__).with_suffix(".json")
+    ways = WAYS if torch.cuda.is_available() else ("native", "transformers")
+    for mixture in TINY_LOADS if tiny else LOADS:
+        for way in ways:
+            if only not in f"{mixture}, {way}":
+                continue
             rows.append(measure_row(mixture, way, tiny))
             print(json.dumps(rows[-1]), flush=True)
-    if not tiny:
-        measure.write_result(
-            Path(__file__).with_suffix(".json"),
-            {"what": "one packed sequence per step, full recomputation, one GPU", "rows": rows},
-        )
+            if not tiny:
+                what = "training steps on one packed sequence, one GPU"
+                measure.write_row(path, what, rows[-1], ("mixture", "way"))
+    show(rows)
 
 
 if __name__ == "__main__":
@@ -238,6 +286,10 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--case", type=json.loads, help="one measurement, as JSON")
+    parser.add_argument("--only", default="", help="the rows with this in 'MIXTURE, WAY'")
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to see that it runs")
     arguments = parser.parse_args()
-    print(json.dumps(measure_case(arguments.case))) if arguments.case else main(arguments.tiny)
+    if arguments.case:
+        print(json.dumps(measure_case(arguments.case)))
+    else:
+        main(arguments.only, arguments.tiny)
