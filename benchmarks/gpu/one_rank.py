@@ -38,6 +38,7 @@ from megatron_prolong.plan.lengths import BatchDocuments
 from megatron_prolong.plan.memory import peak_memory
 from megatron_prolong.plan.time import step_time
 from megatron_prolong.recipe.schema import Layout
+from megatron_prolong.runtime.gpu_environment import set_gpu_environment
 
 WAYS = ("native", "te", "te fp8")
 GIB = 2**30
@@ -111,6 +112,7 @@ def play(name: str, way: str, rehearsed: bool) -> dict[str, Any]:
         [torch.randint(PROLONG_8B.vocab_size, (length,), generator=generator) for length in lengths]
         for lengths in case.documents
     ]
+    set_gpu_environment()
     torch.cuda.set_device(device)
     if case.gib is not None:
         total = torch.cuda.get_device_properties(device).total_memory

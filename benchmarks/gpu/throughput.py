@@ -40,6 +40,7 @@ from shapes import LLAMA3_8B
 from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.plan.lengths import PROLONG_64K, PROLONG_512K, LengthMixture, single_document
 from megatron_prolong.recipe.shape import ModelShape
+from megatron_prolong.runtime.gpu_environment import set_gpu_environment
 
 WAYS = ("native", "te", "te fp8", "transformers")
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense, data sheets
@@ -56,7 +57,7 @@ class Load:
     """Attributes:
     lengths: of the documents.
     recompute: of our layers, as a run on H100s would: the least that fits.
-    layers: of the two measurements, which fit 80 GiB but for the second at 64K.
+    layers: of the two measurements. The first and last layer of an fp8 model are in bf16, so two in both.
     """
 
     lengths: LengthMixture
@@ -69,8 +70,8 @@ LOADS = {
     "ProLong 64K": Load(PROLONG_64K, "none"),
     "one document, 64K": Load(single_document(65_536), "none"),
     "one document, 128K": Load(single_document(131_072), "selective"),
-    "ProLong 512K": Load(PROLONG_512K, "full", (1, 2)),
-    "one document, 512K": Load(single_document(524_288), "full", (1, 2)),
+    "ProLong 512K": Load(PROLONG_512K, "full", (2, 3)),
+    "one document, 512K": Load(single_document(524_288), "full", (2, 3)),
 }
 TINY_LOADS = {"one document": Load(single_document(256), "none")}
 
@@ -189,6 +190,7 @@ def transformers_step(load: Load, shape: ModelShape, docs: list[torch.Tensor]) -
 
 def measure_case(case: dict[str, Any]) -> dict[str, Any]:
     """Both numbers of layers, one after the other."""
+    set_gpu_environment()  # transformers profits too
     load = (TINY_LOADS if case["tiny"] else LOADS)[case["mixture"]]
     found = [measure_layers(case["way"], load, num, case["tiny"]) for num in load.layers]
     return {name: [one[name] for one in found] for name in found[0]}
