@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prolong.convert.names import Rows, hf_tensors
+from megatron_prolong.convert.dtypes import dtype_name
+from megatron_prolong.convert.names import Rows, hf_tensors, megatron_tensors
 from megatron_prolong.convert.positioned import PositionedFiles
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import ModelShape, read_json
@@ -80,6 +82,29 @@ class HFWeights:
                 problems.append(f"{name}: unexpected, not part of this Llama")
         if problems:
             raise UserError.many(f"{self.directory}: the weights do not match config.json:", problems)
+
+    def check_dtypes(self, shape: ModelShape) -> None:
+        """Refuse weights that Megatron has as one tensor (of all layers; queries, keys and values) in two dtypes.
+
+        Raises:
+            UserError: naming the tensors in the rarer ones.
+        """
+        together: dict[str, dict[str, torch.dtype]] = defaultdict(dict)
+        for tensor in megatron_tensors(shape):
+            for rows in tensor.sources(0, tensor.rows):
+                together[tensor.name][rows.name] = self.dtype(rows)
+        odd: list[str] = []
+        for dtypes in together.values():
+            usual, _ = Counter(dtypes.values()).most_common(1)[0]
+            odd += [
+                f"{name}: {dtype_name(dtype)}, but {dtype_name(usual)} beside it"
+                for name, dtype in dtypes.items()
+                if dtype != usual
+            ]
+        if odd:
+            raise UserError.many(
+                f"{self.directory}: Megatron keeps these in one tensor with others; choose one --dtype:", odd
+            )
 
     def listing(self) -> list[tuple[str, tuple[int, ...], torch.dtype, int]]:
         """Every tensor: name, shape, dtype, and 1, for it lies in one piece."""

@@ -40,6 +40,8 @@ def to_megatron(
     weights = HFWeights(hf_dir)
     try:
         weights.check(shape)
+        if dtype is None:
+            weights.check_dtypes(shape)
         write_checkpoint(Path(out), shape, weights, parse_dtype(dtype), hf_dir, workers)
     finally:
         weights.close()

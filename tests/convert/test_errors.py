@@ -67,6 +67,20 @@ def test_every_wrong_tensor_is_listed(original: Path, tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.q_proj.weight: dtype" in message
 
 
+@pytest.mark.parametrize("odd", ["layers.2.mlp.gate_proj", "layers.1.self_attn.k_proj"])
+def test_dtypes_that_differ_inside_one_of_megatrons_tensors(original: Path, tmp_path: Path, odd: str) -> None:
+    """Taken as they are, keys were rounded to the queries' dtype, and layers of two dtypes could not be read."""
+    path = original / "model.safetensors"
+    tensors = {
+        name: value if odd in name or "norm" in name else value.bfloat16()
+        for name, value in load_file(path).items()
+    }
+    save_file(tensors, path)
+    message = _refused(lambda out: to_megatron(original, out), tmp_path)
+    assert message.endswith(f"choose one --dtype:\n  - model.{odd}.weight: float32, but bfloat16 beside it")
+    to_megatron(original, tmp_path / "out", "fp32")
+
+
 @pytest.mark.parametrize(
     ("number", "dtype", "said"), [(float("nan"), None, "as float32"), (-1e6, "fp16", "as float16")]
 )
