@@ -93,7 +93,7 @@ def evaluation_texts(paths: Sequence[str]) -> Iterator[str]:
 def _json_file(path: str) -> Iterator[str]:
     """A .json file is one JSON document, or JSON Lines by another name."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         try:
             yield from _strings(json.loads(text))
         except ValueError:

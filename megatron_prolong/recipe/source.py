@@ -94,6 +94,8 @@ def _read_file(path: Path) -> Source:
         data = _construct(loader, node, (), source) if node is not None else None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
+    except RecursionError:
+        raise UserError(f"{path}: not a recipe: nested too deeply, or an anchor holds itself") from None
     if not isinstance(data, dict):
         found = "an empty file" if data is None else type(data).__name__
         raise UserError(f"{path}: a recipe is a mapping (name:, model:, stages: …); found {found}")
@@ -108,6 +110,8 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node, key: Key, source: Sourc
         result: dict[str, Any] = {}
         written: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):  # such as {{ a template's }} braces
+                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
             if key_node.value in written:
                 place = Place(source.origin.file, key_node.start_mark.line + 1)
                 source.problems.append(
@@ -122,18 +126,18 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node, key: Key, source: Sourc
         return result
     if isinstance(node, yaml.SequenceNode):
         return [
-            _construct(loader, item, (*key, _item_name(item, index)), source)
+            _construct(loader, item, (*key, _item_name(loader, item, index)), source)
             for index, item in enumerate(node.value)
         ]
     return loader.construct_object(node, deep=True)
 
 
-def _item_name(item: yaml.Node, index: int) -> str:
+def _item_name(loader: yaml.SafeLoader, item: yaml.Node, index: int) -> str:
     """A stage goes by its name, anything else in a list by its index."""
     if isinstance(item, yaml.MappingNode):
         for key_node, value_node in item.value:
             if key_node.value == "name" and isinstance(value_node, yaml.ScalarNode):
-                return stage_label(value_node.value, index)
+                return stage_label(loader.construct_object(value_node), index)
     return str(index)
 
 

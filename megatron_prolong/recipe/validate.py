@@ -184,6 +184,8 @@ def _run_directory(findings: Findings) -> None:
         findings.error(("run_dir",), f"{existing} is a file; name a directory")
     elif not os.access(existing, os.W_OK):
         findings.error(("run_dir",), f"{existing} is not writable; name another directory")
+    elif "$" in str(run_dir):
+        findings.error(("run_dir",), f"{run_dir} names a variable that is not set")
 
 
 def _checkpoint(findings: Findings) -> None:

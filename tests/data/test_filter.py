@@ -126,7 +126,7 @@ def test_ngrams_are_found_exactly(words: list[str], evaluation: list[list[str]],
 
 
 def test_evaluation_files(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps([{"x": ["one", {"y": "two"}], "z": 3}]))
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps([{"x": ["one", {"y": "two"}], "z": 3}]))
     (tmp_path / "b.json").write_text('{"x": "three"}\n{"x": "four"}\n')
     (tmp_path / "c.txt").write_text("five")
     paths = [str(tmp_path / name) for name in ("a.json", "b.json", "c.txt")]

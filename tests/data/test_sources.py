@@ -102,6 +102,22 @@ def test_text(tmp_path: Path) -> None:
     assert isinstance(single, Record)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "content", "text"),
+    [
+        ("text", "a.txt", b"one", "one"),
+        ("jsonl", "a.jsonl", b'{"text": "one"}', "one"),
+        ("repositories", "a/b.py", b"one", "### b.py\none\n\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(
+    kind: str, name: str, content: bytes, text: str, tmp_path: Path
+) -> None:
+    write_tree(tmp_path, {name: b"\xef\xbb\xbf" + content})
+    (record,) = read(kind, tmp_path)
+    assert isinstance(record, Record) and record.fields["text"] == text
+
+
 def test_text_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_prolong.data.sources.text.MAX_RECORD_BYTES", 3)
     (found,) = read("text", write_tree(tmp_path, {"a.txt": "1234"}) / "a.txt")

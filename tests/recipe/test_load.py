@@ -178,6 +178,27 @@ def test_a_key_written_twice(write: Write, recipe_data: dict[str, Any]) -> None:
         load_recipe(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run_dir: {{ scratch }}\n", r"not valid YAML: a key must be text\n.*line \d+"),
+        ("? [a, b]\n: c\n", "not valid YAML: a key must be text"),
+        ("model: &m {path: *m}\n", "an anchor holds itself"),
+        ("model: " + "[" * 5000, "nested too deeply"),
+    ],
+)
+def test_yaml_that_is_no_recipe(write: Write, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"recipe\.yaml: .*{message}"):
+        load_recipe(write(text))
+
+
+def test_the_line_of_a_stage_whose_name_is_a_number(write: Write, recipe_data: dict[str, Any]) -> None:
+    text = yaml.safe_dump({**recipe_data, "stages": None}).replace("stages: null\n", "")
+    text += "stages:\n  - sequence_length: 1K\n    name: 64\n"
+    with pytest.raises(UserError, match=rf"recipe\.yaml:{text.count(chr(10))}: stages\.0\.name: found 64"):
+        load_recipe(write(text))
+
+
 def test_yaml_anchors_work(write: Write, recipe_data: dict[str, Any]) -> None:
     text = yaml.safe_dump({**recipe_data, "stages": None}).replace("stages: null\n", "")
     text += """stages:

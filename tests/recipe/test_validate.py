@@ -72,6 +72,7 @@ MISTAKES = [
     (["model.tokenizer=books"], None, "model.tokenizer: books: no tokenizer.json there"),
     (["model.tokenizer=large"], None, "model.tokenizer: large has 301 tokens, but the model has"),
     (["run_dir=recipe.yaml/run"], None, "recipe.yaml is a file; name a directory"),
+    (["run_dir=$NOT_SET/run"], None, "run_dir: $NOT_SET/run names a variable that is not set"),
     (["layout.tp=3"], None, "layout.tp: found 3; must divide the model's num_heads 8 and num_kv_heads 4"),
     (["layout.pp=3"], None, "layout.pp: found 3; must divide the model's 4 layers"),
     (["layout.first_stage_layers=1"], None, "layout.first_stage_layers: found 1; needs pp of at least 2"),

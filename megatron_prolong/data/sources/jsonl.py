@@ -71,14 +71,15 @@ def _skip_line(file: IO[bytes], limit: int = sys.maxsize) -> int:
 
 
 def _parse(name: str, line: bytes) -> Record | Bad:
+    array = "; a JSON array becomes JSON Lines by `jq -c '.[]'`" if line.lstrip().startswith(b"[") else ""
     try:
-        fields = json.loads(line.decode("utf-8"))
+        fields = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return Bad(name, f"is not UTF-8 (byte {error.start} of the line)", "not UTF-8")
     except ValueError as error:
-        return Bad(name, f"is not JSON ({error})", "not JSON")
+        return Bad(name, f"is not JSON ({error}){array}", "not JSON")
     except RecursionError:
         return Bad(name, "is nested too deeply", "not JSON")
     if not isinstance(fields, dict):
-        return Bad(name, f"is not a JSON object but {type(fields).__name__}", "not an object")
+        return Bad(name, f"is not a JSON object but {type(fields).__name__}{array}", "not an object")
     return Record(name, fields)

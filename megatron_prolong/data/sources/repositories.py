@@ -107,6 +107,6 @@ def _read_file(path: Path, name: str) -> tuple[str | None, str]:
     if _GENERATED_MARK.search(data, 0, _MARK_BYTES):
         return None, "generated"
     try:
-        return data.decode("utf-8"), ""
+        return data.decode("utf-8-sig"), ""
     except UnicodeDecodeError:
         return None, "not UTF-8"

@@ -24,6 +24,6 @@ class Text:
             yield Bad(part.path, f"is longer than {MAX_RECORD_BYTES >> 20} MiB", "too long")
             return
         try:
-            yield Record(part.path, {"text": data.decode("utf-8")})
+            yield Record(part.path, {"text": data.decode("utf-8-sig")})
         except UnicodeDecodeError as error:
             yield Bad(part.path, f"is not UTF-8 (byte {error.start})", "not UTF-8")
