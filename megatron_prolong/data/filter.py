@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -291,10 +292,22 @@ class _Judge:
                 report.examples.append(f"{candidate.name}: {found[0]!r}")
             return "contaminated"
         if self._predicate is not None:
-            verdict = self._predicate(candidate)
+            verdict = self._ask(self._predicate, candidate)
             if isinstance(verdict, str) or not verdict:
                 return verdict or "predicate"
         return None
+
+    def _ask(self, predicate: Callable[[Candidate], bool | str], candidate: Candidate) -> bool | str:
+        try:
+            return predicate(candidate)
+        except UserError:
+            raise
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"{candidate.name}: predicate {self._options.predicate} raised {error!r} "
+                f"({frame.filename}:{frame.lineno})"
+            ) from error
 
 
 def _limit(limits: Mapping[str, int], domain: str, default: int) -> int:

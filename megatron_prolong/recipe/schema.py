@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 
 from megatron_prolong.recipe.fp8 import Fp8Recipe
 from megatron_prolong.recipe.numbers import Count, Real
+from megatron_prolong.recipe.origin import Origin
 from megatron_prolong.recipe.shape import ModelShape
 
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -283,35 +283,6 @@ class Stage(_Frozen):
         paths = [] if self.mixture == "mock" else list(self.mixture)
         depths = ({str(path): "/".join(path.parts[-depth:]) for path in paths} for depth in count(1))
         return next(names for names in depths if len(set(names.values())) == len(names))
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a value was written: a file and line (1-based), or an override on the command line."""
-
-    source: str
-    line: int | None = None
-
-    def __str__(self) -> str:
-        return self.source if self.line is None else f"{self.source}:{self.line}"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where each value of a recipe was written. Not part of its meaning, so all origins are equal.
-
-    Keys are paths with stages by name: ("stages", "64k", "lr").
-    """
-
-    file: str = field(default="recipe", compare=False)
-    places: dict[tuple[str, ...], Place] = field(default_factory=dict, compare=False)
-
-    def place(self, key: tuple[str, ...]) -> Place:
-        """The place of `key`, else that of the nearest thing around it, else the file."""
-        for end in range(len(key), 0, -1):
-            if found := self.places.get(key[:end]):
-                return found
-        return Place(self.file)
 
 
 class EvaluationSpec(_Frozen):

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.schema import NAME_PATTERN, Origin, Place
+from megatron_prolong.recipe.origin import Origin, Place
+from megatron_prolong.recipe.schema import NAME_PATTERN
 
 Key = tuple[str, ...]
 """Path of a value, with stages by name: ("stages", "64k", "lr")."""

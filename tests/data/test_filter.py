@@ -145,6 +145,8 @@ def test_predicate(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "    if 'secret' in document.text:\n"
         "        return 'has a secret'\n"
         "    return document.domain == 't' and (document.tokens >= 0).sum() > 5  # numpy's bool\n"
+        "def broken(document):\n"
+        "    return {}['no such key']\n"
     )
     monkeypatch.chdir(tmp_path)
     source = write_texts(tmp_path / "texts", ["a secret and more words", "x", "some words that are kept"])
@@ -153,6 +155,10 @@ def test_predicate(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "has a secret": 1,
         "predicate": 1,
     }
+    with pytest.raises(
+        UserError, match=r"sample 0: predicate my_rules:broken raised KeyError.*my_rules\.py:\d"
+    ):
+        run([source], tmp_path / "out2", predicate="my_rules:broken")
     for name, message in {
         "my_rules": "write it as module:function",
         "nowhere_to_be_found:keep": "No module named",
