@@ -15,6 +15,7 @@ from megatron_prolong.plan import memory, time
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import Lengths
+from megatron_prolong.plan.weights import layer_weights, num_parameters
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Sharded:
     def sequence_seconds(self, gpu: Gpu, lengths: Lengths) -> float:
         """Seconds of one packed sequence on its sequence-parallel group."""
         compute = float(time.rates(self.job, gpu).seconds(lengths).sum())
-        weights = memory.num_parameters(self.job.shape)
+        weights = num_parameters(self.job.shape)
         world = self.job.world_size
         bandwidth = gpu.bandwidth(world, stride=1)
         exchange = (2 + 2 + 4) * weights * (world - 1) / world / bandwidth  # bf16 twice, fp32 gradients
@@ -62,9 +63,9 @@ class Sharded:
     def needed_bytes(self, gpu: Gpu) -> float:
         """GPU memory of a rank with reserve and fragmentation."""
         job = self.job
-        weights = memory.num_parameters(job.shape)
+        weights = num_parameters(job.shape)
         resident = self.master_bytes * weights / job.world_size
-        layer = sum(memory.layer_weights(job.shape, 1).values())
+        layer = sum(layer_weights(job.shape, 1).values())
         gathered = 2 * layer * 2 + layer * 4  # two layers of bf16 weights (prefetch) and one of gradients
         vocabulary = job.vocab_rows * job.shape.hidden_size * (2 + 2 + 4)
         inputs = 0 if self.offload_inputs else job.shape.num_layers * memory.kept_by_layer(job)

@@ -18,12 +18,17 @@ NCCL's own buffers are in the hardware table, because they belong to the machine
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 
 from megatron_prolong.plan.job import Job
+from megatron_prolong.plan.weights import (
+    buffer_elements,
+    fp8_weights,
+    layer_weights,
+    optimizer_bytes,
+    stage_weights,
+)
 from megatron_prolong.recipe.layout_rules import kv_repeats, te_exchanges
-from megatron_prolong.recipe.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -107,72 +112,6 @@ def rank_memory(job: Job, pp_rank: int, kernels: Kernels | None = None) -> RankM
 def peak_memory(job: Job, kernels: Kernels | None = None) -> RankMemory:
     """Memory of the fullest pipeline stage."""
     return max((rank_memory(job, rank, kernels) for rank in range(job.layout.pp)), key=lambda m: m.total)
-
-
-# --- weights, gradients, optimizer --------------------------------------------------------------------------
-
-
-def layer_weights(shape: ModelShape, tp: int) -> dict[str, int]:
-    """Elements of each weight of one layer on one tensor-parallel rank."""
-    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    return {
-        "norm_attention": shape.hidden_size,
-        "qkv": heads // tp * shape.hidden_size,
-        "proj": shape.num_heads * shape.head_dim // tp * shape.hidden_size,
-        "norm_mlp": shape.hidden_size,
-        "fc1": 2 * shape.ffn_hidden_size // tp * shape.hidden_size,
-        "fc2": shape.ffn_hidden_size // tp * shape.hidden_size,
-    }
-
-
-def stage_weights(job: Job, pp_rank: int) -> list[int]:
-    """Elements of every weight on a rank of pipeline stage `pp_rank`.
-
-    The first stage has the embedding, the last one the final norm and the output layer; tied embeddings are
-    held once when both are the same stage and twice otherwise.
-    """
-    shape, layout = job.shape, job.layout
-    sizes = list(layer_weights(shape, layout.tp).values()) * job.stage_layers(pp_rank)
-    vocabulary = job.vocab_rows * shape.hidden_size
-    first, last = pp_rank == 0, pp_rank == layout.pp - 1
-    if first:
-        sizes.append(vocabulary)
-    if last:
-        sizes.append(shape.hidden_size)
-        if not (shape.tie_embeddings and first):
-            sizes.append(vocabulary)
-    return sizes
-
-
-def fp8_weights(job: Job, pp_rank: int) -> int:
-    """Elements whose products are in fp8: the linears of all layers but the model's first and last."""
-    if job.precision != "fp8":
-        return 0
-    layers = job.stage_layers(pp_rank) - (pp_rank == 0) - (pp_rank == job.layout.pp - 1)
-    linears = (size for name, size in layer_weights(job.shape, job.layout.tp).items() if "norm" not in name)
-    return max(layers, 0) * sum(linears)
-
-
-def num_parameters(shape: ModelShape) -> int:
-    """Weights of the whole model, with the real vocabulary."""
-    vocabularies = 1 if shape.tie_embeddings else 2
-    layers = sum(layer_weights(shape, 1).values()) * shape.num_layers
-    return layers + vocabularies * shape.vocab_size * shape.hidden_size + shape.hidden_size
-
-
-def buffer_elements(job: Job, weights: list[int]) -> int:
-    """Elements of the buffer that holds a rank's weights (or gradients), with Megatron's padding."""
-    if not job.layout.distributed_optimizer:
-        return sum(weights)
-    padded = sum(_round_up(size, 64) for size in weights)
-    return _round_up(padded, math.lcm(job.dp * job.layout.cp, 128))
-
-
-def optimizer_bytes(job: Job, elements: int) -> int:
-    """Bytes of optimizer state of one rank (the largest shard) for a buffer of `elements`."""
-    per_element = 8 if job.precision == "fp32" else 12
-    shards = job.dp * job.layout.cp if job.layout.distributed_optimizer else 1
-    return elements // shards * per_element
 
 
 # --- activations --------------------------------------------------------------------------------------------
@@ -409,7 +348,3 @@ def exchange_bytes(job: Job) -> int:
 def a2a_repeats(job: Job) -> int:
     """How often the exchange repeats key/value heads."""
     return kv_repeats(job.layout.cp_exchange, job.layout.cp, job.shape.num_kv_heads // job.layout.tp)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -35,8 +35,9 @@ from megatron_prolong.plan.flops import ForwardFlops, model_flops, passes
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import BatchDocuments, Lengths
-from megatron_prolong.plan.memory import gpu_kernels, kept_by_chunk, stage_weights
+from megatron_prolong.plan.memory import gpu_kernels, kept_by_chunk
 from megatron_prolong.plan.volume import context_bytes, gathered_bytes
+from megatron_prolong.plan.weights import stage_weights
 
 Seconds = NDArray[np.float64]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megatron_prolong.plan.job import Job
-from megatron_prolong.plan.memory import a2a_repeats, buffer_elements, fp8_weights, stage_weights
+from megatron_prolong.plan.memory import a2a_repeats
+from megatron_prolong.plan.weights import buffer_elements, fp8_weights, stage_weights
 
 
 @dataclass(frozen=True)

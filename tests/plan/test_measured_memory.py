@@ -15,8 +15,9 @@ import pytest
 from plan_shapes import TINY
 
 from megatron_prolong.plan.job import Job
-from megatron_prolong.plan.memory import CPU_KERNELS, rank_memory, stage_weights
+from megatron_prolong.plan.memory import CPU_KERNELS, rank_memory
 from megatron_prolong.plan.volume import step_volume
+from megatron_prolong.plan.weights import stage_weights
 from megatron_prolong.recipe.schema import Layout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))

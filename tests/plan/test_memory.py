@@ -10,19 +10,16 @@ from plan_shapes import LLAMA3_8B, TINY
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.memory import (
     activation_bytes,
-    buffer_elements,
-    fp8_weights,
     gpu_kernels,
     in_flight,
     kept_by_chunk,
     kept_by_layer,
-    num_parameters,
     peak_memory,
     rank_memory,
     saved_by_layer,
-    stage_weights,
 )
 from megatron_prolong.plan.volume import step_volume
+from megatron_prolong.plan.weights import buffer_elements, fp8_weights, num_parameters, stage_weights
 from megatron_prolong.recipe.schema import Layout
 
 JOB = Job(LLAMA3_8B, Layout(), 8, 65_536, 64)
