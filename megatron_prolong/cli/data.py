@@ -42,7 +42,7 @@ def sources() -> None:
 @app.command()
 def tokenize(
     paths: Paths,
-    tokenizer: Annotated[Path, typer.Option(help="Directory with tokenizer.json, such as the model's.")],
+    tokenizer: Annotated[Path, typer.Option(help="Directory of a tokenizer, model or checkpoint.")],
     kind: Annotated[str | None, typer.Option(help="See `prolong data sources`; found out if absent.")] = None,
     domain: Annotated[str | None, typer.Option(help="Name of the domain (default: the name of OUT).")] = None,
     domain_field: Annotated[str | None, typer.Option(help="Field of a record that names its domain.")] = None,

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.inputs import fingerprint
+from megatron_prolong.recipe.inputs import fingerprint, tokenizer_file
 
 SEGMENT_CHARACTERS = 1 << 17
 _BATCH_CHARACTERS = 1 << 19
@@ -29,7 +29,7 @@ _SEARCH_CHARACTERS = 1 << 12
 
 
 class TextEncoder:
-    """directory: one with a tokenizer.json, as every Hugging Face model with a fast tokenizer has.
+    """directory: a tokenizer's, a Hugging Face model's, or a checkpoint's.
 
     Nothing is added to a text: no beginning or end of text, no truncation; and the names of special tokens
     inside a text (`<|eot_id|>`) are text like any other. Raises UserError for a missing or damaged file.
@@ -143,14 +143,3 @@ _KNOWN_REGEXES = {
     _GPT4_STYLE % "",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
-
-
-def tokenizer_file(directory: Path | str) -> Path:
-    """`directory/tokenizer.json`. Raises UserError when it is not there."""
-    path = Path(directory) / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; --tokenizer takes a directory with a fast tokenizer (tokenizer.json), "
-            "such as a Hugging Face model's"
-        )
-    return path

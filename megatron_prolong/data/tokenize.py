@@ -19,12 +19,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.encoder import TextEncoder, tokenizer_file
+from megatron_prolong.data.encoder import TextEncoder
 from megatron_prolong.data.executors import Executor, LocalProcesses
 from megatron_prolong.data.job import REPORT, Job
 from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.data.sources import Bad, Part, Record, find_kind, source_of
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.inputs import tokenizer_file
 
 TASK_BYTES = 1 << 26
 _BATCH_BYTES = 1 << 22
@@ -83,8 +84,8 @@ def tokenize(
 ) -> TokenizeReport | None:
     """Tokenize everything in `sources` into the MDS data set `out`; a stopped run is continued.
 
-    tokenizer: directory with tokenizer.json. slurm: the environment of an array job, to do its share only;
-    then None is returned while other jobs still have tasks to do.
+    tokenizer: directory of a tokenizer, model or checkpoint. slurm: the environment of an array job, to do its
+    share only; then None is returned while other jobs still have tasks to do.
     Raises UserError for bad input, naming file and record.
     """
     options = options or TokenizeOptions()
@@ -112,10 +113,11 @@ def _settings(
     options: TokenizeOptions,
     parts: Sequence[tuple[str, Part]],
 ) -> dict[str, Any]:
-    digest = hashlib.sha256(tokenizer_file(tokenizer).read_bytes())
+    file = tokenizer_file(tokenizer)
+    digest = hashlib.sha256(file.read_bytes())
     if options.chat:
         for name in ("tokenizer_config.json", "chat_template.jinja"):  # where the template may be
-            path = Path(tokenizer) / name
+            path = file.with_name(name)
             digest.update(path.read_bytes() if path.exists() else b"")
     listing = hashlib.sha256(repr(parts).encode()).hexdigest()
     return {
@@ -295,8 +297,7 @@ class _Chats:
 
         from megatron_prolong.data.chat import control_tokens
 
-        tokenizer_file(directory)
-        self._tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_file(directory).parent)
         self._control = control_tokens(self._tokenizer)
         self._options = options
 

@@ -45,13 +45,13 @@ def vocabulary_size(path: Path) -> int:
     return _read_tokenizer(path)[1]
 
 
-def tokenizer_file(path: Path) -> Path:
+def tokenizer_file(path: Path | str) -> Path:
     """The tokenizer.json of a model, tokenizer, checkpoint or stage directory. Raises UserError without one."""
     directory = model_directory(path)
     for candidate in (directory / "tokenizer.json", directory / HF_DIR / "tokenizer.json"):
         if candidate.exists():
             return candidate
-    raise UserError(f"{path}: no tokenizer.json there")
+    raise UserError(f"{path}: no tokenizer.json there, which every model with a fast tokenizer has")
 
 
 def _read_tokenizer(path: Path) -> tuple[dict[str, Any], int]:

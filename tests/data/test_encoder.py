@@ -138,7 +138,7 @@ def test_tokenizers_that_may_not_be_split_are_recognised(change: str, tmp_path: 
 
 
 def test_missing_and_damaged_tokenizers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokenizer.json: no such file; --tokenizer takes a directory"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json there"):
         TextEncoder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer.json: not a tokenizer"):

@@ -1,6 +1,7 @@
 """Chats from JSON Lines to masked documents in MDS, by way of `tokenize`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,17 @@ def test_chats_become_masked_documents(tmp_path: Path, tokenizer: Path) -> None:
         assert sample["domain"] == "ultrachat" and sample["length"] == len(tokens)
     assert report.tokens == sum(len(sample["input_ids"]) for sample in samples)
     assert report.targets == sum(int(sample["mask"].sum()) for sample in samples)
+
+
+def test_the_tokenizer_of_a_run_is_that_of_its_newest_checkpoint(tmp_path: Path, tokenizer: Path) -> None:
+    source = write(tmp_path / "chats.jsonl", [{"messages": messages} for messages in CHATS])
+    stage = tmp_path / "run" / "64k"
+    shutil.copytree(tokenizer, stage / "step_00000001" / "hf")
+    (stage / "latest").write_text("step_00000001\n")
+    for out, directory in {"one": tokenizer, "two": stage}.items():
+        tokenize([source], directory, tmp_path / out, TokenizeOptions(kind="chat"))
+    one, two = (MDSReader(tmp_path / out)[1]["mask"] for out in ("one", "two"))
+    np.testing.assert_array_equal(one, two)
 
 
 def test_long_chats_are_cut_or_left_out(tmp_path: Path, tokenizer: Path) -> None:
