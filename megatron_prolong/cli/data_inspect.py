@@ -13,7 +13,7 @@ from megatron_prolong.errors import UserError
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of MDS shards (index.json).")]
 Prefix = Annotated[Path, typer.Argument(metavar="PREFIX", help="Path without .bin and .idx.")]
-Tokenizer = Annotated[Path | None, typer.Option(help="Directory of the tokenizer.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Directory of a tokenizer, model or checkpoint.")]
 
 
 def inspect(
@@ -124,11 +124,9 @@ def _tokenizer(directory: Path, data: Path):  # type: ignore[no-untyped-def]
     """The tokenizer there. Raises UserError where the data says that another one made its tokens."""
     from megatron_prolong.data.mds import common_tokenizer, read_index
     from megatron_prolong.evaluation.backend import load_tokenizer
-    from megatron_prolong.recipe.inputs import tokenizer_fingerprint
+    from megatron_prolong.recipe.inputs import tokenizer_file, tokenizer_fingerprint
 
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; expected one with tokenizer.json")
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(tokenizer_file(directory).parent)
     made_with = {str(data): read_index(data).tokenizer, str(directory): tokenizer_fingerprint(directory)}
     common_tokenizer(made_with)
     return tokenizer
