@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +14,12 @@ from megatron_prolong.evaluation.needle import NeedleCell
 from megatron_prolong.evaluation.perplexity import Perplexity
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.runtime.publish import whole_file, write_durably
+from megatron_prolong.runtime.strict_json import dumps
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that a reader never sees half of. Dataclasses are allowed."""
-    write_durably(path, json.dumps(content, indent=2, default=dataclasses.asdict) + "\n")
+    """Write a file that a reader never sees half of. Dataclasses are allowed; NaN is written as null."""
+    write_durably(path, dumps(content, indent=2) + "\n")
 
 
 def print_perplexity(results: dict[str, Perplexity]) -> None:

@@ -3,6 +3,7 @@ of a line per object, read where a process may have died writing one."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """JSON text of plain values."""
+    """JSON text of plain values and dataclasses."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -35,6 +36,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
