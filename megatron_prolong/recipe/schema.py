@@ -13,7 +13,16 @@ from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+)
 
 from megatron_prolong.recipe.fp8 import Fp8Recipe
 from megatron_prolong.recipe.numbers import Count, Real
@@ -27,10 +36,25 @@ Schedule = Literal["cosine", "linear", "constant"]
 Positive = Annotated[Count, Field(gt=0)]
 NAME_PATTERN = r"^[A-Za-z0-9_-]+$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, examples=["a-name"])]
-UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expandvars(path.expanduser())))]
+
+
+def _expanded(path: Path) -> Path:
+    return Path(os.path.expandvars(os.path.expanduser(path)))  # noqa: PTH111 - Path's fails on an unknown ~user
+
+
+UserPath = Annotated[Path, AfterValidator(_expanded)]
 """A path as written, relative to the working directory; ~ and $VARIABLES are expanded."""
 
-Directories = dict[UserPath, Annotated[Real, Field(gt=0, le=1)]]
+
+def _each_once(directories: object) -> object:
+    """Refuses two spellings of one path, of which a dict would silently keep the last."""
+    paths = [_expanded(Path(str(name))) for name in directories] if isinstance(directories, dict) else []
+    if twice := [str(path) for path in paths if paths.count(path) > 1]:
+        raise ValueError(f"names {twice[0]} twice; keep one")
+    return directories
+
+
+Directories = Annotated[dict[UserPath, Annotated[Real, Field(gt=0, le=1)]], BeforeValidator(_each_once)]
 Mixture = Annotated[
     Annotated[Directories, Tag("directories")] | Annotated[Literal["mock"], Tag("word")],
     Discriminator(lambda value: "word" if isinstance(value, str) else "directories"),
