@@ -93,9 +93,8 @@ def verify(
 ) -> None:
     """Compare two checkpoints tensor by tensor, and their configs; exit code 1 when they differ."""
     from megatron_prolong.convert.compare import compare
-    from megatron_prolong.recipe.shape import model_directory
 
-    comparison = compare(model_directory(a), model_directory(b))
+    comparison = compare(a, b)
     for line in comparison.lines():
         typer.echo(line)
     if not comparison.equal:
@@ -108,9 +107,8 @@ def inspect(
 ) -> None:
     """Print what a checkpoint holds: step, layout, shape, RoPE base, every tensor."""
     from megatron_prolong.convert.describe import describe
-    from megatron_prolong.recipe.shape import model_directory
 
-    for line in describe(model_directory(checkpoint)):
+    for line in describe(checkpoint):
         typer.echo(line)
 
 

@@ -43,8 +43,11 @@ class AnyCheckpoint:
 
 
 @contextlib.contextmanager
-def open_checkpoint(directory: Path) -> Iterator[AnyCheckpoint]:
+def open_checkpoint(directory: Path, sidecar: Path | None = None) -> Iterator[AnyCheckpoint]:
     """Open a checkpoint of any kind, its tensors checked against its config.
+
+    Args:
+        sidecar: as MegatronCheckpoint.open's.
 
     Raises:
         UserError: it is none, or is damaged.
@@ -54,7 +57,7 @@ def open_checkpoint(directory: Path) -> Iterator[AnyCheckpoint]:
         weights: HFWeights | DistWeights = HFWeights(directory)
         weights.check(shape)
     else:
-        checkpoint = MegatronCheckpoint.open(directory)
+        checkpoint = MegatronCheckpoint.open(directory, sidecar)
         directory, shape, weights = checkpoint.directory, checkpoint.shape, open_weights(checkpoint)
     with contextlib.closing(weights):
         yield AnyCheckpoint(directory, shape, weights)

@@ -15,6 +15,7 @@ from megatron_prolong.recipe.shape import (
     MANIFEST,
     ModelShape,
     RopeScaling,
+    model_directory,
     read_json,
     read_manifest,
     stages_hint,
@@ -35,6 +36,11 @@ _LLAMA_ARGUMENTS: tuple[tuple[str, Any, Any], ...] = (
     ("apply_layernorm_1p", False, False),
     ("multi_latent_attention", False, False),
     ("rotary_seq_len_interpolation_factor", None, None),
+    # These change what is computed, not which tensors there are.
+    ("window_size", None, None),
+    ("no_rope_freq", None, None),
+    ("qk_l2_norm", False, False),
+    ("softmax_type", "vanilla", "vanilla"),
 )
 
 
@@ -60,18 +66,19 @@ class MegatronCheckpoint:
         """Read a checkpoint's description.
 
         Args:
-            directory: ours, or Megatron-LM's iter_… directory or the one above it.
+            directory: ours, the stage directory of a run, or Megatron-LM's iter_… directory or the one above it.
             sidecar: Hugging Face directory with config and tokenizer to use instead of the checkpoint's own.
 
         Raises:
             UserError: it is neither.
         """
+        directory = model_directory(directory)
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; expected a checkpoint")
         if (directory / MANIFEST).exists():
             return cls._open_ours(directory, sidecar)
         if (pointer := directory / _ITERATION_POINTER).exists():
-            directory = directory / _newest(pointer)
+            directory = _newest(pointer)
         if (directory / "common.pt").exists():
             return cls._open_megatron_lm(directory, sidecar)
         raise UserError(
@@ -110,14 +117,15 @@ class MegatronCheckpoint:
         )
 
 
-def _newest(pointer: Path) -> str:
+def _newest(pointer: Path) -> Path:
     """The directory that Megatron-LM's pointer names."""
     text = pointer.read_text(errors="replace").strip()
-    if text == "release":  # converted from elsewhere, not trained
-        return text
-    if not text.isdecimal():
+    if text != "release" and not text.isdecimal():  # a release was converted, not trained
         raise UserError(f"{pointer}: found {text!r}; must be the number of an iteration, or release")
-    return f"iter_{int(text):07d}"
+    directory = pointer.with_name(text if text == "release" else f"iter_{int(text):07d}")
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory, but {pointer.name} names it")
+    return directory
 
 
 def shape_from_args(args: argparse.Namespace, where: str, vocab_size: int | None = None) -> ModelShape:

@@ -85,7 +85,8 @@ def compare(a: Path, b: Path, *, cast: bool = False) -> Comparison:
     Raises:
         UserError: one of them is not a checkpoint, or is damaged.
     """
-    with open_checkpoint(a) as left, open_checkpoint(b) as right:
+    # Megatron-LM may know only its padded vocabulary: the other checkpoint tells the real one.
+    with open_checkpoint(a, b) as left, open_checkpoint(b, a) as right:
         fields, others = left.shape.to_dict(), right.shape.to_dict()
         config = [
             f"{name}: {fields[name]} in {a}, {others[name]} in {b}"

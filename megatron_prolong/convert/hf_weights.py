@@ -47,6 +47,10 @@ class HFWeights:
         self._tensors: dict[str, _Stored] = {}
         for path in _shards(directory):
             stored = _read_bin(path) if path.suffix == ".bin" else _read_header(path)
+            if twice := stored.keys() & self._tensors.keys():
+                raise UserError.many(
+                    f"{path}: holds what another shard holds too; remove one:", sorted(twice)
+                )
             self._tensors.update(stored)
 
     def dtype(self, rows: Rows) -> torch.dtype:
@@ -123,7 +127,9 @@ def _shards(directory: Path) -> list[Path]:
     ):
         if (directory / index).exists():
             weight_map = read_json(directory / index).get("weight_map")
-            if not isinstance(weight_map, dict):
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(name, str) for name in weight_map.values()
+            ):
                 raise UserError(f"{directory / index}: it has no weight_map of names to files; copy it again")
             paths = [directory / name for name in sorted(set(weight_map.values()))]
             missing = [path.name for path in paths if not path.exists()]
@@ -177,6 +183,8 @@ def _read_bin(path: Path) -> dict[str, _Stored]:
         raise UserError(
             f"{path}: cannot be loaded as weights only ({error}); re-save it as safetensors"
         ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected tensors by name")
     return {
         name: _Stored(tensor.dtype, tuple(tensor.shape), path, mapped=tensor)
         for name, tensor in content.items()

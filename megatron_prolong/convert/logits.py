@@ -36,7 +36,7 @@ def largest_logit_difference(hf_dir: Path, checkpoint: Path) -> float | None:
         return None
     tokens_T = torch.randint(shape.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0))
     expected = _transformers_logits(hf_dir, tokens_T)
-    found = megatron_logits(checkpoint, tokens_T)
+    found = megatron_logits(checkpoint, tokens_T, sidecar=hf_dir)
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -49,9 +49,9 @@ def _transformers_logits(hf_dir: Path, tokens_T: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def megatron_logits(checkpoint: Path, tokens_T: Tensor) -> Tensor:
+def megatron_logits(checkpoint: Path, tokens_T: Tensor, sidecar: Path | None = None) -> Tensor:
     """Logits [T, vocabulary], fp32, of one document; holds one layer of the model at a time."""
-    opened = MegatronCheckpoint.open(checkpoint)
+    opened = MegatronCheckpoint.open(checkpoint, sidecar)
     shape = opened.shape
     weights = open_weights(opened)
     try:

@@ -24,7 +24,8 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
     Raises:
         UserError: `final` exists, its parent cannot be written, or the disk is or becomes full.
     """
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+    # A link cannot be replaced by a directory, not even one to nothing.
+    if final.is_symlink() or (final.exists() and (not final.is_dir() or any(final.iterdir()))):
         raise UserError(f"{final}: already exists; choose another name or remove it")
     partial = temporary_name(final)
     try:

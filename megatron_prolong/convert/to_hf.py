@@ -18,7 +18,7 @@ from megatron_prolong.convert.sidecar import (
 from megatron_prolong.convert.staging import staged_directory
 from megatron_prolong.convert.transfer import WORKERS, output_dtype
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import ModelShape, model_directory, read_json
+from megatron_prolong.recipe.shape import ModelShape, read_json
 
 
 def to_hf(
@@ -50,7 +50,9 @@ def to_hf(
     Raises:
         UserError: not such a checkpoint, damaged files, contradiction, `out` exists, disk full.
     """
-    opened = MegatronCheckpoint.open(model_directory(checkpoint), sidecar)
+    if sidecar is not None and not sidecar.is_dir():
+        raise UserError(f"{sidecar}: no such directory; expected a Hugging Face model or its tokenizer")
+    opened = MegatronCheckpoint.open(Path(checkpoint), sidecar)
     shape = _exported_shape(opened, rope_base, max_length, contradict)
     target_dtype = parse_dtype(dtype)
     weights = open_weights(opened)

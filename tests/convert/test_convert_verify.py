@@ -103,6 +103,22 @@ def test_inspect_lists_everything(pair: tuple[Path, Path]) -> None:
     assert f"39 tensors, {size / 1e9:.3f} GB" in "\n".join(describe(original))
 
 
+def test_an_export_of_a_run_is_verified_against_its_newest_checkpoint(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    pair[1].rename(stage / "step_00000010")
+    (stage / "latest").write_text("step_00000010\n")
+    for command in (
+        ["to-hf", stage, tmp_path / "out", "--verify"],
+        ["verify", pair[0], stage],
+        ["inspect", stage],
+    ):
+        result = CliRunner().invoke(app, list(map(str, command)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+
+
 def test_the_commands_say_what_they_found(pair: tuple[Path, Path], tmp_path: Path) -> None:
     original, converted = (str(path) for path in pair)
     run = CliRunner().invoke

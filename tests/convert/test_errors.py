@@ -110,14 +110,33 @@ def test_missing_shards(tmp_path: Path) -> None:
         shard.unlink()
     message = _refused(lambda out: to_megatron(original, out), tmp_path)
     assert shards[1].name in message and shards[2].name in message
-    (original / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    assert "it has no weight_map" in _refused(lambda out: to_megatron(original, out), tmp_path)
+    for wrong in ('{"weight_map": 3}', '{"weight_map": {"model.norm.weight": 3}}'):
+        (original / "model.safetensors.index.json").write_text(wrong)
+        assert "it has no weight_map" in _refused(lambda out: to_megatron(original, out), tmp_path)
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+    original = save_family("llama3", tmp_path / "sharded", max_shard_size="60KB")
+    first, second = sorted(original.glob("*.safetensors"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor + 1}, second)
+    message = _refused(lambda out: to_megatron(original, out), tmp_path)
+    assert f"{second}: holds what another shard holds too" in message and name in message
+
+
+def test_a_bin_that_holds_no_tensors_by_name(original: Path, tmp_path: Path) -> None:
+    (original / "model.safetensors").unlink()
+    torch.save([torch.ones(2)], original / "pytorch_model.bin")
+    message = _refused(lambda out: to_megatron(original, out), tmp_path)
+    assert "pytorch_model.bin: holds a list; expected tensors by name" in message
 
 
 def test_directories_that_are_something_else(original: Path, converted: Path, tmp_path: Path) -> None:
     assert "no config.json" in _refused(lambda out: to_megatron(converted, out), tmp_path)
     assert "not a Megatron torch_dist checkpoint" in _refused(lambda out: to_hf(original, out), tmp_path)
     assert "no such directory" in _refused(lambda out: to_hf(tmp_path / "nowhere", out), tmp_path)
+    message = _refused(lambda out: to_hf(converted, out, sidecar=tmp_path / "nowhere"), tmp_path)
+    assert "nowhere: no such directory; expected a Hugging Face model" in message
     (original / "model.safetensors").unlink()
     assert "no weights" in _refused(lambda out: to_megatron(original, out), tmp_path)
 
@@ -130,6 +149,9 @@ def test_the_target_exists(original: Path, converted: Path, tmp_path: Path) -> N
         with pytest.raises(UserError, match="already exists"):
             convert()
     assert [path.name for path in taken.iterdir()] == ["precious"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="link: already exists"):
+        to_megatron(original, tmp_path / "link")
 
 
 def test_damaged_torch_dist_files(converted: Path, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from families import FAMILIES, save_family
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from megatron_prolong.cli.convert import app
 from megatron_prolong.convert.describe import describe
 from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.convert.to_megatron import to_megatron
@@ -96,7 +98,10 @@ def test_config_and_tokenizer_come_from_a_hugging_face_directory(checkpoint: Pat
     _write(checkpoint, _args("llama3.2-tied", vocab_size=None))
     with pytest.raises(UserError, match=r"word_embeddings\.weight: shape \[259, 64\], expected \[512, 64\]"):
         to_hf(checkpoint, tmp_path / "exported")
-    to_hf(checkpoint, tmp_path / "exported", sidecar=tmp_path / "original")
+    exported, original = str(tmp_path / "exported"), str(tmp_path / "original")
+    command = ["to-hf", str(checkpoint), exported, "--hf", original, "--verify"]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0 and "differ from transformers' by" in result.output, result.output
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert config["vocab_size"] == 259 and config["eos_token_id"] == [2, 5]
     assert (tmp_path / "exported" / "chat_template.jinja").exists()
@@ -110,11 +115,22 @@ def test_the_pointer_names_a_release_or_an_iteration(checkpoint: Path, tmp_path:
     pointer.write_text("")
     with pytest.raises(UserError, match=r"iteration.txt: found ''; must be the number of an iteration"):
         to_hf(checkpoint, tmp_path / "again")
+    pointer.write_text("120")
+    with pytest.raises(UserError, match=r"iter_0000120: no such directory, but latest_\w+\.txt names it"):
+        to_hf(checkpoint, tmp_path / "again")
 
 
 def test_what_is_not_a_llama_is_refused_with_every_reason(checkpoint: Path, tmp_path: Path) -> None:
-    _write(checkpoint, _args("llama3.2-tied", swiglu=False, normalization="LayerNorm", num_experts=8))
+    _write(
+        checkpoint,
+        _args("llama3.2-tied", swiglu=False, normalization="LayerNorm", num_experts=8, window_size=(64, 0)),
+    )
     with pytest.raises(UserError) as error:
         to_hf(checkpoint, tmp_path / "exported")
-    for reason in ("swiglu is False", "normalization is 'LayerNorm'", "num_experts is 8"):
+    for reason in (
+        "swiglu is False",
+        "normalization is 'LayerNorm'",
+        "num_experts is 8",
+        "window_size is (64, 0)",
+    ):
         assert reason in str(error.value)
