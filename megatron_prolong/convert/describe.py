@@ -42,7 +42,7 @@ def _shape_lines(fields: dict[str, object]) -> Iterator[str]:
 
 
 def _tensor_lines(listing: list[tuple[str, tuple[int, ...], torch.dtype, int]]) -> Iterator[str]:
-    width = max(len(name) for name, *_ in listing)
+    width = max((len(name) for name, *_ in listing), default=0)
     total = 0
     for name, shape, dtype, chunks in listing:
         total += math.prod(shape) * dtype.itemsize

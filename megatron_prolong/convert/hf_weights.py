@@ -155,9 +155,9 @@ def _read_header(path: Path) -> dict[str, _Stored]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             stored = {name: _from_header(path, 8 + length, entry) for name, entry in header.items()}
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0) + 8 + length
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged safetensors header ({error!r})") from error
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0) + 8 + length
     if end != size:
         raise UserError(
             f"{path}: {size} bytes long, but its header describes {end}; the file is truncated or damaged"

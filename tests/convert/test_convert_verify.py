@@ -92,6 +92,11 @@ def test_logits_notice_a_wrong_config(pair: tuple[Path, Path], field: str, value
     assert difference is not None and difference > 1e-2
 
 
+def test_inspect_of_an_empty_file(pair: tuple[Path, Path]) -> None:
+    save_file({}, pair[0] / "model.safetensors")
+    assert "  0 tensors, 0.000 GB" in list(describe(pair[0]))
+
+
 def test_inspect_lists_everything(pair: tuple[Path, Path]) -> None:
     original, converted = pair
     text = "\n".join(describe(converted))

@@ -103,6 +103,13 @@ def test_truncated_safetensors(original: Path, tmp_path: Path, keep: int) -> Non
     assert str(path) in message and "truncated" in message
 
 
+def test_a_header_without_numbers(original: Path, tmp_path: Path) -> None:
+    """Of a dtype that only a comparison of names would refuse."""
+    header = b'{"x":{"dtype":"I8","shape":[1],"data_offsets":[0,"1"]}}'
+    (original / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    assert "damaged safetensors header" in _refused(lambda out: to_megatron(original, out), tmp_path)
+
+
 def test_missing_shards(tmp_path: Path) -> None:
     original = save_family("llama3", tmp_path / "sharded", max_shard_size="60KB")
     shards = sorted(original.glob("*.safetensors"))
