@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from megatron_prolong.convert.dist_writer import write_torch_dist
-from megatron_prolong.convert.dtypes import dtype_name, parse_dtype
+from megatron_prolong.convert.dtypes import parse_dtype
 from megatron_prolong.convert.hf_weights import HFWeights
-from megatron_prolong.convert.manifest import write_weights_manifest
+from megatron_prolong.convert.manifest import manifest, write_manifest
 from megatron_prolong.convert.names import megatron_tensors
 from megatron_prolong.convert.sidecar import copy_sidecar
 from megatron_prolong.convert.staging import staged_directory
@@ -62,5 +62,5 @@ def write_checkpoint(
         copy_sidecar(sidecar, partial / HF_DIR)
         sums = write_torch_dist(partial, tensors, source, workers)
         # The embedding stands for the model: mixed files keep norms in fp32 at most.
-        write_weights_manifest(partial, shape, dtype_name(tensors[0][1]))
+        write_manifest(partial, manifest(shape, tensors[0][1]))
         write_checksums(partial, sums)

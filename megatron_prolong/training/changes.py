@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
+from megatron_prolong.convert.manifest import versions
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.training.run_directory import StageStatus, latest_checkpoint
@@ -112,11 +112,6 @@ def refuse_other_work(main: dict[str, Any], own: dict[str, Any]) -> None:
         raise UserError.many(
             "not the recipe or the packages of rank 0; give all nodes the same files:", problems
         )
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that make the numbers."""
-    return {name: version(name) for name in ("megatron-prolong", "megatron-core", "torch")}
 
 
 def _dump(model: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ Whatever happens before the rename, the checkpoint before this one is the newest
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_prolong.convert.manifest import write_manifest
 from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.mcore.checkpoint import Snapshot, state_bytes, take_snapshot, training_state
 from megatron_prolong.mcore.optimizer import MegatronOptimizer
 from megatron_prolong.recipe.run_files import RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import CheckpointSpec
-from megatron_prolong.recipe.shape import HF_DIR, MANIFEST
+from megatron_prolong.recipe.shape import HF_DIR
 from megatron_prolong.runtime.agreement import against_main, on_main
 from megatron_prolong.runtime.checksums import CHECKSUMS, Entries, verify_checksums, write_checksums
 from megatron_prolong.runtime.publish import is_disk_full, publish, remove
@@ -160,7 +160,7 @@ class CheckpointWriter:
         try:
             shutil.copytree(self._sidecar, partial / HF_DIR)
             (partial / RESOLVED_RECIPE).write_text(self._recipe)
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            write_manifest(partial, manifest)
             write_checksums(partial, entries)
             final = partial.with_suffix("")
             if final.exists():  # of another history, before the run was put back to an older checkpoint

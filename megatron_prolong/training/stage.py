@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_prolong.convert.dtypes import dtype_name
+from megatron_prolong.convert.manifest import manifest
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.stream import stream
 from megatron_prolong.errors import UserError
@@ -26,7 +26,6 @@ from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
 from megatron_prolong.runtime.watchdog import Watchdog
 from megatron_prolong.training import guard
-from megatron_prolong.training.changes import versions
 from megatron_prolong.training.checkpoint import CheckpointWriter
 from megatron_prolong.training.log import RunLog
 from megatron_prolong.training.prepare import StageInput, StageRun, first_state, prepare_stage
@@ -159,15 +158,11 @@ def _peak_memory(world: World) -> int:
 
 def _manifest(run: StageRun, state: TrainState) -> dict[str, Any]:
     """Content of a checkpoint's prolong.json."""
-    return {
-        "format": 1,
-        "kind": "training",
-        "shape": run.model.shape.to_dict(),
-        "dtype": dtype_name(run.model.config.params_dtype),
+    trained = {
         "stage": run.stage.name,
         "step": state.step,
         "sequence_length": run.stage.sequence_length,
         "layout": {**run.layout.model_dump(), "dp": run.groups.dp.size},
         "training": state.to_dict(),
-        "versions": versions(),
     }
+    return manifest(run.model.shape, run.model.config.params_dtype, trained)
