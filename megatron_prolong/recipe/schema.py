@@ -38,17 +38,18 @@ NAME_PATTERN = r"^[A-Za-z0-9_-]+$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, examples=["a-name"])]
 
 
-def _expanded(path: Path) -> Path:
+def expanded(path: Path) -> Path:
+    """`path` with ~ and $VARIABLES replaced; an unknown user or variable stays as written."""
     return Path(os.path.expandvars(os.path.expanduser(path)))  # noqa: PTH111 - Path's fails on an unknown ~user
 
 
-UserPath = Annotated[Path, AfterValidator(_expanded)]
+UserPath = Annotated[Path, AfterValidator(expanded)]
 """A path as written, relative to the working directory; ~ and $VARIABLES are expanded."""
 
 
 def _each_once(directories: object) -> object:
     """Refuses two spellings of one path, of which a dict would silently keep the last."""
-    paths = [_expanded(Path(str(name))) for name in directories] if isinstance(directories, dict) else []
+    paths = [expanded(Path(str(name))) for name in directories] if isinstance(directories, dict) else []
     if twice := [str(path) for path in paths if paths.count(path) > 1]:
         raise ValueError(f"names {twice[0]} twice; keep one")
     return directories

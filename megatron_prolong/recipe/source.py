@@ -18,7 +18,7 @@ import yaml
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.origin import Origin, Place
-from megatron_prolong.recipe.schema import NAME_PATTERN
+from megatron_prolong.recipe.schema import NAME_PATTERN, expanded
 
 Key = tuple[str, ...]
 """Path of a value, with stages by name: ("stages", "64k", "lr")."""
@@ -68,7 +68,7 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Source:
     place = source.origin.place(("base",))
     if not isinstance(base, str):
         raise UserError(f"{place}: base: found {base!r}; must be the path of another recipe")
-    base_path = path.parent / Path(base).expanduser()
+    base_path = path.parent / expanded(Path(base))
     if not base_path.is_file():
         raise UserError(
             f"{place}: base: {base_path}: no such file (the path is relative to the file that names it)"

@@ -140,6 +140,8 @@ def test_circles_and_missing_bases(write: Write) -> None:
         load_recipe("a.yaml")
     with pytest.raises(UserError, match=r"c\.yaml:1: base: absent\.yaml: no such file"):
         load_recipe(write({"base": "absent.yaml"}, "c.yaml"))
+    with pytest.raises(UserError, match=r"c\.yaml:1: base: ~nobody-here/a\.yaml: no such file"):
+        load_recipe(write({"base": "~nobody-here/a.yaml"}, "c.yaml"))
     with pytest.raises(UserError, match="must be the path"):
         load_recipe(write({"base": 3}, "d.yaml"))
 
