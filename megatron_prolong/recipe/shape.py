@@ -230,11 +230,16 @@ def _wrong_numbers(config: dict[str, Any]) -> list[str]:
     """Every size that is missing or impossible; null is as good as absent where there is a default."""
     counts = [*_COUNTS, *(name for name in _OPTIONAL_COUNTS if config.get(name) is not None)]
     reals = [name for name in _OPTIONAL_REALS if config.get(name) is not None]
-    return [
+    wrong = [
         f"{name} is {config.get(name)!r}; a positive whole number is needed"
         for name in counts
         if not _is_positive(config.get(name)) or config[name] % 1
-    ] + [
+    ]
+    if not wrong and (heads := config["num_attention_heads"]) % (config.get("num_key_value_heads") or heads):
+        wrong.append(
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {config['num_key_value_heads']}"
+        )
+    return wrong + [
         f"{name} is {config[name]!r}; a number above 0 is needed"
         for name in reals
         if not _is_positive(config[name])
@@ -271,7 +276,8 @@ def _read_spelling(rope: Any, theta: Any) -> tuple[float, RopeScaling | None, li
         value for value in (rope.get("rope_theta"), theta, 10000.0) if value is not None
     )
     if wrong := [f"{name} is {value!r}" for name, value in numbers.items() if not _is_positive(value)]:
-        return 0.0, None, [f"{', '.join(wrong)}; a number above 0 is needed"]
+        where = " beside rope_type" if kind == "llama3" else ""
+        return 0.0, None, [f"{', '.join(wrong)}; a number above 0 is needed{where}"]
     base = float(numbers["rope_theta"])
     if kind == "default":
         return base, None, []

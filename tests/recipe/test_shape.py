@@ -78,6 +78,20 @@ def test_the_source_config_travels_along() -> None:
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; a number above 0 is needed"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
         ({"num_key_value_heads": 2.5}, "num_key_value_heads is 2.5; a positive whole number is needed"),
+        ({"num_key_value_heads": 5}, "num_attention_heads 32 is no multiple of num_key_value_heads 5"),
+        (
+            {
+                "rope_parameters": None,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                },
+                "original_max_position_embeddings": 8192,  # transformers does not look there either
+            },
+            "original_max_position_embeddings is None; a number above 0 is needed beside rope_type",
+        ),
         ({"rope_parameters": {"rope_theta": "large"}}, "rope_theta is 'large'; a number above 0 is needed"),
         ({"rope_parameters": None, "rope_theta": -1}, "rope_theta is -1; a number above 0 is needed"),
         ({"rope_parameters": "linear"}, "the rotary settings are 'linear'"),
