@@ -302,15 +302,21 @@ class _Judge:
         except UserError:
             raise
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
-                f"{candidate.name}: predicate {self._options.predicate} raised {error!r} "
-                f"({frame.filename}:{frame.lineno})"
+                f"{candidate.name}: predicate {self._options.predicate} raised {error!r} ({_where(error)})"
             ) from error
 
 
 def _limit(limits: Mapping[str, int], domain: str, default: int) -> int:
     return limits.get(domain, limits.get("", default))
+
+
+def _where(error: Exception) -> str:
+    """File and line that raised the error; of a syntax error, that it is about."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}"
 
 
 def load_predicate(name: str) -> Callable[[Candidate], bool | str]:
@@ -321,13 +327,17 @@ def load_predicate(name: str) -> Callable[[Candidate], bool | str]:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise UserError(
-            f"predicate {name!r}: {error}; it is looked for here and in installed packages"
-        ) from None
-    except AttributeError:
-        raise UserError(f"predicate {name!r}: module {module_name} has no {function_name}") from None
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(
+                f"predicate {name!r}: {error}; it is looked for here and in installed packages"
+            ) from None
+        said = traceback.format_exception_only(error)[-1].strip()
+        raise UserError(f"predicate {name!r}: cannot be imported: {said} ({_where(error)})") from error
+    function = getattr(module, function_name, None)
+    if function is None:
+        raise UserError(f"predicate {name!r}: module {module_name} has no {function_name}")
     if not callable(function):
         raise UserError(f"predicate {name!r} is {type(function).__name__}, not a function")
     return function

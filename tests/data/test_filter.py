@@ -159,7 +159,11 @@ def test_predicate(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         UserError, match=r"sample 0: predicate my_rules:broken raised KeyError.*my_rules\.py:\d"
     ):
         run([source], tmp_path / "out2", predicate="my_rules:broken")
+    (tmp_path / "no_python.py").write_text("def keep(document):\n    return (1\n")
+    (tmp_path / "no_dependency.py").write_text("x = 1\nimport nowhere_to_be_found\n")
     for name, message in {
+        "no_python:keep": r"cannot be imported: SyntaxError.*no_python\.py:2\)",
+        "no_dependency:keep": r"cannot be imported: ModuleNotFoundError.*no_dependency\.py:2\)",
         "my_rules": "write it as module:function",
         "nowhere_to_be_found:keep": "No module named",
         "my_rules:other": "module my_rules has no other",
