@@ -23,9 +23,15 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def copy_sidecar(source: Path, target: Path) -> None:
-    """Copy what travels along from a Hugging Face directory (links are followed); missing files are fine."""
+    """Copy what travels along from a Hugging Face directory (links are followed); missing files are fine.
+
+    Raises:
+        UserError: a JSON file is none; whoever reads the copy could not say where it came from.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted({path for pattern in _PATTERNS for path in source.glob(pattern) if path.is_file()}):
+        if path.suffix == ".json":
+            read_json(path)
         shutil.copyfile(path, target / path.name)
 
 

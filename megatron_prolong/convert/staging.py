@@ -14,7 +14,8 @@ from megatron_prolong.runtime.publish import is_disk_full, publish, remove_lefto
 
 @contextlib.contextmanager
 def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
-    """An empty directory to write into; named `final` when the block ends well, removed when it does not.
+    """An empty directory to write into; named `final` when the block ends well, removed when it does not,
+    with the parents made for it.
 
     What an earlier attempt left that could not clean up (kill -9) is removed first.
 
@@ -28,6 +29,7 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
     if final.is_symlink() or (final.exists() and (not final.is_dir() or any(final.iterdir()))):
         raise UserError(f"{final}: already exists; choose another name or remove it")
     partial = temporary_name(final)
+    new_parents = [parent for parent in final.parents if not parent.exists()]  # the innermost first
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(final.parent, final.name)
@@ -47,3 +49,6 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # they are not empty when the block ended well
+            for parent in new_parents:
+                parent.rmdir()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,17 @@ def test_a_header_without_numbers(original: Path, tmp_path: Path) -> None:
     header = b'{"x":{"dtype":"I8","shape":[1],"data_offsets":[0,"1"]}}'
     (original / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
     assert "damaged safetensors header" in _refused(lambda out: to_megatron(original, out), tmp_path)
+
+
+def test_a_broken_file_beside_the_weights(original: Path, converted: Path, tmp_path: Path) -> None:
+    """Each way names the file the user knows, not the copy under a temporary name."""
+    for source, directory, convert in (
+        (original, original, to_megatron),
+        (converted, converted / "hf", to_hf),
+    ):
+        (directory / "tokenizer_config.json").write_text("{")
+        message = _refused(partial(convert, source), tmp_path)
+        assert message.startswith(f"{directory}/tokenizer_config.json: cannot be read as JSON")
 
 
 def test_missing_shards(tmp_path: Path) -> None:
@@ -215,7 +227,7 @@ def test_the_disk_fills_up_midway(
     gather = transfer.gather
     for module in ("dist_writer", "hf_writer"):
         monkeypatch.setattr(f"megatron_prolong.convert.{module}.gather", failing)
-    assert "disk is full" in _refused(lambda out: to_megatron(original, out), tmp_path)
+    assert "disk is full" in _refused(lambda out: to_megatron(original, out / "of" / "parents"), tmp_path)
     calls = iter(range(1000))
     assert "disk is full" in _refused(lambda out: to_hf(converted, out), tmp_path)
 
