@@ -70,9 +70,14 @@ class HFWeights:
         """Compare names, shapes and dtypes with what a model of `shape` needs.
 
         Raises:
-            UserError: listing every missing, unexpected or misshapen tensor.
+            UserError: listing every missing, unexpected or misshapen tensor; one sentence where all are missing.
         """
         wanted = {tensor.name: tensor.shape for tensor in hf_tensors(shape)}
+        if self._tensors and not wanted.keys() & self._tensors.keys():
+            raise UserError(
+                f"{self.directory}: no tensor is named as in a LlamaForCausalLM: found such as "
+                f"{min(self._tensors)}, expected such as {next(iter(wanted))}; save the whole model, with its head"
+            )
         ignored = {"lm_head.weight"} if shape.tie_embeddings else set()
         problems = [f"{name}: missing" for name in wanted if name not in self._tensors]
         for name, stored in self._tensors.items():

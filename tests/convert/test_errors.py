@@ -68,6 +68,16 @@ def test_every_wrong_tensor_is_listed(original: Path, tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.q_proj.weight: dtype" in message
 
 
+def test_a_model_saved_without_its_head_is_one_sentence(original: Path, tmp_path: Path) -> None:
+    path = original / "model.safetensors"
+    tensors = {name.removeprefix("model."): value for name, value in load_file(path).items()}
+    del tensors["lm_head.weight"]
+    save_file(tensors, path)
+    message = _refused(lambda out: to_megatron(original, out), tmp_path)
+    assert "found such as embed_tokens.weight, expected such as model.embed_tokens.weight" in message
+    assert "\n" not in message
+
+
 @pytest.mark.parametrize("odd", ["layers.2.mlp.gate_proj", "layers.1.self_attn.k_proj"])
 def test_dtypes_that_differ_inside_one_of_megatrons_tensors(original: Path, tmp_path: Path, odd: str) -> None:
     """Taken as they are, keys were rounded to the queries' dtype, and layers of two dtypes could not be read."""
