@@ -68,6 +68,7 @@ class Task:
         name: HELMET's dataset name, e.g. "json_kv" or "icl_nlu_510shot_balance".
         category: recall, rag, rerank, icl, longqa, summ, cite or ruler.
         length: most tokens of prompt and answer together.
+        document_tokens: what the one long document of a prompt is cut to, where there is one (longqa, summ).
         template: the user's message; `{field}` of the row.
         answer_prefix: begins the answer of a base model; template likewise.
         load: reads or makes the rows.
@@ -91,6 +92,7 @@ class Task:
     separator: str = "\n"
     chat: bool = False
     shots: int = 2
+    document_tokens: int = 0
     max_samples: int = 100
     test_file: str = ""
     demo_file: str = ""

@@ -32,7 +32,7 @@ def _task(name: str, length: int, passages: int) -> Task:
         template="{demo_text}{instruction}\n\nQuestion: {question}\n\n{context}",
         answer_prefix="Answer:",
         separator="\n\n",
-        load=_load,
+        load=partial(_load, passages),
         summarise=partial(summarise, listed=listed),
         max_new_tokens=300,
         metrics=(answer_score, "citation_rec", "citation_prec"),
@@ -43,11 +43,10 @@ def _task(name: str, length: int, passages: int) -> Task:
     )
 
 
-def _load(task: Task, inputs: Inputs) -> list[Row]:
+def _load(passages: int, task: Task, inputs: Inputs) -> list[Row]:
     """Demonstrations are drawn row by row in the order of the file, then the rows are shuffled (as HELMET does)."""
     assert inputs.data is not None
     prompts = read_json(inputs.data / task.demo_file)
-    passages = int(task.name.rsplit("_", 1)[1])
     rng = random.Random(inputs.seed)
     rows = []
     for row in read_rows(inputs.data / task.test_file):

@@ -39,6 +39,7 @@ def longqa_tasks(length: int) -> list[Task]:
             name=f"narrativeqa_{narrative}",
             category="longqa",
             length=length,
+            document_tokens=narrative,
             template=NARRATIVE,
             answer_prefix="Answer:",
             load=_load_narrative,
@@ -51,6 +52,7 @@ def longqa_tasks(length: int) -> list[Task]:
             name=f"infbench_qa_eng_{infbench}",
             category="longqa",
             length=length,
+            document_tokens=infbench,
             template=QUESTION,
             answer_prefix="Answer:",
             separator="\n\n",
@@ -64,6 +66,7 @@ def longqa_tasks(length: int) -> list[Task]:
             name=f"infbench_choice_eng_{infbench}",
             category="longqa",
             length=length,
+            document_tokens=infbench,
             template=CHOICE,
             answer_prefix="Answer:",
             separator="\n\n",
@@ -93,7 +96,7 @@ def _load_narrative(task: Task, inputs: Inputs) -> list[Row]:
         rows.append(
             {
                 **kept,
-                "context": cut_document(tokenizer, text, _budget(task)),
+                "context": cut_document(tokenizer, text, task.document_tokens),
                 "question": question,
                 "answer": [answer["text"] for answer in row["answers"]],
                 "demo": _narrative_demo(train, task.shots, stable_seed(question, inputs.seed)),
@@ -123,7 +126,7 @@ def load_infbench(split: str, example: Callable[[Row], str], task: Task, inputs:
         {
             **row,
             "demo": _infbench_demo(row, rows, example, task.shots, inputs.seed),
-            "context": cut_document(tokenizer, row["context"], _budget(task)),
+            "context": cut_document(tokenizer, row["context"], task.document_tokens),
         }
         for row in shuffled(long, inputs.seed)[: task.samples(inputs)]
     ]
@@ -147,10 +150,6 @@ def _infbench_demo(row: Row, rows: list[Row], example: Callable[[Row], str], sho
     others = shuffled([other for other in rows if other["id"] != row["id"]], seed)[:shots]
     examples = "\n\n".join(f"[story text]\n{example(other)}" for other in others)
     return f"For example:\n\n{examples}\n\nNow, read the following story:\n\n"
-
-
-def _budget(task: Task) -> int:
-    return int(task.name.rsplit("_", 1)[1])
 
 
 def _score_choice(output: str, row: Row) -> Scored:

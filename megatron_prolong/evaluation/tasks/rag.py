@@ -20,11 +20,13 @@ TEMPLATE = (
     "Use the given documents to write a concise and short answer to the question. "
     "Write your answer in the following format:\nAnswer: [answer]\n\n{demos}{context}\n\nQuestion: {question}"
 )
+# Its questions are about things that fewer than 10^3 people look up in a month.
+POPQA, MOST_POPULAR = "kilt_popqa_3", 3.0
 FILES = {
     "kilt_nq": ("nq-dev-multikilt_1000_k{k}_dep6", "nq-train-multikilt_1000_k3_dep6"),
     "kilt_triviaqa": ("triviaqa-dev-multikilt_1000_k{k}_dep6", "triviaqa-train-multikilt_1000_k3_dep6"),
     "kilt_hotpotqa": ("hotpotqa-dev-multikilt_1000_k{k}_dep3", "hotpotqa-train-multikilt_1000_k3_dep3"),
-    "kilt_popqa_3": ("popqa_test_1000_k{k}_dep6", "popqa_test_1000_k3_dep6"),
+    POPQA: ("popqa_test_1000_k{k}_dep6", "popqa_test_1000_k3_dep6"),
 }
 
 
@@ -48,7 +50,7 @@ def rag_tasks(length: int) -> list[Task]:
                 test_file=test_file,
                 demo_file=demo_file,
                 needs=(test_file, demo_file),
-                question="id" if "popqa" in name else "question",
+                question="id" if name == POPQA else "question",
             )
         )
     return tasks
@@ -59,11 +61,9 @@ def _load(task: Task, inputs: Inputs) -> list[Row]:
     assert inputs.data is not None
     rows = read_rows(inputs.data / task.test_file)
     demos = read_rows(inputs.data / task.demo_file)
-    popqa = "popqa" in task.name
+    popqa = task.name == POPQA
     if popqa:
-        most = float(task.name.rsplit("_", 1)[1])
-        rows = [row for row in rows if math.log10(row["s_pop"]) < most]
-        demos = [row for row in demos if math.log10(row["s_pop"]) < most]
+        rows, demos = ([row for row in of if math.log10(row["s_pop"]) < MOST_POPULAR] for of in (rows, demos))
     key = "id" if rows and "id" in rows[0] else "question"
     names = sorted({row[key] for row in rows})
     chosen = set(random.Random(inputs.seed).sample(names, min(task.samples(inputs), len(names))))

@@ -27,11 +27,13 @@ CASE_KEY_POINTS = "multi_lexsum/multi_lexsum_val.jsonl"
 
 def summ_tasks(length: int) -> list[Task]:
     """The two tasks, at any length."""
+    book, case = length - 200 - 1200, length - 300 - 400
     return [
         Task(
-            name=f"infbench_sum_eng_{length - 200 - 1200}",
+            name=f"infbench_sum_eng_{book}",
             category="summ",
             length=length,
+            document_tokens=book,
             template=BOOK,
             answer_prefix="Summary:",
             separator="\n\n",
@@ -43,9 +45,10 @@ def summ_tasks(length: int) -> list[Task]:
             question="id",
         ),
         Task(
-            name=f"multi_lexsum_{length - 300 - 400}",
+            name=f"multi_lexsum_{case}",
             category="summ",
             length=length,
+            document_tokens=case,
             template=CASE,
             answer_prefix="Summary:",
             separator="\n\n",
@@ -80,11 +83,10 @@ def _load_cases(task: Task, inputs: Inputs) -> list[Row]:
         context = "\n\n".join(row["sources"])
         if row["summary/short"] is None or num_tokens(tokenizer, context) < CASE_MIN_TOKENS:
             continue
-        budget = int(task.name.rsplit("_", 1)[1])
         rows.append(
             {
                 **row,
-                "context": cut_document(tokenizer, context, budget),
+                "context": cut_document(tokenizer, context, task.document_tokens),
                 "question": "",
                 "answer": row["summary/short"],
                 "demo": _case_demo(train, task.shots, stable_seed(str(row["id"]), inputs.seed)),
