@@ -1,7 +1,7 @@
 """Numbers as people write them in recipes: 64K, 4M, 20B, 1e-5, 1.28e8.
 
 K, M and B are binary (1024, 1024², 1024³), as in the ProLong paper (footnote 2): 64K is 65,536 tokens.
-YAML 1.1 reads `1e-5` (no dot) as text, so plain numbers arrive here as text too.
+YAML 1.1 reads `1e-5` (no dot) as text, so plain numbers arrive here as text too. `010` is none: ten or octal eight?
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "B": 2**30}
-_NUMBER = re.compile(r"\s*([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([KMB]?)\s*", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"\s*([+-]?(?:(?!0[\d_])\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([KMB]?)\s*", re.IGNORECASE
+)
 
 
 def parse_number(value: object) -> float | int:

@@ -23,7 +23,19 @@ from megatron_prolong.recipe.schema import NAME_PATTERN, expanded
 Key = tuple[str, ...]
 """Path of a value, with stages by name: ("stages", "64k", "lr")."""
 
+_NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _ALTERNATIVES = {"steps": "tokens", "tokens": "steps", "path": "init", "init": "path"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers mean what they look like: what YAML 1.1 alone reads as octal (010 is 8), binary or
+    base sixty (1:30 is 90) stays text, which is refused where a number is wanted."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        if tag in _NUMBER_TAGS and re.match(r"[-+]?0[\d_b]|.*:", value):
+            return self.DEFAULT_SCALAR_TAG
+        return tag
 
 
 @dataclass
@@ -89,7 +101,7 @@ def _read_file(path: Path) -> Source:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot read the recipe: not UTF-8 text ({error.reason})") from error
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         source = Source(data={}, origin=Origin(file=str(path)))
         data = _construct(loader, node, (), source) if node is not None else None
@@ -179,7 +191,7 @@ def _apply_override(source: Source, override: str) -> None:
         )
         return
     try:
-        value = yaml.safe_load(text)
+        value = _Loader(text).get_single_data()
     except yaml.YAMLError:
         value = text
     parts = path.strip().split(".")

@@ -91,6 +91,7 @@ def test_overrides(write: Write, recipe_data: dict[str, Any]) -> None:
         ("base=other.yaml", "a base is named in the recipe file only"),
         ("evaluation.lengths=8K", "evaluation.lengths: found '8K'; must be a list"),
         ("layout.tpp=2", "layout.tpp: unknown key; did you mean layout.tp?"),
+        ("stage.one.steps=010", "stages.one.steps: found '010'; must be a number"),
         ("stage.one.lr=fast", "override 'stage.one.lr=fast': stages.one.lr: found 'fast'"),
     ],
 )
@@ -144,6 +145,16 @@ def test_circles_and_missing_bases(write: Write) -> None:
         load_recipe(write({"base": "~nobody-here/a.yaml"}, "c.yaml"))
     with pytest.raises(UserError, match="must be the path"):
         load_recipe(write({"base": 3}, "d.yaml"))
+
+
+def test_numbers_are_what_they_look_like(write: Write, recipe_data: dict[str, Any]) -> None:
+    """YAML 1.1 has octal, binary and base-sixty numbers, and takes these for 8, 5 and 90."""
+    path = write(recipe_data)
+    text = path.read_text()
+    for written in ("010", "0b101", "1:30", "1:30.5"):
+        path.write_text(f"{text}checkpoint: {{keep: {written}}}\n")
+        with pytest.raises(UserError, match=f"checkpoint.keep: found '{written}'; must be a number"):
+            load_recipe(path)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,9 @@ def test_reals(written: object, value: float) -> None:
     assert isinstance(parse_real(written), float)
 
 
-@pytest.mark.parametrize("written", ["64Q", "", "K", "1e", "4 M M", True, None, [1], "nan", "inf", "1e999"])
+@pytest.mark.parametrize(
+    "written", ["64Q", "", "K", "010", "-00.5", "1:30", "1e", "4 M M", True, None, [1], "nan", "inf", "1e999"]
+)
 def test_what_is_not_a_number_is_refused(written: object) -> None:
     with pytest.raises(ValueError, match="number"):
         parse_number(written)
