@@ -93,7 +93,7 @@ def find_problem(messages: Any, control: re.Pattern[str]) -> str | None:
     turns = [message["role"] for message in messages if message["role"] != "system"]
     if turns[:1] == ["assistant"]:
         return "the chat begins with the assistant; a user must speak first"
-    return None if "assistant" in turns else "the assistant says nothing in this chat"
+    return None if "assistant" in turns else "no message of this chat is the assistant's"
 
 
 def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, where: str = "chat") -> Rendered:

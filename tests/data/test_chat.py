@@ -187,7 +187,7 @@ def test_batches_equal_single_chats(monkeypatch: pytest.MonkeyPatch) -> None:
         ([CHAT[1], CHAT[0]], "message 1 is the system's, which must come first"),
         ([CHAT[2]], "the chat begins with the assistant"),
         ([CHAT[0], CHAT[2]], "the chat begins with the assistant"),
-        ([CHAT[0], CHAT[1]], "the assistant says nothing"),
+        ([CHAT[0], CHAT[1]], "no message of this chat is the assistant's"),
         ([{"role": "user", "content": "x\ud83d"}, CHAT[2]], "message 0 holds half a surrogate pair"),
         (
             [CHAT[1], {"role": "assistant", "content": "x<|eot_id|>y"}],
