@@ -88,6 +88,7 @@ def _print(plan: StagePlan, gpu: Gpu, top: int, steps_between_checkpoints: int) 
     from rich.table import Table
 
     from megatron_prolong.cli.tables import print_table
+    from megatron_prolong.plan.figures import amount, figures
     from megatron_prolong.plan.memory import parked_bytes
     from megatron_prolong.plan.report import KERNELS
     from megatron_prolong.plan.volume import step_volume
@@ -103,9 +104,9 @@ def _print(plan: StagePlan, gpu: Gpu, top: int, steps_between_checkpoints: int) 
         if why := plan.why_slower():
             print(f"    slower than the best mostly by {why}")
         assert plan.written.time is not None
-        hours = plan.written.time.total * steps_between_checkpoints / 3600
+        hours = amount(plan.written.time.total * steps_between_checkpoints / 3600)
         print(
-            f"  a checkpoint every {steps_between_checkpoints} steps (checkpoint.every): every {hours:.1f} hours"
+            f"  a checkpoint every {steps_between_checkpoints} steps (checkpoint.every): every {hours} hours"
         )
     else:
         print(f"  recipe's layout ({plan.written.name}) does not run: {plan.written.reason}")
@@ -116,23 +117,25 @@ def _print(plan: StagePlan, gpu: Gpu, top: int, steps_between_checkpoints: int) 
             "layout", f"GB of {gpu.memory_bytes / 1e9:.1f}", "s/step", "tok/s/GPU", "MFU", "GPU-hours", "USD"
         )
         for candidate in plan.ranked(top):
-            table.add_row(candidate.name, *_numbers(candidate, gpu, stage.num_steps))
+            table.add_row(candidate.name, *figures(candidate, gpu, stage.num_steps))
         print_table(table)
         if note := plan.head_room(top):
             print(f"  {note}")
         memory, time = plan.best.memory, plan.best.time
         assert memory is not None and time is not None
-        print("  best, GB: " + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in memory.parts().items()))
+        print("  best, GB: " + ", ".join(f"{k} {amount(v / 1e9)}" for k, v in memory.parts().items()))
         if parked := max(parked_bytes(plan.best.job, rank) for rank in range(plan.best.job.layout.pp)):
-            print(f"  best, GB in host memory: {parked / 1e9:.0f} for each GPU")
+            print(f"  best, GB in host memory: {amount(parked / 1e9, 0)} for each GPU")
         sent = asdict(step_volume(plan.best.job, pp_rank=0))
         print(
             "  best, GB sent per step, all documents split: "
-            + ", ".join(f"{k} {v / 1e9:.1f}" for k, v in sent.items())
+            + ", ".join(f"{k} {amount(v / 1e9)}" for k, v in sent.items())
         )
-        print("  best, seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in time.parts().items()))
+        print("  best, seconds: " + ", ".join(f"{k} {amount(v, 2)}" for k, v in time.parts().items()))
     if plan.simulation is not None:
-        spread = ", ".join(f"{name} {seconds:.1f}" for name, seconds in plan.simulation.percentiles().items())
+        spread = ", ".join(
+            f"{name} {amount(seconds)}" for name, seconds in plan.simulation.percentiles().items()
+        )
         print(
             f"  {len(plan.simulation.seconds)} steps played: {spread} s; ranks busy "
             f"{plan.simulation.utilisation:.0%}, dealt out as drawn {plan.simulation.utilisation_as_drawn:.0%}"
@@ -158,29 +161,21 @@ def _why_none(plan: StagePlan) -> str:
 def _print_total(plans: list[StagePlan], gpu: Gpu) -> None:
     if len(plans) < 2 or any(plan.best is None for plan in plans):
         return
+    from megatron_prolong.plan.figures import amount
+
     hours = sum(plan.best.gpu_hours(plan.stage.num_steps) for plan in plans if plan.best is not None)
     world = plans[0].written.job.world_size
     print(
-        f"\nall stages at their best: {hours:,.0f} GPU-hours, {hours / world:,.0f} hours on {world} GPUs, "
-        f"USD {hours * gpu.price_per_hour:,.0f} at {gpu.price_per_hour}/h"
+        f"\nall stages at their best: {amount(hours, 0)} GPU-hours, "
+        f"{amount(hours / world, 0)} hours on {world} GPUs, "
+        f"USD {amount(hours * gpu.price_per_hour, 0)} at {gpu.price_per_hour}/h"
     )
 
 
-def _numbers(candidate: Candidate, gpu: Gpu, num_steps: int) -> list[str]:
-    assert candidate.time is not None
-    hours = candidate.gpu_hours(num_steps)
-    return [
-        f"{'!' * candidate.tight}{candidate.needed_bytes / 1e9:.1f}",
-        f"{candidate.time.total:.1f}",
-        f"{candidate.throughput:,.0f}",
-        f"{candidate.mfu:.1%}",
-        f"{hours:,.0f}",
-        f"{hours * gpu.price_per_hour:,.0f}",
-    ]
-
-
 def _summary(candidate: Candidate, gpu: Gpu, num_steps: int) -> str:
-    memory, seconds, speed, utilisation, hours, money = _numbers(candidate, gpu, num_steps)
+    from megatron_prolong.plan.figures import figures
+
+    memory, seconds, speed, utilisation, hours, money = figures(candidate, gpu, num_steps)
     return (
         f"{memory} GB, {seconds} s/step, {speed} tok/s/GPU, MFU {utilisation}, {hours} GPU-hours, USD {money}"
     )

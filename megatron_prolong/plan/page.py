@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron_prolong.page.charts import Point, scatter, stacked_bars
 from megatron_prolong.page.html import figure, heading, note, page, table
+from megatron_prolong.plan.figures import figures
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.report import KERNELS, StagePlan
 from megatron_prolong.plan.search import Candidate, frontier
@@ -40,7 +41,7 @@ def _stage(plan: StagePlan, gpu: Gpu) -> Iterator[str]:
     best = plan.ranked(_SHOWN)
     yield table(
         ["layout", "GB per GPU", "seconds per step", "tokens/s/GPU", "MFU", "GPU-hours", "USD"],
-        [_row(candidate, gpu, stage.num_steps) for candidate in best],
+        [[candidate.name, *figures(candidate, gpu, stage.num_steps)] for candidate in best],
     )
     if head_room := plan.head_room(_SHOWN):
         yield note(head_room)
@@ -78,17 +79,3 @@ def _memory_rows(candidates: list[Candidate]) -> list[tuple[str, dict[str, float
         parts["reserve"] = candidate.needed_bytes / 1e9 - sum(parts.values())
         rows.append((candidate.name, parts))
     return rows
-
-
-def _row(candidate: Candidate, gpu: Gpu, num_steps: int) -> list[str]:
-    assert candidate.time is not None
-    hours = candidate.gpu_hours(num_steps)
-    return [
-        candidate.name,
-        f"{'!' * candidate.tight}{candidate.needed_bytes / 1e9:.1f}",
-        f"{candidate.time.total:.1f}",
-        f"{candidate.throughput:,.0f}",
-        f"{candidate.mfu:.1%}",
-        f"{hours:,.0f}",
-        f"{hours * gpu.price_per_hour:,.0f}",
-    ]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_prolong.plan.batches import Batches, stage_batches
+from megatron_prolong.plan.figures import amount
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job, job_of
 from megatron_prolong.plan.search import AS_FAST, Candidate, best_of, evaluate, search
@@ -86,7 +87,7 @@ class StagePlan:
         spent, needed = ours.time.parts(), best.time.parts()
         part = max(spent.keys() - {"overhead"}, key=lambda name: spent[name] - needed[name])
         cause = _cause(part, ours.job, best.job)
-        return f"{part}, {spent[part]:.1f} s/step instead of {needed[part]:.1f}{cause}"
+        return f"{part}, {amount(spent[part])} s/step instead of {amount(needed[part])}{cause}"
 
     def reasons(self) -> list[tuple[str, int]]:
         """Why layouts do not run, most frequent first; reasons that differ in numbers are one, by example."""

@@ -60,6 +60,22 @@ def test_how_often_a_checkpoint_comes(model: Path) -> None:
     assert "a checkpoint every 125 steps (checkpoint.every): every 30.0 hours" in text
 
 
+def test_a_small_models_plan_is_not_all_zeros(tmp_path: Path) -> None:
+    small = LLAMA3_8B.replace(num_layers=2, hidden_size=64, ffn_hidden_size=128, head_dim=8, vocab_size=512)
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(small)))
+    text = run(
+        tmp_path,
+        "--stage",
+        "64k",
+        "stage.64k.batch_tokens=64K",
+        "stage.64k.sequence_length=8K",
+        "stage.64k.steps=10",
+    )
+    found = re.search(r"recipe's layout .*: (\S+) GB, (\S+) s/step, .*, (\S+) GPU-hours, USD (\S+)", text)
+    assert found is not None and all(float(number) > 0 for number in found.groups()), text
+    assert re.search(r"best, GB: parameters 0\.00\d+, gradients 0\.00\d+", text), text
+
+
 def test_tables_rank_and_explain(outputs: tuple[str, Path, Path]) -> None:
     text, _, _ = outputs
     for expected in (
