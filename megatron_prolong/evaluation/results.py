@@ -74,10 +74,20 @@ def read_result(path: Path) -> Result:
     """Read one result; the judge's file beside it (…-gpt4eval_o.json) wins.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or lacks a field.
     """
     judged = judged_path(path)
-    content = read_json(judged if judged.exists() else path)
+    written = judged if judged.exists() else path
+    try:
+        return _result(path, read_json(written))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{written}: not a whole result of `prolong eval run` ({type(error).__name__}: {error}); "
+            "delete it, and run the task again"
+        ) from error
+
+
+def _result(path: Path, content: dict[str, Any]) -> Result:
     arguments, items = content["args"], content["data"]
     averages = content["averaged_metrics"]
     names = arguments["metric_names"]

@@ -118,10 +118,10 @@ def file_name(task: Task, inputs: Inputs, settings: Settings, chat: bool) -> str
 
 def _is_of(path: Path, arguments: dict[str, Any]) -> bool:
     """Whether a result was made with these arguments; a model that has moved is known by its identity."""
-    known = read_json(path)["args"]
-    if arguments["model_identity"]:
+    known = read_json(path).get("args")
+    if isinstance(known, dict) and arguments["model_identity"]:
         known["model_name_or_path"] = arguments["model_name_or_path"]
-    return bool(known == arguments)
+    return known == arguments
 
 
 def _max_length(task: Task, backend: Backend, settings: Settings) -> int:

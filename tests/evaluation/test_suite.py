@@ -309,3 +309,18 @@ def test_published_scores_stand_beside_ones_own(inputs: Inputs, tmp_path: Path) 
     assert (rag["ProLong-8B (published)"], rag["Llama-3.1-8B-Instruct (published)"]) == ("63.2", "59.5")
     assert (mean["category"], mean["ProLong-8B (published)"]) == ("mean", "81.0"), "of 98.8 and 63.2"
     assert float(mean["ours"]) == pytest.approx((float(rag["ours"]) + float(recall["ours"])) / 2, abs=0.11)
+
+
+def test_a_result_without_its_fields_is_named_and_one_without_settings_is_made_again(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    task, parrot = only("json_kv"), Parrot(inputs.tokenizer)
+    path = run_task(task, parrot, inputs, Settings(), tmp_path).path
+    content = json.loads(path.read_text())
+    del content["data"][0]["removed_tokens"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{path.name}: not a whole result .* 'removed_tokens'"):
+        read_results(tmp_path)
+    path.write_text("{}")
+    assert run_task(task, parrot, inputs, Settings(), tmp_path).path == path
+    assert read_results(tmp_path)
