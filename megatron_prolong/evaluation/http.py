@@ -48,6 +48,18 @@ class Client:
         """As `post`, without a body."""
         return self._send(Request(self._url(path), headers=self._headers()))
 
+    def complete(self, path: str, body: dict[str, Any]) -> str:
+        """The text of the first choice of an answer to completions or chat/completions; empty if it has none."""
+        answer = self.post(path, body)
+        try:
+            choice = answer["choices"][0]
+            text = choice["message"]["content"] if "message" in choice else choice["text"]
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(
+                f"{self._url(path)}: its answer has no text: {json.dumps(answer)[:500]}; is it OpenAI-compatible?"
+            ) from error
+        return str(text or "")
+
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """`function` of every item, in order, `concurrency` at a time. The first error ends it."""
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -65,7 +77,10 @@ class Client:
             wait = self.first_wait_seconds * 2**attempt * random.uniform(0.8, 1.2)
             try:
                 with urlopen(request, timeout=self.timeout_seconds) as response:
-                    return dict(json.load(response))
+                    answer = json.load(response)
+                if isinstance(answer, dict):
+                    return answer
+                problem = f"not a JSON object: {json.dumps(answer)[:500]}"
             except HTTPError as error:
                 problem = f"{error.code} {error.reason}: {error.read().decode('utf-8', 'replace')[:500]}"
                 if error.code not in RETRIED:

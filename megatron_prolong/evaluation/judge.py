@@ -63,7 +63,7 @@ class Judge:
             "seed": 42,
             "max_tokens": max_tokens,
         }
-        return str(self.client.post("chat/completions", body)["choices"][0]["message"]["content"] or "")
+        return self.client.complete("chat/completions", body)
 
     def _cached(self) -> dict[str, str]:
         return {entry["key"]: entry["answer"] for entry in read_lines(self.cache)}

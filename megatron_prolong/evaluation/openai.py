@@ -6,6 +6,7 @@ model's tokenizer is needed here as well, because prompts are counted and cut be
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,13 @@ class OpenAIBackend:
         Raises:
             UserError: the server cannot be reached or does not serve the model.
         """
-        served = {entry["id"]: entry for entry in client.get("models")["data"]}
+        listed = client.get("models")
+        try:
+            served = {entry["id"]: entry for entry in listed["data"]}
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{client.base_url}/models: its answer lists no models: {json.dumps(listed)[:500]}"
+            ) from error
         if model not in served:
             raise UserError(f"{client.base_url} does not serve {model}; it serves {', '.join(served)}")
         return cls(client, model, tokenizer, int(served[model].get("max_model_len") or UNKNOWN_LENGTH))
@@ -62,8 +69,7 @@ class OpenAIBackend:
             body["stop"] = list(stop)
         if prompt.chat:
             messages = [{"role": "user", "content": prompt.text}]
-            answer = self.client.post("chat/completions", {**body, "messages": messages})
-            text = answer["choices"][0]["message"]["content"]
+            text = self.client.complete("chat/completions", {**body, "messages": messages})
         else:
-            text = self.client.post("completions", {**body, "prompt": prompt.text})["choices"][0]["text"]
-        return cut_at_stop(text or "", stop)
+            text = self.client.complete("completions", {**body, "prompt": prompt.text})
+        return cut_at_stop(text, stop)

@@ -11,13 +11,17 @@ from megatron_prolong.evaluation.http import Client
 
 
 class Server(ThreadingHTTPServer):
-    """Answers like an OpenAI-compatible server; the first `stumbles` requests fail with 503."""
+    """Answers like an OpenAI-compatible server; the first `stumbles` requests fail with 503.
+
+    `whole_answer`, if not None, is the JSON answer to everything.
+    """
 
     def __init__(self, answer: str = "") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.stumbles = 0
         self.answer = answer
+        self.whole_answer: object = None
         self.lock = threading.Lock()
 
 
@@ -44,7 +48,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(200, {"choices": [{"message": {"content": text}}]})
 
     def _reply(self, status: int, content: dict[str, Any]) -> None:
-        payload = json.dumps(content).encode()
+        whole = self.server.whole_answer
+        payload = json.dumps(content if whole is None else whole).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def test_what_the_server_refuses_is_not_tried_again(server: Server, tokenizer: A
     with pytest.raises(UserError, match="maximum context length"):
         backend.generate([Prompt("too long")], 4)
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("answer", [{"choices": []}, {"choices": [{}]}, {"error": "busy"}, [1]])
+def test_an_answer_without_text_is_shown(
+    server: Server, tokenizer: Any, tmp_path: Path, answer: object
+) -> None:
+    server.whole_answer = answer
+    refused = client(server, attempts=2)
+    with pytest.raises(UserError, match=r"/completions: .*" + re.escape(json.dumps(answer))):
+        OpenAIBackend(refused, "tiny", tokenizer, 512).generate([Prompt("a")], 4)
+    with pytest.raises(UserError, match=r"/chat/completions: .*" + re.escape(json.dumps(answer))):
+        Judge(refused, "tiny", tmp_path / "cache.jsonl").ask(["a"], 4)
+    with pytest.raises(UserError, match="/models: "):
+        OpenAIBackend.connect(refused, "tiny", tokenizer)
 
 
 def test_a_server_that_stays_away_is_named(tokenizer: Any) -> None:
