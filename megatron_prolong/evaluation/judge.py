@@ -23,8 +23,9 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.http import Client
 from megatron_prolong.evaluation.partial import sample_key
 from megatron_prolong.evaluation.report import write_json
-from megatron_prolong.evaluation.results import JUDGED, judged_path
+from megatron_prolong.evaluation.results import JUDGED, judged_path, whole_result
 from megatron_prolong.evaluation.text_metrics import parse_output
+from megatron_prolong.recipe.shape import read_json
 from megatron_prolong.runtime.strict_json import read_lines
 
 QUESTIONS = "narrativeqa_"
@@ -66,7 +67,8 @@ class Judge:
         return self.client.complete("chat/completions", body)
 
     def _cached(self) -> dict[str, str]:
-        return {entry["key"]: entry["answer"] for entry in read_lines(self.cache)}
+        entries = read_lines(self.cache)
+        return {entry["key"]: entry["answer"] for entry in entries if entry.keys() == {"key", "answer"}}
 
 
 def judge_results(directory: Path, judge: Judge, helmet: Path) -> list[Path]:
@@ -78,12 +80,13 @@ def judge_results(directory: Path, judge: Judge, helmet: Path) -> list[Path]:
         target = judged_path(path)
         if path.name.endswith(JUDGED) or _judged_by(target, judge.model):
             continue
-        if path.name.startswith(QUESTIONS):
-            content = _judge_questions(path, judge, helmet)
-        elif path.name.startswith(SUMMARIES):
-            content = _judge_summaries(path, judge, helmet)
-        else:
-            continue
+        with whole_result(path):
+            if path.name.startswith(QUESTIONS):
+                content = _judge_questions(path, judge, helmet)
+            elif path.name.startswith(SUMMARIES):
+                content = _judge_summaries(path, judge, helmet)
+            else:
+                continue
         write_json(target, content)
         written.append(target)
     return written
@@ -93,12 +96,12 @@ def _judged_by(target: Path, model: str) -> bool:
     """HELMET's own files, which do not name their judge, are left as they are."""
     if not target.exists():
         return False
-    return bool(json.loads(target.read_text(encoding="utf-8")).get("judge", {}).get("model", model) == model)
+    return bool(read_json(target).get("judge", {}).get("model", model) == model)
 
 
 def _judge_questions(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:
     """fluency (0, 1) × correctness (0 to 3), mean over the answers that can be read."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     template = judge_prompts(helmet / "scripts" / "eval_gpt4_longqa.py", ["judge_prompt"])["judge_prompt"]
     prompts = [
         template.format(
@@ -111,11 +114,9 @@ def _judge_questions(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:
     answers = judge.ask(prompts, QA_TOKENS)
     totals = []
     for item, answer in zip(content["data"], answers, strict=True):
-        scores = last_object(answer)
-        pair: list[Any] = [(scores or {}).get(name) for name in ("fluency", "correctness")]
-        readable = all(isinstance(score, int | float) for score in pair)
-        item["gpt-4-scores"] = scores if readable else None
-        if readable:
+        pair = _numbers(answer, "fluency", "correctness")
+        item["gpt-4-scores"] = last_object(answer) if pair else None
+        if pair:
             totals.append(math.prod(pair))
     if not totals:
         raise UserError(
@@ -123,12 +124,12 @@ def _judge_questions(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:
         )
     content["averaged_metrics"]["gpt-4-score"] = float(np.mean(totals))
     content["judge"] = {"model": judge.model, "unreadable": len(answers) - len(totals)}
-    return dict(content)
+    return content
 
 
 def _judge_summaries(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:
     """Three questions per summary: fluency, key points found, sentences supported by the expert's summary."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     suffix = "_book" if path.name.startswith("infbench") else ""
     names = [f"{kind}_prompt{suffix}" for kind in ("fluency", "recall", "precision")]
     templates = judge_prompts(helmet / "scripts" / "eval_gpt4_summ.py", names)
@@ -156,35 +157,42 @@ def _judge_summaries(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:
     for name in ("recall", "precision", "fluency", "f1"):
         content["averaged_metrics"][f"gpt-4-{name}"] = float(np.mean([scores[name] for scores in judged]))
     content["judge"] = {"model": judge.model, "unreadable": len(content["data"]) - len(judged)}
-    return dict(content)
+    return content
 
 
 def summary_scores(answers: Iterable[str], num_points: int) -> dict[str, Any] | None:
     """Recall, precision and F1 (times fluency) from the three answers; None when one cannot be read."""
     fluency_text, recall_text, precision_text = answers
-    fluency, recall, precision = (last_object(text) for text in (fluency_text, recall_text, precision_text))
+    fluency = _numbers(fluency_text, "fluency")
+    recall = _numbers(recall_text, "recall")
+    precision = _numbers(precision_text, "precision", "sentence_count")
     if fluency is None or recall is None or precision is None:
         return None
-    try:
-        found = recall["recall"] / num_points if num_points else 0.0
-        sentences = precision["sentence_count"]
-        supported = precision["precision"] / sentences if sentences else 0.0
-        f1 = fluency["fluency"] * 2 * found * supported / (found + supported) if found + supported else 0.0
-        return {
-            "fluency": fluency["fluency"],
-            "recall_total": num_points,
-            "recall_found": recall["recall"],
-            "precision_total": sentences,
-            "precision_found": precision["precision"],
-            "recall": found,
-            "precision": supported,
-            "f1": f1,
-            "fluency_output": fluency_text,
-            "recall_output": recall_text,
-            "precision_output": precision_text,
-        }
-    except (KeyError, TypeError):
-        return None
+    supported_sentences, sentences = precision
+    found = recall[0] / num_points if num_points else 0.0
+    supported = supported_sentences / sentences if sentences else 0.0
+    f1 = fluency[0] * 2 * found * supported / (found + supported) if found + supported else 0.0
+    return {
+        "fluency": fluency[0],
+        "recall_total": num_points,
+        "recall_found": recall[0],
+        "precision_total": sentences,
+        "precision_found": supported_sentences,
+        "recall": found,
+        "precision": supported,
+        "f1": f1,
+        "fluency_output": fluency_text,
+        "recall_output": recall_text,
+        "precision_output": precision_text,
+    }
+
+
+def _numbers(answer: str, *names: str) -> list[Any] | None:
+    """Numbers out of an answer's last object; None when one is missing or is none ("1", null, NaN)."""
+    found = last_object(answer) or {}
+    values = [found.get(name) for name in names]
+    readable = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    return values if readable else None
 
 
 def last_object(text: str) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,18 @@ def read_result(path: Path) -> Result:
     """
     judged = judged_path(path)
     written = judged if judged.exists() else path
-    try:
+    with whole_result(written):
         return _result(path, read_json(written))
+
+
+@contextmanager
+def whole_result(path: Path) -> Iterator[None]:
+    """Around reading a result's fields: one that is missing or of another kind is the file's fault."""
+    try:
+        yield
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{written}: not a whole result of `prolong eval run` ({type(error).__name__}: {error}); "
+            f"{path}: not a whole result of `prolong eval run` ({type(error).__name__}: {error}); "
             "delete it, and run the task again"
         ) from error
 

@@ -16,6 +16,7 @@ from megatron_prolong.evaluation.http import Client
 from megatron_prolong.evaluation.judge import Judge, judge_results, last_object, summary_scores
 from megatron_prolong.evaluation.openai import OpenAIBackend
 from megatron_prolong.evaluation.prompts import prepare
+from megatron_prolong.evaluation.results import judged_path
 from megatron_prolong.evaluation.suites import select
 
 
@@ -110,7 +111,7 @@ def test_the_judge_scores_caches_and_resumes(server: Server, tmp_path: Path) -> 
     assert "Q q0 C ['x'] A out 0 {\"fluency\": 1}" in prompts
     written.unlink()
     with (tmp_path / "cache.jsonl").open("a") as file:
-        file.write('{"key": "cut o')
+        file.write('{"answer": "of nobody"}\n{"key": "cut o')
     judge_results(tmp_path, judge, helmet)
     with pytest.raises(UserError, match="give the folder of one model's results"):
         judge_results(tmp_path / "nowhere", judge, helmet)
@@ -121,7 +122,14 @@ def test_the_judge_scores_caches_and_resumes(server: Server, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "answer", ['{"fluency": "1", "correctness": "3"}', '{"fluency": null, "correctness": 3}']
+    "answer",
+    [
+        '{"fluency": "1", "correctness": "3"}',
+        '{"fluency": null, "correctness": 3}',
+        '{"fluency": NaN, "correctness": 3}',
+        "[1]",
+        "",
+    ],
 )
 def test_a_judges_score_that_is_no_number_cannot_be_read(server: Server, tmp_path: Path, answer: str) -> None:
     items = [{"question": "q", "answer": ["x"], "output": "out"}]
@@ -139,9 +147,24 @@ def test_summary_scores() -> None:
     scores = summary_scores(answers, 4)
     assert scores is not None and (scores["recall"], scores["precision"]) == (0.5, 0.75)
     assert scores["f1"] == pytest.approx(0.6)
-    assert summary_scores(["nothing", *answers[1:]], 4) is None
+    nothing, text = "nothing", '{"fluency": "1"}'
+    assert summary_scores([nothing, *answers[1:]], 4) is None
+    assert summary_scores([text, '{"recall": 0}', answers[2]], 4) is None, "the mean of texts cannot be taken"
 
 
 def test_the_last_object_counts() -> None:
     assert last_object('a {"x": 1} b {"x": 2}') == {"x": 2}
     assert last_object('{"x": [{"y": 1}]') is None and last_object('{"x": 1') is None
+
+
+def test_a_damaged_result_is_named(server: Server, tmp_path: Path) -> None:
+    judge, helmet = Judge(client(server), "tiny", tmp_path / "cache.jsonl"), helmet_checkout(tmp_path)
+    result = tmp_path / "narrativeqa_7892_v1__in8192_size1.json"
+    for damaged in ("{", '{"data": [{"output": "out"}]}'):
+        result.write_text(damaged)
+        with pytest.raises(UserError, match=result.name):
+            judge_results(tmp_path, judge, helmet)
+    result.write_text("{}")
+    judged_path(result).write_text("{")
+    with pytest.raises(UserError, match=judged_path(result).name):
+        judge_results(tmp_path, judge, helmet)
