@@ -20,7 +20,7 @@ from megatron_prolong.recipe.inputs import (
 from megatron_prolong.recipe.layout_rules import layout_problems
 from megatron_prolong.recipe.run_files import RESERVED_STAGE_NAMES
 from megatron_prolong.recipe.schema import InitSpec, Recipe, Stage, layout_of, precision_of
-from megatron_prolong.recipe.shape import MANIFEST, ModelShape, model_directory, read_json, read_shape
+from megatron_prolong.recipe.shape import ModelShape, read_shape
 from megatron_prolong.recipe.source import Key, key_text
 
 
@@ -217,21 +217,10 @@ def _chain(findings: Findings, shape: ModelShape | None) -> None:
             elif stage.carry.optimizer:
                 rule = "found true; moments of other weights are of no use: carry both or neither"
                 findings.error((*key, "carry", "optimizer"), rule)
-        if index == 0 and shape and "optimizer" in stage.carry.model_fields_set and stage.carry.optimizer:
-            _first_optimizer(findings, stage)
         if stage.rope_base and rope_base and stage.rope_base < rope_base:
             found = f"found {stage.rope_base:g}, below the incoming {rope_base:g}"
             findings.warn((*key, "rope_base"), f"{found}; a longer context needs a larger base")
         rope_base = stage.rope_base or rope_base
-
-
-def _first_optimizer(findings: Findings, stage: Stage) -> None:
-    path = findings.recipe.model.path
-    manifest = model_directory(path) / MANIFEST if path else None
-    is_training = bool(manifest and manifest.is_file() and read_json(manifest).get("kind") == "training")
-    if not is_training:
-        key = ("stages", stage.name, "carry", "optimizer")
-        findings.warn(key, "found true, but model.path is no training checkpoint: Adam's moments start at 0")
 
 
 def _stage(findings: Findings, stage: Stage) -> None:

@@ -33,7 +33,7 @@ class RunLog:
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""
-        self.console.print(message, highlight=False)
+        self.console.out(message, highlight=False)  # neither wrapped nor read as markup
 
     def event(self, kind: str, **facts: Any) -> None:
         """A line of metrics.jsonl that is not a step: stage_start, checkpoint, evaluation, …"""
