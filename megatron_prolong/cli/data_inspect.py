@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,15 +26,14 @@ def inspect(
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens shown of each document.")] = 200,
 ) -> None:
     """Count tokens, documents and attention cost by domain and length; show samples as text."""
-    from rich.console import Console
-
     from megatron_prolong.data.inspect import domain_table, length_table, plot, preview, survey
     from megatron_prolong.data.mds import read_index
     from megatron_prolong.runtime.publish import whole_file
+    from megatron_prolong.runtime.terminal import screen
 
     if png is not None and png.suffix != ".png":
         raise UserError(f"--png {png}: the name must end in .png")
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console = screen()
     if sample:
         if tokenizer is None:
             raise UserError("--sample shows text, so it needs --tokenizer (the directory of the tokenizer)")
@@ -55,15 +53,14 @@ def inspect(
 
 def mixture(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Open the data of every stage of a recipe; show what it draws from each domain and how often it repeats."""
-    from rich.console import Console
-
     from megatron_prolong.data.inspect import usage_table
     from megatron_prolong.data.mds import common_tokenizer
     from megatron_prolong.data.mixture import Mixture
     from megatron_prolong.recipe.inputs import tokenizer_fingerprint
     from megatron_prolong.recipe.load import load_recipe
+    from megatron_prolong.runtime.terminal import screen
 
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console = screen()
     problems = []
     loaded = load_recipe(recipe, overrides or ())
     model = {str(loaded.model.tokenizer_path): tokenizer_fingerprint(loaded.model.tokenizer_path)}

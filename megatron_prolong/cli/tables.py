@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from megatron_prolong.runtime.terminal import screen
 
 
 def print_table(table: Table) -> None:
-    """Print at the terminal's width, or unlimited when the output is not a terminal."""
+    """Print with the first column to the left, numbers to the right."""
     table.box = box.SIMPLE
     for column in table.columns[1:]:
         column.justify = "right"
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
+    screen().print(table)

@@ -67,8 +67,8 @@ def how_to_get(path: str, data: Path) -> str:
     """The command that puts a missing file into the data directory."""
     if path == "hf/infinitebench":
         return (
-            f"mkdir -p {data}/hf/infinitebench && cd {data}/hf/infinitebench && for s in longbook_qa_eng "
-            "longbook_choice_eng longbook_sum_eng; do curl -LO "
+            "for s in longbook_qa_eng longbook_choice_eng longbook_sum_eng; do curl -L --create-dirs "
+            f"-o {data}/hf/infinitebench/$s.jsonl "
             "https://huggingface.co/datasets/xinrongzhang2022/InfiniteBench/resolve/main/$s.jsonl; done"
         )
     if path in _HUB:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_prolong.evaluation.needle import NeedleCell
@@ -15,6 +14,7 @@ from megatron_prolong.evaluation.perplexity import Perplexity
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.runtime.publish import whole_file, write_durably
 from megatron_prolong.runtime.strict_json import dumps
+from megatron_prolong.runtime.terminal import screen
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -38,7 +38,7 @@ def print_perplexity(results: dict[str, Perplexity]) -> None:
     for label, result in results.items():
         contexts.add_row(label, *(f"{at.loss:.3f}" for at in result.by_context))
         positions.add_row(label, *(f"{bucket.loss:.3f}" for bucket in result.by_position))
-    console = Console()
+    console = screen()
     console.print(contexts)
     console.print(positions)
 
@@ -64,7 +64,7 @@ def plot_perplexity(results: dict[str, Perplexity], path: Path) -> None:
 
 def print_needle(results: dict[str, Sequence[NeedleCell]]) -> None:
     """One table per model: ranking and recall (percent) by depth and length."""
-    console = Console()
+    console = screen()
     for label, cells in results.items():
         lengths = sorted({cell.length for cell in cells})
         table = Table(title=f"{label}: needle ranked first / generated (percent)")

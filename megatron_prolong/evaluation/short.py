@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from megatron_prolong.errors import UserError
@@ -20,6 +19,7 @@ from megatron_prolong.evaluation.identity import model_identity
 from megatron_prolong.evaluation.published import published
 from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.recipe.shape import read_json
+from megatron_prolong.runtime.terminal import screen
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def print_short(results: Mapping[str, Mapping[str, float]]) -> None:
     names = list(dict.fromkeys(name for scores in results.values() for name in scores))
     for name in names:
         table.add_row(name, *(f"{scores[name]:.1f}" if name in scores else "" for scores in columns.values()))
-    Console().print(table)
+    screen().print(table)
 
 
 def _harness(task_directory: Path | None) -> tuple[Any, Any]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_prolong.evaluation.bootstrap import Interval, difference_interval
@@ -16,6 +15,7 @@ from megatron_prolong.evaluation.report import heatmap, new_figure, save_figure
 from megatron_prolong.evaluation.results import MEAN, Average, Result, averages
 from megatron_prolong.evaluation.suites import CATEGORIES
 from megatron_prolong.recipe.numbers import format_count
+from megatron_prolong.runtime.terminal import screen
 
 Models = Mapping[str, Sequence[Result]]
 """Results by the model's label, in the order of the table."""
@@ -76,9 +76,7 @@ def cut_notes(models: Models) -> list[str]:
 
 def print_suite(models: Models, suite: str | None) -> None:
     """The tables and notes on the terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # a log or a pipe has room
+    console = screen()
     for grid in grids(models, suite):
         table = Table(title=grid.title)
         for heading in grid.headings:

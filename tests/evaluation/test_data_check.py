@@ -1,0 +1,31 @@
+"""What `prolong eval data check` tells a user to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+
+from megatron_prolong.cli.eval_suite import data_check
+from megatron_prolong.evaluation.data_check import how_to_get
+from megatron_prolong.evaluation.suites import select
+from megatron_prolong.runtime.terminal import screen
+
+
+def test_commands_can_be_pasted_together() -> None:
+    """One that changed the directory would send the next one's files into it."""
+    files = {need for task in select("helmet", [131072]) for need in task.needs}
+    commands = {how_to_get(file, Path("data")) for file in files}
+    assert len(commands) > 3 and not any("cd " in command for command in commands)
+
+
+def test_a_suite_without_files_of_ours_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    data_check(suite="short")
+    assert "fetches its data itself" in capsys.readouterr().out
+
+
+def test_headings_are_whole_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("model", *(f"{number}–{2 * number}" for number in (1024, 2048, 4096) * 4))
+    screen().print(table)
+    assert capsys.readouterr().out.count("4096–8192") == 4
