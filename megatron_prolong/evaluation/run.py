@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,13 @@ def run_task(
         content["averaged_metrics"] = task.summarise(content["data"], entails)
         _write(path, content)
         return read_result(path)
-    rows = task.load(task, inputs)
-    if not rows:
-        raise UserError(f"{task.name}: its data holds no example that qualifies; `prolong eval data check`")
     fixed = (backend.name, backend.model, settings.model_identity, settings.stop_newline)
     limits = (task.max_new_tokens, max_length)
-    keys = [sample_key(*fixed, *limits, render(task, row, chat)) for row in rows]
+    with _data_of(task, inputs):
+        rows = task.load(task, inputs)
+        keys = [sample_key(*fixed, *limits, render(task, row, chat)) for row in rows]
+    if not rows:
+        raise UserError(f"{task.name}: its data holds no example that qualifies; `prolong eval data check`")
     started = time.monotonic()
     with PartialOutputs(path.with_name(path.name + ".partial.jsonl")) as partial:
         pending = [(row, key) for row, key in zip(rows, keys, strict=True) if key not in partial.done]
@@ -93,13 +95,29 @@ def run_task(
             partial.add(sample)
         samples = [partial.done[key] for key in keys]
         seconds = time.monotonic() - started
-        content = _score(task, rows, samples, entails, chat)
+        with _data_of(task, inputs):
+            content = _score(task, rows, samples, entails, chat)
         content["args"] = arguments
         content["throughput"] = len(pending) / seconds if pending else 0.0
         judged_path(path).unlink(missing_ok=True)  # its answers are no longer these
         _write(path, content)
         partial.remove()
     return read_result(path)
+
+
+@contextmanager
+def _data_of(task: Task, inputs: Inputs) -> Iterator[None]:
+    """Around what reads the rows: a field that is missing or of another kind is the fault of its files, if any."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if inputs.data is None or task.missing(inputs.data):
+            raise
+        files = ", ".join(str(inputs.data / name) for name in (*task.needs, task.instead) if name)
+        raise UserError(
+            f"{task.name}: its data is not as HELMET has it ({type(error).__name__}: {error}); get {files} anew "
+            "(`prolong eval data check`; --debug shows what was read)"
+        ) from error
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
