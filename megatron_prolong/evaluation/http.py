@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import time
@@ -58,7 +59,9 @@ class Client:
             raise UserError(
                 f"{self._url(path)}: its answer has no text: {json.dumps(answer)[:500]}; is it OpenAI-compatible?"
             ) from error
-        return str(text or "")
+        return (
+            str(text or "").encode("utf-8", "replace").decode()
+        )  # half an emoji cannot be written or tokenized
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """`function` of every item, in order, `concurrency` at a time. The first error ends it."""
@@ -85,7 +88,7 @@ class Client:
                 problem = f"{error.code} {error.reason}: {error.read().decode('utf-8', 'replace')[:500]}"
                 if error.code not in RETRIED:
                     break
-                wait = _asked_wait(error.headers.get("Retry-After"), wait)
+                wait = asked_wait(error.headers.get("Retry-After"), wait)
             except (URLError, OSError, HTTPException, ValueError) as error:
                 problem = str(error)
             if attempt + 1 < self.attempts:
@@ -102,8 +105,10 @@ class Client:
         return headers
 
 
-def _asked_wait(header: str | None, otherwise: float) -> float:
+def asked_wait(header: str | None, otherwise: float) -> float:
+    """The seconds of a Retry-After header, where it says any."""
     try:
-        return float(header) if header is not None else otherwise
+        asked = float(header) if header is not None else otherwise
     except ValueError:
         return otherwise
+    return asked if 0 <= asked < math.inf else otherwise

@@ -12,7 +12,7 @@ from servers import Server, client
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, encode
-from megatron_prolong.evaluation.http import Client
+from megatron_prolong.evaluation.http import Client, asked_wait
 from megatron_prolong.evaluation.judge import Judge, judge_results, last_object, summary_scores
 from megatron_prolong.evaluation.openai import OpenAIBackend
 from megatron_prolong.evaluation.prompts import prepare
@@ -73,6 +73,22 @@ def test_an_answer_without_text_is_shown(
         Judge(refused, "tiny", tmp_path / "cache.jsonl").ask(["a"], 4)
     with pytest.raises(UserError, match="/models: "):
         OpenAIBackend.connect(refused, "tiny", tokenizer)
+
+
+def test_half_an_emoji_is_a_question_mark(server: Server, tokenizer: Any) -> None:
+    server.whole_answer = {"choices": [{"text": "\ud83d x"}]}
+    assert OpenAIBackend(client(server), "tiny", tokenizer, 512).generate([Prompt("a")], 4) == ["? x"]
+
+
+def test_a_wait_that_is_none_is_not_waited() -> None:
+    assert [asked_wait(header, 7.0) for header in (None, "3", "-5", "nan", "inf", "Sun")] == [
+        7,
+        3,
+        7,
+        7,
+        7,
+        7,
+    ]
 
 
 def test_a_server_that_stays_away_is_named(tokenizer: Any) -> None:
