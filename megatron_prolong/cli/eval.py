@@ -59,6 +59,7 @@ def perplexity(
     sizes = lengths_of(lengths)
     models = models_of(model, compare)
     check_documents(data, [path for _, path in models])
+    out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
     results: dict[str, Perplexity] = {}
     for label, path in models:
         with open_backend(path) as backend:
@@ -68,6 +69,7 @@ def perplexity(
             results[label] = measure(backend, passages, sizes)
     if not is_main():
         return
+    print_perplexity(results)
     write_json(
         out / "perplexity.json",
         {
@@ -77,7 +79,6 @@ def perplexity(
             "models": results,
         },
     )
-    print_perplexity(results)
     plot_perplexity(results, out / "perplexity.png")
     print(f"wrote {out / 'perplexity.json'} and {out / 'perplexity.png'}")
 
@@ -104,16 +105,18 @@ def needle(
 
     sizes, fractions = lengths_of(lengths), _depths(depths)
     text = read_text(haystack) if haystack else needles.NOISE
+    models = models_of(model, compare)
+    out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
     results: dict[str, Any] = {}
-    for label, path in models_of(model, compare):
+    for label, path in models:
         with open_backend(path, batch_size=trials) as backend:
             if backend is None:  # a rank that only lent its part of the model
                 continue
             results[label] = needles.run(backend, text, sizes, fractions, trials=trials, seed=seed)
     if not is_main():
         return
-    write_json(out / "needle.json", {"haystack": str(haystack or "noise"), "seed": seed, "models": results})
     print_needle(results)
+    write_json(out / "needle.json", {"haystack": str(haystack or "noise"), "seed": seed, "models": results})
     plot_needle(results, out / "needle.png")
     print(f"wrote {out / 'needle.json'} and {out / 'needle.png'}")
 

@@ -336,3 +336,15 @@ def test_data_that_is_not_helmets_is_named(tokenizer: Any, tmp_path: Path, line:
     with pytest.raises(UserError, match=rf"json_kv: its data is not as HELMET has it .*{file.name}"):
         run_task(task, Parrot(tokenizer), Inputs(tmp_path, tokenizer), Settings(), tmp_path)
     assert len(list(tmp_path.glob("*.partial.jsonl"))) == (1 if "question" in line else 0)
+
+
+@pytest.mark.parametrize("command", ["perplexity", "needle"])
+def test_a_place_that_cannot_be_written_is_met_before_measuring(
+    command: str, hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_prolong.evaluation.backend.open_backend", pytest.fail)
+    file = tmp_path / "held out.txt"
+    file.write_text("words")
+    more = ["--data", str(file)] if command == "perplexity" else []
+    found = CliRunner().invoke(app, ["eval", command, str(hf_directory), "--out", str(file / "out"), *more])
+    assert isinstance(found.exception, NotADirectoryError)
