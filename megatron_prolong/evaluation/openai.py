@@ -37,14 +37,16 @@ class OpenAIBackend:
         """
         listed = client.get("models")
         try:
-            served = {entry["id"]: entry for entry in listed["data"]}
-        except (KeyError, TypeError) as error:
+            served = {
+                entry["id"]: int(entry.get("max_model_len") or UNKNOWN_LENGTH) for entry in listed["data"]
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{client.base_url}/models: its answer lists no models: {json.dumps(listed)[:500]}"
+                f"{client.base_url}/models: its answer lists no models and lengths: {json.dumps(listed)[:500]}"
             ) from error
         if model not in served:
             raise UserError(f"{client.base_url} does not serve {model}; it serves {', '.join(served)}")
-        return cls(client, model, tokenizer, int(served[model].get("max_model_len") or UNKNOWN_LENGTH))
+        return cls(client, model, tokenizer, served[model])
 
     @property
     def batch_size(self) -> int:

@@ -73,6 +73,9 @@ def test_an_answer_without_text_is_shown(
         Judge(refused, "tiny", tmp_path / "cache.jsonl").ask(["a"], 4)
     with pytest.raises(UserError, match="/models: "):
         OpenAIBackend.connect(refused, "tiny", tokenizer)
+    server.whole_answer = {"data": [{"id": "tiny", "max_model_len": "many"}]}
+    with pytest.raises(UserError, match="/models: "):
+        OpenAIBackend.connect(refused, "tiny", tokenizer)
 
 
 def test_half_an_emoji_is_a_question_mark(server: Server, tokenizer: Any) -> None:
