@@ -94,7 +94,7 @@ class CheckpointWriter:
         num_bytes = _sum(state_bytes(state))
         partial = self._stage_dir / f"step_{manifest['step']:08d}.partial"
         _on_main(lambda: self._make_room(partial, num_bytes))
-        with _full_disks_explained():
+        with _full_disks_explained(partial):
             snapshot = take_snapshot(partial, state)
         pending = PendingSave(snapshot, manifest, num_bytes, time.perf_counter() - started, started)
         # A daemon: a process that ends with an error does not wait for a checkpoint that cannot be completed.
@@ -128,7 +128,7 @@ class CheckpointWriter:
         dist.all_gather_object(shares, (pending.entries, pending.problem))
         if problems := sorted({problem for _, problem in shares if problem}):
             _on_main(lambda: _give_up(partial, problems))
-        with _full_disks_explained():
+        with _full_disks_explained(partial):
             pending.snapshot.finish()
         entries = {name: entry for share, _ in shares for name, entry in share.items()}
         _on_main(lambda: self._complete(partial, pending.manifest, entries))
@@ -196,7 +196,11 @@ def _refuse_other_copy(directory: Path, main: bytes, own: bytes) -> None:
 
 def _give_up(partial: Path, problems: list[str]) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # a disk that fails here too must not hide the problems
-    raise UserError.many(f"{partial.with_suffix('')} could not be saved:", problems)
+    raise _not_saved(partial, problems)
+
+
+def _not_saved(partial: Path, problems: list[str]) -> UserError:
+    return UserError.many(f"{partial.with_suffix('')} could not be saved:", problems)
 
 
 def _sum(number: int) -> int:
@@ -219,14 +223,14 @@ def _on_main(action: Callable[[], object]) -> None:
 
 
 @contextmanager
-def _full_disks_explained() -> Iterator[None]:
+def _full_disks_explained(partial: Path) -> Iterator[None]:
     """For Megatron's own small files, which rank 0 writes between collectives."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         if not is_disk_full(error):
             raise
-        raise UserError(_describe(error)) from error
+        raise _not_saved(partial, [_describe(error)]) from error
 
 
 def _describe(error: Exception) -> str:

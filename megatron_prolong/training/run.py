@@ -127,11 +127,21 @@ def _open(recipe: Recipe, stack: ExitStack) -> RunLog:
     log = stack.enter_context(open_log(recipe))
     path, statuses = run_dir / RESOLVED_RECIPE, chain_status(recipe, run_dir)
     if path.exists():
-        for notice in refuse_changes(load_recipe(path), recipe, statuses):
+        for notice in refuse_changes(_started_with(path), recipe, statuses):
             log.say(f"changed since the last start: {notice}")
     refuse_gaps(statuses)
     write_durably(path, dump_recipe(recipe))
     return log
+
+
+def _started_with(path: Path) -> Recipe:
+    try:
+        return load_recipe(path)
+    except UserError as error:
+        raise UserError(
+            f"{error}\n{path} says how the run was started; put the {path.name} of its newest checkpoint in its "
+            "place"
+        ) from error
 
 
 def initial_directory(recipe: Recipe) -> Path:

@@ -216,6 +216,15 @@ def test_a_disk_that_fills_up_loses_nothing(small_disk, monkeypatch):
     assert bench.newest == 2
 
 
+def test_a_disk_that_is_full_for_megatrons_own_files_names_the_checkpoint(bench, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "take_snapshot", full)
+    with pytest.raises(UserError, match=r"step_00000001 could not be saved:\n  - the disk is full"):
+        bench.save(1)
+
+
 def test_what_could_not_be_written_is_named_also_where_it_cannot_be_deleted(bench):
     bench.slow = True
     bench.save(1)

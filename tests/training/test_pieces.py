@@ -198,6 +198,12 @@ def test_what_is_in_the_way_of_the_initial_weights_is_not_deleted(tmp_path, monk
     assert found == [tmp_path / "initial" / "theirs"]
 
 
+def test_a_damaged_recipe_of_the_run_says_where_another_is(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("name: [\n")
+    with pytest.raises(UserError, match=r"recipe\.yaml of its newest checkpoint in its place$"):
+        run._started_with(tmp_path / "recipe.yaml")
+
+
 def test_what_is_not_there_is_named(tmp_path):
     of = recipe(tmp_path)
     with pytest.raises(UserError, match="no run is here"):
