@@ -164,7 +164,9 @@ def test_chats_have_masks(tokenizer: Path, tmp_path: Path) -> None:
     run([source], tokenizer, tmp_path / "cut", kind="chat", max_chat_tokens=limit)
     np.testing.assert_array_equal(MDSReader(tmp_path / "cut")[1]["input_ids"], first["input_ids"])
     only = write_jsonl(tmp_path / "only.jsonl", [{"messages": chat[:1]}])
-    with pytest.raises(UserError, match=r"only\.jsonl, line at byte 0: no message of this chat is the assistant"):
+    with pytest.raises(
+        UserError, match=r"only\.jsonl, line at byte 0: no message of this chat is the assistant"
+    ):
         run([only], tokenizer, tmp_path / "zeros", kind="chat")
     assert not (tmp_path / "zeros").exists()
 
