@@ -8,12 +8,24 @@ leaves what is received uninitialised.)
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _create_work_from_future
 from torch.futures import Future
+
+
+def _for_each(one: Callable[..., dist.Work]) -> Callable[..., dist.Work]:
+    """A collective of a pair of tensors as one of many pairs."""
+
+    def many(self: EchoGroup, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+        for output, own in zip(outputs, inputs, strict=True):
+            one(self, output, own)
+        return _done()
+
+    return many
 
 
 class EchoGroup(dist.ProcessGroup):
@@ -38,12 +50,7 @@ class EchoGroup(dist.ProcessGroup):
                 tensor.detach().mul_(self._size)
         return _done()
 
-    allreduce_coalesced = allreduce
-
     def broadcast(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
-        return _done()
-
-    def barrier(self, opts: Any = None) -> dist.Work:
         return _done()
 
     def _allgather_base(self, output: Tensor, mine: Tensor, opts: Any = None) -> dist.Work:
@@ -58,23 +65,9 @@ class EchoGroup(dist.ProcessGroup):
                 part.detach().copy_(own)
         return _done()
 
-    def allgather_into_tensor_coalesced(
-        self, outputs: list[Tensor], mine: list[Tensor], opts: Any = None
-    ) -> dist.Work:
-        for output, own in zip(outputs, mine, strict=True):
-            self._allgather_base(output, own)
-        return _done()
-
     def _reduce_scatter_base(self, output: Tensor, parts: Tensor, opts: Any = None) -> dist.Work:
         mine = parts.detach().view(self._size, -1)[self._rank]
         output.detach().copy_(mine.view_as(output)).mul_(self._size)
-        return _done()
-
-    def reduce_scatter_tensor_coalesced(
-        self, outputs: list[Tensor], parts: list[Tensor], opts: Any = None
-    ) -> dist.Work:
-        for output, own in zip(outputs, parts, strict=True):
-            self._reduce_scatter_base(output, own)
         return _done()
 
     def alltoall_base(
@@ -85,12 +78,13 @@ class EchoGroup(dist.ProcessGroup):
         output.detach().view(self._size, -1).copy_(mine.expand(self._size, -1))
         return _done()
 
+    allgather_into_tensor_coalesced = _for_each(_allgather_base)
+    reduce_scatter_tensor_coalesced = _for_each(_reduce_scatter_base)
+
     # The same under the names of PyTorch 2.13.
-    all_gather_single, reduce_scatter_single, all_to_all_single = (
-        _allgather_base,
-        _reduce_scatter_base,
-        alltoall_base,
-    )
+    all_gather_single = _allgather_base
+    reduce_scatter_single = _reduce_scatter_base
+    all_to_all_single = alltoall_base
     all_gather_single_coalesced = allgather_into_tensor_coalesced
     reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
 

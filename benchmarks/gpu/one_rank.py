@@ -27,12 +27,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import echo_group
 import measure
-from throughput import PROLONG_8B, select_way, training_step
+from throughput import PROLONG_8B, select_way, this_gpu, training_step
 
 from megatron_prolong.mcore import schedule
 from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.mcore.replace import replaced
-from megatron_prolong.plan.hardware import Gpu, load_hardware
+from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import BatchDocuments
 from megatron_prolong.plan.memory import peak_memory
@@ -57,7 +57,7 @@ class Case:
     """
 
     ranks: int
-    layout: dict[str, Any] = field(default_factory=dict)
+    layout: Layout = field(default_factory=Layout)
     documents: tuple[list[int], ...] = ([64 * K],)
     recompute: str = "full"
     offload: bool = False
@@ -65,13 +65,12 @@ class Case:
 
     def job(self, way: str) -> Job:
         """As the planner sees it."""
-        layout, tokens = Layout(**self.layout), sum(self.documents[0])
         return Job(
             shape=PROLONG_8B,
-            layout=layout,
+            layout=self.layout,
             world_size=self.ranks,
-            sequence_length=tokens,
-            batch_sequences=self.ranks // layout.model_ranks * len(self.documents),
+            sequence_length=sum(self.documents[0]),
+            batch_sequences=self.ranks // self.layout.model_ranks * len(self.documents),
             precision="fp8" if way == "te fp8" else "bf16",
             recompute=self.recompute,
             offload=self.offload,
@@ -79,24 +78,24 @@ class Case:
         )
 
 
-P2P, A2A, HIERARCHICAL = ({"cp": 8, "cp_exchange": name} for name in ("p2p", "a2a", "a2a+p2p"))
+P2P, A2A, HIERARCHICAL = (Layout(cp=8, cp_exchange=name) for name in ("p2p", "a2a", "a2a+p2p"))
 LONG = ([512 * K],)
 CASES = {
     "16K, nothing recomputed": Case(32, documents=([16 * K],), recompute="none"),
     "16K, selective": Case(32, documents=([16 * K],), recompute="selective"),
     "64K, one document": Case(32),
     "64K, packs of many documents": Case(32, documents=(BAG, [64 * K], BAG)),
-    "64K, tp 2 cp 4": Case(32, {"tp": 2, "cp": 4}, recompute="none"),
+    "64K, tp 2 cp 4": Case(32, Layout(tp=2, cp=4), recompute="none"),
     "64K, tp 4 cp 2, a bag split and whole": Case(
-        32, {"tp": 4, "cp": 2, "cp_exchange": "p2p"}, (BAG,), recompute="selective"
+        32, Layout(tp=4, cp=2, cp_exchange="p2p"), (BAG,), recompute="selective"
     ),
     "512K, cp 8 p2p": Case(8, P2P, LONG),
-    "512K, cp 8 all_gather": Case(8, {"cp": 8}, LONG),
+    "512K, cp 8 all_gather": Case(8, Layout(cp=8), LONG),
     "512K, cp 8 a2a": Case(8, A2A, LONG),
     "512K, cp 8 a2a+p2p": Case(8, HIERARCHICAL, LONG),
     "512K, cp 8 a2a, offload, 80 GiB": Case(8, A2A, LONG, offload=True, gib=80),
-    "512K, tp 4 cp 2 p2p": Case(64, {"tp": 4, "cp": 2, "cp_exchange": "p2p"}, LONG),
-    "1M, tp 4 cp 8 p2p": Case(32, {"tp": 4, "cp": 8, "cp_exchange": "p2p"}, ([1024 * K],)),
+    "512K, tp 4 cp 2 p2p": Case(64, Layout(tp=4, cp=2, cp_exchange="p2p"), LONG),
+    "1M, tp 4 cp 8 p2p": Case(32, Layout(tp=4, cp=8, cp_exchange="p2p"), ([1024 * K],)),
 }
 
 
@@ -106,7 +105,7 @@ def play(name: str, way: str, rehearsed: bool) -> dict[str, Any]:
     Args:
         rehearsed: kernels do nothing, so they count no targets either, without which a step would be skipped.
     """
-    case, layout, device = CASES[name], Layout(**CASES[name].layout), torch.device("cuda", 0)
+    case, device = CASES[name], torch.device("cuda", 0)
     generator = torch.Generator().manual_seed(0)
     documents = [
         [torch.randint(PROLONG_8B.vocab_size, (length,), generator=generator) for length in lengths]
@@ -123,9 +122,9 @@ def play(name: str, way: str, rehearsed: bool) -> dict[str, Any]:
     with ExitStack() as stack:
         if rehearsed:
             stack.enter_context(replaced([(schedule, "_reduce", lambda *_: (0.0, 1))]))
-        groups = stack.enter_context(megatron(layout, seed=1))
+        groups = stack.enter_context(megatron(case.layout, seed=1))
         step = training_step(
-            PROLONG_8B, layout, documents, groups, device, precision=precision, recompute=case.recompute,
+            PROLONG_8B, case.layout, documents, groups, device, precision=precision, recompute=case.recompute,
             offload=case.offload, split_threshold_tokens=4 * K,
         )  # fmt: skip
         for _ in range(2):  # the first allocates the optimizer's state and compiles what is compiled
@@ -160,13 +159,11 @@ def measure_row(name: str, way: str) -> dict[str, Any]:
     row |= measure.in_fresh_process(__file__, {**row, "rehearsed": False})
     if "failed" in row:
         return row
-    tokens = sum(map(sum, CASES[name].documents)) / Layout(**CASES[name].layout).model_ranks
+    tokens = sum(map(sum, CASES[name].documents)) / CASES[name].layout.model_ranks
     row["tokens_per_second, without communication"] = round(tokens / row["seconds"])
     row["planned_over_measured_gib"] = round(planned_gib(name, way) / row["peak_gib"], 3)
-    device = torch.cuda.get_device_name().lower()
-    gpus = [gpu for gpu in load_hardware().values() if gpu.name.split("-")[0] in device]
-    if gpus:
-        planned = planned_seconds(name, way, gpus[0])
+    if (gpu := this_gpu()) is not None:
+        planned = planned_seconds(name, way, gpu)
         row["planned_over_measured_seconds"] = round(planned / row["seconds"], 3)
     return row
 

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -38,12 +37,13 @@ import measure
 from shapes import LLAMA3_8B
 
 from megatron_prolong.plan.flops import model_flops
+from megatron_prolong.plan.hardware import Gpu, load_hardware
 from megatron_prolong.plan.lengths import PROLONG_64K, PROLONG_512K, LengthMixture, single_document
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.gpu_environment import set_gpu_environment
+from megatron_prolong.runtime.terminal import screen
 
 WAYS = ("native", "te", "te fp8", "transformers")
-PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense, data sheets
 PROLONG_8B = LLAMA3_8B.replace(max_length=524_288, rope_base=1.28e8)
 TINY = PROLONG_8B.replace(
     hidden_size=64, ffn_hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=256
@@ -242,14 +242,15 @@ def measure_row(mixture: str, way: str, tiny: bool) -> dict[str, Any]:
     if way != "transformers":
         row["recompute"] = load.recompute
     row |= {**found, TOKENS_PER_SECOND: round(sum(lengths) / whole), "tflops": round(flops / 1e12, 1)}
-    if (peak := peak_flops()) is not None:
-        row["mfu"] = round(flops / peak, 3)
+    if (gpu := this_gpu()) is not None:
+        row["mfu"] = round(flops / gpu.peak_flops["bf16"], 3)
     return row
 
 
-def peak_flops() -> float | None:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((flops for gpu, flops in PEAK_BF16_FLOPS.items() if gpu in name), None)
+def this_gpu() -> Gpu | None:
+    """This machine's in the planner's table, where it is there."""
+    device = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    return next((gpu for gpu in load_hardware().values() if gpu.name.split("-")[0] in device), None)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -265,7 +266,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             row["mixture"], row["way"], f"{speed:,}", f"{speed / peer:.2f}" if peer else "",
             f"{row['mfu']:.1%}" if "mfu" in row else "", f"{row['peak_gib'][-1]}",
         )  # fmt: skip
-    Console().print(table)
+    screen().print(table)
 
 
 def main(only: str, tiny: bool) -> None:

@@ -59,9 +59,8 @@ class Client:
             raise UserError(
                 f"{self._url(path)}: its answer has no text: {json.dumps(answer)[:500]}; is it OpenAI-compatible?"
             ) from error
-        return (
-            str(text or "").encode("utf-8", "replace").decode()
-        )  # half an emoji cannot be written or tokenized
+        # Half an emoji cannot be written or tokenized.
+        return str(text or "").encode("utf-8", "replace").decode()
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """`function` of every item, in order, `concurrency` at a time. The first error ends it."""

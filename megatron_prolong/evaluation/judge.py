@@ -114,8 +114,9 @@ def _judge_questions(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:
     answers = judge.ask(prompts, QA_TOKENS)
     totals = []
     for item, answer in zip(content["data"], answers, strict=True):
-        pair = _numbers(answer, "fluency", "correctness")
-        item["gpt-4-scores"] = last_object(answer) if pair else None
+        found = last_object(answer)
+        pair = _numbers(found, "fluency", "correctness")
+        item["gpt-4-scores"] = found if pair else None
         if pair:
             totals.append(math.prod(pair))
     if not totals:
@@ -163,9 +164,9 @@ def _judge_summaries(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:
 def summary_scores(answers: Iterable[str], num_points: int) -> dict[str, Any] | None:
     """Recall, precision and F1 (times fluency) from the three answers; None when one cannot be read."""
     fluency_text, recall_text, precision_text = answers
-    fluency = _numbers(fluency_text, "fluency")
-    recall = _numbers(recall_text, "recall")
-    precision = _numbers(precision_text, "precision", "sentence_count")
+    fluency = _numbers(last_object(fluency_text), "fluency")
+    recall = _numbers(last_object(recall_text), "recall")
+    precision = _numbers(last_object(precision_text), "precision", "sentence_count")
     if fluency is None or recall is None or precision is None:
         return None
     supported_sentences, sentences = precision
@@ -187,10 +188,9 @@ def summary_scores(answers: Iterable[str], num_points: int) -> dict[str, Any] | 
     }
 
 
-def _numbers(answer: str, *names: str) -> list[Any] | None:
-    """Numbers out of an answer's last object; None when one is missing or is none ("1", null, NaN)."""
-    found = last_object(answer) or {}
-    values = [found.get(name) for name in names]
+def _numbers(found: dict[str, Any] | None, *names: str) -> list[Any] | None:
+    """Numbers out of an answer's object; None without one, or when one is missing or is none ("1", null, NaN)."""
+    values = [(found or {}).get(name) for name in names]
     readable = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
     return values if readable else None
 

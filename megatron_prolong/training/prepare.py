@@ -14,14 +14,7 @@ from megatron_prolong.mcore.checkpoint import load_weights, load_weights_and_opt
 from megatron_prolong.mcore.groups import ParallelGroups
 from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.recipe import fp8
-from megatron_prolong.recipe.schema import (
-    Layout,
-    Recipe,
-    Stage,
-    offload_of,
-    precision_of,
-    recompute_of,
-)
+from megatron_prolong.recipe.schema import Layout, Recipe, Stage, offload_of, precision_of, recompute_of
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.agreement import against_main
 from megatron_prolong.runtime.launch import World
