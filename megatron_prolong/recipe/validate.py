@@ -133,8 +133,9 @@ def _model(findings: Findings) -> ModelShape | None:
     if len(findings.errors) > before or findings.has_doubtful_part(("model",)):
         return None
     shape = incoming_shape(findings.recipe)
-    for problem in _shape_problems(shape):
-        findings.error(("model", "path" if model.path else "init"), problem)
+    if shape.head_dim % 2:
+        rule = f"its head size is {shape.head_dim}; rotary embeddings rotate pairs, so it must be even"
+        findings.error(("model", "path" if model.path else "init"), rule)
     _vocabulary(findings, shape)
     return shape
 
@@ -146,19 +147,6 @@ def _init(findings: Findings, init: InitSpec) -> None:
     if init.num_heads % init.num_kv_heads:
         rule = f"found {init.num_kv_heads}; must divide num_heads, {init.num_heads}"
         findings.error(("model", "init", "num_kv_heads"), rule, uses=[("model", "init", "num_heads")])
-
-
-def _shape_problems(shape: ModelShape) -> list[str]:
-    problems = []
-    if shape.num_heads % shape.num_kv_heads:
-        problems.append(
-            f"its {shape.num_heads} heads cannot be shared by {shape.num_kv_heads} key/value heads"
-        )
-    if shape.head_dim % 2:
-        problems.append(
-            f"its head size is {shape.head_dim}; rotary embeddings rotate pairs, so it must be even"
-        )
-    return problems
 
 
 def _vocabulary(findings: Findings, shape: ModelShape) -> None:

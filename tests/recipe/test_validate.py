@@ -26,9 +26,10 @@ def problems_of(path: Path, overrides: list[str], world_size: int | None = None,
 
 
 def test_the_good_recipe_is_good(write: Write, recipe_data: dict[str, Any]) -> None:
-    findings = find_problems(load_recipe(write(recipe_data)), 8)
-    assert findings.errors == []
-    assert findings.warnings == []
+    at_their_limits = ["checkpoint.every=10", "checkpoint.keep_every=20", "stage.one.micro_batch_tokens=1K"]
+    for overrides in ([], at_their_limits):
+        findings = find_problems(load_recipe(write(recipe_data), overrides), 8)
+        assert (findings.errors, findings.warnings) == ([], [])
 
 
 def test_a_damaged_tokenizer_is_called_so(write: Write, recipe_data: dict[str, Any], workdir: Path) -> None:
@@ -45,6 +46,7 @@ def test_pickled_weights_are_weights(write: Write, recipe_data: dict[str, Any], 
 # One mistake each: overrides, world size, and what must be said about it (and nothing else).
 MISTAKES = [
     (["stage.one.batch_tokens=9000"], None, "stages.one.batch_tokens: found 9000; must be a multiple of"),
+    (["stage.one.micro_batch_tokens=1023"], None, "stages.one.micro_batch_tokens: found 1023; must hold at"),
     (["stage.one.lr=0"], None, "stages.one.lr: found 0; must be greater than 0"),
     (["stage.one.warmup=1"], None, "stages.one.warmup: found 1; must be less than 1"),
     (["stage.one.warmup=-0.1"], None, "stages.one.warmup: found -0.1; must be greater than or equal to 0"),
@@ -239,7 +241,8 @@ def test_an_initial_model(write: Write, recipe_data: dict[str, Any]) -> None:
         "model.init.num_heads: found 7; must divide hidden_size, 64",
         "model.init.num_kv_heads: found 4; must divide num_heads, 7",
     ]
-    assert "must be even" not in problems_of(path, [])
+    (odd,) = problems_of(path, ["model.init.hidden_size=72"])
+    assert odd.startswith("model.init: its head size is 9; ") and odd.endswith("so it must be even")
     del recipe_data["model"]["tokenizer"]
     assert problems_of(write(recipe_data), []) == [
         "model.tokenizer: required with init: it sets the vocabulary size"
