@@ -86,6 +86,7 @@ def test_every_piece_is_a_run_of_its_document(
             for start, end in spans:
                 check_span(tokens[start:end], sample["mask"][start:end], lengths, options)
     assert found == report.packed
+    assert report.capacity == options.length * sum(map(len, subsets(path / "packs", report)))
     assert report.added == len(lengths) * ((options.bos is not None) + (options.eos is not None))
 
 

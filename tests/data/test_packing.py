@@ -92,8 +92,8 @@ def test_best_fit_cuts_no_document_that_fits(lengths: list[int], rules: Rules) -
 
 
 def test_best_fit_puts_each_piece_where_least_room_is_left() -> None:
-    packs = list(best_fit(enumerate([6, 5, 4, 3, 2]), Rules(10), Losses()))
-    assert packs == [[(0, 0, 6), (2, 0, 4)], [(1, 0, 5), (3, 0, 3), (4, 0, 2)]]
+    packs = list(best_fit(enumerate([2, 5, 3, 6, 4]), Rules(10), Losses()))
+    assert packs == [[(3, 0, 6), (4, 0, 4)], [(1, 0, 5), (2, 0, 3), (0, 0, 2)]]
 
 
 def test_best_fit_windows_change_neither_account_nor_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
