@@ -116,6 +116,19 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     return min((text.split(end, 1)[0] for end in stop), key=len, default=text)
 
 
+def refuse_nan(backend: ScoringBackend) -> None:
+    """Ask a model that was just opened for one log-probability: of NaN, greedy choice makes answers that score 0.
+
+    Raises:
+        UserError: it is not a number.
+    """
+    if np.isnan(backend.token_logprobs([0, 0])).any():
+        raise UserError(
+            f"{backend.model}: this model's logits are not numbers (NaN), so its scores would mean nothing; its "
+            "weights are damaged, or its training had diverged: take an earlier checkpoint"
+        )
+
+
 @contextmanager
 def open_backend(
     path: Path | str, *, batch_size: int = 1, kind: str = "auto", cp: int = 1

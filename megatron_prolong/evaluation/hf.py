@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode, load_tokenizer
+from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode, load_tokenizer, refuse_nan
 
 # Logits of one chunk: 1024 × 128K vocabulary × 4 bytes = 0.5 GiB.
 SCORE_CHUNK_TOKENS = 1024
@@ -43,7 +43,7 @@ class HuggingFaceBackend:
         """Load a directory written by `save_pretrained` (or by `prolong convert to-hf`).
 
         Raises:
-            UserError: transformers does not take it, or weights are missing.
+            UserError: transformers does not take it, weights are missing, or its logits are NaN.
         """
         from transformers import AutoModelForCausalLM
 
@@ -65,7 +65,7 @@ class HuggingFaceBackend:
                 f"{directory}: weights are missing, which transformers would make up at random; copy it again:",
                 sorted(found["missing_keys"]),
             )
-        return cls(
+        backend = cls(
             module=module.to(device).eval(),
             tokenizer=load_tokenizer(directory),
             model=str(directory),
@@ -73,6 +73,8 @@ class HuggingFaceBackend:
             stop_ids=stop_tokens(module.generation_config.eos_token_id),
             batch_size=batch_size,
         )
+        refuse_nan(backend)
+        return backend
 
     @torch.inference_mode()
     def token_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:

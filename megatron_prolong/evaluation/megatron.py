@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode, load_tokenizer
+from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode, load_tokenizer, refuse_nan
 from megatron_prolong.evaluation.crew import Crew, crew
 from megatron_prolong.evaluation.hf import stop_tokens
 from megatron_prolong.mcore.groups import megatron
@@ -75,6 +75,9 @@ def open_megatron(
 
     Yields:
         On the main rank the backend. On the others None, once the main rank is done with it.
+
+    Raises:
+        UserError: the ranks cannot be divided by cp, or the model's logits are NaN.
     """
     with ExitStack() as stack:
         world = world or stack.enter_context(distributed())
@@ -87,7 +90,9 @@ def open_megatron(
         if members is None:
             yield None
         else:
-            yield _backend(directory, shape, members, batch_size * groups.dp.size)
+            backend = _backend(directory, shape, members, batch_size * groups.dp.size)
+            refuse_nan(backend)
+            yield backend
 
 
 def inference_layout(shape: ModelShape, world_size: int, cp: int = 1) -> Layout:

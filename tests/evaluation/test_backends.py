@@ -20,6 +20,8 @@ from megatron_prolong.evaluation import hf
 from megatron_prolong.evaluation.backend import Prompt, encode, open_backend
 from megatron_prolong.evaluation.documents import read_text
 from megatron_prolong.evaluation.megatron import inference_layout
+from megatron_prolong.mcore import inference
+from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.recipe.shape import ModelShape
 
 PROMPTS = [
@@ -128,6 +130,29 @@ def test_a_model_without_some_of_its_weights_is_refused(tmp_path: Path, hf_direc
     save_file(weights, tmp_path / "half/model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"weights are missing.*\n  - lm_head\.weight"):
         hf.HuggingFaceBackend.open(tmp_path / "half")
+
+
+def test_a_model_of_nan_is_refused(
+    tmp_path: Path, hf_directory: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its greedy answers are token 0 for ever, and would score 0 as those of a bad model do."""
+    shutil.copytree(hf_directory, tmp_path / "diverged")
+    weights = load_file(tmp_path / "diverged/model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"].fill_(float("nan"))
+    save_file(weights, tmp_path / "diverged/model.safetensors", {"format": "pt"})
+    with (
+        pytest.raises(UserError, match=r"diverged: .* not numbers \(NaN\)"),
+        open_backend(tmp_path / "diverged"),
+    ):
+        pass
+    monkeypatch.setattr(inference, "load_weights", _fill_with_nan)
+    with pytest.raises(UserError, match=rf"{checkpoint}: .* not numbers \(NaN\)"), open_backend(checkpoint):
+        pass
+
+
+def _fill_with_nan(checkpoint: Path, model: StageModel) -> None:
+    for parameter in model.chunks[0].parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
 
 
 def test_tensor_parallelism_stops_where_the_model_does_not_divide() -> None:
