@@ -88,7 +88,8 @@ def _print(plan: StagePlan, gpu: Gpu, top: int, steps_between_checkpoints: int) 
     from rich.table import Table
 
     from megatron_prolong.cli.tables import print_table
-    from megatron_prolong.plan.figures import amount, figures
+    from megatron_prolong.page.amount import amount
+    from megatron_prolong.plan.figures import figures
     from megatron_prolong.plan.memory import parked_bytes
     from megatron_prolong.plan.report import KERNELS
     from megatron_prolong.plan.volume import step_volume
@@ -161,7 +162,7 @@ def _why_none(plan: StagePlan) -> str:
 def _print_total(plans: list[StagePlan], gpu: Gpu) -> None:
     if len(plans) < 2 or any(plan.best is None for plan in plans):
         return
-    from megatron_prolong.plan.figures import amount
+    from megatron_prolong.page.amount import amount
 
     hours = sum(plan.best.gpu_hours(plan.stage.num_steps) for plan in plans if plan.best is not None)
     world = plans[0].written.job.world_size

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from megatron_prolong.page.amount import amount
+
 # Okabe and Ito's colours, told apart by readers with any colour vision, and three more; grey last.
 COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A200", "#7B4FA3", "#A65628", "#8A93A0",
@@ -39,17 +41,17 @@ def stacked_bars(
         y, x = top + bar * index, float(left)
         parts_svg.append(_text(left - 8, y + 15, label, anchor="end"))
         for name, value in parts.items():
-            tip = f"{label}: {name} {value:.2f} {unit}"
+            tip = f"{label}: {name} {amount(value, 2)} {unit}"
             parts_svg.append(_bar(x, y, value * scale, bar - 6, names.index(name), tip))
             x += value * scale
-        parts_svg.append(_text(x + 6, y + 15, f"{sum(parts.values()):.1f} {unit}", soft=True))
+        parts_svg.append(_text(x + 6, y + 15, f"{amount(sum(parts.values()))} {unit}", soft=True))
     if limit:
         x = left + limit * scale
         parts_svg.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 4}" y2="{height - 24}" class="axis" '
             'style="stroke:#D55E00;stroke-dasharray:4 3"/>'
         )
-        parts_svg.append(_text(x, height - 8, f"{limit:.0f} {unit}", anchor="end", soft=True))
+        parts_svg.append(_text(x, height - 8, f"{amount(limit, 0)} {unit}", anchor="end", soft=True))
     return _svg(height, parts_svg)
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_prolong.page.amount import amount
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.search import Candidate
-
-
-def amount(value: float, decimals: int = 1) -> str:
-    """`value` with so many decimals; where a small model's is less than one of the last, two digits: 0.042."""
-    return f"{value:.2g}" if 0 < value < 10**-decimals else f"{value:,.{decimals}f}"
 
 
 def figures(candidate: Candidate, gpu: Gpu, num_steps: int) -> list[str]:

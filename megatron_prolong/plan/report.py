@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_prolong.page.amount import amount
 from megatron_prolong.plan.batches import Batches, stage_batches
-from megatron_prolong.plan.figures import amount
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job, job_of
 from megatron_prolong.plan.search import AS_FAST, Candidate, best_of, evaluate, search

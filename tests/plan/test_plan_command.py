@@ -70,10 +70,14 @@ def test_a_small_models_plan_is_not_all_zeros(tmp_path: Path) -> None:
         "stage.64k.batch_tokens=64K",
         "stage.64k.sequence_length=8K",
         "stage.64k.steps=10",
+        "--html",
+        str(tmp_path / "plan.html"),
     )
     found = re.search(r"recipe's layout .*: (\S+) GB, (\S+) s/step, .*, (\S+) GPU-hours, USD (\S+)", text)
     assert found is not None and all(float(number) > 0 for number in found.groups()), text
     assert re.search(r"best, GB: parameters 0\.00\d+, gradients 0\.00\d+", text), text
+    bars = re.findall(r">([\d.]+) (?:GB|s)<", (tmp_path / "plan.html").read_text())
+    assert len(bars) > 10 and all(float(number) > 0 for number in bars), bars
 
 
 def test_tables_rank_and_explain(outputs: tuple[str, Path, Path]) -> None:
