@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_prolong.evaluation.bootstrap import difference_interval
+from megatron_prolong.evaluation.bootstrap import difference_interval, mean_interval
 from megatron_prolong.evaluation.ranking import parse_ranking, ranking_metrics
 from megatron_prolong.evaluation.text_metrics import (
     answer_list,
@@ -34,6 +34,17 @@ def test_two_models_without_a_row_in_common_have_no_difference() -> None:
     assert difference_interval([nan, 1.0], [0.0, nan], ["a", "b"]) is None
     found = difference_interval([nan, 1.0], [0.0, 0.5], ["a", "b"])
     assert found is not None and (found.mean, found.low, found.high) == (-0.5, -0.5, -0.5)
+
+
+def test_an_interval_is_over_questions_not_rows() -> None:
+    """Half of 400 questions answered: 0.5 ± 1.96 · 0.5 / √400. Asked four times each they are no more certain."""
+    right, questions = [0.0, 1.0] * 200, range(400)
+    once = mean_interval(right, questions)
+    assert (once.mean, once.low, once.high) == pytest.approx((0.5, 0.451, 0.549), abs=0.003)
+    four_times = mean_interval(
+        [*right, *right, *right, *right], [*questions, *questions, *questions, *questions]
+    )
+    assert four_times == once
 
 
 def test_text_scores_of_a_thousand_strings_are_helmets() -> None:

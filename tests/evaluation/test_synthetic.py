@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import tracemalloc
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,9 +18,10 @@ from typer.testing import CliRunner
 from megatron_prolong.cli.main import app
 from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import encode
+from megatron_prolong.evaluation.backend import Prompt, ScoringBackend, encode
 from megatron_prolong.evaluation.documents import check_documents, read_passages
-from megatron_prolong.evaluation.needle import NOISE, make_needle
+from megatron_prolong.evaluation.needle import NOISE, NeedleCell, make_needle
+from megatron_prolong.evaluation.needle import run as run_needle
 from megatron_prolong.evaluation.prompts import render
 from megatron_prolong.evaluation.sentences import split_sentences
 from megatron_prolong.evaluation.suite import runnable
@@ -156,6 +159,39 @@ def test_the_needle_lies_at_its_depth(depth: float, tokenizer: Any) -> None:
     assert abs(place - (0.1 + 0.75 * depth)) < 0.12
     sizes = {len(tokenizer(f" {value}")["input_ids"]) for value in (needle.value, *needle.distractors)}
     assert len(sizes) == 1 and needle.value not in needle.distractors
+
+
+class Finder:
+    """Repeats every other number, and finds it one nat likelier, or three less, than the likeliest other."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.prompts: list[str] = []
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        found = [re.findall(r"is (\d{7})\.", prompt.text) for prompt in prompts]
+        assert all(len(numbers) == 1 for numbers in found)
+        return ["".join(numbers) if index % 2 else "none" for index, numbers in enumerate(found)]
+
+    def continuation_logprobs(
+        self, ids: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[float]:
+        text = self.tokenizer.decode(ids)
+        self.prompts.append(text)
+        right, *wrong = (self.tokenizer.decode(each).strip() for each in continuations)
+        assert right in text and len(wrong) == 9 and not any(number in text for number in wrong)
+        return [-1.0 if len(self.prompts) % 2 else -5.0, *[-9.0] * 4, -2.0, *[-9.0] * 4]
+
+
+def test_needles_are_scored_over_the_trials_of_each_cell(tokenizer: Any) -> None:
+    model = Finder(tokenizer)
+    cells = run_needle(cast(ScoringBackend, model), NOISE, [512, 1024], [0.0, 1.0], trials=2, seed=5)
+    assert cells == [
+        NeedleCell(length, depth, trials=2, recall=0.5, ranked_first=0.5, margin=(1 - 3) / 2)
+        for length in (512, 1024)
+        for depth in (0.0, 1.0)
+    ]
+    assert len(set(model.prompts)) == 8, "another needle in every trial"
 
 
 def test_a_length_without_its_k_is_refused_before_any_model_is_opened(tokenizer: Any) -> None:

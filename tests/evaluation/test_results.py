@@ -1,0 +1,113 @@
+"""Averages, changes and tables of results whose every score is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prolong.evaluation.results import Average, Result, averages, read_results
+from megatron_prolong.evaluation.suite_report import changes, cut_notes, grids, summary
+
+
+def result(name: str, category: str, values: list[float], **changed: Any) -> Result:
+    """One of 32K with the mean of the values, asked one question each."""
+    known: dict[str, Any] = {
+        "path": Path(name), "name": name, "category": category, "length": 32768, "model": "m", "generated": False,
+        "scores": {"f1": 100 * sum(values) / len(values)}, "missing": (), "stand_in": None,
+        "values": tuple(values), "questions": tuple(range(len(values))), "truncated": 0,
+    }  # fmt: skip
+    return Result(**{**known, **changed})
+
+
+def test_scores_weigh_equally_in_a_category_and_categories_in_the_mean() -> None:
+    results = [
+        result("a", "cite", [0.5], scores={"str_em": 30.0, "citation_rec": 60.0}),
+        result("b", "cite", [0.9], missing=("citation_rec",)),
+        result("c", "summ", [0.2], scores={}, missing=("gpt-4-f1",), stand_in=20.0),
+        result("d", "summ", [0.8], scores={"gpt-4-f1": 70.0}, stand_in=99.0),  # judged
+        result("e", "ruler", [1.0]),
+        result("f", "cite", [0.4], length=65536),
+    ]
+    assert averages(results) == [
+        Average("cite", 32768, pytest.approx(60.0), True, 2),
+        Average("ruler", 32768, 100.0, False, 1),
+        Average("summ", 32768, 45.0, True, 2),
+        Average("mean", 32768, pytest.approx(52.5), True, 4),
+        Average("cite", 65536, 40.0, False, 1),
+    ]
+
+
+def test_a_change_is_after_minus_before_in_points_and_of_what_both_have() -> None:
+    before = [result("a", "rag", [0.0, 0.5]), result("only", "rag", [1.0])]
+    after = [result("a", "rag", [0.25, 0.75]), result("new", "rag", [1.0])]
+    (change,) = changes({"before": before, "after": after})
+    assert (change.model, change.task, change.length) == ("after", "a", 32768) and change.interval is not None
+    assert (change.interval.mean, change.interval.low, change.interval.high) == (25.0, 25.0, 25.0)
+    other_rows = [result("a", "rag", [0.25, 0.75], questions=(1, 0))]
+    assert changes({"before": before, "after": other_rows})[0].interval is None
+    table = grids({"before": before, "after": after}, "helmet")[1]
+    cells = {row[1]: row for row in table.rows}
+    assert cells["a"] == ["32K", "a", "2", "25.0 [0, 50]", "50.0 [25, 75] +25.0 [+25, +25]"]
+    assert cells["only"] == ["32K", "only", "1", "100.0 [100, 100]", ""]
+
+
+def test_averages_stand_in_the_order_of_lengths_with_the_mean_last_and_a_mark_on_what_is_partial() -> None:
+    results = [
+        result("a", "summ", [0.5], missing=("gpt-4-f1",)),
+        result("b", "icl", [0.25]),
+        result("b", "icl", [0.75], length=8192),
+    ]
+    rows = grids({"m": results}, None)[0].rows
+    assert rows == [
+        ["8K", "icl", "75.0"],
+        ["32K", "icl", "25.0"],
+        ["32K", "summ", "50.0*"],
+        ["32K", "mean", "37.5*"],
+    ]
+
+
+def test_what_was_cut_and_how_much_was_asked_is_said() -> None:
+    models = {
+        "m": [
+            result("a", "rag", [0.0, 1.0, 1.0], questions=(1, 1, 2), truncated=2),
+            result("b", "rag", [1.0]),
+        ]
+    }
+    assert cut_notes(models) == ["m: contexts cut to fit: a 2/3"]
+    told = summary(models)["tasks"]["m"][0]
+    assert (told["rows"], told["questions"], told["truncated"]) == (3, 2, 2) and summary(models)[
+        "changes"
+    ] == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "average", "rows", "expected"),
+    [
+        ("gpt-4-f1", 0.25, [{"f1": 0.5}, {"f1": 0.0}], [0.5, 0.0]),
+        (
+            "gpt-4-score",
+            1.5,
+            [{"fluency": 1, "correctness": 3}, {"fluency": 0, "correctness": 2}],
+            [1.0, 0.0],
+        ),
+    ],
+)
+def test_a_judges_rows_have_the_mean_of_its_score(
+    metric: str, average: float, rows: list[dict[str, float]], expected: list[float], tmp_path: Path
+) -> None:
+    """HELMET's averages are of 0 to 1 for summaries, and of 0 to 3 for answers."""
+    arguments = {
+        "datasets": "x", "category": "summ", "input_max_length": 8192, "model_name_or_path": "m",
+        "generated": False, "metric_names": [metric], "question_field": "question",
+    }  # fmt: skip
+    items = [
+        {"gpt-4-scores": row, "question": ["no key"], "removed_tokens": at} for at, row in enumerate(rows)
+    ]
+    content = {"args": arguments, "data": items, "averaged_metrics": {metric: average, "rougeL_f1": 9.0}}
+    (tmp_path / "x_in8192_shots2.json").write_text(json.dumps(content))
+    (found,) = read_results(tmp_path)
+    assert found.values == tuple(expected) and found.questions == (0, 1) and found.truncated == 1
+    assert found.score == pytest.approx(found.interval.mean)
