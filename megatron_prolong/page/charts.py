@@ -31,7 +31,7 @@ def stacked_bars(
 ) -> str:
     """One horizontal bar per row, cut into its named parts; a dashed line at `limit`."""
     names = list(dict.fromkeys(name for _, parts in rows for name in parts))
-    longest = max([sum(parts.values()) for _, parts in rows] + ([limit] if limit else []), default=1.0)
+    longest = max([sum(parts.values()) for _, parts in rows] + ([limit] if limit else []))
     legend, legend_height = _legend(names)
     left, bar, top = 330, 26, legend_height + 14
     height = top + bar * len(rows) + 30
@@ -149,7 +149,7 @@ def _short(value: float) -> str:
 
 
 def _ceiling(values: Sequence[float]) -> float:
-    return max(values, default=1.0) * 1.05 or 1.0
+    return max(values) * 1.05
 
 
 def _finite_runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
@@ -178,7 +178,7 @@ def _legend(names: Sequence[str]) -> tuple[str, int]:
 def _bar(x: float, y: float, width: float, height: float, index: int, tip: str) -> str:
     colour = COLOURS[index % len(COLOURS)]
     return (
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height}" fill="{colour}">'
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height}" fill="{colour}">'
         f"<title>{escape(tip)}</title></rect>"
     )
 

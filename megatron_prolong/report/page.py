@@ -76,7 +76,7 @@ def _domains(one: StageHistory) -> Iterator[str]:
     names = one.stage.domain_names
     shares = {} if one.stage.mixture == "mock" else one.stage.mixture
     asked = {names[str(path)]: share for path, share in shares.items()}
-    total = sum(counts.values()) or 1.0
+    total = sum(counts.values())
     yield heading(f"Tokens by domain, stage {one.stage.name}")
     largest = max(counts.values())
     scale, unit = next(((s, u) for s, u in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if largest >= s), (1.0, ""))
