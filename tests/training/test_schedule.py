@@ -20,12 +20,12 @@ def test_warmup_then_cosine_to_the_floor():
     rates = [learning_rate(stage(), step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
     assert rates[9] == 2.0 and rates[99] == pytest.approx(0.2)
-    middle = 0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi * 45 / 90))
-    assert rates[54] == pytest.approx(middle)
+    third = 0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi * 30 / 90))  # half-way, cosine and line would meet
+    assert rates[39] == pytest.approx(third)
     assert all(earlier > later for earlier, later in pairwise(rates[9:]))
 
 
 def test_linear_and_constant():
-    assert learning_rate(stage(schedule="linear"), 54) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert learning_rate(stage(schedule="linear"), 39) == pytest.approx(2.0 * (0.1 + 0.9 * 2 / 3))
     assert learning_rate(stage(schedule="constant", warmup=0), 0) == 2.0
     assert learning_rate(stage(schedule="constant"), 99) == 2.0
