@@ -70,16 +70,17 @@ def test_cu_seqlens_may_be_a_tensor_and_scale_is_used():
 
 
 def test_newest_queries_against_earlier_keys():
-    """Causal blocks with more keys than queries, alone (25 of 60) and two of a shape (5 of 20, run together)."""
-    q, k, v, dout = random_qkv(100, 4, 2, 8)
-    blocks = (Block(0, 25, 0, 60), Block(25, 30, 60, 80), Block(30, 35, 80, 100))
-    newest = torch.cat([torch.arange(35, 60), torch.arange(75, 80), torch.arange(95, 100)])
+    """Causal blocks with more keys than queries: two of a shape (5 of 20, run together), and two that are alone,
+    of other queries (25 of 60) or only of other keys (5 of 30)."""
+    q, k, v, dout = random_qkv(130, 4, 2, 8)
+    blocks = (Block(0, 25, 0, 60), Block(25, 30, 60, 80), Block(30, 35, 80, 100), Block(35, 40, 100, 130))
+    newest = torch.cat([torch.arange(*rows) for rows in ((35, 60), (75, 80), (95, 100), (125, 130))])
 
     def rectangular(q, k, v):
         return BlockAttention.apply(q[newest], k, v, blocks, True, 8**-0.5)
 
     def dense(q, k, v):
-        return document_attention(q, k, v, [0, 60, 80, 100])[newest]
+        return document_attention(q, k, v, [0, 60, 80, 100, 130])[newest]
 
     for ours, plain in zip(
         gradients(rectangular, q, k, v, dout[newest]), gradients(dense, q, k, v, dout[newest]), strict=True
