@@ -78,6 +78,7 @@ def test_the_source_config_travels_along() -> None:
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; a number above 0 is needed"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
         ({"num_key_value_heads": 2.5}, "num_key_value_heads is 2.5; a positive whole number is needed"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; a positive whole number is needed"),
         ({"num_key_value_heads": 5}, "num_attention_heads 32 is no multiple of num_key_value_heads 5"),
         (
             {

@@ -27,7 +27,8 @@ def problems_of(path: Path, overrides: list[str], world_size: int | None = None,
 
 def test_the_good_recipe_is_good(write: Write, recipe_data: dict[str, Any]) -> None:
     at_their_limits = ["checkpoint.every=10", "checkpoint.keep_every=20", "stage.one.micro_batch_tokens=1K"]
-    for overrides in ([], at_their_limits):
+    smallest_pairs = ["layout.tp=2", "layout.cp=4", "layout.cp_exchange=a2a+p2p"]
+    for overrides in ([], at_their_limits, smallest_pairs):
         findings = find_problems(load_recipe(write(recipe_data), overrides), 8)
         assert (findings.errors, findings.warnings) == ([], [])
 
@@ -87,7 +88,7 @@ MISTAKES = [
     (["layout.virtual_pp=2"], None, "layout.virtual_pp: found 2; needs pp of at least 2"),
     (["layout.pp=2", "layout.virtual_pp=4"], None, "layout.virtual_pp: found 4; must divide the 2 layers"),
     (["stage.one.layout.pp=3"], None, "stages.one.layout.pp: found 3; must divide the model's 4 layers"),
-    (["layout.cp=3", "layout.cp_exchange=a2a"], None, "num_heads / tp, 8, to be a multiple of 12, the 4 key"),
+    (["layout.tp=2", "layout.cp=3", "layout.cp_exchange=a2a"], None, "tp, 4, to be a multiple of 6, the 2 key"),
     (["layout.cp=2", "layout.cp_exchange=a2a+p2p"], None, "needs an even cp of at least 4, not 2"),
     (["layout.tp=2", "layout.pp=2"], 6, "6 ranks cannot be divided into copies of tp·pp·cp = 4"),
     (["fp8_parameters=true"], None, "fp8_parameters: found true; needs precision: fp8"),
