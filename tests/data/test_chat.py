@@ -186,7 +186,7 @@ def test_batches_equal_single_chats(monkeypatch: pytest.MonkeyPatch) -> None:
         ([{"role": "human", "content": "x"}], "message 0 has the role 'human', which is none of system,"),
         ([CHAT[1], CHAT[0]], "message 1 is the system's, which must come first"),
         ([CHAT[2]], "the chat begins with the assistant"),
-        ([CHAT[0], CHAT[2]], "the chat begins with the assistant"),
+        ([CHAT[0], CHAT[2], CHAT[1], CHAT[2]], "the chat begins with the assistant"),
         ([CHAT[0], CHAT[1]], "no message of this chat is the assistant's"),
         ([{"role": "user", "content": "x\ud83d"}, CHAT[2]], "message 0 holds half a surrogate pair"),
         (
