@@ -67,6 +67,10 @@ def test_averages_stand_in_the_order_of_lengths_with_the_mean_last_and_a_mark_on
         ["32K", "summ", "50.0*"],
         ["32K", "mean", "37.5*"],
     ]
+    ruler = [
+        result("r", "ruler", [1.0], length=131072)
+    ]  # a published length without any category of HELMET's
+    assert grids({"m": ruler}, "helmet")[0].rows[0][:3] == ["128K", "ruler", "100.0"]
 
 
 def test_what_was_cut_and_how_much_was_asked_is_said() -> None:
@@ -83,6 +87,7 @@ def test_what_was_cut_and_how_much_was_asked_is_said() -> None:
     ] == []
 
 
+@pytest.mark.parametrize("asked", ["asked", ["no key of a dictionary"], "", None])
 @pytest.mark.parametrize(
     ("metric", "average", "rows", "expected"),
     [
@@ -95,19 +100,23 @@ def test_what_was_cut_and_how_much_was_asked_is_said() -> None:
         ),
     ],
 )
-def test_a_judges_rows_have_the_mean_of_its_score(
-    metric: str, average: float, rows: list[dict[str, float]], expected: list[float], tmp_path: Path
+def test_a_judges_rows_have_the_mean_of_its_score_and_are_of_the_questions_they_name(
+    asked: Any,
+    metric: str,
+    average: float,
+    rows: list[dict[str, float]],
+    expected: list[float],
+    tmp_path: Path,
 ) -> None:
     """HELMET's averages are of 0 to 1 for summaries, and of 0 to 3 for answers."""
     arguments = {
         "datasets": "x", "category": "summ", "input_max_length": 8192, "model_name_or_path": "m",
         "generated": False, "metric_names": [metric], "question_field": "question",
     }  # fmt: skip
-    items = [
-        {"gpt-4-scores": row, "question": ["no key"], "removed_tokens": at} for at, row in enumerate(rows)
-    ]
+    items = [{"gpt-4-scores": row, "question": asked, "removed_tokens": at} for at, row in enumerate(rows)]
     content = {"args": arguments, "data": items, "averaged_metrics": {metric: average, "rougeL_f1": 9.0}}
     (tmp_path / "x_in8192_shots2.json").write_text(json.dumps(content))
     (found,) = read_results(tmp_path)
-    assert found.values == tuple(expected) and found.questions == (0, 1) and found.truncated == 1
+    assert found.values == tuple(expected) and found.truncated == 1
+    assert found.questions == (("asked", "asked") if asked == "asked" else (0, 1))
     assert found.score == pytest.approx(found.interval.mean)
