@@ -157,7 +157,7 @@ def _finite_runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float
     for x, y in points:
         if math.isfinite(x) and math.isfinite(y):
             runs[-1].append((x, y))
-        elif runs[-1]:
+        else:
             runs.append([])
     return [run for run in runs if run]
 
