@@ -97,13 +97,12 @@ class Tensor2D:
             if self.part is None:
                 index, row = _part_at(rule, row)
                 name, part_rows = rule.parts[index]
-                source = Rows(_hf_name(name, self.layer), None, block * part_rows + row, 0)
+                name, layer, first = _hf_name(name, self.layer), None, block * part_rows + row
             else:
-                part_rows = step
-                before = sum(rows for _, rows in rule.parts[: self.part])
-                source = Rows(rule.key, self.layer, block * rule.block_rows + before + row, 0)
+                part_rows, before = step, sum(rows for _, rows in rule.parts[: self.part])
+                name, layer, first = rule.key, self.layer, block * rule.block_rows + before + row
             count = min(part_rows - row, stop - start)
-            yield Rows(source.name, source.layer, source.start, count)
+            yield Rows(name, layer, first, count)
             start += count
 
 
