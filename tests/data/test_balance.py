@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prolong.data.balance import CostModel, assign
-from megatron_prolong.data.balance.micro_batches import fill_even
+from megatron_prolong.data.balance.micro_batches import fill_alike, fill_even
 from megatron_prolong.data.balance.threshold import NEVER, best_share
 from megatron_prolong.errors import UserError
 from megatron_prolong.model.context_plan import ContextPlan
@@ -130,6 +130,11 @@ def test_equal_micro_batches_even_when_one_document_is_most_of_the_work():
     counts = [len(plans) for plans in assignment.micro_batches]
     assert len(set(counts)) == 1 and counts[0] > 1
     assert all(plan.documents for plans in assignment.micro_batches for plan in plans)
+
+
+def test_a_micro_batch_takes_whatever_still_fits_longest_first():
+    tokens = np.array([1, 6, 5, 2, 3])
+    assert [chosen.tolist() for chosen in fill_alike(tokens, tokens, 10)] == [[1, 4, 0], [2, 3]]
 
 
 def test_a_micro_batch_too_full_for_one_document_takes_a_smaller_one():

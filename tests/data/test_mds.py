@@ -237,6 +237,12 @@ def test_wrong_hash(data: Path) -> None:
         MDSReader(data).verify(1)
 
 
+@pytest.mark.parametrize("name", ["md17", "shake_128"])
+def test_unknown_hash(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"unknown hash '{name}'"):
+        write(tmp_path / "data", [50], hashes=[name])
+
+
 def test_missing_shard(data: Path) -> None:
     (data / "shard.00000.mds").unlink()
     with pytest.raises(UserError, match=r"shard.00000.mds: this shard is missing"):
@@ -260,11 +266,20 @@ def test_index_that_is_none(data: Path, text: str) -> None:
         MDSReader(data)
 
 
-def test_index_may_not_lead_outside(data: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"raw_data": {"basename": "../secret.mds", "bytes": 8}}, "lies outside the data set"),
+        ({"format": "json"}, "format 'json' version 2, expected 'mds' version 2"),
+        ({"version": 3}, "format 'mds' version 3, expected"),
+        ({"column_encodings": ["str"]}, "argument 2 is shorter than argument 1"),
+    ],
+)
+def test_index_that_cannot_be_followed(data: Path, change: dict[str, object], said: str) -> None:
     index = json.loads((data / "index.json").read_text())
-    index["shards"][0]["raw_data"]["basename"] = "../secret.mds"
+    index["shards"][0] |= change
     (data / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="lies outside the data set"):
+    with pytest.raises(UserError, match=rf"index\.json.*{said}"):
         MDSReader(data)
 
 

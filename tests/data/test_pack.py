@@ -224,11 +224,12 @@ def test_unsuitable_inputs(tmp_path: Path) -> None:
     masked = write_documents(tmp_path / "masked", [30], mask=True)
     with pytest.raises(UserError, match=r"masked has a column mask, other inputs have none"):
         pack([plain, masked], tmp_path / "packs", PackOptions(8, "concat"))
-    for name in ("one", "two"):
-        with MDSWriter(tmp_path / name, {"input_ids": "ndarray:uint32"}, tokenizer=name) as writer:
+    made_by = [tmp_path / name for name in ("one", "two", "three")]
+    for path in made_by:
+        with MDSWriter(path, {"input_ids": "ndarray:uint32"}, tokenizer=path.name) as writer:
             writer.write({"input_ids": np.zeros(4, np.uint32)})
     with pytest.raises(UserError, match=r"/one and .*/two are of different tokenizers"):
-        pack([plain, tmp_path / "one", tmp_path / "two"], tmp_path / "packs", PackOptions(2, "concat"))
+        pack([plain, *made_by], tmp_path / "packs", PackOptions(2, "concat"))
     with MDSWriter(tmp_path / "text", {"text": "str"}) as writer:
         writer.write({"text": "x"})
     with pytest.raises(UserError, match=r"text: no column input_ids of uint32 \(columns: text\)"):
