@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def step(stage: str, number: int, **facts: Any) -> str:
         "grad_norm": 1.0, "tokens": 1024 * number, "tokens_per_second": 512.0, "tflops_per_rank": 0.5,
         "step_seconds": 2.0,
         "valid_tokens": 1000, "peak_memory_bytes": 3 * 10**9,
-        "domains": {"books": 768 * number, "code": 256 * number},
+        "domains": {"books": 700 * number, "code": 300 * number},
     }  # fmt: skip
     return dumps({**base, **facts})
 
@@ -67,6 +69,9 @@ def test_steps_after_a_resume_replace_the_earlier_ones(run: Path) -> None:
         and dict(first.curve("loss"))[5] == dict(first.curve("loss"))[6] == 1.0
     )
     assert first.done and not second.done and history.current is second
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:7]))  # before it was interrupted
+    assert (read_run(run).current.stage.name, read_run(run).current.step) == ("short", 6)
 
 
 def test_time_left_is_the_median_step_times_the_steps_left(run: Path) -> None:
@@ -84,6 +89,7 @@ def test_runs_are_listed(run: Path) -> None:
         assert expected in row
     (facts,) = json.loads(CliRunner().invoke(app, ["runs", str(run), "--json"]).stdout)
     assert (facts["stage"], facts["step"], facts["num_steps"], facts["done"]) == ("long", 3, 10, False)
+    assert facts["idle_seconds"] == pytest.approx(time.time() - 1.7e9 - 3, abs=600)
 
 
 def test_a_loss_that_is_no_number_is_shown_and_stays_json(run: Path) -> None:
@@ -119,7 +125,9 @@ def test_a_damaged_line_is_skipped(run: Path, line: str) -> None:
 
 
 def test_runs_are_found_in_subdirectories_and_what_is_none_is_named(run: Path, tmp_path: Path) -> None:
-    assert find_runs(tmp_path) == [run]
+    older = shutil.copytree(run, tmp_path / "runs/the older")
+    os.utime(older / "recipe.yaml", (1.6e9, 1.6e9))
+    assert find_runs(tmp_path) == [older, run]
     with pytest.raises(UserError, match=r"no run directory: it has no recipe\.yaml"):
         read_run(tmp_path)
     assert isinstance(CliRunner().invoke(app, ["runs", str(tmp_path / "nowhere")]).exception, UserError)
@@ -139,7 +147,7 @@ def test_the_page_has_everything(run: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(run)])
     assert result.exit_code == 0 and "wrote" in result.stdout
     html = (run / "report.html").read_text()
-    expectations = """10 / 10|3 / 10|Tokens by domain, stage short|75.0%|json_kv/8192|87.5|short 10|3.0 GB|
+    expectations = """10 / 10|3 / 10|Tokens by domain, stage short|7,000</td><td>70.0%</td><td>75.0%|>7.0 K<|>2.1 K<|json_kv/8192|87.5|short 10|3.0 GB|
         models.base.0.score|stage_start|sequence_length: 256"""
     for expected in map(str.strip, expectations.split("|")):
         assert expected in html, expected
