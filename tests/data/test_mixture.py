@@ -127,6 +127,7 @@ def test_the_summary_says_it_in_a_line(sources: Path) -> None:
 
 def test_the_fingerprint_is_that_of_the_stream(sources: Path, tmp_path: Path) -> None:
     base = mixture(sources).fingerprint()
+    assert base == "f64dabfd40868b9b", "frozen: a run must resume after an upgrade"
     assert mixture(sources, {"code": 3, "books": 6, "wiki": 1}, num_steps=99).fingerprint() == base
     assert mixture(write_sources(tmp_path / "elsewhere")).fingerprint() == base
     write_packs(tmp_path / "grown" / "code", numbered_packs(8))
