@@ -11,7 +11,7 @@ from families import FAMILIES, LLAMA3_SCALING, save_family
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_prolong.convert import hf_writer, transfer
+from megatron_prolong.convert import dist_writer, hf_writer, transfer
 from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
@@ -63,12 +63,16 @@ def test_chunks_and_shards_of_any_size_give_the_same_files(
     # 1000 bytes hold a few rows: chunks end inside heads, gate and up; shards hold a few tensors.
     monkeypatch.setattr(transfer, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(hf_writer, "LARGEST_SHARD", 70_000)
+    monkeypatch.setattr(dist_writer, "LARGEST_FILE", 70_000)
     to_megatron(original, tmp_path / "megatron")
+    assert len(list((tmp_path / "megatron").glob("__0_[0-9]*.distcp"))) > 3
     to_hf(tmp_path / "megatron", tmp_path / "exported")
     _assert_same_weights(_load(tmp_path / "exported"), _load(original))
     index = json.loads((tmp_path / "exported" / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in (tmp_path / "exported").glob("*.safetensors"))
     assert len(shards) > 3
+    headers = [(tmp_path / "exported" / shard).read_bytes()[:8] for shard in shards]
+    assert not any(int.from_bytes(length, "little") % 8 for length in headers), "data starts aligned"
     assert sorted(set(index["weight_map"].values())) == shards
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in _load(original).values())
     AutoModelForCausalLM.from_pretrained(tmp_path / "exported")  # reads the index

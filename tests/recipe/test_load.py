@@ -10,7 +10,7 @@ import yaml
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import dump_recipe, load_recipe
-from megatron_prolong.recipe.schema import json_schema, layout_of, precision_of, recompute_of
+from megatron_prolong.recipe.schema import json_schema, layout_of, offload_of, precision_of, recompute_of
 
 Write = Callable[..., Path]
 
@@ -39,7 +39,9 @@ def test_a_token_budget_is_rounded_up_and_so_is_the_warmup(write: Write, recipe_
 
 def test_stage_overrides_of_layout_and_precision(write: Write, recipe_data: dict[str, Any]) -> None:
     recipe_data["layout"] = {"tp": 2, "cp_exchange": "p2p"}
+    recipe_data["offload_activations"] = True
     recipe_data["stages"][1] |= {"layout": {"cp": 4}, "precision": "fp32", "recompute": "none"}
+    recipe_data["stages"][1]["offload_activations"] = False
     recipe = load_recipe(write(recipe_data))
     one, two = recipe.stages
     assert layout_of(recipe, one) == recipe.layout
@@ -47,6 +49,18 @@ def test_stage_overrides_of_layout_and_precision(write: Write, recipe_data: dict
     assert (merged.tp, merged.cp, merged.cp_exchange, merged.model_ranks) == (2, 4, "p2p", 8)
     assert (precision_of(recipe, one), precision_of(recipe, two)) == ("bf16", "fp32")
     assert (recompute_of(recipe, one), recompute_of(recipe, two)) == ("full", "none")
+    assert (offload_of(recipe, one), offload_of(recipe, two)) == (True, False)
+
+
+def test_domains_are_named_by_the_shortest_ends_of_their_paths(
+    write: Write, recipe_data: dict[str, Any]
+) -> None:
+    first, second = recipe_data["stages"]
+    first["mixture"] = {"packs/64k/books": 0.5, "sft/books": 0.25, "code": 0.25}
+    second["mixture"] = "mock"
+    one, two = load_recipe(write(recipe_data)).stages
+    assert list(one.domain_names.values()) == ["64k/books", "sft/books", "code"]
+    assert two.domain_names == {}
 
 
 def test_a_recipe_cannot_be_changed(write: Write, recipe_data: dict[str, Any]) -> None:
