@@ -1,0 +1,110 @@
+"""What may change between two starts of a run: told, or refused with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.schema import Recipe
+from megatron_prolong.training.changes import refuse_changes, refuse_gaps
+from megatron_prolong.training.run_directory import Checkpoint, StageStatus
+
+STEPS = {"first": 10, "second": 4, "third": 0}  # done, in progress, waiting
+
+
+def recipe(stages: dict[str, dict[str, Any]] | None = None, order=tuple(STEPS), **fields: Any) -> Recipe:
+    """Three stages of ten steps, with what `stages` and `fields` set differently."""
+    common = {"sequence_length": 64, "batch_tokens": 128, "steps": 10, "lr": 1e-3, "mixture": "mock"}
+    return Recipe.model_validate(
+        {
+            "name": "r", "run_dir": "/run", "model": {"path": "somewhere"},
+            "stages": [{"name": name, **common, **(stages or {}).get(name, {})} for name in order],
+            **fields,
+        }
+    )  # fmt: skip
+
+
+def statuses(of: Recipe, steps: dict[str, int] = STEPS) -> list[StageStatus]:
+    return [
+        StageStatus(
+            stage, Checkpoint(Path("saved"), {"step": steps[stage.name]}) if steps[stage.name] else None
+        )
+        for stage in of.stages
+    ]
+
+
+def told(now: Recipe) -> list[str]:
+    return refuse_changes(recipe(), now, statuses(now))
+
+
+FIXED = {
+    "sequence_length": 32, "rope_base": 1e5, "batch_tokens": 64, "steps": 5, "warmup": 0.5,
+    "schedule": "linear", "seed": 7, "carry": {"weights": False, "optimizer": False}, "loss_mask": True,
+    "precision": "bf16",
+}  # fmt: skip
+FREE = {
+    "lr": 2e-3, "min_lr_ratio": 0.0, "micro_batch_tokens": 128, "layout": {"tp": 2}, "recompute": "full",
+    "mixture": {"data": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [*FIXED.items(), *FREE.items()])
+def test_a_stage_that_is_done_stays_one_that_waits_is_free_and_one_in_progress_keeps_its_numbers(key, value):
+    assert told(recipe({"third": {key: value}})) == []
+    with pytest.raises(UserError, match=rf"- stage\.first\.{key}.* → .* \(the stage is done\)"):
+        told(recipe({"first": {key: value}}))
+    if key in FREE:
+        assert told(recipe({"second": {key: value}}))[0].startswith(f"stage.second.{key}")
+    else:
+        with pytest.raises(UserError, match=rf"- stage\.second\.{key}.* \(the stage is in progress\)"):
+            told(recipe({"second": {key: value}}))
+
+
+def test_a_budget_in_tokens_is_as_fixed_as_one_in_steps():
+    now = recipe({"second": {"steps": None, "tokens": 2560}})
+    with pytest.raises(UserError, match=r"stage\.second\.tokens: None → 2560 \(the stage is in progress\)"):
+        told(now)
+
+
+@pytest.mark.parametrize("fields", [{"model": {"path": "elsewhere"}}, {"precision": "fp32"}], ids=str)
+def test_the_model_and_its_precision_are_fixed_for_the_whole_run(fields):
+    with pytest.raises(UserError, match=r"somewhere → elsewhere \(fixed for|bf16 → fp32 \(fixed for"):
+        told(recipe(**fields))
+
+
+def test_what_names_the_run_is_no_change_and_other_settings_are_told():
+    assert told(recipe(name="other", run_dir="/moved")) == []
+    assert told(recipe(optimizer={"clip": 0.5})) == ["optimizer.clip: 1.0 → 0.5"]
+
+
+def test_stages_that_have_begun_keep_their_order():
+    assert told(recipe(order=("first", "third", "second"))) == []
+    with pytest.raises(UserError, match=r"order of the stages: .* → .* \(they have begun\)"):
+        told(recipe(order=("second", "first", "third")))
+
+
+def test_a_stage_may_leave_before_it_has_begun(tmp_path):
+    now = recipe(order=("first", "second"), run_dir=tmp_path)
+    assert told(now) == ["stage third: removed"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "refused"),
+    [
+        ({"first": 10, "second": 4, "third": 0}, False),
+        ({"first": 10, "second": 10, "third": 10}, False),
+        ({"first": 0, "second": 0, "third": 0}, False),
+        ({"first": 9, "second": 10, "third": 0}, True),
+        ({"first": 10, "second": 0, "third": 1}, True),
+    ],
+    ids=str,
+)
+def test_no_stage_is_trained_behind_one_that_has_begun(steps, refused):
+    if refused:
+        with pytest.raises(UserError, match="after it has begun"):
+            refuse_gaps(statuses(recipe(), steps))
+    else:
+        refuse_gaps(statuses(recipe(), steps))
