@@ -84,7 +84,8 @@ class Bench:
         monkeypatch.setattr(checkpoint, "training_state", lambda model, optimizer: {})
         monkeypatch.setattr(checkpoint, "state_bytes", lambda state: 10)
         monkeypatch.setattr(checkpoint, "take_snapshot", self._take)
-        (root / "hf").mkdir(exist_ok=True)
+        (root / "hf").mkdir()
+        (root / "hf" / "tokenizer.json").touch()
         self.stage = root / "stage"
         self.writer = checkpoint.CheckpointWriter(
             self.stage, CheckpointSpec(**spec), root / "hf", "name: test\n", self.reports.append
@@ -130,6 +131,7 @@ def test_training_goes_on_while_it_is_written_and_nobody_sees_it_before(bench):
         bench.writer.poll()
     assert bench.newest == 2
     assert (bench.stage / "step_00000002" / "recipe.yaml").read_text() == "name: test\n"
+    assert (bench.stage / "step_00000002" / "hf" / "tokenizer.json").exists()
     assert bench.reports[-1]["step"] == 2
 
 
@@ -223,6 +225,16 @@ def test_a_disk_that_is_full_for_megatrons_own_files_names_the_checkpoint(bench,
     monkeypatch.setattr(checkpoint, "take_snapshot", full)
     with pytest.raises(UserError, match=r"step_00000001 could not be saved:\n  - the disk is full"):
         bench.save(1)
+
+
+def test_what_cannot_be_completed_is_no_checkpoint(bench):
+    bench.save(1)
+    bench.writer.finish()
+    bench.save(2)
+    shutil.rmtree(bench.stage.parent / "hf")
+    with pytest.raises(UserError, match="hf"):
+        bench.writer.finish()
+    assert bench.newest == 1 and bench.names == ["latest", "step_00000001"]
 
 
 def test_what_could_not_be_written_is_named_also_where_it_cannot_be_deleted(bench):
