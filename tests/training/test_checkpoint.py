@@ -37,6 +37,7 @@ from megatron_prolong.mcore.micro_batch import micro_batch
 from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.recipe.schema import CheckpointSpec, Layout, OptimizerSpec
 from megatron_prolong.recipe.shape import ModelShape
+from megatron_prolong.runtime import publish
 from megatron_prolong.runtime.checksums import Entries, hash_files, verify_checksums
 from megatron_prolong.runtime.publish import remove_leftovers, temporary_name
 from megatron_prolong.training import checkpoint
@@ -185,10 +186,14 @@ def test_an_old_checkpoint_that_cannot_be_deleted_yet_stops_nothing(tmp_path, mo
             raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
         rmdir(path, **options)
 
-    monkeypatch.setattr(os, "rmdir", busy)
-    bench.save(2)
+    with monkeypatch.context() as while_it_is_read:
+        while_it_is_read.setattr(os, "rmdir", busy)
+        bench.save(2)
     assert bench.newest == 2
     assert not (bench.stage / "step_00000001").exists()
+    monkeypatch.setattr(publish, "_alive", lambda pid: False)  # as a later process sees this one
+    bench.save(3)
+    assert bench.names == ["latest", "step_00000003"]
 
 
 def test_no_space_is_seen_before_anything_is_written(bench, monkeypatch):
