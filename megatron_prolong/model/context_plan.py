@@ -135,7 +135,7 @@ def zigzag_order(chunk_tokens: tuple[int, ...], num_ranks: int) -> Tensor:
         order += [rank * split_tokens + first for rank in range(num_ranks)]
         order += [rank * split_tokens + first + chunk for rank in reversed(range(num_ranks))]
         start += 2 * chunk
-    return torch.cat(order) if order else torch.empty(0, dtype=torch.int64)
+    return torch.cat(order)
 
 
 def _deal(spans: list[Span], cp_size: int, equal_cost_tokens: float) -> tuple[tuple[Span, ...], ...]:
