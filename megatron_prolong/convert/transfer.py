@@ -155,16 +155,11 @@ def write_files(
 
         futures = [pool.submit(write, number, watched(file)) for number, file in enumerate(files)]
         try:
-            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-            return [future.result() for future in _failed_first(futures)]
+            done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+            for future in done:
+                future.result()  # raises what went wrong, while others still write
+            return [future.result() for future in futures]
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _failed_first(futures: list[concurrent.futures.Future[File]]) -> list[concurrent.futures.Future[File]]:
-    for future in futures:
-        if future.done() and not future.cancelled() and future.exception() is not None:
-            future.result()  # raises what went wrong, not the cancellation it caused elsewhere
-    return futures
