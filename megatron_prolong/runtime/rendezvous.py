@@ -30,7 +30,7 @@ def read_rendezvous(environment: Mapping[str, str]) -> Rendezvous:
     Raises:
         UserError: the variables of a launcher are there but incomplete, or no place among the ranks.
     """
-    if "TORCHELASTIC_RUN_ID" in environment or {"RANK", "WORLD_SIZE"} <= environment.keys():
+    if {"RANK", "WORLD_SIZE"} <= environment.keys():
         return _from_variables(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK", "torchrun")
     # An interactive salloc shell has SLURM_JOB_ID too; only a job step (srun) has a step id and tasks.
     if "SLURM_STEP_ID" in environment and read_number(environment, "SLURM_NTASKS", 1) > 1:

@@ -17,6 +17,7 @@ STEP = {
     **BATCH_SCRIPT,
     "SLURM_STEP_ID": "0",
     "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
     "MASTER_ADDR": "node1",
     "MASTER_PORT": "29500",
 }
@@ -32,7 +33,8 @@ stages: [{name: one, sequence_length: 64, batch_tokens: 512, steps: 1, lr: 1e-3,
 def test_a_batch_script_is_one_process_and_a_step_is_all_of_them() -> None:
     assert read_rendezvous(BATCH_SCRIPT).size == 1
     step = read_rendezvous(STEP)
-    assert (step.rank, step.size, step.address, step.port) == (5, 8, "node1", 29500)
+    assert (step.rank, step.local_rank, step.size, step.address, step.port) == (5, 1, 8, "node1", 29500)
+    assert read_rendezvous({**BATCH_SCRIPT, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}).size == 1
     with pytest.raises(UserError, match="started by srun, but MASTER_ADDR, MASTER_PORT not set"):
         read_rendezvous({**BATCH_SCRIPT, "SLURM_STEP_ID": "0"})
 
