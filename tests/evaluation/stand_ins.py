@@ -24,8 +24,10 @@ class Parrot:
     model: str = "parrot"
     batch_size: int = 2
     seen: list[str] = field(default_factory=list)
+    stop: Sequence[str] = ()
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+        self.stop = stop
         for prompt in prompts:
             if len(self.seen) == self.lives:
                 raise KeyboardInterrupt

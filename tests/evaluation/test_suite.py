@@ -84,6 +84,19 @@ def test_recall_prompt_is_helmets(inputs: Inputs) -> None:
     assert text.count("\nCorresponding value: value-") == 2
 
 
+def test_the_answers_first_words_count_where_the_prompt_gives_them(inputs: Inputs, tmp_path: Path) -> None:
+    task = only("json_kv")
+    for chat in ("never", "always"):
+        path = run_task(task, Parrot(inputs.tokenizer), inputs, Settings(chat=chat), tmp_path).path
+        content = json.loads(path.read_text())
+        outputs = [item["output"] for item in content["data"]]
+        begun = [output.startswith("Corresponding value: fact 1") for output in outputs]
+        assert begun == [chat == "never"] * 2
+        averages, rows = content["averaged_metrics"], content["metrics"]
+        assert averages["input_len"] == pytest.approx(sum(rows["input_len"]) / 2)
+        assert averages["rougeL_recall"] == pytest.approx(100 * sum(rows["rougeL_recall"]) / 2)
+
+
 def test_rag_depths_share_demonstrations_and_questions_are_whole(inputs: Inputs) -> None:
     task = only("kilt_nq")
     rows = task.load(task, inputs)
@@ -146,6 +159,8 @@ def test_truncation_keeps_the_question_and_is_counted(inputs: Inputs, tmp_path: 
     cut = prepare(task, row, False, inputs.tokenizer, len(whole) + task.max_new_tokens - 7)
     assert cut.removed_tokens == 7 and abs(len(cut.ids) - (len(whole) - 7)) <= 2
     assert cut.prompt.text.endswith(f"Key: {row['question']}\nCorresponding value:")
+    just = prepare(task, row, False, inputs.tokenizer, len(whole) + task.max_new_tokens)
+    assert (just.removed_tokens, just.ids) == (0, whole)
     with pytest.raises(UserError, match="alone take more"):
         prepare(task, row, False, inputs.tokenizer, task.max_new_tokens + 1)
     for length, cut_rows in ((len(whole) + task.max_new_tokens - 20, 2), (8192, 0)):
@@ -164,6 +179,7 @@ def test_a_stopped_run_continues_and_equals_an_unstopped_one(inputs: Inputs, tmp
     assert len(second.seen) == 3, "one line of two was whole"
     straight = run_task(task, Parrot(inputs.tokenizer), inputs, Settings(), tmp_path / "straight")
     assert json.loads(result.path.read_text())["data"] == json.loads(straight.path.read_text())["data"]
+    assert {path.suffix for path in (tmp_path / "stopped").iterdir()} == {".json", ".score"}
     third = Parrot(inputs.tokenizer)
     run_task(task, third, inputs, Settings(), tmp_path / "stopped")
     assert not third.seen, "a finished task is read"
@@ -194,6 +210,7 @@ def test_a_result_of_other_settings_is_not_taken_for_this_one(inputs: Inputs, tm
         parrot = Parrot(inputs.tokenizer)
         run_task(task, parrot, inputs, changed, tmp_path)
         assert len(parrot.seen) == 4, changed
+        assert parrot.stop == (("\n",) if changed.stop_newline else ())
         run_task(task, replace(parrot, model="moved"), inputs, changed, tmp_path)
         assert len(parrot.seen) == 4, "the same model in another place is known"
 
@@ -256,6 +273,11 @@ def test_prompts_beyond_the_model_are_refused_cut_or_allowed(inputs: Inputs, tmp
     short = Parrot(inputs.tokenizer, max_length=min(lengths) + task.max_new_tokens - 5)
     with pytest.raises(UserError, match="--too-long allow"):
         run_task(task, short, inputs, Settings(), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_task(task, replace(short, lives=2), inputs, Settings(too_long="truncate"), tmp_path)
+    assert run_task(task, short, inputs, Settings(too_long="allow"), tmp_path).truncated == 0, (
+        "not those cut before"
+    )
     cut = run_task(task, short, inputs, Settings(too_long="truncate"), tmp_path)
     assert cut.truncated > 0
     assert run_task(task, short, inputs, Settings(too_long="allow"), tmp_path).truncated == 0
@@ -324,6 +346,14 @@ def test_a_result_without_its_fields_is_named_and_one_without_settings_is_made_a
     path.write_text("{}")
     assert run_task(task, parrot, inputs, Settings(), tmp_path).path == path
     assert read_results(tmp_path)
+
+
+def test_data_without_an_example_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    task = only("json_kv")
+    (tmp_path / task.test_file).parent.mkdir()
+    (tmp_path / task.test_file).write_text("")
+    with pytest.raises(UserError, match="json_kv: its data holds no example"):
+        run_task(task, Parrot(tokenizer), Inputs(tmp_path, tokenizer), Settings(), tmp_path)
 
 
 @pytest.mark.parametrize("line", ["[1]", "{}", '{"num_kvs": 3, "demos": [], "context": "", "question": "k"}'])

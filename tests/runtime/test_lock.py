@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -36,7 +37,7 @@ def test_second_run_is_refused_by_name_and_a_killed_one_is_taken_over(tmp_path):
         holder.wait()
         holder.stdout.close()
     with DirectoryLock(tmp_path):
-        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid(), "and of no one else"
 
 
 def test_released_and_taken_again(tmp_path):
