@@ -136,6 +136,17 @@ def test_training_goes_on_while_it_is_written_and_nobody_sees_it_before(bench):
     assert bench.reports[-1]["step"] == 2
 
 
+def test_it_is_not_complete_before_every_rank_has_written(bench, monkeypatch):
+    bench.save(1)
+    bench.writer._pending.thread.join()
+    with monkeypatch.context() as another_one_writes:
+        another_one_writes.setattr(checkpoint.dist, "all_reduce", lambda writing: writing.add_(1))
+        bench.writer.poll()
+        assert bench.newest is None
+    bench.writer.poll()
+    assert bench.newest == 1
+
+
 def test_one_save_at_a_time(bench):
     bench.slow = True
     bench.save(1)
