@@ -14,6 +14,7 @@ import pytest
 
 from megatron_prolong.evaluation.bootstrap import difference_interval, mean_interval
 from megatron_prolong.evaluation.ranking import parse_ranking, ranking_metrics
+from megatron_prolong.evaluation.task import score_text
 from megatron_prolong.evaluation.text_metrics import (
     answer_list,
     f1,
@@ -108,6 +109,12 @@ def test_answers_of_all_forms() -> None:
 
 def test_ruler_recall_is_the_share_found() -> None:
     assert ruler_recall("values: 12, ABC", ["12", "abc", "7", "8"]) == 0.5
+
+
+def test_the_better_of_the_whole_and_the_parsed_answer_counts() -> None:
+    said = score_text("I think so.\nAnswer: Paris\nNext", {"answer": "Paris"})
+    assert (said.parsed, said.scores["exact_match"]) == ("Paris", 1)
+    assert score_text("Paris\nAnswer: none", {"answer": "Paris"}).scores["substring_exact_match"] == 1
 
 
 def test_a_prefix_alone_on_its_line_gives_nothing() -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.checksums import CHECKSUMS, hash_files, verify_checksums, write_checksums
+from megatron_prolong.runtime import checksums
+from megatron_prolong.runtime.checksums import (
+    CHECKSUMS,
+    HashingFile,
+    hash_files,
+    verify_checksums,
+    write_checksums,
+)
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums, "_CHUNK_BYTES", 16)  # files are read in several pieces
     (tmp_path / "hf").mkdir()
     (tmp_path / "__0_0.distcp").write_bytes(bytes(range(97)))
     (tmp_path / "hf" / "config.json").write_text("{}")
@@ -73,3 +83,16 @@ def test_ranks_divide_hashing_and_verifying(checkpoint):
     verify_checksums(checkpoint, slice(0, None, 2))  # the first and third file
     with pytest.raises(UserError, match="empty"):
         verify_checksums(checkpoint, slice(1, None, 2))
+
+
+def test_what_was_hashed_while_it_was_written_is_not_read_again(checkpoint):
+    with (checkpoint / "weights").open("wb") as file:
+        hashing = HashingFile(file)
+        hashing.write(b"head")
+        hashing.write(memoryview(array("I", range(5))))
+        assert hashing.tell() == file.tell() == 4 + 5 * array("I").itemsize
+    write_checksums(checkpoint, {"weights": hashing.entry})
+    verify_checksums(checkpoint)
+    write_checksums(checkpoint, {"weights": [24, "as it was"]})
+    with pytest.raises(UserError, match="weights: contents changed"):
+        verify_checksums(checkpoint)
