@@ -40,6 +40,13 @@ def test_short_domains_have_the_mean_length_they_cite(mixture: LengthMixture) ->
             assert documents.mean() == pytest.approx(domain.mean_tokens, rel=0.15), domain.name
 
 
+def test_a_sequence_begins_inside_a_document_more_likely_a_long_one() -> None:
+    """A document with a random token in it is exp(sigma²) times as long as the mean, and half of it is left."""
+    domain, rng = DomainLengths("short", 1.0, mean_tokens=100, sigma=0.5), np.random.default_rng(0)
+    first = np.mean([domain.draw(rng, 4096)[0] for _ in range(4000)])
+    assert first == pytest.approx(100 * np.exp(0.25) / 2, rel=0.05)
+
+
 def test_long_documents_dominate_the_attention_cost() -> None:
     """What the module's docstring claims about the assumed sigmas."""
     for mixture, most in ((PROLONG_64K, 0.04), (PROLONG_512K, 0.02)):
