@@ -64,14 +64,14 @@ class DomainLengths:
         (a document with probability proportional to its length) and a uniform part of it is left.
         """
         mu = np.log(self.mean_tokens) - self.sigma**2 / 2  # mean of a log-normal is exp(mu + sigma²/2)
-        first = rng.lognormal(mu + self.sigma**2, self.sigma) * rng.random()
-        parts, total = [np.array([first])], first
-        while total < sequence_length:
-            count = int((sequence_length - total) / self.mean_tokens * 1.2) + 8
-            parts.append(rng.lognormal(mu, self.sigma, count))
-            total += float(parts[-1].sum())
-        lengths = np.maximum(np.concatenate(parts).round().astype(np.int64), 1)
-        return lengths if self.max_tokens is None else np.minimum(lengths, self.max_tokens)
+        parts = [self._whole_tokens(rng.lognormal(mu + self.sigma**2, self.sigma, 1) * rng.random())]
+        while (missing := sequence_length - sum(int(part.sum()) for part in parts)) > 0:
+            count = int(missing / self.mean_tokens * 1.2) + 8
+            parts.append(self._whole_tokens(rng.lognormal(mu, self.sigma, count)))
+        return np.concatenate(parts)
+
+    def _whole_tokens(self, lengths: NDArray[np.float64]) -> Lengths:
+        return np.clip(lengths.round().astype(np.int64), 1, self.max_tokens)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,21 @@ def test_every_sequence_is_filled_with_positive_documents(mixture: LengthMixture
         assert lengths.min() >= 1
 
 
+@pytest.mark.parametrize(
+    ("domain", "longest"),
+    [
+        (DomainLengths("chats", 1.0, mean_tokens=1200, sigma=0.5, max_tokens=600), 600),
+        (DomainLengths("words", 1.0, mean_tokens=1.4, sigma=0.01), 1),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_lengths_that_rounding_or_the_longest_make_smaller_fill_a_sequence_too(
+    domain: DomainLengths, longest: int
+) -> None:
+    lengths = domain.draw(np.random.default_rng(0), 8192)
+    assert (lengths.sum(), lengths.max()) == (8192, longest)
+
+
 def test_the_draw_is_a_function_of_seed_and_step() -> None:
     first, again = PROLONG_512K.batch(7, 16, seed=1), PROLONG_512K.batch(7, 16, seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
