@@ -1,11 +1,13 @@
-"""Settings of Megatron's TransformerConfig that depend on sizes."""
+"""Settings of Megatron's TransformerConfig that change where numbers are computed and kept, but not the numbers."""
 
 from __future__ import annotations
 
 import pytest
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from benchmarks.shapes import LLAMA3_8B
-from megatron_prolong.mcore.config import fused_rotation_fits
+from megatron_prolong.mcore.config import fused_rotation_fits, padded_vocab_size, transformer_config
+from megatron_prolong.recipe.schema import Layout
 
 K = 1024
 
@@ -17,3 +19,48 @@ K = 1024
 def test_the_fused_rotation_is_not_asked_for_elements_beyond_32_bits(tp, rank_tokens, fits):
     """A row of the 8B model's products is 6144 numbers wide: 349,525 of them are 2**31 numbers."""
     assert fused_rotation_fits(LLAMA3_8B, tp, rank_tokens) is fits
+
+
+@pytest.mark.parametrize(
+    ("layout", "layers"),
+    [
+        (Layout(pp=4), [8, 8, 8, 8]),
+        (Layout(pp=4, first_stage_layers=5), [5, 9, 9, 9]),
+        (Layout(pp=4, first_stage_layers=7, last_stage_layers=5), [7, 10, 10, 5]),
+        (Layout(pp=4, virtual_pp=2), [4, 4, 4, 4]),
+    ],
+    ids=["even", "first", "both ends", "virtual"],
+)
+def test_pipeline_stages_hold_the_layers_of_the_layout(layout, layers):
+    config = transformer_config(LLAMA3_8B, layout, precision="bf16", recompute="none")
+    stage = 0 if layout.virtual_pp > 1 else None
+    assert [get_num_layers_to_build(config, vp_stage=stage, pp_rank=rank) for rank in range(4)] == layers
+
+
+@pytest.mark.parametrize(
+    ("layout", "parallel"),
+    [(Layout(tp=2), True), (Layout(tp=2, sequence_parallel=False), False), (Layout(), False)],
+)
+def test_sequences_are_cut_where_there_is_tensor_parallelism(layout, parallel):
+    config = transformer_config(LLAMA3_8B, layout, precision="bf16", recompute="none")
+    assert config.sequence_parallel is parallel
+
+
+@pytest.mark.parametrize(
+    ("mode", "recomputed"),
+    [
+        ("none", (None, None, None)),
+        ("selective", ("selective", None, None)),
+        ("full", ("full", "uniform", 1)),
+        ("block:3", ("full", "block", 3)),
+    ],
+)
+def test_what_is_recomputed(mode, recomputed):
+    config = transformer_config(LLAMA3_8B, Layout(), precision="bf16", recompute=mode)
+    assert (config.recompute_granularity, config.recompute_method, config.recompute_num_layers) == recomputed
+    assert mode != "selective" or config.recompute_modules == ["mlp"]
+
+
+def test_every_rank_holds_as_many_rows_of_the_vocabulary():
+    sizes = [(128, 1), (129, 1), (128, 2), (257, 2)]
+    assert [padded_vocab_size(*size) for size in sizes] == [128, 256, 256, 512]
