@@ -184,6 +184,9 @@ def test_a_run_put_back_to_an_older_checkpoint_keeps_what_it_saves(tmp_path, mon
     assert bench.newest == 17
     later = ["step_00000020", "step_00000025", "step_00000030"]
     assert bench.names == ["latest", "step_00000010", "step_00000015", "step_00000017", *later]
+    bench.save(20)  # in place of the one of the other history
+    assert bench.newest == 20
+    assert bench.names == ["latest", "step_00000010", "step_00000017", *later]
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_yet_stops_nothing(tmp_path, monkeypatch):
