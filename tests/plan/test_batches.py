@@ -42,6 +42,8 @@ def test_real_shards_give_the_batches_that_training_will_see(tmp_path: Path) -> 
         expected = [mixture.read(ref).document_lengths.tolist() for ref in mixture.batch(step)]
         assert [pack.tolist() for pack in lengths] == expected
     assert found.documents[0].short_tokens == 4 * 64
+    half = stage({str(long): 0.5, str(tmp_path / "not here yet"): 0.5}, length=64, sequences=4)
+    assert "no shards here" in stage_batches(half, 1).source
 
 
 def test_published_domains_are_known_by_name(tmp_path: Path) -> None:

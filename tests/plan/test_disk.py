@@ -38,8 +38,14 @@ def test_every_stage_keeps_two_and_one_more_is_written_before_one_is_deleted(tmp
     assert checkpoints_needed(tmp_path, "checkpoint.every=4000") == 2 + 1 + 1 + 1
 
 
+def test_a_checkpoint_of_fp32_has_16_bytes_per_weight(tmp_path: Path) -> None:
+    room = checkpoint_room(recipe(tmp_path, "precision=fp32"), read_shape(SHAPE))
+    assert room.one == 16 * 8_030_261_248
+
+
 def test_checkpoints_that_are_there_need_no_more_room(tmp_path: Path) -> None:
     for name in (
+        "64k/step_00004750",  # one more than is kept: of a run that kept three
         "64k/step_00004875",
         "64k/step_00005000",
         "512k/step_00000125",
@@ -47,6 +53,8 @@ def test_checkpoints_that_are_there_need_no_more_room(tmp_path: Path) -> None:
     ):
         (tmp_path / name).mkdir(parents=True)
     assert checkpoints_needed(tmp_path) == 1 + 2 + 1
+    (tmp_path / "sft/step_00000125").mkdir(parents=True)
+    assert checkpoints_needed(tmp_path) == 1 + 1 + 1, "no stage is without one, and not all are done"
     for name in ("512k/step_00002500", "sft/step_00000250"):
         (tmp_path / name).mkdir(parents=True)
     assert checkpoints_needed(tmp_path) == 0

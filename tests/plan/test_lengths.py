@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from megatron_prolong.plan.lengths import (
+    LONG_TOKENS,
     PROLONG_64K,
     PROLONG_512K,
     PROLONG_SFT,
+    BatchDocuments,
     DomainLengths,
     LengthMixture,
     single_document,
@@ -73,6 +75,13 @@ def test_long_documents_dominate_the_attention_cost() -> None:
         }
         short = sum(costs[d.name] for d in mixture.domains if d.document_tokens is None)
         assert 0 < short / sum(costs.values()) < most
+
+
+def test_documents_are_counted_once_each_be_they_long_or_short() -> None:
+    batch = BatchDocuments.of([np.array([LONG_TOKENS - 1, 7]), np.array([LONG_TOKENS, LONG_TOKENS + 1])])
+    assert batch.long.tolist() == [LONG_TOKENS, LONG_TOKENS + 1]
+    assert (batch.short_tokens, batch.short_pairs) == (LONG_TOKENS - 1 + 7, (LONG_TOKENS - 1) ** 2 + 7**2)
+    assert batch.pairs == sum(n**2 for n in (LONG_TOKENS - 1, 7, LONG_TOKENS, LONG_TOKENS + 1))
 
 
 def test_a_512k_sequence_of_a_64k_domain_holds_eight_documents() -> None:
