@@ -54,8 +54,15 @@ def test_published_domains_are_known_by_name(tmp_path: Path) -> None:
     assert np.mean([len(pack) for pack in packs if len(pack) > 1]) == pytest.approx(65_536 / 1034, rel=0.15)
 
 
+def test_published_lengths_are_those_of_the_sequence_length_and_other_at_every_step() -> None:
+    (textbooks,) = stage_batches(stage({"data/textbooks": 1.0}, length=524_288, sequences=1), 1).lengths[0]
+    assert textbooks.tolist() == [524_288], "at 64K they are cut to 65,536"
+    first, second = stage_batches(stage({"data/fineweb-edu": 1.0}, sequences=1), 2).lengths
+    assert first[0].tolist() != second[0].tolist()
+
+
 def test_a_name_may_say_the_length_and_the_unknown_is_assumed_dearest() -> None:
-    found = stage_batches(stage({"data/novels-8192": 0.5, "data/novels": 0.5}), 2)
+    found = stage_batches(stage({"data/novels-8192": 0.5, "data/novels": 0.5}, sequences=1), 2)
     lengths = {tuple(pack.tolist()) for step in found.lengths for pack in step}
     assert lengths == {(8192,) * 8, (65_536,)}
     assert "one document per sequence assumed for novels" in found.source

@@ -75,6 +75,9 @@ def test_of_equally_fast_layouts_that_of_least_memory_is_first() -> None:
         for one, other in pairwise(ranking)
         if one.throughput == other.throughput and one.job.layout.cp == other.job.layout.cp
     ]
+    sizes = [(-one.throughput, one.job.layout.model_ranks) for one in ranking]
+    assert sizes == sorted(sizes)
+    assert any(one[0] == other[0] and one[1] < other[1] for one, other in pairwise(sizes))
     assert equals and all(one <= other for one, other in equals) and any(one < other for one, other in equals)
 
 
