@@ -13,7 +13,7 @@ from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import PROLONG_SFT, BatchDocuments
 from megatron_prolong.plan.memory import peak_memory
 from megatron_prolong.plan.report import StagePlan
-from megatron_prolong.plan.search import Candidate, best_of, evaluate, search
+from megatron_prolong.plan.search import Candidate, best_of, evaluate, frontier, search
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.schema import Layout
 
@@ -33,6 +33,15 @@ def test_a_tight_layout_gives_way_to_a_roomy_one_that_is_nearly_as_fast() -> Non
     assert best_of([tight, far]) is tight
     assert best_of([tight, replace(near, reason="out of memory")]) is tight
     assert best_of([replace(near, reason="out of memory")]) is None
+
+
+def test_no_layout_beats_one_of_the_frontier_in_memory_and_speed() -> None:
+    small, slow, worse, fast = (
+        replace(running(throughput, False), needed_bytes=needed)
+        for throughput, needed in ((10, 1), (9, 2), (20, 3), (30, 3))
+    )
+    failed = replace(running(99, False), reason="out of memory")
+    assert frontier([slow, worse, fast, failed, small]) == [small, fast]
 
 
 def test_tight_is_less_than_5_percent_of_the_memory_left() -> None:
