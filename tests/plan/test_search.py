@@ -11,7 +11,7 @@ from megatron_prolong.plan.batches import stage_batches
 from megatron_prolong.plan.hardware import find_gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import PROLONG_SFT, BatchDocuments
-from megatron_prolong.plan.memory import peak_memory
+from megatron_prolong.plan.memory import parked_bytes, peak_memory
 from megatron_prolong.plan.report import StagePlan
 from megatron_prolong.plan.search import Candidate, best_of, evaluate, frontier, search
 from megatron_prolong.recipe.load import load_recipe
@@ -53,6 +53,21 @@ def test_tight_is_less_than_5_percent_of_the_memory_left() -> None:
     assert tight == [False, True, True]
 
 
+def test_what_a_gpu_needs_beyond_the_tensors_counts() -> None:
+    memory = peak_memory(JOB)
+    assert H100.needed_bytes(memory) == memory.total * (1 + H100.fragmentation) + H100.reserve_bytes
+    assert H100.fragmentation > 0 and H100.reserve_bytes > 1e9
+
+
+def test_the_stage_that_parks_most_must_find_room_in_its_share_of_the_node() -> None:
+    assert H100.parkable_bytes(4) == 2 * H100.parkable_bytes(8) == 2 * H100.parkable_bytes(64)
+    job = replace(JOB, layout=Layout(tp=2, pp=4), offload=True)
+    most, least = parked_bytes(job, 0), parked_bytes(job, 3)
+    gpu = H100.model_copy(update={"node_memory_bytes": 2 * 8 * (most + least) / 2})
+    assert least < most and evaluate(job, gpu, SHORT).reason.startswith("out of host memory: parks")
+    assert evaluate(job, gpu.model_copy(update={"node_memory_bytes": 2 * 8 * most}), SHORT).runs
+
+
 def test_a_layout_that_misses_by_little_does_not_read_as_if_it_fitted() -> None:
     needed = H100.needed_bytes(peak_memory(JOB))
     reason = evaluate(JOB, H100.model_copy(update={"memory_bytes": needed - 1e6}), SHORT).reason
@@ -71,6 +86,9 @@ def test_what_a_gpu_does_not_run_is_refused() -> None:
     assert "does not run on compute capability 8.0: use precision: bf16" in reason(fp8, "a100-80g")
     assert "does not run on compute capability 9.0" in reason(replace(fp8, fp8_recipe="mxfp8"), "h100-80g")
     assert reason(replace(fp8, fp8_recipe="mxfp8"), "b200-180g") == ""
+    many_heads = LLAMA3_8B.replace(num_kv_heads=32)
+    wide = replace(JOB, shape=many_heads, layout=Layout(tp=16), world_size=16)
+    assert reason(wide, "h100-80g").startswith("tp: 16 ranks leave the node of 8 GPUs")
     blockwise = replace(fp8, fp8_recipe="blockwise")
     assert "context parallelism" in reason(blockwise, "h100-80g")
     assert reason(replace(blockwise, layout=Layout(tp=4)), "h100-80g") == ""
