@@ -83,7 +83,7 @@ class Gpu(BaseModel):
         if group_size * stride <= self.gpus_per_node:
             return self.intra_node_bandwidth * self.efficiency.network
         members_per_node = max(1, self.gpus_per_node // stride)
-        across = self.inter_node_bandwidth * min(members_per_node, group_size)
+        across = self.inter_node_bandwidth * members_per_node
         return min(self.intra_node_bandwidth, across) * self.efficiency.network
 
 
