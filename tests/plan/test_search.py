@@ -7,7 +7,7 @@ from pathlib import Path
 
 from plan_shapes import LLAMA3_8B
 
-from megatron_prolong.plan.batches import stage_batches
+from megatron_prolong.plan.batches import Batches, stage_batches
 from megatron_prolong.plan.hardware import find_gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import PROLONG_SFT, BatchDocuments
@@ -57,6 +57,24 @@ def test_what_a_gpu_needs_beyond_the_tensors_counts() -> None:
     memory = peak_memory(JOB)
     assert H100.needed_bytes(memory) == memory.total * (1 + H100.fragmentation) + H100.reserve_bytes
     assert H100.fragmentation > 0 and H100.reserve_bytes > 1e9
+
+
+def test_a_network_of_many_cards_is_no_faster_than_the_node() -> None:
+    many_cards = H100.model_copy(update={"inter_node_bandwidth": H100.intra_node_bandwidth})
+    assert many_cards.bandwidth(64, 1) == H100.bandwidth(8, 1)
+
+
+def test_reasons_that_differ_in_numbers_are_one_and_the_nearest_miss_needs_least() -> None:
+    reasons = [f"cp: {cp} does not divide 100" for cp in (8, 16)]
+    failed = [replace(running(0, False), reason=reason) for reason in (*reasons, "pp: too deep")]
+    memory = peak_memory(JOB)
+    misses = [
+        Candidate(JOB, memory, needed, reason=f"out of memory: needs {needed}") for needed in (3.0, 1.0, 2.0)
+    ]
+    stage = load_recipe(Path(__file__).parents[2] / "examples" / "prolong_512k.yaml").stages[0]
+    plan = StagePlan(stage, Batches([], ""), running(1, False), [running(1, False), *failed, *misses])
+    assert plan.reasons() == [("out of memory", 3), (reasons[0], 2), ("pp: too deep", 1)]
+    assert plan.nearest_miss() is misses[1]
 
 
 def test_the_stage_that_parks_most_must_find_room_in_its_share_of_the_node() -> None:
