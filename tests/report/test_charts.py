@@ -8,6 +8,7 @@ import re
 import pytest
 
 from megatron_prolong.page.charts import WIDTH, Point, lines, scatter, stacked_bars
+from megatron_prolong.page.html import figure, heading, note, page, preformatted, table
 
 
 def pairs(pattern: str, text: str) -> list[tuple[float, float]]:
@@ -65,3 +66,14 @@ def test_points_lie_between_zero_and_a_little_beyond_the_largest() -> None:
         "20K",
     ]
     assert [fill == "#0072B2" for fill in re.findall(r'fill="(#\w+)" fill-opacity', svg)] == [False, True]
+
+
+def test_what_users_name_is_text_on_a_page() -> None:
+    name = "a<b>&c"
+    parts = [
+        page(name, []), table([name], [[name]]), figure("", name), note(name), heading(name), preformatted(name),
+        stacked_bars([(name, {name: 1.0})], name), scatter([Point(1, 1, name)], name, name),
+        lines({name: [(1.0, 1.0)]}, name, name),
+    ]  # fmt: skip
+    for part in parts:
+        assert "<b>" not in part and "a&lt;b&gt;&amp;c" in part
