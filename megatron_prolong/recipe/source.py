@@ -170,15 +170,18 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merge_stages(below: list[Any], above: list[Any]) -> list[Any]:
-    """Stages of the same name merge in place; new ones follow in their order."""
+    """Stages of the same name merge in place; new ones follow in their order, and so does one that is written
+    twice, which validation refuses."""
     merged = list(below)
     index_of = {stage.get("name"): index for index, stage in enumerate(below) if isinstance(stage, dict)}
     for stage in above:
         name = stage.get("name") if isinstance(stage, dict) else None
-        if name is not None and name in index_of:
-            merged[index_of[name]] = _merge(merged[index_of[name]], stage)
+        index = index_of.get(name) if name is not None else None
+        whole = stage if index is None else _merge(below[index], stage)
+        if index is not None and merged[index] is below[index]:
+            merged[index] = whole
         else:
-            merged.append(stage)
+            merged.append(whole)
     return merged
 
 

@@ -139,6 +139,15 @@ def test_bases_merge_deeply_and_stages_by_name(write: Write, recipe_data: dict[s
     assert str(recipe.origin.place(("stages", "two", "steps"))).startswith("recipe.yaml:")
 
 
+def test_a_stage_copied_and_not_renamed_stays_there_twice(write: Write, recipe_data: dict[str, Any]) -> None:
+    write(recipe_data, "base.yaml")
+    child = {"base": "base.yaml", "stages": [{"name": "two", "lr": 1e-5}, {"name": "two", "lr": 2e-5}]}
+    stages = load_recipe(
+        write(child)
+    ).stages  # both whole: the check of the recipe says that the name is there twice
+    assert [(stage.name, stage.lr) for stage in stages[1:]] == [("two", 1e-5), ("two", 2e-5)]
+
+
 def test_an_init_replaces_the_path_of_the_base(write: Write, recipe_data: dict[str, Any]) -> None:
     write(recipe_data, "base.yaml")
     sizes = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 96}
