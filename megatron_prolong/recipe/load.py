@@ -102,6 +102,8 @@ def _describe(detail: ErrorDetails, source: Source) -> str:
     rule = rule.replace("Input should be", "must be")
     if detail["type"] in ("model_type", "dict_type", "model_attributes_type"):
         rule = "must be a mapping (key: value)"
+    if detail["type"] == "literal_error" and key[-1] == "mixture":
+        rule = "must be directories with their proportions, {DIRECTORY: 1}, or the word mock"
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
         options = _known_options(detail)
         if near := get_close_matches(detail["input"], options, n=1):

@@ -67,7 +67,7 @@ MISTAKES = [
     (["model.path=~nobody-here/m"], None, "model.path: ~nobody-here/m: no such directory"),
     (["stage.one.mixture={absent: 1}"], None, "stages.one.mixture.absent: no such directory"),
     (["stage.one.mixture={model: 1}"], None, "stages.one.mixture.model: no index.json"),
-    (["stage.one.mixture=data"], None, "stages.one.mixture: found 'data'; must be 'mock'"),
+    (["stage.one.mixture=data"], None, "stages.one.mixture: found 'data'; must be directories with"),
     (["stage.one.loss_mask=true"], None, "stages.one.mixture.code: no column mask (loss_mask is true)"),
     (["stage.one.loss_mask=true", "stage.one.mixture=mock"], None, "stages.one.loss_mask: found true; mock"),
     (["model.path=absent"], None, "model.path: absent: no such directory"),
