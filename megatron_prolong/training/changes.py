@@ -57,9 +57,17 @@ def _stage_changes(before: Recipe, statuses: list[StageStatus]) -> Iterator[Chan
         stage = status.stage
         if status.word == "waiting" or stage.name not in stages_before:
             continue
-        for key, old, new in _differences(_dump(stages_before[stage.name]), _dump(stage)):
-            fixed = status.word == "done" or key.split(".")[0] in _FIXED_IN_STAGE
-            refusal = f"the stage is {status.word}" if fixed else None
+        old_stage, new_stage = _dump(stages_before[stage.name]), _dump(stage)
+        # Its directories may have moved.
+        other_proportions = _proportions(old_stage["mixture"]) != _proportions(new_stage["mixture"])
+        for key, old, new in _differences(old_stage, new_stage):
+            first = key.split(".")[0]
+            fixed = (
+                status.word == "done"
+                or first in _FIXED_IN_STAGE
+                or (first == "mixture" and other_proportions)
+            )
+            refusal = f"the stage is at step {status.step}" if fixed else None
             yield Change(f"stage.{stage.name}.{key}: {old} → {new}", refusal)
 
 
@@ -100,8 +108,7 @@ def work_of(recipe: Recipe) -> dict[str, Any]:
     work = _dump(recipe)
     work["stages"] = {stage["name"]: stage for stage in work["stages"]}
     for stage in work["stages"].values():
-        if isinstance(stage["mixture"], dict):
-            stage["mixture"] = list(stage["mixture"].values())
+        stage["mixture"] = _proportions(stage["mixture"])
     return work | {"version": versions()}
 
 
@@ -112,6 +119,11 @@ def refuse_other_work(main: dict[str, Any], own: dict[str, Any]) -> None:
         raise UserError.many(
             "not the recipe or the packages of rank 0; give all nodes the same files:", problems
         )
+
+
+def _proportions(mixture: dict[str, float] | str) -> list[float] | str:
+    """In their order, which is that of the batch stream; or the word mock."""
+    return list(mixture.values()) if isinstance(mixture, dict) else mixture
 
 
 def _dump(model: Any) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.training.changes import refuse_changes, refuse_gaps
 from megatron_prolong.training.run_directory import Checkpoint, StageStatus
 
+MIXTURE = {"books": 0.75, "code": 0.25}
 STEPS = {"first": 10, "second": 4, "third": 0}  # done, in progress, waiting
 
 
 def recipe(stages: dict[str, dict[str, Any]] | None = None, order=tuple(STEPS), **fields: Any) -> Recipe:
     """Three stages of ten steps, with what `stages` and `fields` set differently."""
-    common = {"sequence_length": 64, "batch_tokens": 128, "steps": 10, "lr": 1e-3, "mixture": "mock"}
+    common = {"sequence_length": 64, "batch_tokens": 128, "steps": 10, "lr": 1e-3, "mixture": MIXTURE}
     return Recipe.model_validate(
         {
             "name": "r", "run_dir": "/run", "model": {"path": "somewhere"},
@@ -47,25 +48,31 @@ FIXED = {
 }  # fmt: skip
 FREE = {
     "lr": 2e-3, "min_lr_ratio": 0.0, "micro_batch_tokens": 128, "layout": {"tp": 2}, "recompute": "full",
-    "mixture": {"data": 1.0},
+    "mixture": {"moved/books": 0.75, "moved/code": 0.25},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("key", "value"), [*FIXED.items(), *FREE.items()])
 def test_a_stage_that_is_done_stays_one_that_waits_is_free_and_one_in_progress_keeps_its_numbers(key, value):
     assert told(recipe({"third": {key: value}})) == []
-    with pytest.raises(UserError, match=rf"- stage\.first\.{key}.* → .* \(the stage is done\)"):
+    with pytest.raises(UserError, match=rf"- stage\.first\.{key}.* → .* \(the stage is at step 10\)"):
         told(recipe({"first": {key: value}}))
     if key in FREE:
         assert told(recipe({"second": {key: value}}))[0].startswith(f"stage.second.{key}")
     else:
-        with pytest.raises(UserError, match=rf"- stage\.second\.{key}.* \(the stage is in progress\)"):
+        with pytest.raises(UserError, match=rf"- stage\.second\.{key}.* \(the stage is at step 4\)"):
             told(recipe({"second": {key: value}}))
+
+
+@pytest.mark.parametrize("mixture", [{"books": 0.5, "code": 0.5}, "mock"], ids=str)
+def test_the_proportions_of_a_begun_stage_are_fixed_before_its_recipe_is_written_anew(mixture):
+    with pytest.raises(UserError, match=r"stage\.second\.mixture.* → .* \(the stage is at step 4\)"):
+        told(recipe({"second": {"mixture": mixture}}))
 
 
 def test_a_budget_in_tokens_is_as_fixed_as_one_in_steps():
     now = recipe({"second": {"steps": None, "tokens": 2560}})
-    with pytest.raises(UserError, match=r"stage\.second\.tokens: None → 2560 \(the stage is in progress\)"):
+    with pytest.raises(UserError, match=r"stage\.second\.tokens: None → 2560 \(the stage is at step 4\)"):
         told(now)
 
 
