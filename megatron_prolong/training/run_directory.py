@@ -47,13 +47,13 @@ def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
     pointer, complete = stage_dir / LATEST, [*complete_checkpoints(stage_dir).values()]
     if not pointer.exists():
         return Checkpoint.open(complete[-1]) if complete else None
-    newest = stage_dir / pointer.read_text(errors="replace").strip()
-    if newest not in complete:
+    name = pointer.read_text(errors="replace").strip()
+    if name not in (path.name for path in complete):
         there = ", ".join(path.name for path in complete)
         raise UserError(
-            f"{pointer}: {newest.name!r} is no checkpoint there; write another name into it: {there or 'none left'}"
+            f"{pointer}: {name!r} is no checkpoint there; write another name into it: {there or 'none left'}"
         )
-    return Checkpoint.open(newest)
+    return Checkpoint.open(stage_dir / name)
 
 
 def checkpoints(stage_dir: Path) -> list[Checkpoint]:
