@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.run_files import METRICS, RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import Recipe, Stage
+from megatron_prolong.recipe.shape import MANIFEST
 from megatron_prolong.runtime.strict_json import read_lines, with_nan
 
 _RECENT_STEPS = 20
@@ -107,15 +108,26 @@ class RunHistory:
         return None if self.updated is None else max(0.0, time.time() - self.updated)
 
 
+def recipe_of_run(directory: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The resolved recipe of a run directory, with overrides.
+
+    Raises:
+        UserError: it is none, or its recipe cannot be read.
+    """
+    if not _is_run(directory):
+        raise UserError(
+            f"{directory}: no run directory, which holds a {RESOLVED_RECIPE} and a directory for every stage"
+        )
+    return load_recipe(directory / RESOLVED_RECIPE, overrides)
+
+
 def read_run(directory: Path) -> RunHistory:
     """Read a run directory.
 
     Raises:
-        UserError: there is no recipe.yaml in it, or it cannot be read.
+        UserError: it is none, or its recipe cannot be read.
     """
-    if not (directory / RESOLVED_RECIPE).is_file():
-        raise UserError(f"{directory}: no run directory: it has no {RESOLVED_RECIPE}")
-    recipe = load_recipe(directory / RESOLVED_RECIPE)
+    recipe = recipe_of_run(directory)
     steps: dict[str, dict[int, dict[str, Any]]] = {stage.name: {} for stage in recipe.stages}
     events, updated = [], None
     for record in _records(directory / METRICS):
@@ -133,12 +145,15 @@ def read_run(directory: Path) -> RunHistory:
 
 def find_runs(directory: Path) -> list[Path]:
     """Run directories in `directory` (itself included), up to two levels down, oldest first."""
-    if (directory / RESOLVED_RECIPE).is_file():
+    if _is_run(directory):
         return [directory]
-    found = [
-        path.parent for pattern in ("*", "*/*") for path in directory.glob(f"{pattern}/{RESOLVED_RECIPE}")
-    ]
+    found = [path for pattern in ("*", "*/*") for path in directory.glob(pattern) if _is_run(path)]
     return sorted(found, key=lambda path: (path / RESOLVED_RECIPE).stat().st_mtime)
+
+
+def _is_run(directory: Path) -> bool:
+    """Whether it is a run's directory. A checkpoint holds the recipe too, beside its manifest."""
+    return (directory / RESOLVED_RECIPE).is_file() and not (directory / MANIFEST).exists()
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -127,8 +127,15 @@ def test_a_damaged_line_is_skipped(run: Path, line: str) -> None:
 def test_runs_are_found_in_subdirectories_and_what_is_none_is_named(run: Path, tmp_path: Path) -> None:
     older = shutil.copytree(run, tmp_path / "runs/the older")
     os.utime(older / "recipe.yaml", (1.6e9, 1.6e9))
-    assert find_runs(tmp_path) == [older, run]
-    with pytest.raises(UserError, match=r"no run directory: it has no recipe\.yaml"):
+    checkpoint = older / "short/step_00000005"
+    checkpoint.mkdir(parents=True)
+    for name in ("recipe.yaml", "prolong.json"):
+        (checkpoint / name).write_text(RECIPE)
+    assert find_runs(tmp_path) == [older, run] and find_runs(older / "short") == []
+    for directory in (checkpoint, tmp_path):
+        refused = CliRunner().invoke(app, ["status", str(directory)]).exception
+        assert isinstance(refused, UserError) and "no run directory" in str(refused)
+    with pytest.raises(UserError, match=r"no run directory, which holds a recipe\.yaml"):
         read_run(tmp_path)
     assert isinstance(CliRunner().invoke(app, ["runs", str(tmp_path / "nowhere")]).exception, UserError)
 
