@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,8 +56,9 @@ def train(
 
     if trace is not None and replay is None:
         raise UserError(f"--trace {trace}: needs --replay [STAGE:]STEP, the step to profile")
-    resolved = load_recipe(recipe, overrides or [])
+    load = partial(load_recipe, recipe, overrides or [])
     if check:
+        resolved = load()
         launched = read_number(os.environ, "WORLD_SIZE", 0) or read_rendezvous(os.environ).size
         world_size = processes if processes > 1 else launched
         check_recipe(resolved, world_size)
@@ -65,14 +68,13 @@ def train(
 
             tasks_of(resolved.evaluation)
         print(f"{recipe}: ready for {world_size} rank(s), {len(resolved.stages)} stage(s)")
-        return
-    if processes > 1:
-        check_recipe(resolved, processes)
+    elif processes > 1:
+        check_recipe(load(), processes)
         _start(processes)
     elif replay is None:
-        _train(resolved)
+        _train(load)
     else:
-        _replay(resolved, replay, trace)
+        _replay(load, replay, trace)
 
 
 def _start(processes: int) -> None:
@@ -123,7 +125,7 @@ def _start(processes: int) -> None:
         sys.exit(128 + stopped.sigval)
 
 
-def _train(recipe: Recipe) -> None:
+def _train(load: Callable[[], Recipe]) -> None:
     from megatron_prolong.runtime.agreement import together
     from megatron_prolong.runtime.launch import distributed
     from megatron_prolong.runtime.signals import REQUEUE_EXIT_CODE, stop_requests
@@ -131,6 +133,7 @@ def _train(recipe: Recipe) -> None:
     from megatron_prolong.training.stage import Preempted
 
     with stop_requests() as stop, distributed() as world:
+        recipe = together(load)
         evaluate = together(lambda: _ready(recipe, world, stop))
         try:
             final = train_recipe(recipe, world, lambda: stop.agreed(world.device), evaluate)
@@ -142,14 +145,15 @@ def _train(recipe: Recipe) -> None:
             print(f"done: {final}")
 
 
-def _replay(recipe: Recipe, step: str, trace: Path | None) -> None:
+def _replay(load: Callable[[], Recipe], step: str, trace: Path | None) -> None:
     from megatron_prolong.recipe.validate import check
     from megatron_prolong.runtime.agreement import together
     from megatron_prolong.runtime.launch import distributed
     from megatron_prolong.training.replay import parse_step, replay
 
-    stage, number = parse_step(step, recipe)
     with distributed() as world:
+        recipe = together(load)
+        stage, number = together(lambda: parse_step(step, recipe))
         together(lambda: check(recipe, world.size, on_cpu=world.device.type == "cpu"))
         for replayed in replay(recipe, stage, number, world, trace):
             if world.is_main:
@@ -185,10 +189,10 @@ def status(
 
     from megatron_prolong.cli.tables import print_table
     from megatron_prolong.recipe.load import load_recipe
-    from megatron_prolong.recipe.run_files import RESOLVED_RECIPE
+    from megatron_prolong.report.history import recipe_of_run
     from megatron_prolong.training.run_directory import chain_status
 
-    recipe = load_recipe(run / RESOLVED_RECIPE if run.is_dir() else run, overrides or [])
+    recipe = (recipe_of_run if run.is_dir() else load_recipe)(run, overrides or [])
     run_dir = run if run.is_dir() else recipe.run_dir  # it may have moved since its recipe was written
     table = Table(title=str(run_dir))
     for heading in ("stage", "status", "step", "length", "RoPE base", "checkpoint"):

@@ -32,6 +32,13 @@ def test_a_directory_in_use_is_told_by_rank_0_alone(workspace) -> None:
     assert said[1] == ""
 
 
+def test_a_recipe_that_no_rank_can_read_is_told_by_rank_0_alone(workspace) -> None:
+    ranks = workspace.start_ranks("unread", "layout.tpp=2")
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert said[0].startswith("error: ") and said[0].count("did you mean layout.tp?") == 1 and said[1] == ""
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
