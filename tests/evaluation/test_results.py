@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_prolong.evaluation.results import Average, Result, averages, read_results
-from megatron_prolong.evaluation.suite_report import changes, cut_notes, grids, summary
+from megatron_prolong.evaluation.suite_report import _short, changes, cut_notes, grids, summary
 
 
 def result(name: str, category: str, values: list[float], **changed: Any) -> Result:
@@ -120,3 +120,16 @@ def test_a_judges_rows_have_the_mean_of_its_score_and_are_of_the_questions_they_
     assert found.values == tuple(expected) and found.truncated == 1
     assert found.questions == (("asked", "asked") if asked == "asked" else (0, 1))
     assert found.score == pytest.approx(found.interval.mean)
+
+
+def test_a_tasks_name_is_one_at_all_lengths() -> None:
+    names = (
+        "narrativeqa_7892",
+        "icl_trec_coarse_6600shot_balance",
+        "kilt_popqa_3",
+        "ruler_niah_mk_2",
+        "json_kv",
+    )
+    assert [_short(name) for name in names] == [
+        "narrativeqa", "icl_trec_coarse_balance", "kilt_popqa_3", "ruler_niah_mk_2", "json_kv",
+    ]  # fmt: skip

@@ -161,6 +161,47 @@ def test_a_judges_score_that_is_no_number_cannot_be_read(server: Server, tmp_pat
         )
 
 
+@pytest.mark.parametrize(("name", "suffix"), [("infbench_sum_eng", "_book"), ("multi_lexsum", "")])
+def test_three_answers_of_the_judge_make_a_summarys_score(
+    name: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = [f"{kind}_prompt{suffix}" for kind in ("fluency", "recall", "precision")]
+    script = "".join(f'{kind} = "{kind} {{summary}} {{keypoints}} {{expert_summary}}"\n' for kind in kinds)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/eval_gpt4_summ.py").write_text(script)
+    items = [
+        {
+            "output": f" {output} ",
+            "keypoints": points,
+            "answer": [f"book {output}"],
+            "summary/long": f"law {output}",
+        }
+        for output, points in (("one", ["a", "b"]), ("two", ["c"]))
+    ]
+    (tmp_path / f"{name}_in8192.json").write_text(json.dumps({"data": items, "averaged_metrics": {}}))
+    asked = []
+
+    def answer(judge: Judge, prompt: str, max_tokens: int) -> str:
+        asked.append(prompt)
+        found = {"fluency": int(" one " in prompt), "recall": 1, "precision": 1, "sentence_count": 2}
+        return json.dumps(found)
+
+    monkeypatch.setattr(Judge, "_one", answer)
+    judge = Judge(Client("", concurrency=1), "tiny", tmp_path / "cache.jsonl")
+    (written,) = judge_results(tmp_path, judge, tmp_path)
+    expert = "book" if suffix else "law"
+    assert asked == [
+        f"{kind} {output} {points} {expert} {output}"
+        for output, points in (("one", "1. a\n2. b"), ("two", "1. c"))
+        for kind in kinds
+    ]
+    content = json.loads(written.read_text())
+    means = {"recall": 0.75, "precision": 0.5, "fluency": 0.5, "f1": 0.25}
+    assert content["averaged_metrics"] == {f"gpt-4-{score}": mean for score, mean in means.items()}
+    assert [item["gpt-4-scores"]["f1"] for item in content["data"]] == [0.5, 0]
+    assert content["judge"] == {"model": "tiny", "unreadable": 0}
+
+
 def test_summary_scores() -> None:
     answers = ['{"fluency": 1}', '{"recall": 2}', 'text {"precision": 3, "sentence_count": 4}']
     scores = summary_scores(answers, 4)
