@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -15,15 +16,21 @@ import torch.distributed as dist
 
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.schema import Recipe
+from megatron_prolong.recipe.schema import Carry, Layout, Recipe
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
-from megatron_prolong.training import run
+from megatron_prolong.training import prepare, run
 from megatron_prolong.training import stage as stage_module
 from megatron_prolong.training.log import open_log
 from megatron_prolong.training.prepare import StageInput, first_state
 from megatron_prolong.training.replay import _recorded, _start
-from megatron_prolong.training.run_directory import MANIFEST, Checkpoint, latest_checkpoint, write_pointer
+from megatron_prolong.training.run_directory import (
+    MANIFEST,
+    Checkpoint,
+    StageStatus,
+    latest_checkpoint,
+    write_pointer,
+)
 from megatron_prolong.training.stage import Preempted, Session
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics
@@ -120,20 +127,22 @@ def test_ranks_go_by_what_rank_0_sees_and_wait_for_its_conversion(tmp_path):
     torch.multiprocessing.spawn(_two_views, (str(tmp_path),), nprocs=2)
 
 
-def test_waiting_for_data_is_part_of_a_steps_time_and_saving_is_not(tmp_path, monkeypatch):
-    """Or a slow disk would show nowhere, and a checkpoint as a slow step."""
-    clock, times = [0.0], []
+def walk(of: Recipe, monkeypatch, clock: list[float], metrics: StepMetrics, until: int) -> list[str]:
+    """The loop of a stage whose data takes 3 s, its update 2 and its saving 100; returns what it told in order."""
+    told: list[str] = []
 
     def take(seconds, result=None):
         clock[0] += seconds
         return result
 
     def read(mixture, first_step):
-        yield from ((step, take(3, [])) for step in range(first_step, 5))
+        yield from ((step, take(3, [])) for step in range(first_step, of.stages[0].num_steps))
 
-    writer = SimpleNamespace(poll=lambda: None, finish=lambda: None, save=lambda *_: take(100))
-    metrics = StepMetrics(2.0, grad_norm=1.0, lr=1e-3, num_targets=3, updated=True)
-    of = recipe(tmp_path)
+    def save(*_):
+        told.append("saved")
+        take(100)
+
+    writer = SimpleNamespace(poll=lambda: None, finish=lambda: told.append("finished"), save=save)
     at = SimpleNamespace(
         recipe=of, stage=of.stages[0], mixture=None, model=None, optimizer=None,
         update=lambda *_: take(2, metrics),
@@ -142,12 +151,65 @@ def test_waiting_for_data_is_part_of_a_steps_time_and_saving_is_not(tmp_path, mo
     monkeypatch.setattr(stage_module, "CheckpointWriter", lambda *_, **__: writer)
     monkeypatch.setattr(stage_module, "dump_recipe", lambda _: "")
     monkeypatch.setattr(stage_module, "_manifest", lambda *_: {})
-    monkeypatch.setattr(stage_module, "_facts", lambda *facts: times.append(facts[-1]))
+    monkeypatch.setattr(stage_module, "_facts", lambda *facts: told.append(f"{facts[-1]:.0f} s"))
     monkeypatch.setattr(stage_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     log, watchdog = SimpleNamespace(step=lambda *_, **__: None), SimpleNamespace(feed=lambda _: None)
-    state = TrainState(stage="short")
-    stage_module._walk(session(of, log), at, state, 3, watchdog)
-    assert times == [5, 5, 5]
+    try:
+        stage_module._walk(session(of, log), at, TrainState(stage="short"), until, watchdog)
+    except UserError as error:
+        told.append(str(error).partition(";")[0])
+    return told
+
+
+def test_waiting_for_data_is_part_of_a_steps_time_and_saving_is_not(tmp_path, monkeypatch):
+    """Or a slow disk would show nowhere, and a checkpoint as a slow step."""
+    metrics = StepMetrics(2.0, grad_norm=1.0, lr=1e-3, num_targets=3, updated=True)
+    told = walk(recipe(tmp_path), monkeypatch, [0.0], metrics, until=3)
+    assert told == ["5 s", "saved"] * 3 + ["finished"]
+
+
+def test_a_run_that_goes_wrong_stops_and_completes_what_it_saved_before(tmp_path, monkeypatch):
+    metrics = StepMetrics(math.nan, grad_norm=math.nan, lr=1e-3, num_targets=3, updated=False)
+    told = walk(recipe(tmp_path), monkeypatch, [0.0], metrics, until=5)
+    assert told[:-1] == ["5 s", "saved"] * 4 + ["finished"]
+    assert told[-1].startswith("stage short: 5 steps in a row had no targets")
+
+
+@pytest.mark.parametrize(
+    ("carry", "expected"),
+    [
+        ({}, ("previous", True)),
+        ({"optimizer": False}, ("previous", False)),
+        ({"weights": False, "optimizer": False}, ("initial", False)),
+    ],
+    ids=["all", "weights", "nothing"],
+)
+def test_what_a_stage_takes_from_the_one_before(tmp_path, carry, expected):
+    stage = recipe(tmp_path).stages[0].model_copy(update={"carry": Carry(**carry)})
+    previous = Checkpoint(Path("previous"), {"step": 9, "kind": "training"})
+    found = run.stage_input(StageStatus(stage, None), previous, INITIAL)
+    assert (str(found.checkpoint.directory), found.optimizer, found.resume) == (*expected, False)
+    assert not run.stage_input(StageStatus(stage, None), INITIAL, INITIAL).optimizer  # there is none yet
+    own = Checkpoint(Path("own"), {"step": 2, "kind": "training"})
+    assert run.stage_input(StageStatus(stage, own), previous, INITIAL) == StageInput(own, True, True)
+
+
+def test_a_stage_is_built_with_its_own_settings(tmp_path, monkeypatch, one_rank):
+    """Of which some only change memory, and would be missed nowhere."""
+    own = {"precision": "fp32", "recompute": "selective", "offload_activations": True, "rope_base": 8e6}
+    of = recipe(tmp_path)
+    stage = of.stages[0].model_copy(update={**own, "sequence_length": 128, "batch_tokens": 128})
+    built = {}
+
+    def build_model(shape, layout, **options):
+        built.update(options, rope_base=shape.rope_base, max_length=shape.max_length)
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(prepare, "build_model", build_model)
+    start = StageInput(Checkpoint(Path("saved"), {"shape": SHAPE.to_dict()}), optimizer=True, resume=False)
+    with pytest.raises(UserError, match="enough"):
+        prepare.prepare_stage(of, stage, start, Layout(cp=2), WORLD, None)
+    assert built.items() >= {**own, "max_length": 128, "rank_tokens": 64, "loss_chunk_tokens": 2048}.items()
 
 
 def test_domains_of_one_name_are_counted_apart(tmp_path):
