@@ -23,12 +23,10 @@ def build_optimizer(
     config = OptimizerConfig(
         optimizer="adam",
         lr=lr,
-        min_lr=0.0,
         weight_decay=spec.weight_decay,
         adam_beta1=spec.beta1,
         adam_beta2=spec.beta2,
         adam_eps=spec.eps,
-        clip_grad=spec.clip,
         bf16=model.config.bf16,
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=layout.distributed_optimizer,
