@@ -18,7 +18,7 @@ from megatron_prolong.recipe.inputs import (
     vocabulary_size,
 )
 from megatron_prolong.recipe.layout_rules import layout_problems
-from megatron_prolong.recipe.run_files import RESERVED_STAGE_NAMES
+from megatron_prolong.recipe.run_files import RESERVED_STAGE_NAMES, complete_checkpoints
 from megatron_prolong.recipe.schema import InitSpec, Recipe, Stage, layout_of, precision_of
 from megatron_prolong.recipe.shape import ModelShape, read_shape
 from megatron_prolong.recipe.source import Key, key_text
@@ -247,9 +247,17 @@ def _mixture(findings: Findings, stage: Stage, tokenizer: str | None) -> None:
     total = math.fsum(stage.mixture.values())
     if abs(total - 1) > 1e-6:
         findings.error(key, f"the proportions sum to {total:.6g}; they must sum to 1")
+    if _is_done(findings.recipe, stage):
+        return  # its data may have been deleted to make room
     for path in stage.mixture:
         for problem in mixture_problems(path, loss_mask=stage.loss_mask, tokenizer=tokenizer):
             findings.error((*key, str(path)), problem)
+
+
+def _is_done(recipe: Recipe, stage: Stage) -> bool:
+    """Whether the last checkpoint of the stage is there."""
+    one_budget = (stage.steps is None) != (stage.tokens is None)
+    return one_budget and stage.num_steps in complete_checkpoints(recipe.run_dir / stage.name)
 
 
 def _fp8_parameters(findings: Findings) -> None:

@@ -139,6 +139,15 @@ def test_both_steps_and_tokens(write: Write, recipe_data: dict[str, Any]) -> Non
     assert problems_of(write(recipe_data), []) == ["stages.one: found both of steps and tokens; give one"]
 
 
+def test_the_data_of_a_stage_that_is_done_may_be_gone(
+    write: Write, recipe_data: dict[str, Any], workdir: Path
+) -> None:
+    path, gone = write(recipe_data), ["stage.one.mixture={gone: 1}"]
+    for step, problems in ((9, 1), (10, 0)):
+        (workdir / f"runs/tiny/one/step_{step:08}").mkdir(parents=True)
+        assert len(problems_of(path, gone)) == problems
+
+
 def test_fp8_needs_cuda(write: Write, recipe_data: dict[str, Any]) -> None:
     path = write(recipe_data)
     assert problems_of(path, ["precision=fp8"]) == []
