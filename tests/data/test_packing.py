@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 RULES = st.builds(
     Rules,
     length=st.integers(6, 20),
-    min_length=st.integers(1, 6),
+    min_length=st.integers(1, 9),
     overlap=st.integers(0, 5),
     intact=st.booleans(),
 )
@@ -41,12 +42,18 @@ def check_pieces(lengths: list[int], packs: list[Pack], rules: Rules) -> None:
         seen[document] = stop
 
 
+def check_min_length(lengths: list[int], packs: list[Pack], rules: Rules) -> None:
+    for document, start, _ in (piece for each in packs for piece in each):
+        assert lengths[document] - start >= rules.min_length
+
+
 @given(LENGTHS, RULES)
 def test_concatenate_loses_nothing_unnamed_and_fills_every_pack(lengths: list[int], rules: Rules) -> None:
     losses = Losses()
     packs = list(concatenate(enumerate(lengths), rules, losses))
     check_account(lengths, packs, losses)
     check_pieces(lengths, packs, rules)
+    check_min_length(lengths, packs, rules)
     assert all(total(each) == rules.length for each in packs)
     assert [piece[0] for each in packs for piece in each] == sorted(
         piece[0] for each in packs for piece in each
@@ -61,11 +68,9 @@ def test_concatenate_by_default_only_loses_the_last_pack(lengths: list[int], len
     assert +losses.dropped == {"last pack not full": sum(lengths) % length} or sum(lengths) % length == 0
 
 
-@given(LENGTHS, st.sets(st.integers(6, 20), min_size=1), st.integers(0, 5), st.booleans())
-def test_chunks_have_the_largest_length_that_fits(
-    lengths: list[int], chunks: set[int], overlap: int, intact: bool
-) -> None:
-    rules, losses = Rules(max(chunks), overlap=overlap, intact=intact), Losses()
+@given(LENGTHS, st.sets(st.integers(6, 20), min_size=1), RULES)
+def test_chunks_have_the_largest_length_that_fits(lengths: list[int], chunks: set[int], rules: Rules) -> None:
+    losses = Losses()
     cut = list(cut_by_lengths(enumerate(lengths), chunks, rules, losses))
     packs = [[piece] for _, piece in cut]
     check_account(lengths, packs, losses)
@@ -73,6 +78,13 @@ def test_chunks_have_the_largest_length_that_fits(
     for chunk, (document, start, stop) in cut:
         assert stop - start == chunk in chunks
         assert not any(chunk < other <= lengths[document] - start for other in chunks)
+    ends = {document: stop for _, (document, _, stop) in cut}
+    assert list(ends) == [
+        n for n, length in enumerate(lengths) if length >= max(min(chunks), rules.min_length)
+    ]
+    for document, stop in ends.items():
+        left = 0 if rules.intact or stop == lengths[document] else lengths[document] - stop + rules.overlap
+        assert left < min(chunks), "another chunk fits"
 
 
 @given(LENGTHS, RULES)
@@ -84,11 +96,10 @@ def test_best_fit_cuts_no_document_that_fits(lengths: list[int], rules: Rules) -
     for document, start, stop in (piece for each in packs for piece in each):
         if lengths[document] <= rules.length:
             assert (start, stop) == (0, lengths[document])
-    # No two packs could have been one: best fit opens a pack only if a piece fits nowhere.
-    rooms = sorted(rules.length - total(each) for each in packs)
-    sizes = sorted(total(each) for each in packs)
-    if len(packs) > 1:
-        assert rooms[-2] < sizes[0] or sizes[0] == sizes[1] > rules.length // 2 or rooms[-1] < sizes[1]
+    assert all(start == 0 for each in packs for _, start, _ in each) or not rules.intact
+    check_min_length(lengths, packs, rules)
+    for earlier, later in combinations(packs, 2):
+        assert total(earlier) + total(later[:1]) > rules.length, "a pack is opened for what fits nowhere"
 
 
 def test_best_fit_puts_each_piece_where_least_room_is_left() -> None:
