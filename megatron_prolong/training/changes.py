@@ -13,7 +13,7 @@ from megatron_prolong.training.run_directory import StageStatus, latest_checkpoi
 # Changing one of these in a stage that has begun would make its numbers depend on when it was stopped.
 _FIXED_IN_STAGE = {
     "sequence_length", "rope_base", "batch_tokens", "steps", "tokens", "warmup", "schedule", "seed", "carry",
-    "loss_mask", "precision",
+    "loss_mask", "precision", "mixture",
 }  # fmt: skip
 _FIXED_IN_RUN = {"model", "precision"}
 
@@ -58,15 +58,11 @@ def _stage_changes(before: Recipe, statuses: list[StageStatus]) -> Iterator[Chan
         if status.word == "waiting" or stage.name not in stages_before:
             continue
         old_stage, new_stage = _dump(stages_before[stage.name]), _dump(stage)
-        # Its directories may have moved.
-        other_proportions = _proportions(old_stage["mixture"]) != _proportions(new_stage["mixture"])
+        same_proportions = _proportions(old_stage["mixture"]) == _proportions(new_stage["mixture"])
         for key, old, new in _differences(old_stage, new_stage):
             first = key.split(".")[0]
-            fixed = (
-                status.word == "done"
-                or first in _FIXED_IN_STAGE
-                or (first == "mixture" and other_proportions)
-            )
+            moved = first == "mixture" and same_proportions
+            fixed = not moved and (status.word == "done" or first in _FIXED_IN_STAGE)
             refusal = f"the stage is at step {status.step}" if fixed else None
             yield Change(f"stage.{stage.name}.{key}: {old} → {new}", refusal)
 
