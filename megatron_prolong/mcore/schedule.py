@@ -36,11 +36,10 @@ def forward_backward(
     """
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.no_sync_func = model.accumulating
-    iterators: list[Iterator[MicroBatch]] = [iter(batches) for _ in model.chunks]
     losses = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, model.offload or nullcontext()),
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
+        data_iterator=[iter(batches) for _ in model.chunks],
+        model=model.chunks,
         num_microbatches=len(batches),
         seq_length=batches[0].tokens.shape[1] * groups.cp.size,
         micro_batch_size=1,
