@@ -118,13 +118,30 @@ def test_packing_packs_again_keeps_the_boundaries(tmp_path: Path) -> None:
     assert second[0]["indices"].tolist() == [[0, 5], [5, 12], [12, 14], [14, 17], [17, 24]]
 
 
+def test_chunks_of_each_length_fill_packs_of_their_own(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "documents", [8, 4, 9, 4, 3])
+    report = packed([source], tmp_path / "packs", PackOptions(8, "single", lengths=(4, 8)))
+    assert report.packs == {"4-8": 1, "8-8": 2}
+    assert report.dropped == {"document shorter than a chunk": 3, "remainder shorter than a chunk": 1}
+    (fours,), (first, _) = subsets(tmp_path / "packs", report)
+    assert fours["indices"].tolist() == [[0, 4], [4, 8]]
+    np.testing.assert_array_equal(fours["input_ids"], np.concatenate([tokens_of(2, 4), tokens_of(4, 4)]))
+    np.testing.assert_array_equal(first["input_ids"], tokens_of(1, 8))
+    assert list(packed([source], tmp_path / "alone", PackOptions(8, "single")).packs) == [""]
+
+
 def test_bos_and_eos_are_not_doubled(tmp_path: Path) -> None:
     with MDSWriter(tmp_path / "documents", {"input_ids": "ndarray:uint32"}) as writer:
         writer.write({"input_ids": np.array([7, 1, 2, 9], np.uint32)})
         writer.write({"input_ids": np.array([3, 4], np.uint32)})
-    report = packed([tmp_path / "documents"], tmp_path / "packs", PackOptions(8, "concat", bos=7, eos=9))
-    assert report.added == 2
-    assert MDSReader(tmp_path / "packs")[0]["input_ids"].tolist() == [7, 1, 2, 9, 7, 3, 4, 9]
+    for name, ids, expected in (
+        ("both", {"bos": 7, "eos": 9}, [7, 1, 2, 9, 7, 3, 4, 9]),
+        ("bos", {"bos": 7}, [7, 1, 2, 9, 7, 3, 4]),
+        ("eos", {"eos": 9}, [7, 1, 2, 9, 3, 4, 9]),
+    ):
+        options = PackOptions(len(expected), "concat", **ids)
+        assert packed([tmp_path / "documents"], tmp_path / name, options).added == len(expected) - 6
+        assert MDSReader(tmp_path / name)[0]["input_ids"].tolist() == expected
 
 
 def test_domains(tmp_path: Path) -> None:
@@ -137,16 +154,20 @@ def test_domains(tmp_path: Path) -> None:
 
 
 def test_packs_do_not_depend_on_workers_or_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack_module, "TASK_TOKENS", 64)
     lengths = np.random.default_rng(0).integers(1, 100, 60).tolist()
     one = write_documents(tmp_path / "one", lengths)
     many = write_documents(tmp_path / "many", lengths, size_limit=900)
     options = PackOptions(32, "concat", shuffle_seed=1)
+    pack([one], tmp_path / "whole", options)
+    monkeypatch.setattr(pack_module, "TASK_TOKENS", 64)
+    monkeypatch.setattr(pack_module, "_BLOCK", 7)
     pack([one], tmp_path / "a", options)
     pack([one], tmp_path / "b", options, executor=LocalProcesses(3))
     pack([many], tmp_path / "c", options)
     a, b, c = (files_of(tmp_path / name) for name in "abc")
     assert len(a) > 50 and a == b
+    for whole, pieced in zip(MDSReader(tmp_path / "whole"), MDSReader(tmp_path / "a"), strict=True):
+        np.testing.assert_array_equal(whole["input_ids"], pieced["input_ids"])
     c["job.json"] = a["job.json"]  # which names its input
     assert a == c
 
