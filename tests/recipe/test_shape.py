@@ -112,12 +112,12 @@ def test_other_models_are_refused(change: dict[str, Any], reason: str) -> None:
 
 
 def test_null_is_as_good_as_absent() -> None:
-    nulls = dict.fromkeys(
-        ("max_position_embeddings", "rms_norm_eps", "initializer_range", "num_key_value_heads")
-    )
+    sizes = ["max_position_embeddings", "rms_norm_eps", "initializer_range", "num_key_value_heads"]
+    nulls = dict.fromkeys([*sizes, "rope_theta", "rope_scaling", "rope_parameters"])
     found = ModelShape.from_hf({**to_hf_config(LLAMA3_8B), **nulls}, "config.json")
     assert (found.max_length, found.norm_eps, found.initializer_range) == (2048, 1e-6, 0.02)
     assert found.num_kv_heads == found.num_heads
+    assert (found.rope_base, found.rope_scaling) == (10_000, None)
 
 
 def test_every_reason_is_given_at_once() -> None:
@@ -145,6 +145,9 @@ def test_read_shape_says_what_is_missing(tmp_path: Path) -> None:
         read_shape(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
+        read_shape(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json: expected a JSON object, found list"):
         read_shape(tmp_path)
 
 
