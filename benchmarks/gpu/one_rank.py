@@ -95,6 +95,13 @@ CASES = {
     "512K, cp 8 a2a+p2p": Case(8, HIERARCHICAL, LONG),
     "512K, cp 8 a2a, offload, 80 GiB": Case(8, A2A, LONG, offload=True, gib=80),
     "512K, tp 4 cp 2 p2p": Case(64, Layout(tp=4, cp=2, cp_exchange="p2p"), LONG),
+    "512K, cp 8 p2p, all but attention": Case(8, P2P, LONG, recompute="all_but_attention"),
+    "512K, tp 2 cp 4 a2a, all but attention": Case(
+        8, Layout(tp=2, cp=4, cp_exchange="a2a"), LONG, recompute="all_but_attention"
+    ),
+    "512K, tp 4 cp 2 p2p, all but attention, offload": Case(
+        8, Layout(tp=4, cp=2, cp_exchange="p2p"), LONG, recompute="all_but_attention", offload=True
+    ),
     "1M, tp 4 cp 8 p2p": Case(32, Layout(tp=4, cp=8, cp_exchange="p2p"), ([1024 * K],)),
 }
 

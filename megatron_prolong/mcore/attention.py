@@ -7,6 +7,7 @@ parallelism. This module keeps Megatron's interface and calls the mathematics of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_prolong.mcore.kept_attention import KeptAttention
 from megatron_prolong.model.attention import cached_attention, packed_attention
 from megatron_prolong.model.context_parallel import ContextPlan, context_attention
 from megatron_prolong.model.spread_cache import shared_attention, sliced_attention
@@ -105,12 +107,14 @@ class Documents(PackedSeqParams):
         context: set when the micro-batch is split over context-parallel ranks.
         caches: set when generating: one per document, whose new tokens are those of this micro-batch.
         spread: set when these caches are spread over ranks.
+        kept: set when layers are recomputed but not their attention: by layer number, between the two passes.
     """
 
     cu_seqlens: Tensor | None = None
     context: ContextParallel | None = None
     caches: tuple[KeyValueCache, ...] | None = None
     spread: Spread | None = None
+    kept: dict[int, KeptAttention] | None = None
 
     def __post_init__(self) -> None:
         self.qkv_format = "sbhd"
@@ -151,11 +155,23 @@ class DocumentAttention(MegatronModule):
         """See the class; `packed_seq_params` must be `Documents`, masks and biases are not used."""
         assert isinstance(packed_seq_params, Documents), "DocumentAttention needs Documents"
         # Values are a view of the packed projections, all of which would stay for the backward.
-        out = self.attend(query[:, 0], key[:, 0], value[:, 0].contiguous(), packed_seq_params)
+        outs = self._attend_once(query[:, 0], key[:, 0], value[:, 0].contiguous(), packed_seq_params)
+        # One alone is no copy: both would stay for the backward.
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return torch.flatten(out, start_dim=1).unsqueeze(1)
 
-    def attend(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents) -> Tensor:
-        """out_TND of this rank's tokens; what other kernels replace."""
+    def _attend_once(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, ...]:
+        """`attend`, or in the second pass through a recomputed layer what the first one kept."""
+        if documents.kept is None:
+            return self.attend(q, k, v, documents)
+        if self.layer_number in documents.kept:
+            return documents.kept.pop(self.layer_number).again(q, k, v)
+        kept = KeptAttention(partial(self.attend, documents=documents), q, k, v)
+        documents.kept[self.layer_number] = kept
+        return kept.outs
+
+    def attend(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents) -> tuple[Tensor, ...]:
+        """out_TND of this rank's tokens, in parts that joined are all of them; what other kernels replace."""
         q, k, v = q_TND, k_TGD, v_TGD
         if documents.caches is not None:
             return self._cached(q, k, v, documents)
@@ -173,9 +189,9 @@ class DocumentAttention(MegatronModule):
                 subgroups=context.subgroups,
             )
         assert documents.cu_seqlens is not None
-        return packed_attention(q, k, v, documents.cu_seqlens, self.scale)
+        return (packed_attention(q, k, v, documents.cu_seqlens, self.scale),)
 
-    def _cached(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, ...]:
         """Each document's new tokens against all of its cached ones."""
         assert documents.caches is not None and documents.cu_seqlens is not None
         outs: list[Tensor] = []
@@ -187,7 +203,7 @@ class DocumentAttention(MegatronModule):
                 continue
             keys, values = cache.extend(self.layer_number, k[start:end], v[start:end])
             outs.append(cached_attention(q[start:end], keys, values, len(keys), self.scale))
-        return torch.cat(outs)
+        return tuple(outs)
 
     def _spread(self, q: Tensor, k: Tensor, v: Tensor, document: int, documents: Documents) -> Tensor:
         """The same when every context-parallel rank has a part of the cache."""

@@ -30,12 +30,14 @@ class StageModel:
         config: Megatron's view of it.
         chunks: one module per virtual pipeline stage, DDP-wrapped when built for training.
         offload: where activations wait for the backward pass, if not on the device.
+        keeps_attention: layers are recomputed, but not their attention.
     """
 
     shape: ModelShape
     config: TransformerConfig
     chunks: list[torch.nn.Module]
     offload: HostOffload | None = None
+    keeps_attention: bool = False
 
     @property
     def bare_chunks(self) -> list[LongContextGPT]:
@@ -120,7 +122,8 @@ def build_model(
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     if training:
         chunks = [_wrap_ddp(config, layout, chunk, index) for index, chunk in enumerate(chunks)]
-    return StageModel(shape, config, chunks, HostOffload(chunks) if offload_activations else None)
+    offload = HostOffload(chunks) if offload_activations else None
+    return StageModel(shape, config, chunks, offload, keeps_attention=recompute == "all_but_attention")
 
 
 def _wrap_ddp(

@@ -45,8 +45,8 @@ def transformer_config(
         shape: the Llama model.
         layout: tp, pp, cp and their options.
         precision: "fp32", "bf16", or "fp8" for FP8 matrix products on bf16 weights.
-        recompute: "none", "selective" (the MLP, whose activations are the largest), "full" (every layer) or
-            "block:N" (the first N layers of each model chunk).
+        recompute: "none", "selective" (the MLP, whose activations are the largest), "full" (every layer),
+            "all_but_attention" (every layer; kept_attention.py) or "block:N" (the first N layers of each chunk).
         fp8_parameters: keep the weights of fp8 layers in fp8 only; for training.
         rank_tokens: the most tokens that one rank holds at a time, where that may be very many.
 
@@ -140,8 +140,9 @@ def _fp8(recipe: Fp8Recipe, parameters: bool, layout: Layout, on_te: bool) -> di
 
 
 def _recompute(mode: str) -> dict[str, object]:
-    if mode == "full" or mode.startswith("block:"):
-        method, num_layers = ("uniform", 1) if mode == "full" else ("block", int(mode.removeprefix("block:")))
+    if mode in ("full", "all_but_attention") or mode.startswith("block:"):
+        first = mode.removeprefix("block:")
+        method, num_layers = ("block", int(first)) if first != mode else ("uniform", 1)
         return {
             "recompute_granularity": "full",
             "recompute_method": method,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ def forward_backward(
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.no_sync_func = model.accumulating
     losses = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, model.offload or nullcontext()),
+        forward_step_func=partial(_forward_step, model, not forward_only),
         data_iterator=[iter(batches) for _ in model.chunks],
         model=model.chunks,
         num_microbatches=len(batches),
@@ -49,10 +49,12 @@ def forward_backward(
 
 
 def _forward_step(
-    saving: AbstractContextManager[Any], data: Iterator[MicroBatch], chunk: torch.nn.Module
+    model: StageModel, training: bool, data: Iterator[MicroBatch], chunk: torch.nn.Module
 ) -> tuple[Tensor, Any]:
     batch = next(data)
-    with saving:
+    if training and model.keeps_attention and batch.documents.kept is None:
+        batch.documents.kept = {}
+    with model.offload or nullcontext():
         output = chunk(
             batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.documents
         )

@@ -64,7 +64,7 @@ class TransformerEngineAttention(DocumentAttention):
         if cp > 1 and te_exchanges(cp_comm_type or "", cp, kv_heads):
             self.split = TEDotProductAttention(config, *arguments, cp_comm_type=cp_comm_type, **options)
 
-    def attend(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents) -> Tensor:
+    def attend(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents) -> tuple[Tensor, ...]:
         """As DocumentAttention.attend."""
         context = documents.context
         if documents.caches is not None or (context is not None and self.split is None):
@@ -84,8 +84,7 @@ class TransformerEngineAttention(DocumentAttention):
             if first:  # TE refuses keys and values that do not begin their memory (utils.py: get_qkv_layout)
                 k, v = k.clone(), v.clone()
             outs.append(self._attend(self.whole, (q_TND[first:], k, v), packed))
-        # TE's outputs are flat already: [T, N·D]. One alone is no copy: both would stay for the backward.
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return tuple(outs)  # flat already: [T, N·D]
 
     @staticmethod
     def _attend(

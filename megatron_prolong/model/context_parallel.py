@@ -49,7 +49,7 @@ def context_attention(
     exchange: str,
     scale: float | None = None,
     subgroups: Sequence[dist.ProcessGroup] = (),
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """Causal attention within documents, of this rank's slice; every rank of `group` must call it.
 
     Args:
@@ -59,7 +59,8 @@ def context_attention(
         subgroups: for a2a+p2p, the inner group of neighbouring ranks and the outer group, one of each inner.
 
     Returns:
-        out_TND of the slice; 0 on the padding behind the documents.
+        out_TND of the split documents and of the whole ones, where there are any: the slice in its order, 0 on the
+        padding behind the documents.
     """
     scale = q_TND.shape[-1] ** -0.5 if scale is None else scale
     split_tokens, local_cu_seqlens = plan.split_tokens, plan.local_cu_seqlens(rank)
@@ -76,7 +77,7 @@ def context_attention(
         q, k, v = (x[split_tokens:] for x in (q_TND, k_TGD, v_TGD))
         blocks = document_blocks(tuple(start - split_tokens for start in local_cu_seqlens))
         parts.append(BlockAttention.apply(q, k, v, blocks, True, scale))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tuple(parts)
 
 
 def _levels(

@@ -70,11 +70,10 @@ class Passes:
 
 def passes(job: Job) -> Passes:
     """Executed passes under the job's recomputation; the chunked loss never makes its logits twice."""
-    again = job.recomputed_share
     return Passes(
-        layers=3.0 + again,
+        layers=3.0 + job.recomputed_share,
         mlp_again=1.0 if job.recompute == "selective" else 0.0,
         output=3.0,
-        attention_forward=1.0 + again,
+        attention_forward=1.0 + job.attention_again,
         attention_backward=FLASH_BACKWARD,
     )

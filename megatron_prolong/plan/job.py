@@ -35,7 +35,8 @@ class Job:
         sequence_length: tokens of a packed sequence.
         batch_sequences: packed sequences of a global batch.
         precision: "fp32", "bf16" or "fp8" (bf16 weights, fp8 matrix products).
-        recompute: "none", "selective" (the MLP), "full" (every layer) or "block:N" (N layers of each chunk).
+        recompute: "none", "selective" (the MLP), "all_but_attention", "full" (every layer) or "block:N" (N of each
+            chunk's layers).
         offload: activations wait for the backward pass in host memory.
         loss_chunk_tokens: tokens whose logits exist at once.
         micro_batch_tokens: tokens that one data-parallel rank holds at a time; None for sequence_length.
@@ -111,7 +112,7 @@ class Job:
 
     def recomputed_layers(self, chunk_layers: int) -> int:
         """How many of a model chunk's layers are recomputed whole."""
-        if self.recompute == "full":
+        if self.recompute in ("full", "all_but_attention"):
             return chunk_layers
         if self.recompute.startswith("block:"):
             return min(int(self.recompute.removeprefix("block:")), chunk_layers)
@@ -122,6 +123,11 @@ class Job:
         """Share of the longest stage's layers that are recomputed whole."""
         chunk_layers = self.longest_stage_layers // self.layout.virtual_pp
         return self.recomputed_layers(chunk_layers) / chunk_layers
+
+    @property
+    def attention_again(self) -> float:
+        """Share of the longest stage's layers whose attention is computed twice."""
+        return 0.0 if self.recompute == "all_but_attention" else self.recomputed_share
 
     @property
     def vocab_rows(self) -> int:

@@ -170,7 +170,7 @@ def kept_by_chunk(job: Job, num_layers: int, kernels: Kernels = GPU_KERNELS) -> 
     whole = num_layers - recomputed
     fp8 = max(whole - 2, 0) if job.precision == "fp8" else 0  # the model's first and last layer are in bf16
     kept = (
-        recomputed * layer_input_bytes(job)
+        recomputed * kept_by_recomputed_layer(job, kernels)
         + (whole - fp8) * kept_by_layer(job, kernels)
         + fp8 * kept_by_layer(job, kernels, fp8=True)
     )
@@ -178,14 +178,33 @@ def kept_by_chunk(job: Job, num_layers: int, kernels: Kernels = GPU_KERNELS) -> 
 
 
 def layer_input_bytes(job: Job) -> int:
-    """The residual stream of a micro-batch: all that a recomputed layer keeps."""
+    """The residual stream of a micro-batch."""
     return job.residual_tokens * job.shape.hidden_size * job.element_bytes
+
+
+def kept_by_recomputed_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+    """Its input, and with all_but_attention what `kept_attention` says."""
+    return layer_input_bytes(job) + kept_attention(job, kernels)
+
+
+def kept_attention(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+    """What a recomputed layer keeps of its attention: the output, and inputs that an exchange made copies of."""
+    if job.recompute != "all_but_attention":
+        return 0
+    layout = job.layout
+    saved = saved_by_layer(replace(job, mixed=False), kernels)  # the two outputs are joined only when needed
+    copied = 0
+    if layout.cp > 1 and layout.cp_exchange.startswith("a2a"):
+        copied = saved["values"] + saved["rotated"]
+    elif layout.cp > 1 and layout.cp_exchange == "p2p" and job.attention == "te":
+        copied = 2 * saved["values"]  # TE's ring joins keys and values
+    return saved["attention"] + copied
 
 
 def kept_by_layer(job: Job, kernels: Kernels = GPU_KERNELS, fp8: bool = False) -> int:
     """Bytes that one layer keeps, for one micro-batch; with block:N, one behind the first N."""
-    if job.recompute == "full":
-        return layer_input_bytes(job)
+    if job.recompute in ("full", "all_but_attention"):
+        return kept_by_recomputed_layer(job, kernels)
     saved = saved_by_layer(job, kernels, fp8)
     if job.recompute == "selective":
         again = (*_RECOMPUTED_MLP, "norm_mlp") if kernels.norm_in_mlp else _RECOMPUTED_MLP
@@ -207,19 +226,28 @@ def in_flight(job: Job, pp_rank: int) -> int:
 def activation_bytes(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> int:
     """Bytes held for the backward at the peak of a step on pipeline stage `pp_rank`."""
     chunks, is_last = in_flight(job, pp_rank), pp_rank == job.layout.pp - 1
-    if job.offload:  # the layer being copied out (or in) and its neighbour
-        chunks = 1
     output = 0 if is_last else layer_input_bytes(job)  # until the next stage has it
     chunk_layers = job.stage_layers(pp_rank) // job.layout.virtual_pp
-    per_chunk = kept_by_chunk(job, min(chunk_layers, 2) if job.offload else chunk_layers, kernels)
+    kept = chunks * kept_by_chunk(job, chunk_layers, kernels)
+    if job.offload:  # all but the layer being copied out (or in) and its neighbour
+        parked = chunks * parkable_by_chunk(job, chunk_layers, kernels)
+        kept -= parked - parkable_by_chunk(job, min(chunk_layers, 2), kernels)
     inputs = 3 * 8 * job.rank_tokens * job.micro_batches  # tokens, labels, positions: int64
-    return chunks * per_chunk + output + inputs + (loss_bytes(job, kernels) if is_last else 0)
+    return kept + output + inputs + (loss_bytes(job, kernels) if is_last else 0)
+
+
+def parkable_by_chunk(job: Job, num_layers: int, kernels: Kernels = GPU_KERNELS) -> int:
+    """What of `kept_by_chunk` can wait in host memory: not attention's outputs of recomputed layers."""
+    stays = job.recomputed_layers(num_layers) * kept_attention(job, kernels)
+    return kept_by_chunk(job, num_layers, kernels) - stays
 
 
 def parked_bytes(job: Job, pp_rank: int) -> int:
     """What waits in host memory for the backward at the peak of a step, with offload."""
+    if not job.offload:
+        return 0
     chunk_layers = job.stage_layers(pp_rank) // job.layout.virtual_pp
-    return in_flight(job, pp_rank) * kept_by_chunk(job, chunk_layers, gpu_kernels(job)) if job.offload else 0
+    return in_flight(job, pp_rank) * parkable_by_chunk(job, chunk_layers, gpu_kernels(job))
 
 
 def rotary_bytes(job: Job) -> int:
@@ -258,7 +286,8 @@ def recomputed_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     """
     if 0 < job.recomputed_share < 1 and not job.offload:
         return 0
-    kept = layer_input_bytes(job) if job.recomputed_share else kept_by_layer(job, kernels)
+    recomputed = job.recomputed_share > 0
+    kept = kept_by_recomputed_layer(job, kernels) if recomputed else kept_by_layer(job, kernels)
     return sum(saved_by_layer(job, kernels).values()) - kept
 
 

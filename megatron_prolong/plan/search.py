@@ -21,7 +21,7 @@ from megatron_prolong.recipe.fp8 import fp8_problem
 from megatron_prolong.recipe.layout_rules import layout_problems
 from megatron_prolong.recipe.schema import CpExchange, Layout, Recompute
 
-RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
+RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "all_but_attention", "full")
 EXCHANGES: tuple[CpExchange, ...] = ("all_gather", "p2p", "a2a")
 ONLY_RANK: tuple[CpExchange, ...] = ("all_gather",)
 

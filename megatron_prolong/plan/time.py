@@ -35,7 +35,7 @@ from megatron_prolong.plan.flops import ForwardFlops, model_flops, passes
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import BatchDocuments, Lengths
-from megatron_prolong.plan.memory import gpu_kernels, kept_by_chunk
+from megatron_prolong.plan.memory import gpu_kernels, parkable_by_chunk
 from megatron_prolong.plan.volume import context_bytes, gathered_bytes
 from megatron_prolong.plan.weights import stage_weights
 
@@ -262,7 +262,7 @@ def _offload_seconds(job: Job, gpu: Gpu, micro_batch_seconds: float) -> float:
     """Exposed part of the copies of one micro-batch, on the pipeline stage with most layers."""
     if not job.offload:
         return 0.0
-    chunk = kept_by_chunk(job, job.longest_stage_layers, gpu_kernels(job)) / gpu.host_bandwidth
+    chunk = parkable_by_chunk(job, job.longest_stage_layers, gpu_kernels(job)) / gpu.host_bandwidth
     return max(0.0, chunk - micro_batch_seconds / 3) + max(0.0, chunk - micro_batch_seconds * 2 / 3)
 
 

@@ -76,7 +76,7 @@ def context_bytes(job: Job) -> float:
     layout, shape, e = job.layout, job.shape, job.element_bytes
     if layout.cp == 1:
         return 0.0
-    t, again = job.rank_tokens, job.recomputed_share
+    t, again = job.rank_tokens, job.attention_again
     keys_values = 2 * t * shape.num_kv_heads * shape.head_dim // layout.tp
     if layout.cp_exchange == "a2a":
         queries_output = 2 * t * shape.num_heads * shape.head_dim // layout.tp

@@ -64,8 +64,9 @@ Mixture = Annotated[
 
 
 def _recompute(mode: str) -> str:
-    if not re.fullmatch(r"none|selective|full|block:[1-9]\d*", mode):
-        raise ValueError(f"must be none, selective, full or block:N with a number of layers, not {mode!r}")
+    if not re.fullmatch(r"none|selective|all_but_attention|full|block:[1-9]\d*", mode):
+        modes = "none, selective, all_but_attention, full or block:N with a number of layers"
+        raise ValueError(f"must be {modes}, not {mode!r}")
     return mode
 
 
@@ -347,8 +348,8 @@ class Recipe(_Frozen):
     """Keep the weights of fp8 layers in fp8 only: 2 bytes each less, and half the bytes gathered after an update.
     Needs precision fp8, fp8_recipe tensorwise and the distributed optimizer."""
     recompute: Recompute = "full"
-    """Activations recomputed in the backward pass: none, the MLP's (selective), whole layers (full), or the first N
-    layers of each model chunk (block:N)."""
+    """Activations recomputed in the backward pass: none, the MLP's (selective), whole layers without attention
+    (all_but_attention) or with it (full), or the first N layers of each model chunk (block:N)."""
     offload_activations: bool = False
     """Keep in host memory what the backward pass needs; for sequences that do not fit otherwise."""
     loss_chunk_tokens: Positive = 2048

@@ -75,7 +75,8 @@ def on_rank(rank: int, case: Case):
         return None
     q, k, v, dout = (case.plan.take(x, rank, 0.0) for x in case.tensors())
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out = context_attention(q, k, v, case.plan, rank, group, case.exchange, subgroups=subgroups)
+    outs = context_attention(q, k, v, case.plan, rank, group, case.exchange, subgroups=subgroups)
+    out = torch.cat(outs)
     assert out.dtype == q.dtype and out.shape == q.shape
     grads = torch.autograd.grad(out, (q, k, v), dout)
     return [x.detach().float().numpy() for x in (out, *grads)]

@@ -77,8 +77,10 @@ def test_fp8_stays_within_rounding_of_fp32(pools, name, recipe, checkpoint, init
         {"fp8_parameters": True},
         {"recompute": "selective", "offload_activations": True},
         {"recompute": "full"},
+        {"recompute": "all_but_attention"},
+        {"recompute": "all_but_attention", "fp8_recipe": "delayed"},
     ],
-    ids=lambda options: "-".join(options),
+    ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_fp8_with_less_memory(pools, name, options, checkpoint, initial, single):
     train_in_fp8(pools, Job(LAYOUTS.get(name, {}), checkpoint, **options), initial, single)

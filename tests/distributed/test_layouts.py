@@ -37,12 +37,14 @@ LAYOUTS = {
     "tp2 dp2": {"tp": 2, "dp": 2},
     "pp2 dp2": {"pp": 2, "dp": 2},
 }
+MODES = ("none", "selective", "all_but_attention", "full")
 # One of each kind; every other case is marked slow, for each takes its ranks through eight steps and a gather.
 QUICK_CASES = [
     ("tp2 sp", "none"), ("pp2", "full"), ("cp2 all_gather", "none"), ("cp2 p2p", "none"), ("cp2 a2a", "none"),
     ("dp2 distributed optimizer", "none"), ("pp2 uneven", "none"), ("pp2", "block:1"),
+    ("cp2 p2p", "all_but_attention"), ("pp2", "all_but_attention"),
 ]  # fmt: skip
-CASES = [(name, recompute) for name in LAYOUTS for recompute in ("none", "full", "selective")]
+CASES = [(name, recompute) for name in LAYOUTS for recompute in MODES]
 CASES += [("pp2", "block:1"), ("tp2 cp2", "block:3")]
 
 

@@ -93,7 +93,7 @@ def test_logits_of_packed_documents(variant, world, groups):
     torch.testing.assert_close(logits[:, :1000], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "all_but_attention", "full"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_gradients(variant, recompute, world, groups):
     hf = reference_llama(**VARIANTS[variant])

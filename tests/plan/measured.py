@@ -132,11 +132,28 @@ def measure(
     rank: int, shape: ModelShape, layout: Layout, precision: str, recompute: str, length: int, sequences: int
 ) -> Measured:
     """One step of training at a layout, as training/stage.py makes it, on whole documents."""
+    from megatron_prolong.mcore import attention
     from megatron_prolong.mcore.build import build_model
     from megatron_prolong.mcore.groups import megatron
     from megatron_prolong.mcore.optimizer import build_optimizer
+    from megatron_prolong.mcore.replace import replaced
     from megatron_prolong.training.balance import micro_batches, share_out
     from megatron_prolong.training.step import train_step
+
+    class WatchedAttention(attention.KeptAttention):
+        """Its hooks are in front of those of a step."""
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            for out in self.outs:
+                saved.watch(self, out)
+
+        def _leave_out(self, tensor: torch.Tensor) -> Any:
+            left = super()._leave_out(tensor)
+            return saved.pack(left) if isinstance(left, torch.Tensor) else left
+
+        def _put_in(self, held: Any) -> torch.Tensor:
+            return super()._put_in(saved.unpack(held) if isinstance(held, _Held) else held)
 
     spec, cpu = OptimizerSpec(), torch.device("cpu")
     with megatron(layout, seed=1) as groups:
@@ -158,8 +175,8 @@ def measure(
 
         for chunk in model.bare_chunks:
             chunk.register_forward_hook(after_forward)
-        traffic = Traffic()
-        with traffic, torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+        traffic, hooks = Traffic(), torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack)
+        with traffic, hooks, replaced([(attention, "KeptAttention", WatchedAttention)]):
             train_step(model, optimizer, batches, groups, spec=spec, lr=1e-3)
         gradients = {
             p.main_grad.untyped_storage().data_ptr(): p.main_grad.untyped_storage().nbytes()

@@ -113,6 +113,14 @@ def test_transformer_engine_keeps_less() -> None:
         (512, 8, {"cp": 8, "cp_exchange": "p2p"}, {}, 84.71),
         (512, 8, {"cp": 8, "cp_exchange": "a2a"}, {"offload": True, "fp8_parameters": True}, 71.27),
         (512, 8, {"cp": 8, "cp_exchange": "all_gather"}, {}, 100.21),
+        (512, 8, {"cp": 8, "cp_exchange": "p2p"}, {"recompute": "all_but_attention"}, 108.44),
+        (
+            512,
+            8,
+            {"cp": 8, "cp_exchange": "p2p"},
+            {"recompute": "all_but_attention", "precision": "fp8"},
+            120.63,
+        ),
     ],
 )
 def test_transformer_engine_takes_the_planned_memory(tokens, ranks, layout, options, peak) -> None:

@@ -12,7 +12,7 @@ from megatron_prolong.plan.hardware import find_gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import LONG_TOKENS, PROLONG_512K, BatchDocuments, single_document
 from megatron_prolong.plan.memory import kept_by_chunk, kept_by_layer, parked_bytes
-from megatron_prolong.plan.search import evaluate
+from megatron_prolong.plan.search import RECOMPUTE_MODES, evaluate
 from megatron_prolong.plan.time import RankLoads, Rates, mfu, rates, step_time
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import to_hf_config
@@ -78,9 +78,12 @@ def test_parts_add_up_and_the_mean_work_does_not_depend_on_dp() -> None:
 
 
 def test_full_recompute_costs_a_forward_and_selective_only_the_mlp() -> None:
-    cost = {m: rates(replace(JOB, recompute=m), H100) for m in ("none", "selective", "full")}
+    cost = {m: rates(replace(JOB, recompute=m), H100) for m in RECOMPUTE_MODES}
     assert cost["none"].attention == cost["selective"].attention < cost["full"].attention
     assert cost["none"].matmul < cost["selective"].matmul < cost["full"].matmul
+    kept = cost["all_but_attention"]
+    assert (kept.attention, kept.matmul) == (cost["none"].attention, cost["full"].matmul)
+    assert kept.context == cost["none"].context < cost["full"].context
 
 
 def test_copies_to_the_host_hide_behind_long_documents_only() -> None:
