@@ -99,8 +99,6 @@ def citation_scores(item: Row, listed: bool, entails: Entails) -> Citations | No
 
 def _needed(item: Row, references: list[int], claim: str, entails: Entails) -> int:
     """Citations that support the claim alone, or without which the rest does not."""
-    if len(references) == 1:
-        return 1
     count = 0
     for place in references:
         if entails(_passages(item, [place]), claim):
