@@ -14,7 +14,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, encode
 from megatron_prolong.evaluation.http import Client, asked_wait
 from megatron_prolong.evaluation.judge import Judge, judge_results, last_object, summary_scores
-from megatron_prolong.evaluation.openai import OpenAIBackend
+from megatron_prolong.evaluation.openai import UNKNOWN_LENGTH, OpenAIBackend
 from megatron_prolong.evaluation.prompts import prepare
 from megatron_prolong.evaluation.results import judged_path
 from megatron_prolong.evaluation.suites import select
@@ -28,6 +28,7 @@ def test_prompts_come_back_in_order_after_failures(server: Server, tokenizer: An
     assert outputs == [f"{'chat' if index % 2 else 'echo'} number {index}" for index in range(12)]
     assert len(server.requests) == 12 + 5
     assert all(body["max_tokens"] == 9 and body["temperature"] == 0.0 for _, body in server.requests)
+    assert all(body["stop"] == ["\n"] for _, body in server.requests), "the server need not write on"
     assert backend.max_length == 512
 
 
@@ -103,6 +104,8 @@ def test_a_server_that_stays_away_is_named(tokenizer: Any) -> None:
 def test_an_unknown_model_lists_the_known(server: Server, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="it serves tiny"):
         OpenAIBackend.connect(client(server), "huge", tokenizer)
+    server.whole_answer = {"data": [{"id": "huge"}]}
+    assert OpenAIBackend.connect(client(server), "huge", tokenizer).max_length == UNKNOWN_LENGTH
 
 
 def helmet_checkout(directory: Path) -> Path:
@@ -138,6 +141,8 @@ def test_the_judge_scores_caches_and_resumes(server: Server, tmp_path: Path) -> 
     assert not judge_results(tmp_path, judge, helmet)
     assert judge_results(tmp_path, Judge(client(server), "other", judge.cache), helmet) == [written]
     assert len(server.requests) == 6, "another judge is asked anew"
+    judged_path(result).write_text("{}")
+    assert not judge_results(tmp_path, judge, helmet), "HELMET's own files, which name no judge, stay"
 
 
 @pytest.mark.parametrize(
@@ -159,6 +164,19 @@ def test_a_judges_score_that_is_no_number_cannot_be_read(server: Server, tmp_pat
         judge_results(
             tmp_path, Judge(client(server), "tiny", tmp_path / "cache.jsonl"), helmet_checkout(tmp_path)
         )
+
+
+def test_an_answer_that_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [{"question": f"q{n}", "answer": ["x"], "output": "out"} for n in range(3)]
+    result = tmp_path / "narrativeqa_7892_v1__in8192_size3.json"
+    result.write_text(json.dumps({"data": items, "averaged_metrics": {}, "args": {}}))
+    answers = iter(['{"fluency": 1, "correctness": 3}', '{"fluency": 1}', '{"fluency": 1, "correctness": 0}'])
+    monkeypatch.setattr(Judge, "_one", lambda *_: next(answers))
+    judge = Judge(Client("", concurrency=1), "tiny", tmp_path / "cache.jsonl")
+    (written,) = judge_results(tmp_path, judge, helmet_checkout(tmp_path))
+    content = json.loads(written.read_text())
+    assert content["averaged_metrics"]["gpt-4-score"] == 1.5 and content["judge"]["unreadable"] == 1
+    assert [item["gpt-4-scores"] is None for item in content["data"]] == [False, True, False]
 
 
 @pytest.mark.parametrize(("name", "suffix"), [("infbench_sum_eng", "_book"), ("multi_lexsum", "")])
@@ -207,6 +225,8 @@ def test_summary_scores() -> None:
     scores = summary_scores(answers, 4)
     assert scores is not None and (scores["recall"], scores["precision"]) == (0.5, 0.75)
     assert scores["f1"] == pytest.approx(0.6)
+    mute = summary_scores([answers[0], '{"recall": 0}', '{"precision": 0, "sentence_count": 0}'], 0)
+    assert mute is not None and (mute["recall"], mute["precision"], mute["f1"]) == (0, 0, 0)
     nothing, text = "nothing", '{"fluency": "1"}'
     assert summary_scores([nothing, *answers[1:]], 4) is None
     assert summary_scores([text, '{"recall": 0}', answers[2]], 4) is None, "the mean of texts cannot be taken"
@@ -214,6 +234,7 @@ def test_summary_scores() -> None:
 
 def test_the_last_object_counts() -> None:
     assert last_object('a {"x": 1} b {"x": 2}') == {"x": 2}
+    assert last_object('So:\n```json\n{"x": {"y": 1}}\n```') == {"x": {"y": 1}}
     assert last_object('{"x": [{"y": 1}]') is None and last_object('{"x": 1') is None
 
 
