@@ -79,9 +79,8 @@ class Job:
                     for key in changed
                 ],
             )
-        with disk_full_is_users(self.out):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if begun is None:  # once, as it is the file that `finish` locks
+        if begun is None:  # once, as it is the file that `finish` locks
+            with disk_full_is_users(self.out):
                 write_json(self.directory / SETTINGS, dict(self.settings))
 
     def run(

@@ -91,23 +91,18 @@ def test_contaminated_documents(tokenizer: Path, tmp_path: Path) -> None:
         ["nothing to see here", f"before {shout} after", POEM[:40], POEM[-50:] + " other words"],
     )
     (tmp_path / "eval.jsonl").write_text(json.dumps({"id": 7, "qa": [{"question": POEM}]}) + "\n")
-    report = run(
-        [source], tmp_path / "out", against=(str(tmp_path / "eval.jsonl"),), tokenizer=str(tokenizer)
-    )
+    against = {"against": (str(tmp_path / "eval.jsonl"),), "tokenizer": str(tokenizer)}
+    report = run([source], tmp_path / "out", **against)
     assert report.dropped["contaminated"][0] == 1 and report.kept_documents == 3
     (example,) = report.examples
     assert "sample 1" in example and "the quick brown fox" in example
-    many = run(
-        [source],
-        tmp_path / "out2",
-        against=(str(tmp_path / "eval.jsonl"),),
-        tokenizer=str(tokenizer),
-        hits=50,
-    )
+    many = run([source], tmp_path / "out2", hits=50, **against)
     assert many.kept_documents == 4
+    with pytest.raises(UserError, match=r"eval\.jsonl: no text of at least 99 words, so nothing could match"):
+        run([source], tmp_path / "out3", n=99, **against)
     record_tokenizer(source)
     with pytest.raises(UserError, match="are of different tokenizers"):
-        run([source], tmp_path / "out3", against=(str(tmp_path / "eval.jsonl"),), tokenizer=str(tokenizer))
+        run([source], tmp_path / "out3", **against)
 
 
 @given(

@@ -84,3 +84,23 @@ def test_a_refused_result_and_a_failed_beginning_leave_nothing(tmp_path: Path) -
         raise UserError("bad record")
     with job.open():  # what is done is kept
         assert (job.directory / "00000" / "index.json").exists()
+
+
+def test_what_killed_workers_left_vanishes(tmp_path: Path) -> None:
+    job = Job(tmp_path / "out", {"step": "test"})
+    with job.open():
+        write(job.directory / "8-16" / "00000", 1)
+        (job.directory / "8-16" / "00001.tmp-1").mkdir()
+        (job.directory / "plan").touch()
+        job.finish(["8-16/00000"], lambda: {"tokens": 3})
+    found = {str(path.relative_to(job.out)) for path in job.out.rglob("*") if path.suffix != ".json"}
+    assert found == {"8-16", "8-16/00000", "8-16/00000/shard.00000.mds"}
+
+
+def test_a_job_that_another_one_finished_is_finished(tmp_path: Path) -> None:
+    first, second = (Job(tmp_path / "out", {"step": "test"}) for _ in range(2))
+    with first.open(), second.open():
+        write(first.directory / "00000", 1)
+        for job in (first, second):
+            job.finish(["00000"], lambda: {"tokens": 3})
+    assert second.is_finished and len(MDSReader(tmp_path / "out")) == 1
