@@ -320,6 +320,15 @@ def test_damaged_compressed_shard(tmp_path: Path) -> None:
         assert [each.name for each in path.iterdir() if "tmp" in each.name] == []
 
 
+def test_a_compressed_shard_of_another_size(tmp_path: Path) -> None:
+    write(tmp_path, [500] * 5, compression="zstd")
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["shards"][0]["raw_data"]["bytes"] += 1
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"shard.00000.mds.zstd unpacks to \d+ bytes, index.json says \d+"):
+        MDSReader(tmp_path)[0]
+
+
 def test_compressed_shards_are_unpacked_beside_or_on_a_read_only_disk_elsewhere(small_disk: Path) -> None:
     write(small_disk / "data", [500] * 5, compression="zstd")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
