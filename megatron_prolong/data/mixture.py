@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -89,8 +89,6 @@ class Mixture:
             self._domains = [
                 MockDomain(num_slots, sequence_length=sequence_length, vocab_size=vocab_size, seed=seed)
             ]
-        elif isinstance(domains, str):
-            raise UserError(f"mixture: {domains!r} is neither a mapping of directories nor the word mock")
         else:
             self.proportions = list(domains.values())
             opened = _open(domains, sequence_length, vocab_size, loss_mask)
@@ -155,17 +153,14 @@ class Mixture:
 
 
 def _open(
-    domains: Mapping[Path, float] | Mapping[str, float],
+    domains: Collection[Path | str],
     sequence_length: int,
     vocab_size: int | None,
     loss_mask: bool,
 ) -> list[ShardedDomain]:
     """Open every domain, and report all that cannot be used at once."""
     opened, problems = [], []
-    for directory, proportion in domains.items():
-        if proportion <= 0:
-            problems.append(f"{directory}: proportion {proportion} must be above 0; leave the domain out")
-            continue
+    for directory in domains:
         try:
             domain = ShardedDomain(
                 Path(directory), sequence_length=sequence_length, vocab_size=vocab_size, loss_mask=loss_mask
