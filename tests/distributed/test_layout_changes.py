@@ -2,15 +2,22 @@
 
 fp32: the first loss after the change within 1e-5 relative of the single process that never stopped, as in
 test_layouts.py; the weights and both Adam moments went through the file, or the later steps would drift apart.
+The weights in the file are those of the moment too, for who takes only them: an export, an evaluation.
 (Sharding the optimizer or not is no layout: Megatron has two file formats for it, and training refuses the change.)
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from small_training import Job, assemble, train
+from small_training import Job, assemble, shards_of, train
 from test_layouts import LAYOUTS, assert_equal_weights, pool_of
+
+from megatron_prolong.recipe.schema import Layout
+from megatron_prolong.recipe.shape import read_shape
 
 SINGLE: dict = {}
 QUICK = [
@@ -24,18 +31,31 @@ SLOW = [
 ]  # fmt: skip
 
 
+def stored_weights(rank: int, saved: str) -> SimpleNamespace:
+    """What `assemble` takes, of the weights in a checkpoint."""
+    from megatron_prolong.mcore.build import build_model
+    from megatron_prolong.mcore.checkpoint import load_weights
+    from megatron_prolong.mcore.groups import megatron
+
+    with megatron(Layout(), seed=1):
+        model = build_model(read_shape(Path(saved)), Layout(), precision="fp32", training=False)
+        load_weights(Path(saved), model)
+        return SimpleNamespace(shards=shards_of(model))
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
     ids=lambda name: (name or "single").replace(" ", "-"),
 )
-def test_continues_at_another_layout(request, tmp_path, before, after, checkpoint, single):
+def test_continues_at_another_layout(request, tmp_path, one_rank, before, after, checkpoint, single):
     expected, expected_weights = single
     first, second = LAYOUTS.get(before, SINGLE), LAYOUTS.get(after, SINGLE)
     saved = tmp_path / "checkpoint"
     saved.mkdir()
     ranks = pool_of(request, first).run(train, Job(first, checkpoint, last=4, save=str(saved)))
     np.testing.assert_allclose(ranks[0].losses, expected.losses[:4], rtol=1e-5)
+    assert_equal_weights(assemble(one_rank.run(stored_weights, str(saved))), assemble(ranks), 1e-7)
     ranks = pool_of(request, second).run(train, Job(second, str(saved), first=4))
     for rank in ranks:
         np.testing.assert_allclose(rank.losses, expected.losses[4:], rtol=1e-5)
