@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -271,9 +272,11 @@ def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="no run is here"):
         _start(of, of.stages[0], 1)
     (tmp_path / "short" / "step_00000002").mkdir(parents=True)
-    for lost in ("step_00000003", "", "\0\0", "../other"):
+    for lost in ("step_00000003", "", "\0\0", "../other", "short/step_00000002"):
         write_pointer(tmp_path / "short", lost)
-        with pytest.raises(UserError, match=r"is no checkpoint there; .*: step_00000002$"):
+        with pytest.raises(
+            UserError, match=rf"{re.escape(repr(lost))} is no checkpoint there; .*: step_00000002$"
+        ):
             latest_checkpoint(tmp_path / "short")
     write_pointer(tmp_path / "short", "step_00000002")
     with pytest.raises(UserError, match=r"is not a checkpoint: it holds no prolong\.json"):
