@@ -114,9 +114,14 @@ def test_truncated_safetensors(original: Path, tmp_path: Path, keep: int) -> Non
     assert str(path) in message and "truncated" in message
 
 
-def test_a_header_without_numbers(original: Path, tmp_path: Path) -> None:
-    """Of a dtype that only a comparison of names would refuse."""
-    header = b'{"x":{"dtype":"I8","shape":[1],"data_offsets":[0,"1"]}}'
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"x":{"dtype":"I8","shape":[1],"data_offsets":[0,"1"]}}',  # only a comparison of names would refuse I8
+        b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,1]}}',
+    ],
+)
+def test_a_header_of_wrong_numbers(original: Path, tmp_path: Path, header: bytes) -> None:
     (original / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")
     assert "damaged safetensors header" in _refused(lambda out: to_megatron(original, out), tmp_path)
 
@@ -196,6 +201,14 @@ def test_damaged_torch_dist_files(converted: Path, tmp_path: Path) -> None:
     assert ".metadata: damaged" in _refused(lambda out: to_hf(converted, out), tmp_path)
     (converted / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     assert "'zarr'" in _refused(lambda out: to_hf(converted, out), tmp_path)
+
+
+def test_a_checkpoint_that_lacks_a_chunk(converted: Path, tmp_path: Path) -> None:
+    contents = pickle.loads((converted / ".metadata").read_bytes())
+    contents.state_dict_metadata["decoder.final_layernorm.weight"].chunks.pop()
+    (converted / ".metadata").write_bytes(pickle.dumps(contents))
+    said = _refused(lambda out: to_hf(converted, out), tmp_path)
+    assert "decoder.final_layernorm.weight has chunks that overlap or are missing" in said
 
 
 def test_a_converted_checkpoint_has_checksums(converted: Path) -> None:
