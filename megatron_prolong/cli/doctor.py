@@ -97,6 +97,7 @@ def _memory_findings(recipe: Recipe, shape: ModelShape, world: int | None) -> li
     """Whether each stage fits the GPUs here; on CPU, against the memory of the machine."""
     import torch
 
+    from megatron_prolong.page.amount import amount
     from megatron_prolong.plan.hardware import load_hardware
     from megatron_prolong.plan.job import job_of
     from megatron_prolong.plan.memory import peak_memory
@@ -110,7 +111,7 @@ def _memory_findings(recipe: Recipe, shape: ModelShape, world: int | None) -> li
         ranks = layout_of(recipe, stage).model_ranks
         job = job_of(recipe, stage, shape, max(world or ranks, ranks), transformer_engine=with_te)
         memory = peak_memory(job)
-        name, detail = f"memory of stage {stage.name}", f"{memory.total / 1e9:.1f} GB per rank predicted"
+        name, detail = f"memory of stage {stage.name}", f"{amount(memory.total / 1e9)} GB per rank predicted"
         if not torch.cuda.is_available():
             findings.append(Finding(name, "ok", detail))
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,7 +56,7 @@ def train(
 
     if trace is not None and replay is None:
         raise UserError(f"--trace {trace}: needs --replay [STAGE:]STEP, the step to profile")
-    load = partial(load_recipe, recipe, overrides or [])
+    load = cache(partial(load_recipe, recipe, overrides or []))
     if check:
         resolved = load()
         launched = read_number(os.environ, "WORLD_SIZE", 0) or read_rendezvous(os.environ).size
@@ -68,10 +68,14 @@ def train(
 
             tasks_of(resolved.evaluation)
         print(f"{recipe}: ready for {world_size} rank(s), {len(resolved.stages)} stage(s)")
-    elif processes > 1:
+        return
+    if processes > 1:
         check_recipe(load(), processes)
         _start(processes)
-    elif replay is None:
+        return
+    if read_rendezvous(os.environ).size == 1:
+        load()  # at once, before torch is imported; several ranks read it together, to complain once
+    if replay is None:
         _train(load)
     else:
         _replay(load, replay, trace)

@@ -105,22 +105,31 @@ def mixture_problems(path: Path, *, loss_mask: bool, tokenizer: str | None) -> l
     except UserError as error:
         return [_one_line(error)]
     shards, known = index.get("shards"), index.get("tokenizer")
-    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
-        return ["its index.json lists no shards"]
-    if not sum(int(shard.get("samples", 0)) for shard in shards):
+    if not isinstance(shards, list) or not all(map(_is_shard, shards)):
+        return ["its index.json lists no shards (each with samples and column_names)"]
+    if not sum(shard["samples"] for shard in shards):
         return ["it is empty: its index.json lists no samples"]
     if known and tokenizer and known != tokenizer:
         return [
             f"its tokens were made with another tokenizer (fingerprint {known}) than the model's ({tokenizer}); "
             "tokenize its source again with the model's, and pack it again"
         ]
-    columns = set(shards[0].get("column_names", []))
+    columns = set(shards[0]["column_names"])
     needed = {"input_ids", "mask"} if loss_mask else {"input_ids"}
     reasons = {"input_ids": "the tokens", "mask": "loss_mask is true"}
     return [
         f"no column {name} ({reasons[name]}); its columns are {', '.join(sorted(columns))}"
         for name in sorted(needed - columns)
     ]
+
+
+def _is_shard(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("samples"), int)
+        and isinstance(columns := entry.get("column_names"), list)
+        and all(isinstance(name, str) for name in columns)
+    )
 
 
 def _one_line(error: UserError) -> str:

@@ -267,11 +267,14 @@ def test_an_empty_or_broken_domain(write: Write, recipe_data: dict[str, Any], wo
     write_domain(workdir / "other", ["text"])
     write_domain(workdir / "broken", ["input_ids"])
     (workdir / "broken" / "index.json").write_text("{")
+    write_domain(workdir / "foreign", ["input_ids"])
+    (workdir / "foreign" / "index.json").write_text('{"shards": [{"samples": null, "column_names": [1]}]}')
     path = write(recipe_data)
     for name, message in (
         ("empty", "lists no samples"),
         ("other", "no column input_ids"),
         ("broken", "JSON"),
+        ("foreign", "lists no shards"),
     ):
         (problem,) = problems_of(path, [f"stage.one.mixture={{{name}: 1.0}}"])
         assert message in problem
