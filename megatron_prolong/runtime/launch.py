@@ -68,7 +68,7 @@ def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
             yield World(place.rank, place.size, place.local_rank, device)
         except BaseException as error:
             # A rank that fails alone must not wait for the others in a tidy shutdown: its death is their signal.
-            if isinstance(error, JointError | SystemExit):
+            if place.size == 1 or isinstance(error, JointError | SystemExit):
                 dist.destroy_process_group()
             raise
         dist.destroy_process_group()

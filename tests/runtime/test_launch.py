@@ -3,6 +3,7 @@
 import resource
 
 import pytest
+import torch.distributed as dist
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.launch import distributed
@@ -20,3 +21,9 @@ def test_all_open_files_that_are_permitted_are_used_and_too_few_are_one_message(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))
     with pytest.raises(UserError, match="may open 40 files here; training takes at least 512"), distributed():
         pass
+
+
+def test_an_error_of_a_process_alone_leaves_no_process_group() -> None:
+    with pytest.raises(UserError, match="mine"), distributed():
+        raise UserError("mine")
+    assert not dist.is_initialized()
