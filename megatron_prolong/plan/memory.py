@@ -230,8 +230,7 @@ def activation_bytes(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> 
     chunk_layers = job.stage_layers(pp_rank) // job.layout.virtual_pp
     kept = chunks * kept_by_chunk(job, chunk_layers, kernels)
     if job.offload:  # all but the layer being copied out (or in) and its neighbour
-        parked = chunks * parkable_by_chunk(job, chunk_layers, kernels)
-        kept -= parked - parkable_by_chunk(job, min(chunk_layers, 2), kernels)
+        kept += parkable_by_chunk(job, min(chunk_layers, 2), kernels) - parked_bytes(job, pp_rank, kernels)
     inputs = 3 * 8 * job.rank_tokens * job.micro_batches  # tokens, labels, positions: int64
     return kept + output + inputs + (loss_bytes(job, kernels) if is_last else 0)
 
@@ -242,12 +241,12 @@ def parkable_by_chunk(job: Job, num_layers: int, kernels: Kernels = GPU_KERNELS)
     return kept_by_chunk(job, num_layers, kernels) - stays
 
 
-def parked_bytes(job: Job, pp_rank: int) -> int:
+def parked_bytes(job: Job, pp_rank: int, kernels: Kernels | None = None) -> int:
     """What waits in host memory for the backward at the peak of a step, with offload."""
     if not job.offload:
         return 0
     chunk_layers = job.stage_layers(pp_rank) // job.layout.virtual_pp
-    return in_flight(job, pp_rank) * parkable_by_chunk(job, chunk_layers, gpu_kernels(job))
+    return in_flight(job, pp_rank) * parkable_by_chunk(job, chunk_layers, kernels or gpu_kernels(job))
 
 
 def rotary_bytes(job: Job) -> int:
