@@ -125,14 +125,14 @@ class Candidate:
 
 def _decode(tokens: NDArray[np.uint32], tokenizer: Any) -> Iterator[str]:
     """The text in pieces of some 256K tokens: as Python integers all of a long document's are ten times
-    their size. A piece does not end inside a character, which decodes to U+FFFD."""
+    their size. A piece does not end inside a character, which decodes to U+FFFD and has at most four bytes, so
+    four tokens."""
     start = 0
     while start < len(tokens):
-        end = start + _DECODE_TOKENS
-        piece = tokenizer.decode(tokens[start:end].tolist(), skip_special_tokens=False)
-        while piece.endswith("\ufffd") and end < len(tokens):
-            end += 1
+        for end in range(start + _DECODE_TOKENS, start + _DECODE_TOKENS + 4):
             piece = tokenizer.decode(tokens[start:end].tolist(), skip_special_tokens=False)
+            if not piece.endswith("\ufffd"):
+                break
         yield piece
         start = end
 

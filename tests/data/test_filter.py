@@ -178,6 +178,24 @@ def test_long_text_is_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
         _ = Candidate(tokens, "d", "n", None).text
 
 
+def test_a_long_run_of_what_half_a_character_decodes_to_is_read_in_pieces_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Damaged texts hold such; a piece that went on to the end of the run was decoded again at every token."""
+
+    class Decoder:
+        num_decoded = 0
+
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            self.num_decoded += len(ids)
+            return bytes(ids).decode(errors="replace")
+
+    monkeypatch.setattr(filter_module, "_DECODE_TOKENS", 60)
+    text, decoder = "\ufffd" * 1000, Decoder()
+    assert Candidate(np.frombuffer(text.encode(), np.uint8).astype(np.uint32), "d", "n", decoder).text == text
+    assert decoder.num_decoded < 5 * 3000
+
+
 def test_refusals(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "documents", [30, 40])
     with pytest.raises(UserError, match="nothing to filter by"):
