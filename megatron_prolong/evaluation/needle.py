@@ -8,8 +8,10 @@ yet generate the answer show here whether they find it.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from megatron_prolong.data.progress import track
@@ -66,10 +68,11 @@ def make_needle(tokenizer: Any, haystack: str, length: int, depth: float, seed: 
     key = f"{rng.choice(word_list('adjective'))}-{rng.choice(word_list('noun'))}"
     value, distractors = _numbers(tokenizer, rng)
     room = length - ANSWER_TOKENS
-    sentences = _sentences(haystack, rng)
+    sentences = sentences_of(haystack)
+    start = rng.randrange(len(sentences))  # so that trials see different text
 
     def render(count: int) -> Prompt:
-        body = [sentences[index % len(sentences)] for index in range(count)]
+        body = [sentences[(start + index) % len(sentences)] for index in range(count)]
         body.insert(round(depth * count), NEEDLE.format(key=key, value=value))
         return Prompt(INTRODUCTION + " ".join(body) + QUESTION.format(key=key))
 
@@ -141,8 +144,7 @@ def _value_ids(tokenizer: Any, value: str) -> list[int]:
     return list(tokenizer(f" {value}", add_special_tokens=False)["input_ids"])
 
 
-def _sentences(haystack: str, rng: random.Random) -> list[str]:
-    """Sentences from a random starting point on, so that trials see different text."""
-    sentences = [sentence.strip() + "." for sentence in haystack.split(". ") if sentence.strip(" .")]
-    start = rng.randrange(len(sentences))
-    return sentences[start:] + sentences[:start]
+@cache
+def sentences_of(text: str) -> tuple[str, ...]:
+    """A text cut after every full stop, exclamation and question mark; blanks and line breaks become one blank."""
+    return tuple(re.split(r"(?<=[.!?])\s+", " ".join(text.split())))

@@ -21,7 +21,7 @@ from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, ScoringBackend, encode
 from megatron_prolong.evaluation.documents import check_documents, read_passages
-from megatron_prolong.evaluation.needle import NOISE, NeedleCell, _numbers, make_needle
+from megatron_prolong.evaluation.needle import NOISE, NeedleCell, _numbers, make_needle, sentences_of
 from megatron_prolong.evaluation.needle import run as run_needle
 from megatron_prolong.evaluation.prompts import render
 from megatron_prolong.evaluation.sentences import split_sentences
@@ -160,6 +160,12 @@ def test_the_needle_lies_at_its_depth(depth: float, tokenizer: Any) -> None:
     assert abs(place - (0.1 + 0.75 * depth)) < 0.12
     sizes = {len(tokenizer(f" {value}")["input_ids"]) for value in (needle.value, *needle.distractors)}
     assert len(sizes) == 1 and needle.value not in needle.distractors
+
+
+def test_sentences_end_once_and_dots_alone_are_text(tokenizer: Any) -> None:
+    assert sentences_of("One.  Is it\ntwo? Three.") == ("One.", "Is it two?", "Three.")
+    assert ".." not in make_needle(tokenizer, NOISE, 2000, 0.5, seed=3).prompt.text
+    assert ". . . " in make_needle(tokenizer, ". . .", 2000, 0.5, seed=3).prompt.text
 
 
 class Finder:

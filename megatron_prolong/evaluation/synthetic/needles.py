@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
-from megatron_prolong.evaluation.needle import NOISE
+from megatron_prolong.evaluation.needle import NOISE, sentences_of
 from megatron_prolong.evaluation.synthetic.size import fitting_rows
 from megatron_prolong.evaluation.task import Row
 from megatron_prolong.evaluation.words import word_list
@@ -56,7 +54,7 @@ def make_rows(
         limit: most tokens of that prompt.
         prose: any text; without it, prose haystacks are RULER's noise.
     """
-    units = _sentences(prose) if prose and kind.haystack == "prose" else (NOISE,)
+    units = sentences_of(prose) if prose and kind.haystack == "prose" else (NOISE,)
     return fitting_rows(
         lambda count, index: _row(kind, units, count, seed, index), count_tokens, limit, num_rows
     )
@@ -103,8 +101,3 @@ def _new(kind: str, rng: random.Random) -> str:
 
 def _listing(names: list[str]) -> str:
     return ", ".join(names[:-1]) + ", and " + names[-1] if len(names) > 1 else names[0]
-
-
-@cache
-def _sentences(text: str) -> tuple[str, ...]:
-    return tuple(part for part in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if part)
