@@ -83,7 +83,7 @@ def tokenize(
     if report is None:
         _other_jobs_go_on(out)
         return
-    typer.echo(f"{out}: {report.documents:,} documents, {report.tokens:,} tokens")
+    typer.echo(f"{out}: {counted(report.documents, 'document')}, {counted(report.tokens, 'token')}")
     if report.targets:
         typer.echo(f"  {report.targets:,} tokens ({report.targets / report.tokens:.1%}) are training targets")
     if report.forced_cuts:
@@ -141,8 +141,9 @@ def filter_(
     if report is None:
         _other_jobs_go_on(out)
         return
-    typer.echo(f"{out}: kept {report.kept_documents:,} documents, {report.kept_tokens:,} tokens")
-    typer.echo(f"  of {report.documents:,} documents, {report.tokens:,} tokens")
+    kept, all_tokens = counted(report.kept_documents, "document"), counted(report.tokens, "token")
+    typer.echo(f"{out}: kept {kept}, {counted(report.kept_tokens, 'token')}")
+    typer.echo(f"  of {counted(report.documents, 'document')}, {all_tokens}")
     _print_counts("dropped documents", {reason: counts[0] for reason, counts in report.dropped.items()})
     for example in report.examples[:5]:
         typer.echo(f"  contaminated: {example}")
@@ -206,8 +207,8 @@ def pack(
         _other_jobs_go_on(out)
         return
     for subset, count in report.packs.items():
-        typer.echo(f"{out / subset}: {count:,} packs of {options.length:,} tokens")
-    typer.echo(f"  {report.tokens:,} tokens of {report.documents:,} documents")
+        typer.echo(f"{out / subset}: {counted(count, 'pack')} of {options.length:,} tokens")
+    typer.echo(f"  {counted(report.tokens, 'token')} of {counted(report.documents, 'document')}")
     typer.echo(f"+ {report.added:,} added (bos, eos) + {report.repeated:,} repeated (overlap)")
     typer.echo(f"= {report.packed:,} packed ({report.packed / report.capacity:.2%} of the packs' room)")
     typer.echo(f"+ {sum(report.dropped.values()):,} dropped")
@@ -221,7 +222,7 @@ def merge(
     """Join all data sets below a directory under one index, leaving their shards where they are."""
     from megatron_prolong.data.mds import merge_tree
 
-    typer.echo(f"{root}: {merge_tree(root):,} samples")
+    typer.echo(f"{root}: {counted(merge_tree(root), 'sample')}")
 
 
 def _split(paths: list[str]) -> tuple[list[str], Path]:
@@ -262,6 +263,11 @@ def _slurm(wanted: bool) -> Mapping[str, str] | None:
 
 def _other_jobs_go_on(out: Path) -> None:
     typer.echo(f"this job's share is done; {out} appears when the other jobs are done too")
+
+
+def counted(count: int, noun: str) -> str:
+    """'1 shard', '2,048 shards'."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
 
 
 def _print_counts(title: str, counts: Mapping[str, Any]) -> None:

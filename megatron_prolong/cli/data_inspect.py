@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_prolong.cli.data import counted
 from megatron_prolong.cli.recipe import Overrides, RecipePath
 from megatron_prolong.errors import UserError
 
@@ -87,21 +88,22 @@ def verify(directory: Directory, tokenizer: Tokenizer = None) -> None:
     from megatron_prolong.data.verify import verify
 
     verdict = verify(directory, None if tokenizer is None else len(_tokenizer(tokenizer, directory)))
+    shards = counted(verdict.num_shards, "shard")
     if verdict.num_unhashed:
         print(
-            f"warning: {verdict.num_unhashed} of {verdict.num_shards} shards have no hash in the index, so a "
-            "changed token in them cannot be noticed"
+            f"warning: {verdict.num_unhashed} of {shards} without a hash in the index, so a changed token in them "
+            "cannot be noticed"
         )
     if verdict.problems:
         raise UserError.many(f"{directory} is damaged:", verdict.problems)
-    print(f"{directory}: {verdict.num_shards} shards, {verdict.num_samples} samples, nothing wrong")
+    print(f"{directory}: {shards}, {counted(verdict.num_samples, 'sample')}, nothing wrong")
 
 
 def to_megatron(directory: Directory, prefix: Prefix) -> None:
     """Write a data set as Megatron's PREFIX.bin and PREFIX.idx; packs become documents of several sequences."""
     from megatron_prolong.data.megatron_indexed import to_megatron
 
-    print(f"{prefix}.bin, {prefix}.idx: {to_megatron(directory, prefix):,} documents")
+    print(f"{prefix}.bin, {prefix}.idx: {counted(to_megatron(directory, prefix), 'document')}")
 
 
 def from_megatron(
@@ -113,8 +115,8 @@ def from_megatron(
     from megatron_prolong.data.megatron_indexed import from_megatron
 
     num_samples, num_empty = from_megatron(prefix, directory, domain or prefix.name)
-    left_out = f" ({num_empty:,} empty documents left out)" if num_empty else ""
-    print(f"{directory}: {num_samples:,} samples{left_out}")
+    left_out = f" ({counted(num_empty, 'empty document')} left out)" if num_empty else ""
+    print(f"{directory}: {counted(num_samples, 'sample')}{left_out}")
 
 
 def _tokenizer(directory: Path, data: Path):  # type: ignore[no-untyped-def]
