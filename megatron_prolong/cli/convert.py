@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from megatron_prolong.runtime.termination import terminable
 
 app = typer.Typer(
     help="Convert checkpoints between Hugging Face and Megatron, on any CPU.", no_args_is_help=True
@@ -35,7 +34,7 @@ def to_megatron(
     from megatron_prolong.convert.to_megatron import to_megatron as convert
     from megatron_prolong.convert.transfer import WORKERS
 
-    with _terminable():
+    with terminable():
         convert(hf_dir, out, dtype, workers=workers or WORKERS)
     typer.echo(f"wrote {out}")
     if verify:
@@ -68,7 +67,7 @@ def to_hf(
     from megatron_prolong.convert.to_hf import to_hf as convert
     from megatron_prolong.convert.transfer import WORKERS
 
-    with _terminable():
+    with terminable():
         changes = convert(
             checkpoint,
             out,
@@ -135,13 +134,3 @@ def _verify(source: Path, converted: Path, *, hf_dir: Path, checkpoint: Path, ca
     if not difference < LARGEST_LOGIT_DIFFERENCE:
         typer.echo("error: that is more than rounding", err=True)
         raise typer.Exit(1)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the conversion like Ctrl-C does: with nothing left behind."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.termination import terminable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,10 +57,11 @@ class LocalProcesses:
             initializer=_begin_worker,
         )
         try:
-            with _ctrl_c_waits():
-                futures = [pool.submit(work, item) for item in items]
-            for future in as_completed(futures):
-                yield future.result()
+            with terminable():
+                with _ctrl_c_waits():
+                    futures = [pool.submit(work, item) for item in items]
+                for future in as_completed(futures):
+                    yield future.result()
         except BrokenProcessPool:
             raise UserError(_KILLED.format("take fewer --workers")) from None
         except (KeyboardInterrupt, GeneratorExit):

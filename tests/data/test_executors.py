@@ -70,6 +70,7 @@ if __name__ == "__main__":
     [
         (signal.SIGKILL, os.kill),
         (signal.SIGTERM, os.kill),
+        (signal.SIGTERM, os.killpg),
         (signal.SIGINT, os.kill),
         (signal.SIGINT, os.killpg),
     ],
@@ -77,13 +78,18 @@ if __name__ == "__main__":
 def test_workers_end_with_the_process_that_started_them(
     tmp_path: Path, number: signal.Signals, send: Callable[[int, int], None]
 ) -> None:
-    """killpg is Ctrl-C in a terminal, which every process of the job receives."""
+    """killpg is Ctrl-C in a terminal, or a batch job that is cancelled: every process receives it."""
     (tmp_path / "job.py").write_text(KILLED)
     (tmp_path / "workers").mkdir()
-    job = subprocess.Popen([sys.executable, "job.py", "workers"], cwd=tmp_path, start_new_session=True)
+    command = [sys.executable, "job.py", "workers"]
+    job = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: len(list((tmp_path / "workers").iterdir())) == 2)
     send(job.pid, number)
-    assert job.wait(timeout=60) == -number
+    _, said = job.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert job.returncode == -number
+    else:
+        assert job.returncode == -signal.SIGINT and said.endswith("\nKeyboardInterrupt\n"), said
     workers = [int(path.name) for path in (tmp_path / "workers").iterdir()]
     wait_until(lambda: not any(psutil.pid_exists(worker) for worker in workers))
 
