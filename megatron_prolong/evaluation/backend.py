@@ -7,7 +7,7 @@ Three programs answer: Hugging Face transformers (`hf.py`), our own checkpoints 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +64,13 @@ class Backend(Protocol):
         """Prompts that are best handed over together."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
-        """Greedy continuations, without the prompt, ended by the model's stop tokens or before a `stop` text."""
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> Iterable[str]:
+        """Greedy continuations, without the prompt, ended by the model's stop tokens or before a `stop` text.
+
+        In order, each as soon as it is known, so that it can be kept should a later one fail.
+        """
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,9 @@ class _Interruptible:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backend, name)
 
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> Iterable[str]:
         if self.interrupted():
             raise _Interrupted
         return self.backend.generate(prompts, max_new_tokens, stop)

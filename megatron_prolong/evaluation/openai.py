@@ -7,7 +7,7 @@ model's tokenizer is needed here as well, because prompts are counted and cut be
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +53,11 @@ class OpenAIBackend:
         """As many as are under way at once, four times over, so that none waits for the slowest."""
         return 4 * self.client.concurrency
 
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> Iterator[str]:
         """See `Backend`."""
-        return list(self.client.map(lambda prompt: self._one(prompt, max_new_tokens, stop), prompts))
+        return self.client.map(lambda prompt: self._one(prompt, max_new_tokens, stop), prompts)
 
     def _one(self, prompt: Prompt, max_new_tokens: int, stop: Sequence[str]) -> str:
         # A prompt cut by HELMET's rule can be a few tokens too long to leave room for the whole answer.

@@ -13,13 +13,15 @@ from megatron_prolong.evaluation.http import Client
 class Server(ThreadingHTTPServer):
     """Answers like an OpenAI-compatible server; the first `stumbles` requests fail with 503.
 
-    `whole_answer`, if not None, is the JSON answer to everything.
+    `refused_after`, if not None: so many requests are answered, then none. `whole_answer`, if not None, is the
+    JSON answer to everything.
     """
 
     def __init__(self, answer: str = "") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.stumbles = 0
+        self.refused_after: int | None = None
         self.answer = answer
         self.whole_answer: object = None
         self.lock = threading.Lock()
@@ -36,10 +38,12 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append((self.path, body))
             stumble = self.server.stumbles > 0
+            most = self.server.refused_after
+            refuse = most is not None and len(self.server.requests) > most
             self.server.stumbles -= stumble
         if stumble:
             self._reply(503, {"error": "busy"})
-        elif "too long" in json.dumps(body):
+        elif refuse or "too long" in json.dumps(body):
             self._reply(400, {"error": "maximum context length is 512 tokens"})
         elif self.path == "/v1/completions":
             self._reply(200, {"choices": [{"text": f"echo {body['prompt']}\nmore"}]})

@@ -17,14 +17,16 @@ from megatron_prolong.evaluation.judge import Judge, judge_results, last_object,
 from megatron_prolong.evaluation.openai import UNKNOWN_LENGTH, OpenAIBackend
 from megatron_prolong.evaluation.prompts import prepare
 from megatron_prolong.evaluation.results import judged_path
+from megatron_prolong.evaluation.run import Settings, run_task
 from megatron_prolong.evaluation.suites import select
+from megatron_prolong.evaluation.task import Inputs
 
 
 def test_prompts_come_back_in_order_after_failures(server: Server, tokenizer: Any) -> None:
     server.stumbles = 5
     backend = OpenAIBackend.connect(client(server, concurrency=4), "tiny", tokenizer)
     prompts = [Prompt(f"number {index}", chat=index % 2 == 1) for index in range(12)]
-    outputs = backend.generate(prompts, 9, stop=["\n"])
+    outputs = list(backend.generate(prompts, 9, stop=["\n"]))
     assert outputs == [f"{'chat' if index % 2 else 'echo'} number {index}" for index in range(12)]
     assert len(server.requests) == 12 + 5
     assert all(body["max_tokens"] == 9 and body["temperature"] == 0.0 for _, body in server.requests)
@@ -36,9 +38,23 @@ def test_prompt_and_answer_stay_within_the_servers_length(server: Server, tokeni
     """HELMET's rule for long prompts can leave one a few tokens too long, which a server refuses."""
     backend = OpenAIBackend.connect(client(server), "tiny", tokenizer)
     text = "q" * 505
-    backend.generate([Prompt(text), Prompt(text, chat=True), Prompt("q")], 16)
+    list(backend.generate([Prompt(text), Prompt(text, chat=True), Prompt("q")], 16))
     assert [len(encode(tokenizer, Prompt(text, chat))) for chat in (False, True)] == [505, 526]
     assert sorted(body["max_tokens"] for _, body in server.requests) == [1, 7, 16]
+
+
+def test_what_was_answered_before_an_error_is_kept(server: Server, tokenizer: Any, tmp_path: Path) -> None:
+    """Two of the four prompts of a task, which are handed over together."""
+    (task,) = select("synthetic", [1024], ["json_kv"])
+    inputs = Inputs(None, tokenizer, 42, 4)
+    backend = OpenAIBackend(client(server, concurrency=1), "tiny", tokenizer, 1024)
+    server.refused_after = 2
+    with pytest.raises(UserError, match="maximum context length"):
+        run_task(task, backend, inputs, Settings(), tmp_path)
+    server.refused_after = None
+    server.requests.clear()
+    run_task(task, backend, inputs, Settings(), tmp_path)
+    assert len(server.requests) == 2
 
 
 def test_a_prepared_prompt_is_encoded_once(
@@ -51,14 +67,14 @@ def test_a_prepared_prompt_is_encoded_once(
     assert prepared.ids == encode(tokenizer, Prompt(prepared.prompt.text))
     backend = OpenAIBackend.connect(client(server), "tiny", tokenizer)
     monkeypatch.setattr(type(tokenizer), "__call__", pytest.fail)
-    backend.generate([prepared.prompt], 16)
+    list(backend.generate([prepared.prompt], 16))
     assert len(server.requests) == 1
 
 
 def test_what_the_server_refuses_is_not_tried_again(server: Server, tokenizer: Any) -> None:
     backend = OpenAIBackend.connect(client(server), "tiny", tokenizer)
     with pytest.raises(UserError, match="maximum context length"):
-        backend.generate([Prompt("too long")], 4)
+        list(backend.generate([Prompt("too long")], 4))
     assert len(server.requests) == 1
 
 
@@ -69,7 +85,7 @@ def test_an_answer_without_text_is_shown(
     server.whole_answer = answer
     refused = client(server, attempts=2)
     with pytest.raises(UserError, match=r"/completions: .*" + re.escape(json.dumps(answer))):
-        OpenAIBackend(refused, "tiny", tokenizer, 512).generate([Prompt("a")], 4)
+        list(OpenAIBackend(refused, "tiny", tokenizer, 512).generate([Prompt("a")], 4))
     with pytest.raises(UserError, match=r"/chat/completions: .*" + re.escape(json.dumps(answer))):
         Judge(refused, "tiny", tmp_path / "cache.jsonl").ask(["a"], 4)
     with pytest.raises(UserError, match="/models: "):
@@ -81,7 +97,7 @@ def test_an_answer_without_text_is_shown(
 
 def test_half_an_emoji_is_a_question_mark(server: Server, tokenizer: Any) -> None:
     server.whole_answer = {"choices": [{"text": "\ud83d x"}]}
-    assert OpenAIBackend(client(server), "tiny", tokenizer, 512).generate([Prompt("a")], 4) == ["? x"]
+    assert list(OpenAIBackend(client(server), "tiny", tokenizer, 512).generate([Prompt("a")], 4)) == ["? x"]
 
 
 def test_a_wait_that_is_none_is_not_waited() -> None:
