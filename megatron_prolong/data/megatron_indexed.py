@@ -168,8 +168,6 @@ def to_megatron(directory: Path, prefix: Path) -> int:
     Raises UserError for data without tokens, with a mask column, or with tokens beyond 31 bits.
     """
     reader = MDSReader(directory)
-    if "input_ids" not in reader.columns:
-        raise UserError(f"{directory}: no column input_ids, so no tokens to write; tokenize it first")
     if "mask" in reader.columns:
         raise UserError(
             f"{directory} has a mask column, which Megatron's format cannot hold; "

@@ -92,7 +92,9 @@ class PackedSequence:
         Raises UserError naming directory, shard and sample.
         """
         if "input_ids" not in sample:
-            raise UserError(f"{identity}: no column input_ids, only {', '.join(sorted(sample))}")
+            raise UserError(
+                f"{identity}: no column input_ids, only {', '.join(sorted(sample))}; tokenize it first"
+            )
         if loss_mask and "mask" not in sample:
             raise UserError(
                 f"{identity}: no column mask, but the stage has `loss_mask: true`; "

@@ -88,6 +88,8 @@ def test_a_survey_by_domain(tmp_path: Path) -> None:
         ["4", "1", "16.7%", "10.4%", "0", "1"],
         ["8", "2", "66.7%", "83.1%", "2", "0"],
     ]
+    assert "of attention   code   wiki" in shown(length_table([code, wiki]))
+    assert [cells[4:] for cells in cells_of(length_table([code]))] == [[]], "of one domain it is told once"
 
 
 def test_targets_are_counted_where_there_is_a_mask(tmp_path: Path) -> None:
@@ -105,7 +107,8 @@ def test_data_without_domain_or_indices_is_surveyed_too(tmp_path: Path) -> None:
 
 def test_the_plot_stacks_to_a_hundred_percent(tmp_path: Path) -> None:
     figure = plot(survey(two_domains(tmp_path)), "mixed")
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 3 and figure.get_suptitle() == "mixed"
+    assert [text.get_text() for text in figure.axes[2].get_legend().get_texts()] == ["code", "wiki"]
     for axes in figure.axes:
         assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(100)
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4", "8"]
@@ -143,8 +146,9 @@ def test_a_preview_marks_boundaries_and_targets(tmp_path: Path) -> None:
 def test_a_preview_of_a_long_document_shows_its_two_ends(tmp_path: Path) -> None:
     tokenizer = llama3_tokenizer()
     tokens = [tokenizer.convert_tokens_to_ids(letter) for letter in "abcdefghij"]
-    text = preview(write_packs(tmp_path / "d", [[tokens]]), 0, tokenizer, max_tokens=4).plain
-    assert "ab\n… 6 tokens …\nij\n" in text
+    directory = write_packs(tmp_path / "d", [[tokens]])
+    assert "ab\n… 6 tokens …\nij\n" in preview(directory, 0, tokenizer, max_tokens=4).plain
+    assert "abcdefghij" in preview(directory, 0, tokenizer, max_tokens=10).plain
 
 
 def test_what_cannot_be_inspected_is_refused(tmp_path: Path) -> None:

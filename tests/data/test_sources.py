@@ -8,11 +8,13 @@ import http.server
 import json
 import os
 import random
+import re
 import struct
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import zstandard
@@ -20,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prolong.data.mds import MDSWriter
-from megatron_prolong.data.sources import SOURCES, Bad, Record, find_kind, jsonl, source_of
+from megatron_prolong.data.sources import SOURCES, Bad, Record, find_kind, jsonl, repositories, source_of
 from megatron_prolong.errors import UserError
 
 
@@ -83,6 +85,18 @@ def test_repository_of_nothing_gives_an_empty_text(tmp_path: Path) -> None:
     assert isinstance(found, Record) and found.fields["text"] == ""
 
 
+def test_of_a_long_repository_the_files_that_fit_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tree(tmp_path, {"a/1.py": "x" * 20, "a/2.py": "x" * 20, "a/3.py": "y"})
+    for limit, kept in ((50, ["1", "3"]), (51, ["1", "2"])):
+        monkeypatch.setattr(repositories, "MAX_RECORD_BYTES", limit)
+        (found,) = read("repositories", tmp_path)
+        assert isinstance(found, Record)
+        assert re.findall(r"### (.)\.py", found.fields["text"]) == kept
+        assert found.left_out == {"file: repository too long": 1}
+
+
 def test_repositories_refuse_what_has_no_subdirectories(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no subdirectories"):
         read("repositories", write_tree(tmp_path, {"a.py": "x"}))
@@ -100,6 +114,9 @@ def test_text(tmp_path: Path) -> None:
     assert bad == Bad(str(tmp_path / "e.txt"), "is not UTF-8 (byte 0)", "not UTF-8")
     (single,) = read("text", tmp_path / "c.log")  # a file that is named is taken, whatever its suffix
     assert isinstance(single, Record)
+    write_tree(tmp_path, {"logs/d.log": "no"})
+    with pytest.raises(UserError, match=r"logs: no file ends in \.txt.*found 1 other"):
+        read("text", tmp_path / "logs")
 
 
 @pytest.mark.parametrize(
@@ -120,8 +137,9 @@ def test_a_byte_order_mark_is_no_text(
 
 def test_text_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_prolong.data.sources.text.MAX_RECORD_BYTES", 3)
-    (found,) = read("text", write_tree(tmp_path, {"a.txt": "1234"}) / "a.txt")
-    assert isinstance(found, Bad) and found.reason == "too long"
+    long, just = read("text", write_tree(tmp_path, {"a.txt": "1234", "b.txt": "123"}))
+    assert isinstance(long, Bad) and long.reason == "too long"
+    assert isinstance(just, Record)
 
 
 @settings(max_examples=60)
@@ -137,6 +155,7 @@ def test_jsonl_parts_give_every_line_once(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jsonl, "_PART_BYTES", part)
         found = read("jsonl", path)
+        assert sum(each.num_bytes for each in source_of("jsonl").parts(str(path))) == path.stat().st_size
     assert [each.fields["text"] for each in found if isinstance(each, Record)] == lines
     assert len(found) == len(lines)
 
@@ -145,7 +164,10 @@ COMPRESSIONS = [(".gz", gzip.compress), (".bz2", bz2.compress), (".zst", zstanda
 
 
 @pytest.mark.parametrize(("suffix", "compress"), COMPRESSIONS)
-def test_jsonl_compressed(suffix: str, compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_jsonl_compressed(
+    suffix: str, compress: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl, "_PART_BYTES", 10)  # such a file is one part, however long
     data = b'{"text": "one"}\n\n{"text": "two"}'
     (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(data[:16]) + compress(data[16:]))
     assert [each.fields["text"] for each in read("jsonl", tmp_path)] == ["one", "two"]  # type: ignore[union-attr]
@@ -256,10 +278,11 @@ def test_saved_dataset(tmp_path: Path) -> None:
         read("hf", tmp_path / "nowhere")
 
 
-def test_remote_paths_go_through_fsspec() -> None:
+def test_remote_paths_go_through_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setattr(jsonl, "_PART_BYTES", 10)
     memory = fsspec.filesystem("memory")
-    memory.pipe("/bucket/a.jsonl.gz", gzip.compress(b'{"text": "far away"}\n'))
+    memory.pipe("/bucket/a.jsonl", b'{"text": "far away"}\n')
     memory.pipe("/bucket/b.txt", b"a book")
     source = source_of("jsonl")
     (part,) = source.parts("memory://bucket")
@@ -272,6 +295,9 @@ def test_remote_paths_go_through_fsspec() -> None:
         source.parts("memory://elsewhere")
     with pytest.raises(UserError, match="remote paths need fsspec and the protocol's driver"):
         source.parts("nosuchprotocol://x")
+    monkeypatch.setattr(type(memory), "find", Mock(side_effect=PermissionError("no key given")))
+    with pytest.raises(UserError, match=r"^memory://bucket: no key given"):
+        source.parts("memory://bucket")
 
 
 @pytest.mark.parametrize("kind", ["repositories", "mds"])
@@ -314,6 +340,8 @@ def test_kinds_are_told_by_names_or_asked_for(tmp_path: Path) -> None:
     assert find_kind("s3://bucket/a.parquet") == "parquet"
     with pytest.raises(UserError, match=r"cannot tell .*\(jsonl, text\); say it with --kind .*\|chat"):
         find_kind(str(tmp_path / "both"))
+    with pytest.raises(UserError, match="nowhere: no such file or directory"):
+        find_kind(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no source of kind 'books'; known: repositories, text"):
         source_of("books")
     assert all(source.about for source in SOURCES.values())

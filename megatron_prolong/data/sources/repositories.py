@@ -59,17 +59,17 @@ class Repositories:
             return
         root, left_out = Path(part.path), Counter[str]()
         texts: list[str] = []
-        num_bytes = 0
+        length = 0
         for file in _files(root, left_out):
             name = file.relative_to(root).as_posix()
             text, reason = _read_file(file, name)
             if text is None:
                 left_out[f"file: {reason}"] += 1
-            elif num_bytes + len(text) > MAX_RECORD_BYTES:
+            elif length + len(text) > MAX_RECORD_BYTES:
                 left_out["file: repository too long"] += 1
             else:
                 texts.append(f"### {name}\n{text}\n" if text.endswith("\n") else f"### {name}\n{text}\n\n")
-                num_bytes += len(texts[-1])
+                length += len(texts[-1])
         yield Record(part.path, {"text": "".join(texts)}, left_out)
 
 
