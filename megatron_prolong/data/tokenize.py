@@ -314,6 +314,6 @@ class _Chats:
         limit = self._options.max_chat_tokens
         result: list[tuple[NDArray[np.uint32], Any] | None] = []
         for chat in encode_batch(chats, self._tokenizer, [record.name for record in records]):
-            kept = chat.cut(limit) if limit else chat
+            kept = chat if limit is None else chat.cut(limit)
             result.append((kept.tokens, kept.mask) if kept else None)
         return result

@@ -72,6 +72,8 @@ def test_long_chats_are_cut_or_left_out(tmp_path: Path, tokenizer: Path) -> None
     report = tokenize([source], tokenizer, tmp_path / "dropped", options)
     assert report is not None and report.documents == 2
     assert dict(report.left_out) == {"document: no assistant turn fits into the limit": 1}
+    with pytest.raises(UserError, match="no assistant turn fits into the limit"):
+        tokenize([source], tokenizer, tmp_path / "none", TokenizeOptions(kind="chat", max_chat_tokens=0))
 
 
 def test_what_is_no_chat_stops_or_is_skipped(tmp_path: Path, tokenizer: Path) -> None:
