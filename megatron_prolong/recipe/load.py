@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -144,7 +143,7 @@ def _known_keys(location: tuple[int | str, ...]) -> set[str]:
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif isinstance(annotation, types.GenericAlias | types.UnionType) or typing.get_origin(annotation):
+    else:
         for argument in typing.get_args(annotation):
             yield from _models_in(argument)
 
@@ -169,7 +168,7 @@ def _repaired(data: dict[str, Any], details: Sequence[ErrorDetails]) -> dict[str
 
 
 def _replace(target: Any, part: int | str, example: Any) -> None:
-    if isinstance(target, list) and isinstance(part, int):
+    if isinstance(part, int):
         target[part] = {}
     elif example is not None:
         target[part] = example

@@ -22,7 +22,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prolong.data.mds import MDSWriter
-from megatron_prolong.data.sources import SOURCES, Bad, Record, find_kind, jsonl, repositories, source_of
+from megatron_prolong.data.sources import (
+    SOURCES,
+    Bad,
+    Record,
+    find_kind,
+    jsonl,
+    repositories,
+    source_of,
+    tables,
+)
 from megatron_prolong.errors import UserError
 
 
@@ -243,6 +252,8 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=3)
     found = read("parquet", tmp_path)
     assert [each.fields for each in found if isinstance(each, Record)] == rows
+    remote = source_of("parquet").parts(f"file://{tmp_path}")
+    assert sum(len(list(source_of("parquet").read(part))) for part in remote) == 10
     assert found[4].name == f"{tmp_path / 'a.parquet'}, row 4"
     (tmp_path / "b.parquet").write_bytes(b"PAR1 not at all")
     with pytest.raises(UserError, match=r"b\.parquet: not a readable Parquet file"):
@@ -274,8 +285,28 @@ def test_saved_dataset(tmp_path: Path) -> None:
     (part,) = source_of("hf").parts(f"file://{tmp_path}/saved")
     assert len(list(source_of("hf").read(part))) == 3
     assert find_kind(str(tmp_path / "saved")) == "hf"
-    with pytest.raises(UserError, match="no such directory"):
-        read("hf", tmp_path / "nowhere")
+    datasets.DatasetDict(train=datasets.load_from_disk(tmp_path / "saved")).save_to_disk(tmp_path / "splits")
+    (tmp_path / "other").mkdir()
+    for name, said in (
+        ("nowhere", "no such directory"),
+        ("splits", "holds the splits train; name one"),
+        ("other", "other: not a dataset written by save_to_disk"),
+    ):
+        with pytest.raises(UserError, match=said):
+            read("hf", tmp_path / name)
+
+
+def test_a_saved_dataset_is_read_in_parts_of_about_one_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    texts = [f"{number:0100d}" for number in range(10)]
+    table = pytest.importorskip("pyarrow").table({"text": texts})
+    datasets.Dataset(table, fingerprint="test").save_to_disk(tmp_path)
+    monkeypatch.setattr(tables, "_PART_BYTES", 500)
+    sizes = [part.num_bytes for part in source_of("hf").parts(str(tmp_path))]
+    assert max(sizes) <= 500 and len(sizes) == 3 and 1000 < sum(sizes) < 1200
+    assert [each.fields["text"] for each in read("hf", tmp_path)] == texts  # type: ignore[union-attr]
 
 
 def test_remote_paths_go_through_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +373,7 @@ def test_kinds_are_told_by_names_or_asked_for(tmp_path: Path) -> None:
         find_kind(str(tmp_path / "both"))
     with pytest.raises(UserError, match="nowhere: no such file or directory"):
         find_kind(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="no source of kind 'books'; known: repositories, text"):
+    with pytest.raises(UserError, match="no source of kind 'books'; known: repositories, text.*, mds, chat"):
         source_of("books")
     assert all(source.about for source in SOURCES.values())
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 from rich.console import Console
@@ -30,3 +31,38 @@ def test_a_line_stays_one_line_with_what_is_in_it() -> None:
     line = f"starts with weights of /runs/[64k]/{'x' * 200}"
     log.say(line)
     assert shown.getvalue() == line + "\n"
+
+
+FACTS = {"loss": 2.5, "lr": 1e-4, "grad_norm": 0.5, "tokens_per_second": 12345.6, "step_seconds": 90.0}
+
+
+def test_a_step_is_recorded_everywhere_and_shown_where_it_is_asked_for() -> None:
+    shown, metrics = io.StringIO(), io.StringIO()
+    log = RunLog(Console(file=shown), metrics, Mock(), Mock())
+    with log.stage("64k", 2, 50):
+        log.step("64k", 3, 50, FACTS | {"domains": {"books": 7}}, show=False)
+        assert shown.getvalue() == ""
+        log.step("64k", 4, 50, FACTS, show=True)
+    assert shown.getvalue() == "64k 4/50  loss 2.5000  lr 1.00e-04  grad 0.50  12,346 tok/s  ETA 1:09:00\n"
+    first, second = (json.loads(line) for line in metrics.getvalue().splitlines())
+    assert first.items() >= (FACTS | {"stage": "64k", "step": 3, "domains": {"books": 7}}).items()
+    assert second["step"] == 4
+    assert log.tensorboard.add_scalar.call_args_list == [
+        call(f"64k/{name}", value, step) for step in (3, 4) for name, value in FACTS.items()
+    ]
+    log.wandb.log.assert_called_with(
+        {"64k/step": 4} | {f"64k/{name}": value for name, value in FACTS.items()}
+    )
+
+
+def test_a_terminal_has_a_bar_in_place_of_lines() -> None:
+    shown = io.StringIO()
+    log = RunLog(
+        Console(file=shown, force_terminal=True, color_system=None, width=120), io.StringIO(), Mock()
+    )
+    with log.stage("64k", 2, 50):
+        log.step("64k", 3, 50, FACTS, show=True)
+        assert log.progress is not None and log.progress.tasks[0].completed == 3
+    assert "3/50 loss 2.5000" in shown.getvalue() and "64k 3/50" not in shown.getvalue()
+    log.step("64k", 4, 50, FACTS, show=True)
+    assert "64k 4/50  loss" in shown.getvalue(), "the bar has gone"
