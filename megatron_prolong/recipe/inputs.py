@@ -51,7 +51,7 @@ def tokenizer_file(path: Path | str) -> Path:
     for candidate in (directory / "tokenizer.json", directory / HF_DIR / "tokenizer.json"):
         if candidate.exists():
             return candidate
-    raise UserError(f"{path}: no tokenizer.json there, which every model with a fast tokenizer has")
+    raise UserError(f"{path}: no tokenizer.json there; give the directory on this machine that holds one")
 
 
 def _read_tokenizer(path: Path) -> tuple[dict[str, Any], int]:

@@ -47,7 +47,9 @@ def test_inspect_shows_samples_as_text(packs: Path, tmp_path: Path) -> None:
     assert result.output.count("── document 2 of 2 · 4 tokens ──") == 2
     assert "needs --tokenizer" in str(run("inspect", packs, "--sample", 0).exception)
     missing = run("inspect", packs, "--sample", 0, "--tokenizer", tmp_path / "absent").exception
-    assert isinstance(missing, UserError) and "absent: no tokenizer.json there" in str(missing)
+    assert isinstance(missing, UserError) and "absent: no tokenizer.json there; give the directory" in str(
+        missing
+    )
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "tokenizer").rename(tmp_path / "checkpoint" / "hf")
     result = run("inspect", packs, "--sample", 2, "--tokenizer", tmp_path / "checkpoint")

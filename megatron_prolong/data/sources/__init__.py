@@ -26,7 +26,7 @@ SOURCES: dict[str, Source] = {
 def source_of(kind: str) -> Source:
     """The source of a kind. Raises UserError naming the known ones."""
     if kind not in SOURCES:
-        raise UserError(f"there is no source of kind {kind!r}; known: {', '.join(SOURCES)}")
+        raise UserError(f"there is no source of kind {kind!r}; known: {', '.join(SOURCES)}, chat")
     return SOURCES[kind]
 
 
