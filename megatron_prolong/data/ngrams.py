@@ -97,8 +97,8 @@ def _json_file(path: str) -> Iterator[str]:
         try:
             yield from _strings(json.loads(text))
         except ValueError:
-            yield from _strings([json.loads(line) for line in text.splitlines() if line.strip()])
-    except ValueError as error:
+            yield from _strings([json.loads(line) for line in text.split("\n") if line.strip()])
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: neither JSON nor JSON Lines ({error})") from None
 
 

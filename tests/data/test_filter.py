@@ -126,9 +126,12 @@ def test_evaluation_files(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("five")
     paths = [str(tmp_path / name) for name in ("a.json", "b.json", "c.txt")]
     assert list(evaluation_texts(paths)) == ["one", "two", "three", "four", "five"]
-    (tmp_path / "b.json").write_text("{")
-    with pytest.raises(UserError, match=r"b\.json: neither JSON nor JSON Lines"):
-        list(evaluation_texts(paths))
+    (tmp_path / "b.json").write_text('{"x": "one \u2028line"}\n{"x": "two"}\n', encoding="utf-8")
+    assert list(evaluation_texts(paths[1:2])) == ["one \u2028line", "two"]
+    for damaged in ("{", "[" * 100_000):
+        (tmp_path / "b.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"b\.json: neither JSON nor JSON Lines"):
+            list(evaluation_texts(paths))
     (tmp_path / "d.jsonl").write_text("{")
     with pytest.raises(UserError, match=r"d\.jsonl, line at byte 0 is not JSON"):
         list(evaluation_texts([str(tmp_path / "d.jsonl")]))

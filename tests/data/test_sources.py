@@ -369,7 +369,7 @@ def test_kinds_are_told_by_names_or_asked_for(tmp_path: Path) -> None:
     )
     assert [find_kind(str(tmp_path / name)) for name in ("j", "t", "r")] == ["jsonl", "text", "repositories"]
     assert find_kind("s3://bucket/a.parquet") == "parquet"
-    with pytest.raises(UserError, match=r"cannot tell .*\(jsonl, text\); say it with --kind .*\|chat"):
+    with pytest.raises(UserError, match=r"cannot tell .*\(jsonl and text\); .* told by --kind .*\|chat"):
         find_kind(str(tmp_path / "both"))
     with pytest.raises(UserError, match="nowhere: no such file or directory"):
         find_kind(str(tmp_path / "nowhere"))

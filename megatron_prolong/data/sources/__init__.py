@@ -21,6 +21,7 @@ SOURCES: dict[str, Source] = {
     source.kind: source
     for source in (Repositories(), Text(), JsonLines(), Parquet(), SavedDataset(), Shards())
 }
+_ENDINGS = {"text": text.SUFFIXES, "jsonl": jsonl.SUFFIXES, "parquet": (".parquet",)}
 
 
 def source_of(kind: str) -> Source:
@@ -45,18 +46,19 @@ def find_kind(path: str) -> str:
     else:
         raise UserError(f"{path}: no such file or directory")
     if len(kinds) != 1:
+        endings = ", ".join(ending for endings in _ENDINGS.values() for ending in endings)
+        found = " and ".join(sorted(kinds)) or f"nothing that ends in {endings}"
         raise UserError(
-            f"{path}: cannot tell what kind of source this is ({', '.join(sorted(kinds)) or 'none known'}); "
-            f"say it with --kind {'|'.join(SOURCES)}|chat"
+            f"{path}: cannot tell by the names of its files what kind of source this is ({found}); `prolong data "
+            f"tokenize` may be told by --kind {'|'.join(SOURCES)}|chat"
         )
     return kinds.pop()
 
 
 def _kinds(names: Iterable[str]) -> set[str]:
-    known = {"text": text.SUFFIXES, "jsonl": jsonl.SUFFIXES, "parquet": (".parquet",)}
     kinds: set[str] = set()
     for name in names:
         for suffix in COMPRESSED:
             name = name.removesuffix(suffix)
-        kinds |= {kind for kind, suffixes in known.items() if name.lower().endswith(suffixes)}
+        kinds |= {kind for kind, suffixes in _ENDINGS.items() if name.lower().endswith(suffixes)}
     return kinds
