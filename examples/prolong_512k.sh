@@ -8,7 +8,8 @@
 # OVERRIDES="stage.512k.lr=2e-5 layout.cp=4" before the command changes the recipe; CONTAINER=image.sqsh (and
 # MOUNTS=/data:/data) runs it in a container, with pyxis; GPUS=4 uses that many of each node's GPUs. Start it where
 # the recipe's relative paths begin, with `prolong` on the PATH. Half an hour before the time limit, and at a
-# preemption, training saves after the step it is at, and the job goes back into the queue, to continue from there.
+# preemption, training saves after the step it is at, and the job goes back into the queue, to continue from there. So
+# it does when it fails behind new checkpoints.
 #SBATCH --job-name=prolong-512k
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -25,7 +26,7 @@ set -euo pipefail
 RECIPE=examples/prolong_512k.yaml
 read -ra OVERRIDES <<<"${OVERRIDES:-}"
 
-# One torchrun on every node, one process for every GPU.
+# One launcher on every node starts one process for every GPU.
 NODES=${SLURM_JOB_NUM_NODES:-1}
 GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}}
 ((GPUS > 0)) || GPUS=1
@@ -35,7 +36,6 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
 fi
 export MASTER_ADDR=${MASTER_ADDR:-$HEAD}
 export MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-$$} % 20000))
-export NODES GPUS
 
 # on_nodes SRUN_OPTION... -- COMMAND...: through srun, or directly where there is no Slurm
 on_nodes() {
@@ -52,7 +52,8 @@ on_nodes() {
         options+=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}")
         options+=(--container-workdir="$PWD")
     fi
-    exec srun --kill-on-bad-exit=1 --cpu-bind=none "${options[@]}" "$@"
+    # A process that is gone makes the others stop; a node where they do not is given a minute.
+    exec srun --wait=60 --cpu-bind=none "${options[@]}" "$@"
 }
 
 echo "$(date '+%F %T') $RECIPE on $NODES × $GPUS, first node $MASTER_ADDR, start ${SLURM_RESTART_COUNT:-0}"
@@ -60,30 +61,25 @@ echo "$(date '+%F %T') $RECIPE on $NODES × $GPUS, first node $MASTER_ADDR, star
 # Whatever is missing or does not fit this many GPUs ends the job here, in seconds.
 (WORLD_SIZE=$((NODES * GPUS)) on_nodes --nodes=1 --ntasks=1 -- prolong train "$RECIPE" "${OVERRIDES[@]}" --check)
 
-# The signals are for the training processes, which save and stop. torchrun would end at once, so it ignores them.
-# shellcheck disable=SC2016 # expanded on the node
-LAUNCH='trap "" USR1 TERM
-exec torchrun --nnodes="$NODES" --node-rank="${SLURM_NODEID:-0}" --nproc-per-node="$GPUS" \
-    --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --signals-to-handle=SIGINT \
-    -m megatron_prolong train "$@"'
-(on_nodes -- bash -c "$LAUNCH" launch "$RECIPE" "${OVERRIDES[@]}") &
+where_it_stands() {
+    (on_nodes --nodes=1 --ntasks=1 -- prolong status "$RECIPE" "${OVERRIDES[@]}")
+}
+BEFORE=$(where_it_stands)
+
+(on_nodes -- prolong train "$RECIPE" "${OVERRIDES[@]}" --processes "$GPUS") &
 TRAINING=$!
 
-STOPPING=0
+ASKED=0 CANCELLED=0
 # shellcheck disable=SC2317 # called by the trap
 save_and_stop() {
-    ((STOPPING == 0)) || return 0 # a second signal would end them at once
-    STOPPING=1
+    ((ASKED == 0)) || return 0 # a second signal would end them at once
+    ASKED=1
     echo "$(date '+%F %T') asked to stop: saving"
-    if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        kill -USR1 "$TRAINING" # srun hands it to every process on every node
-    else
-        pkill -USR1 -P "$TRAINING"
-    fi
+    kill -USR1 "$TRAINING" # srun hands it to every process on every node
 }
 trap save_and_stop USR1
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
-    trap : TERM # scancel or a preemption: Slurm tells every process itself, and requeues where it wants to
+    trap CANCELLED=1 TERM # scancel or a preemption: Slurm tells every process itself, and requeues where it wants to
 else
     trap save_and_stop TERM
 fi
@@ -94,9 +90,14 @@ while true; do # a signal interrupts wait, not training
     kill -0 "$TRAINING" 2>/dev/null || break
 done
 
-# Training ends with 75 after such a save, but torchrun turns every code but 0 into 1.
-if [[ -n ${SLURM_JOB_ID:-} ]] && ((CODE == 75 || (CODE != 0 && STOPPING))); then
-    echo "$(date '+%F %T') stopped, back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
+# 2 is a mistake that would be met again; after anything else the job is worth another start if the last one got on.
+if [[ -n ${SLURM_JOB_ID:-} ]] && ((CODE != 0 && CANCELLED == 0)); then
+    if ((CODE == 75 || ASKED)); then
+        echo "$(date '+%F %T') stopped, back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    elif ((CODE != 2)) && [[ $(where_it_stands) != "$BEFORE" ]]; then
+        echo "$(date '+%F %T') failed ($CODE) behind new checkpoints, back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
 fi
 exit "$CODE"

@@ -17,6 +17,7 @@ from megatron_prolong.errors import UserError
 if TYPE_CHECKING:
     from megatron_prolong.recipe.schema import Recipe
     from megatron_prolong.runtime.launch import World
+    from megatron_prolong.runtime.rendezvous import Rendezvous
     from megatron_prolong.runtime.signals import StopRequest
     from megatron_prolong.training.run import Evaluate
 
@@ -29,7 +30,7 @@ def train(
         typer.Option("--check", help="Check recipe, data and checkpoints for this many ranks; do not train."),
     ] = False,
     processes: Annotated[
-        int, typer.Option(min=1, help="Start this many local processes (through torchrun) instead of one.")
+        int, typer.Option(min=1, help="Start this many processes instead of one; under srun, on every node.")
     ] = 1,
     replay: Annotated[
         str | None,
@@ -49,7 +50,6 @@ def train(
     its place from them. Exits with 75 when asked to stop (SIGTERM, SIGUSR1) after saving, so that a batch script
     can requeue.
     """
-    from megatron_prolong.plan.disk import check_room
     from megatron_prolong.recipe.load import load_recipe
     from megatron_prolong.recipe.validate import check as check_recipe
     from megatron_prolong.runtime.rendezvous import read_number, read_rendezvous
@@ -58,22 +58,15 @@ def train(
         raise UserError(f"--trace {trace}: needs --replay [STAGE:]STEP, the step to profile")
     load = cache(partial(load_recipe, recipe, overrides or []))
     if check:
-        resolved = load()
         launched = read_number(os.environ, "WORLD_SIZE", 0) or read_rendezvous(os.environ).size
-        world_size = processes if processes > 1 else launched
-        check_recipe(resolved, world_size)
-        check_room(resolved)
-        if resolved.evaluation:
-            from megatron_prolong.evaluation.in_training import tasks_of
-
-            tasks_of(resolved.evaluation)
-        print(f"{recipe}: ready for {world_size} rank(s), {len(resolved.stages)} stage(s)")
+        _check(load(), recipe, processes if processes > 1 else launched)
         return
+    machine = read_rendezvous(os.environ)
     if processes > 1:
-        check_recipe(load(), processes)
-        _start(processes)
+        check_recipe(load(), processes * machine.size)
+        _start(processes, machine)
         return
-    if read_rendezvous(os.environ).size == 1:
+    if machine.size == 1:
         load()  # at once, before torch is imported; several ranks read it together, to complain once
     if replay is None:
         _train(load)
@@ -81,52 +74,31 @@ def train(
         _replay(load, replay, trace)
 
 
-def _start(processes: int) -> None:
-    """Run this command line in so many local processes; end as the first of them that failed.
+def _check(recipe: Recipe, path: Path, world_size: int) -> None:
+    """Everything that a start refuses, but for the checkpoints' contents, in seconds."""
+    from megatron_prolong.plan.disk import check_room
+    from megatron_prolong.recipe.validate import check
+    from megatron_prolong.training.changes import changes_since_start
 
-    Stop signals are passed on to them, which save for as long as it takes: torchrun would kill them after 30 s.
-    """
-    import logging
-    import signal
-    import uuid
+    check(recipe, world_size)
+    check_room(recipe)
+    if recipe.evaluation:
+        from megatron_prolong.evaluation.in_training import tasks_of
 
-    import psutil  # type: ignore[import-untyped]
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+        tasks_of(recipe.evaluation)
+    for change in changes_since_start(recipe):
+        print(f"changed since the last start: {change}")
+    print(f"{path}: ready for {world_size} rank(s), {len(recipe.stages)} stage(s)")
 
-    from megatron_prolong.runtime.signals import STOP_SIGNALS
 
-    def pass_on(number: int, _: object) -> None:
-        for child in psutil.Process().children():
-            child.send_signal(number)
+def _start(processes: int, machine: Rendezvous) -> None:
+    """Run this command line in so many processes here; end as the first of them that failed."""
+    from megatron_prolong.runtime.processes import start_processes
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, pass_on)
-    command = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    command = sys.argv[1:]
     position = next(index for index, argument in enumerate(command) if argument.startswith("--processes"))
     del command[position : position + (1 if "=" in command[position] else 2)]
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
-    )
-    # Its report on a failed process has fifty lines, which would bury the message of that process.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    try:
-        elastic_launch(config, sys.executable)("-m", "megatron_prolong", *command)
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode < 0:
-            print(f"error: rank {rank} was ended by signal {-failure.exitcode}", file=sys.stderr)
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
-    except SignalException as stopped:
-        sys.exit(128 + stopped.sigval)
+    start_processes(command, processes, machine)
 
 
 def _train(load: Callable[[], Recipe]) -> None:

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.fp8 import fp8_parameters_problem
@@ -18,7 +19,7 @@ from megatron_prolong.recipe.inputs import (
     vocabulary_size,
 )
 from megatron_prolong.recipe.layout_rules import layout_problems
-from megatron_prolong.recipe.run_files import RESERVED_STAGE_NAMES, complete_checkpoints
+from megatron_prolong.recipe.run_files import RESERVED_STAGE_NAMES, RESOLVED_RECIPE, complete_checkpoints
 from megatron_prolong.recipe.schema import InitSpec, Recipe, Stage, layout_of, precision_of
 from megatron_prolong.recipe.shape import ModelShape, read_shape
 from megatron_prolong.recipe.source import Key, key_text
@@ -174,6 +175,16 @@ def _run_directory(findings: Findings) -> None:
         findings.error(("run_dir",), f"{existing} is not writable; name another directory")
     elif "$" in str(run_dir):
         findings.error(("run_dir",), f"{run_dir} names a variable that is not set")
+    elif moved := _moved_to(findings.recipe):
+        findings.error(("run_dir",), f"{run_dir} is gone; this run is in {moved} now: add run_dir={moved}")
+
+
+def _moved_to(recipe: Recipe) -> Path | None:
+    """Where the run lies whose own recipe this is, when that still names a directory that is not there any more."""
+    file, place = Path(recipe.origin.file), recipe.origin.place(("run_dir",))
+    if file.name != RESOLVED_RECIPE or place.source != str(file) or recipe.run_dir.exists():
+        return None
+    return file.parent if any(complete_checkpoints(file.parent / s.name) for s in recipe.stages) else None
 
 
 def _checkpoint(findings: Findings) -> None:

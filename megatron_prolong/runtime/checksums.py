@@ -90,7 +90,9 @@ def verify_checksums(directory: Path, share: slice = slice(None)) -> None:
             problems.append(f"{name}: contents changed since it was written")
     if problems:
         raise UserError.many(
-            f"{directory} is damaged; use an older checkpoint or copy it again:", sorted(problems)
+            f"{directory} is damaged; copy it again, or use an older checkpoint (its name goes into "
+            f"{directory.with_name('latest')}):",
+            sorted(problems),
         )
 
 
@@ -101,7 +103,9 @@ def _read(directory: Path) -> Entries:
         algorithm, files = content["algorithm"], content["files"]
         entries: Entries = {str(name): [int(size), str(digest)] for name, (size, digest) in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); use an older checkpoint") from error
+        raise UserError(
+            f"{path} is missing or damaged ({error}); copy it again, or use an older checkpoint"
+        ) from error
     if algorithm != "xxh3_128":
         raise UserError(f"{path}: unknown algorithm {algorithm!r}, expected xxh3_128")
     return entries

@@ -61,7 +61,7 @@ def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-        _share_cores(place)
+    _share_cores(place)
     _meet(backend, place, timeout_seconds)
     with naming_lost_ranks(place.rank, lambda: "a collective"):
         try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_prolong.convert.manifest import versions
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.load import load_recipe
+from megatron_prolong.recipe.run_files import RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import Recipe
-from megatron_prolong.training.run_directory import StageStatus, latest_checkpoint
+from megatron_prolong.training.run_directory import StageStatus, chain_status, latest_checkpoint
 
 # Changing one of these in a stage that has begun would make its numbers depend on when it was stopped.
 _FIXED_IN_STAGE = {
@@ -26,6 +28,28 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.what} ({self.refusal})" if self.refusal else self.what
+
+
+def changes_since_start(recipe: Recipe) -> list[str]:
+    """What differs from the recipe that this run was last started with; nothing, where it is new.
+
+    Raises:
+        UserError: the run cannot go on with this recipe, or with what is in its directory.
+    """
+    path, statuses = recipe.run_dir / RESOLVED_RECIPE, chain_status(recipe, recipe.run_dir)
+    changes = refuse_changes(_started_with(path), recipe, statuses) if path.exists() else []
+    refuse_gaps(statuses)
+    return changes
+
+
+def _started_with(path: Path) -> Recipe:
+    try:
+        return load_recipe(path)
+    except UserError as error:
+        raise UserError(
+            f"{error}\n{path} says how the run was started; put the {path.name} of its newest checkpoint in its "
+            "place"
+        ) from error
 
 
 def refuse_changes(before: Recipe, now: Recipe, statuses: list[StageStatus]) -> list[str]:
@@ -101,6 +125,8 @@ def refuse_gaps(statuses: list[StageStatus]) -> None:
 def work_of(recipe: Recipe) -> dict[str, Any]:
     """What all ranks must agree on. A node may have the mixture's data in a place of its own: what is in it is
     compared when the stage begins."""
+    from megatron_prolong.convert.manifest import versions  # with it comes torch
+
     work = _dump(recipe)
     work["stages"] = {stage["name"]: stage for stage in work["stages"]}
     for stage in work["stages"].values():

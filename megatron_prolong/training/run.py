@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_prolong.convert.initial import write_initial
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.load import dump_recipe, load_recipe
+from megatron_prolong.recipe.load import dump_recipe
 from megatron_prolong.recipe.run_files import INITIAL, RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import HF_DIR, MANIFEST, model_directory
@@ -20,10 +20,10 @@ from megatron_prolong.runtime.agreement import against_main, from_main, on_main,
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.runtime.publish import write_durably
-from megatron_prolong.training.changes import refuse_changes, refuse_gaps, refuse_other_work, work_of
+from megatron_prolong.training.changes import changes_since_start, refuse_other_work, work_of
 from megatron_prolong.training.log import RunLog, open_log
 from megatron_prolong.training.prepare import StageInput
-from megatron_prolong.training.run_directory import Checkpoint, StageStatus, chain_status, latest_checkpoint
+from megatron_prolong.training.run_directory import Checkpoint, StageStatus, latest_checkpoint
 from megatron_prolong.training.stage import Preempted, Session, train_stage
 
 CONVERSION_TIMEOUT = timedelta(days=1)  # hundreds of GB, from a slow disk to a slow disk
@@ -125,23 +125,10 @@ def _open(recipe: Recipe, stack: ExitStack) -> RunLog:
     run_dir = recipe.run_dir
     stack.enter_context(DirectoryLock(run_dir))
     log = stack.enter_context(open_log(recipe))
-    path, statuses = run_dir / RESOLVED_RECIPE, chain_status(recipe, run_dir)
-    if path.exists():
-        for notice in refuse_changes(_started_with(path), recipe, statuses):
-            log.say(f"changed since the last start: {notice}")
-    refuse_gaps(statuses)
-    write_durably(path, dump_recipe(recipe))
+    for change in changes_since_start(recipe):
+        log.say(f"changed since the last start: {change}")
+    write_durably(run_dir / RESOLVED_RECIPE, dump_recipe(recipe))
     return log
-
-
-def _started_with(path: Path) -> Recipe:
-    try:
-        return load_recipe(path)
-    except UserError as error:
-        raise UserError(
-            f"{error}\n{path} says how the run was started; put the {path.name} of its newest checkpoint in its "
-            "place"
-        ) from error
 
 
 def initial_directory(recipe: Recipe) -> Path:

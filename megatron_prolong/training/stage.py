@@ -16,7 +16,7 @@ import torch
 from megatron_prolong.convert.manifest import manifest
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.stream import stream
-from megatron_prolong.errors import UserError
+from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.recipe.load import dump_recipe
@@ -106,9 +106,9 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
         writer.poll()
         try:
             guard.check(before, metrics, sequences)
-        except UserError:
-            writer.finish()  # saved before the damage, and every rank is here
-            raise
+        except UserError as error:  # all ranks judge the same numbers alike
+            writer.finish()  # saved before the damage
+            raise JointError(str(error), said_here=session.world.is_main) from error
         if log:
             facts = _facts(run, state, metrics, sequences, time.perf_counter() - started)
             log.step(

@@ -1,6 +1,6 @@
 """The batch script on a real Slurm of two nodes: killed, preempted, requeued, and still the undisturbed run.
 
-Each node trains with one process on the CPU. Needs root, slurmctld, slurmd and munge.
+Each node trains with two processes on the CPU. Needs root, slurmctld, slurmd and munge.
 """
 
 import json
@@ -44,7 +44,7 @@ def workdir(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) ->
     script = render_script(loaded, Path("recipe.yaml"), nodes=2, gpus_per_node=8)
     write_script(script, tmp_path / "script.sh")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("GPUS", "1")
+    monkeypatch.setenv("GPUS", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # node1 and node2 are names that only Slurm knows
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
@@ -84,6 +84,13 @@ def start_again(job: str) -> None:
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
 
 
+def wait_for_requeue(job: str, restarts: int) -> None:
+    def requeued() -> bool:
+        return (job_fact(job, "Restarts"), job_fact(job, "JobState")) == (str(restarts), "PENDING")
+
+    wait_for(f"requeue {restarts}", requeued)
+
+
 def processes_of(node: str) -> list[int]:
     """Training processes on one of the pretended nodes."""
     found = []
@@ -100,7 +107,7 @@ def processes_of(node: str) -> list[int]:
 
 
 def test_killed_preempted_and_requeued_it_is_still_the_same_run(cluster: None, workdir: Path) -> None:
-    undisturbed = ["prolong", "train", "recipe.yaml", "run_dir=undisturbed", "--processes", "2"]
+    undisturbed = ["prolong", "train", "recipe.yaml", "run_dir=undisturbed", "--processes", "4"]
     subprocess.run(undisturbed, check=True, capture_output=True, timeout=SECONDS)
     expected = losses(Path("undisturbed"))
     assert len(expected) == 20
@@ -111,22 +118,19 @@ def test_killed_preempted_and_requeued_it_is_still_the_same_run(cluster: None, w
     job = submitted.stdout.strip()
     run_dir = Path("runs/tiny")
 
-    # A process of the second node dies: the whole job ends at once, and what was saved is there.
+    # A process of the second node dies: the whole job ends at once, and puts itself back for what was saved.
     wait_for("six steps", lambda: len(losses(run_dir)) >= 6)
     (victim,) = processes_of("node2")
     os.kill(victim, 9)
-    wait_for("the failure", lambda: job_fact(job, "JobState") == "FAILED")
+    wait_for_requeue(job, restarts=1)
     before = len(losses(run_dir))
     assert before < 18
 
-    # Put back by hand, then asked to stop as before a time limit: it saves and puts itself back.
-    subprocess.run(["scontrol", "requeue", job], check=True)
+    # Asked to stop as before a time limit: it saves and puts itself back.
     start_again(job)
     wait_for("more steps", lambda: len(losses(run_dir)) > before)
     subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
-    wait_for(
-        "the requeue", lambda: job_fact(job, "Restarts") == "2" and job_fact(job, "JobState") == "PENDING"
-    )
+    wait_for_requeue(job, restarts=2)
     saved = int((run_dir / "one" / "latest").read_text().removeprefix("step_"))
     assert saved == max(step for stage, step in losses(run_dir)), (
         "the last step before the stop was not saved"
@@ -149,3 +153,17 @@ def test_what_is_missing_ends_the_job_before_training(cluster: None, workdir: Pa
     log = Path(f"tiny-{job}.log").read_text()
     assert "tokenizer: no tokenizer.json there" in log
     assert not Path("runs").exists()
+
+
+def test_a_mistake_met_behind_a_checkpoint_ends_the_job(cluster: None, workdir: Path) -> None:
+    """All launchers end with 2, and the job is not put back to meet it again."""
+    environment = os.environ | {"OVERRIDES": "stage.one.lr=1e30 stage.one.warmup=0"}
+    submitted = subprocess.run(
+        ["sbatch", "--parsable", "script.sh"], capture_output=True, text=True, check=True, env=environment
+    )
+    job = submitted.stdout.strip()
+    wait_for("the failure", lambda: job_fact(job, "JobState") == "FAILED")
+    log = Path(f"tiny-{job}.log").read_text()
+    assert log.count("error: stage one: 5 steps in a row") == 1 and "torch" not in log
+    assert (job_fact(job, "Restarts"), job_fact(job, "ExitCode")) == ("0", "2:0")
+    assert Path("runs/tiny/one/latest").exists()

@@ -94,7 +94,7 @@ def test_no_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand-ins for prolong, torchrun and sbatch that write their arguments to calls.log."""
+    """Stand-ins for prolong and sbatch that write their arguments to calls.log."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     (tmp_path / "worker.py").write_text(WORKER)
@@ -102,9 +102,9 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory.mkdir()
     log = f'echo "$(basename "$0") $* WORLD_SIZE=${{WORLD_SIZE:-}}" >>{tmp_path}/calls.log\n'
     bodies = {
-        "prolong": 'if [[ -n ${FAIL_CHECK:-} ]]; then echo "error: no data" >&2; exit 2; fi\n',
-        # As torchrun does: a worker that saves on USR1 and exits with 75 makes the launcher exit with 1.
-        "torchrun": f"{sys.executable} {tmp_path}/worker.py || exit 1\n",
+        # A worker saves on USR1 and exits with 75.
+        "prolong": 'if [[ -n ${FAIL_CHECK:-} ]]; then echo "error: no data" >&2; exit 2; fi\n'
+        f"if [[ $* == *--processes* ]]; then exec {sys.executable} {tmp_path}/worker.py; fi\n",
         "sbatch": "cat >/dev/null; echo '42;cluster'\n",
     }
     for name, body in bodies.items():
@@ -121,10 +121,10 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_slurm_it_checks_and_trains_on_this_machine(commands: Path) -> None:
     result = subprocess.run(["bash", "script.sh"], capture_output=True, text=True, timeout=30)
     assert result.returncode == 0, result.stderr
-    check, train = commands.read_text().splitlines()
+    check, status, train = commands.read_text().splitlines()
     assert check == "prolong train recipe.yaml stage.one.steps=3 --check WORLD_SIZE=2"
-    assert train.startswith("torchrun --nnodes=1 --node-rank=0 --nproc-per-node=2 --master-addr=localhost")
-    assert train.endswith("-m megatron_prolong train recipe.yaml stage.one.steps=3 WORLD_SIZE=")
+    assert status == "prolong status recipe.yaml stage.one.steps=3 WORLD_SIZE="
+    assert train == "prolong train recipe.yaml stage.one.steps=3 --processes 2 WORLD_SIZE="
 
 
 def test_the_environment_overrides_the_overrides(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_a_failed_check_ends_the_job_before_training(commands: Path, monkeypatch
     result = subprocess.run(["bash", "script.sh"], capture_output=True, text=True, timeout=30)
     assert result.returncode == 2
     assert "error: no data" in result.stderr
-    assert "torchrun" not in commands.read_text()
+    assert "--processes" not in commands.read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -154,8 +154,44 @@ def test_a_signal_reaches_the_training_processes_and_their_save_is_waited_for(
         time.sleep(0.2)
         process.send_signal(number)
         seen += process.stdout.read()
-        assert process.wait(timeout=30) == 1
+        assert process.wait(timeout=30) == 75
     assert "asked to stop: saving" in seen and "saved" in seen
+
+
+@pytest.mark.parametrize(
+    ("code", "new_checkpoint", "requeued"),
+    [
+        (75, False, True),
+        (2, True, False),
+        (1, False, False),
+        (1, True, True),
+        (137, True, True),
+        (0, True, False),
+    ],
+)
+def test_a_job_that_got_on_goes_back_into_the_queue(
+    code: int, new_checkpoint: bool, requeued: bool, commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not one that made no checkpoint, or met a mistake (exit code 2) that it would meet again."""
+    bodies = {
+        "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"\n',
+        "scontrol": 'if [[ $1 == show ]]; then echo node1; else echo "scontrol $*" >>calls.log; fi\n',
+        "prolong": f"""case "$*" in
+            status*) cat stands ;;
+            *--processes*) {"echo 12 >stands;" if new_checkpoint else ""} exit {code} ;;
+        esac\n""",
+    }
+    for name, body in bodies.items():
+        command = commands.parent / "bin" / name
+        command.write_text(f"#!/bin/bash\n{body}")
+        command.chmod(0o755)
+    Path("stands").write_text("8\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1")
+    result = subprocess.run(["bash", "script.sh"], capture_output=True, text=True, timeout=30)
+    assert result.returncode == code, result.stderr
+    asked = commands.exists() and "scontrol requeue 42" in commands.read_text()
+    assert asked == requeued
 
 
 def test_submit_hands_the_script_to_sbatch(commands: Path) -> None:

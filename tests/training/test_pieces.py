@@ -22,6 +22,7 @@ from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training import prepare, run
 from megatron_prolong.training import stage as stage_module
+from megatron_prolong.training.changes import changes_since_start
 from megatron_prolong.training.log import open_log
 from megatron_prolong.training.prepare import StageInput, first_state
 from megatron_prolong.training.replay import _recorded, _start
@@ -234,6 +235,7 @@ def test_half_a_line_of_a_process_that_died_does_not_spoil_the_next(tmp_path):
     for step in (1, 2):
         with open_log(of) as log:
             log._write({"stage": "short", "step": step, "loss": 2.0})
+            assert metrics.read_text().endswith("2.0}\n"), "a kill would lose it"
         with metrics.open("a") as file:
             file.write('{"stage": "short", "step": 9, "lo')
     assert _recorded(metrics, "short").keys() == {1, 2}
@@ -262,9 +264,10 @@ def test_what_is_in_the_way_of_the_initial_weights_is_not_deleted(tmp_path, monk
 
 
 def test_a_damaged_recipe_of_the_run_says_where_another_is(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("name: [\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("name: [\n")
     with pytest.raises(UserError, match=r"recipe\.yaml of its newest checkpoint in its place$"):
-        run._started_with(tmp_path / "recipe.yaml")
+        changes_since_start(recipe(tmp_path))
 
 
 def test_what_is_not_there_is_named(tmp_path):

@@ -77,8 +77,28 @@ def test_carrying_the_optimizer_matters(workspace, undisturbed):
 
 
 def test_changes_that_would_corrupt_a_begun_stage_are_refused(workspace, undisturbed):
-    output = workspace.train("undisturbed", "stage.short.seed=7", "stage.long.lr=5e-3", code=2)
-    assert "stage.short.seed: 42 → 7" in output and "stage.long.lr" in output
+    for check in ([], ["--check"]):
+        overrides = ("stage.short.seed=7", "stage.long.lr=5e-3")
+        output = workspace.train("undisturbed", *overrides, *check, code=2)
+        assert "stage.short.seed: 42 → 7" in output and "stage.long.lr" in output
+
+
+def test_a_check_tells_what_changed(workspace, undisturbed):
+    output = workspace.train("undisturbed", "optimizer.clip=0.5", "--check")
+    assert "changed since the last start: optimizer.clip: 1.0 → 0.5\n" in output and "ready for 1" in output
+
+
+def test_the_recipe_of_a_run_that_has_moved_does_not_begin_it_anew(workspace, undisturbed):
+    root = workspace.root
+    shutil.copytree(root / "undisturbed", root / "moved-run")
+    recipe = root / "moved-run" / "recipe.yaml"
+    text = recipe.read_text()
+    recipe.write_text(text.replace(f"{root}/undisturbed", f"{root}/where-it-was"))
+    refused = CliRunner().invoke(app, ["train", str(recipe), "--check"]).exception
+    assert f"this run is in {root}/moved-run now: add run_dir={root}/moved-run" in str(refused)
+    for elsewhere in ("moved-run", "another"):
+        checked = CliRunner().invoke(app, ["train", str(recipe), f"run_dir={root}/{elsewhere}", "--check"])
+        assert "ready for 1 rank" in checked.output
 
 
 def test_the_status_of_a_run_that_has_moved_is_its_own(workspace, undisturbed):

@@ -1,0 +1,69 @@
+"""Start the processes of one machine through torch's elastic agent, and end as they ended."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import psutil  # type: ignore[import-untyped]
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from megatron_prolong.runtime.rendezvous import Rendezvous
+from megatron_prolong.runtime.signals import STOP_SIGNALS
+
+
+def start_processes(command: Sequence[str], count: int, machine: Rendezvous) -> None:
+    """Run `prolong COMMAND` in `count` processes here; returns when all have succeeded.
+
+    As torchrun does, but for three things. What failed is told by the process that failed, not by fifty lines of
+    a report on it. The exit code is that of the first process that failed. Stop signals are passed on, and the
+    processes save for as long as it takes: torchrun would kill them after 30 s.
+
+    Args:
+        machine: the place of this machine among those that start processes together, one launcher on each.
+
+    Raises:
+        SystemExit: with the exit code of the first process that failed, 128 + N for one that signal N ended.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, _pass_on)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        elastic_launch(_config(count, machine), sys.executable)("-u", "-m", "megatron_prolong", *command)
+    except ChildFailedError as failed:
+        _exit(failed)
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
+
+
+def _pass_on(number: int, _: object) -> None:
+    for child in psutil.Process().children():
+        child.send_signal(number)
+
+
+def _config(count: int, machine: Rendezvous) -> LaunchConfig:
+    alone = machine.size == 1
+    return LaunchConfig(
+        min_nodes=machine.size,
+        max_nodes=machine.size,
+        nproc_per_node=count,
+        run_id="prolong",
+        rdzv_backend="c10d" if alone else "static",
+        rdzv_endpoint="localhost:0" if alone else f"{machine.address}:{machine.port}",
+        rdzv_configs={"rank": machine.rank},
+        max_restarts=0,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+    )
+
+
+def _exit(failed: ChildFailedError) -> NoReturn:
+    rank, failure = failed.get_first_failure()
+    if failure.exitcode > 0:
+        sys.exit(failure.exitcode)
+    print(f"error: rank {rank} was ended by signal {-failure.exitcode}", file=sys.stderr)
+    sys.exit(128 - failure.exitcode)
