@@ -32,7 +32,7 @@ def start_processes(command: Sequence[str], count: int, machine: Rendezvous) -> 
     """
     for number in STOP_SIGNALS:
         signal.signal(number, _pass_on)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable()
     try:
         elastic_launch(_config(count, machine), sys.executable)("-u", "-m", "megatron_prolong", *command)
     except ChildFailedError as failed:
