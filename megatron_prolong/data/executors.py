@@ -50,6 +50,10 @@ class LocalProcesses:
         if min(self.workers, len(items)) <= 1:
             yield from map(work, items)
             return
+        with terminable():
+            yield from self._pool(work, items)
+
+    def _pool(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         # spawn: forking a process in which the tokenizer's threads run can deadlock the child.
         pool = ProcessPoolExecutor(
             min(self.workers, len(items)),
@@ -57,11 +61,10 @@ class LocalProcesses:
             initializer=_begin_worker,
         )
         try:
-            with terminable():
-                with _ctrl_c_waits():
-                    futures = [pool.submit(work, item) for item in items]
-                for future in as_completed(futures):
-                    yield future.result()
+            with _ctrl_c_waits():
+                futures = [pool.submit(work, item) for item in items]
+            for future in as_completed(futures):
+                yield future.result()
         except BrokenProcessPool:
             raise UserError(_KILLED.format("take fewer --workers")) from None
         except (KeyboardInterrupt, GeneratorExit):

@@ -52,6 +52,8 @@ class Job:
     def open(self) -> Iterator[None]:
         """Begin, or continue what the same command began; an error before anything is done leaves nothing behind.
 
+        Another process may finish the job meanwhile, and take the directory away from under a task: that is no error.
+
         Raises UserError when OUT holds something else, or OUT.partial was begun with other settings and has
         finished tasks.
         """
@@ -59,6 +61,8 @@ class Job:
         try:
             yield
         except (OSError, UserError):
+            if self.is_finished:
+                return
             if self.directory.exists() and [path.name for path in self.directory.iterdir()] == [SETTINGS]:
                 remove(self.directory)
             raise

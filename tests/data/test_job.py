@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_prolong.data import job as job_module
+from megatron_prolong.data.executors import LocalProcesses
 from megatron_prolong.data.job import Job
 from megatron_prolong.data.mds import MDSReader, MDSWriter
 from megatron_prolong.errors import UserError
@@ -104,3 +105,17 @@ def test_a_job_that_another_one_finished_is_finished(tmp_path: Path) -> None:
         for job in (first, second):
             job.finish(["00000"], lambda: {"tokens": 3})
     assert second.is_finished and len(MDSReader(tmp_path / "out")) == 1
+
+
+def test_a_task_that_another_process_finished_with_the_job_is_no_error(tmp_path: Path) -> None:
+    """Two times the same command, at the last task together: its directory is gone when the slower one looks."""
+    job = Job(tmp_path / "out", {"step": "test"})
+
+    def be_late(directory: Path, value: int) -> None:
+        write(directory, value)
+        job.finish(["00000"], lambda: {"tokens": 3})
+        directory.with_name("00000.tmp-of-the-slower-one").replace(directory)
+
+    with job.open():
+        job.run({"00000": 1}, be_late, LocalProcesses(1))
+    assert job.is_finished and len(MDSReader(tmp_path / "out")) == 1
