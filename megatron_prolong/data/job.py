@@ -52,7 +52,7 @@ class Job:
     def open(self) -> Iterator[None]:
         """Begin, or continue what the same command began; an error before anything is done leaves nothing behind.
 
-        Another process may finish the job meanwhile, and take the directory away from under a task: that is no error.
+        Another process may finish the job meanwhile, and take its directory away from under a task: no error then.
 
         Raises UserError when OUT holds something else, or OUT.partial was begun with other settings and has
         finished tasks.
