@@ -47,6 +47,11 @@ def test_greedy_generation_of_prompts_of_different_lengths(models):
     assert ours.generate(prompts, 12, stop_ids=[stop])[0] == expected[0][: expected[0].index(stop)]
 
 
+def test_it_has_no_buffers_for_gradients(models):
+    _, ours = models
+    assert ours.model.chunks == ours.model.bare_chunks
+
+
 def test_no_token_is_read_in_vain(models, monkeypatch):
     """The last token of an answer, and one that ends it, are not fed to the model again."""
     _, ours = models

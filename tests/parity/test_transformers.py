@@ -220,6 +220,17 @@ def test_loss_does_not_depend_on_the_order_of_documents(world, groups):
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
 
 
+def test_it_is_built_of_zeros_with_gradients_in_fp32_where_it_trains(world, groups):
+    """Rows that pad the vocabulary are in no checkpoint: what memory happened to hold might be NaN."""
+    shape = shape_of(reference_llama())
+    for training in (True, False):
+        (chunk,) = build_model(shape, Layout(), precision="bf16", training=training).bare_chunks
+        for name, weight in chunk.named_parameters():
+            assert weight.dtype == torch.bfloat16 and not weight.any(), name
+            gradient = getattr(weight, "main_grad", None)
+            assert gradient.dtype == torch.float32 if training else gradient is None, name
+
+
 def test_padded_vocabulary_takes_no_probability(world, groups):
     """1000 tokens are stored as 1024 rows; the 24 others must not enter the softmax."""
     hf = reference_llama()
