@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,18 +20,23 @@ from megatron_prolong.runtime.publish import write_durably
 
 
 @pytest.fixture
-def forgetful_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worst that a file system may do: the rename is on the disk, of the files only what fsync pushed."""
+def forgetful_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The worst that a file system may do: the rename is on the disk, of the files only what fsync pushed.
+    Or the rename is not, unless fsync pushed its directory.
+    """
     synced: dict[int, int] = {}
+    renamed_in: set[int] = set()
     fsync, replace = os.fsync, Path.replace
 
     def remember(descriptor: int) -> None:
         fsync(descriptor)
         state = os.fstat(descriptor)
         synced[state.st_ino] = state.st_size
+        renamed_in.discard(state.st_ino)
 
     def rename_and_forget(self: Path, target: Path) -> Path:
         renamed = replace(self, target)
+        renamed_in.add(target.parent.stat().st_ino)
         for path in [renamed, *renamed.rglob("*")]:
             if path.is_file():
                 os.truncate(path, min(path.stat().st_size, synced.get(path.stat().st_ino, 0)))
@@ -38,6 +44,8 @@ def forgetful_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "fsync", remember)
     monkeypatch.setattr(Path, "replace", rename_and_forget)
+    yield
+    assert not renamed_in, "what was said to be written may have its old name"
 
 
 def test_every_step_of_the_data_survives(tmp_path: Path, forgetful_disk: None) -> None:
