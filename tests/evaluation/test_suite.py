@@ -318,6 +318,7 @@ def test_file_names_are_helmets(inputs: Inputs, tmp_path: Path) -> None:
         "json_kv_v1_test_k105_dep6_in8192_size100_shots2_sampFalsemax100min0t0.0p1.0_chatFalse_42.json"
     )
     assert result.path.with_name(result.path.name + ".score").exists()
+    assert only("ruler_niah_mv").shots == 2 and {task.shots for task in select("ruler", [8192])} == {0}
 
 
 def test_published_scores_stand_beside_ones_own(inputs: Inputs, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from megatron_prolong.evaluation.suite import runnable
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.synthetic.size import fitting_rows, largest_fit
 from megatron_prolong.evaluation.task import Inputs, Task
+from megatron_prolong.evaluation.tasks import recall
 
 PROSE = "It rained all day. The harbour was empty! Who would sail in this weather? Nobody did. " * 50
 MADE = [task.name for task in [*select("synthetic", [8192]), *select("ruler", [8192])] if task.generated]
@@ -65,6 +66,13 @@ def test_key_value_depths_are_even_and_share_their_object(tokenizer: Any) -> Non
     last = rows[0]["num_kvs"] - 1
     assert places == [round(depth * last / 5) for depth in range(6)]
     assert len({row["question"] for row in rows}) == 1
+
+
+def test_pairs_are_as_many_as_helmets_where_they_fit(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "encode", lambda _, prompt: prompt.text.split())
+    inputs = Inputs(None, tokenizer, max_samples=1)
+    assert [load("json_kv", length, inputs)[1][0]["num_kvs"] for length in (4096, 8192)] == [50, 105]
+    assert 2300 < load("json_kv", 5000, inputs)[1][0]["num_kvs"] < 2450, "HELMET has none: two words a pair"
 
 
 def test_needles_are_asked_for_rightly(tokenizer: Any) -> None:

@@ -57,8 +57,8 @@ def _generate(task: Task, inputs: Inputs) -> list[Row]:
         return len(encode(inputs.tokenizer, render(task, _with_demos(row, task.shots), chat=False)))
 
     limit = task.length - task.max_new_tokens
-    pairs = PAIRS.get(task.length, 0)
-    if not pairs or count_tokens(pairs - json_kv.MAX_SHOTS) > limit:
+    pairs = PAIRS.get(task.length)
+    if pairs is None or count_tokens(pairs - json_kv.MAX_SHOTS) > limit:
         pairs = largest_fit(count_tokens, limit, start=16) + json_kv.MAX_SHOTS
     return json_kv.make_rows(pairs, task.samples(inputs), inputs.seed)
 
