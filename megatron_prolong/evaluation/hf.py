@@ -87,7 +87,8 @@ class HuggingFaceBackend:
     ) -> list[float]:
         """See `ScoringBackend`: the prompt's keys and values serve all continuations."""
         cache = _new_cache()
-        self._prefill(self._tensor([prompt[:-1]]), None, cache)
+        if len(prompt) > 1:
+            self._prefill(self._tensor([prompt[:-1]]), None, cache)
         totals = []
         for continuation in continuations:
             ids = self._tensor([[prompt[-1], *continuation]])

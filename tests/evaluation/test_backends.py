@@ -44,9 +44,11 @@ def test_hf_logprobs_in_chunks_are_those_of_one_pass(
     with open_backend(hf_directory) as backend:
         assert np.abs(backend.token_logprobs(ids) - expected).max() < LOGPROB_TOLERANCE
         whole = backend.continuation_logprobs(ids[:60], [ids[60:], ids[60:70], [5]])
+        after_one_token = backend.continuation_logprobs(ids[:1], [ids[1:11], ids[1:3]])
     assert whole[0] == pytest.approx(expected[59:].sum(), abs=1e-3)
     assert whole[1] == pytest.approx(expected[59:69].sum(), abs=1e-3)
     assert whole[2] == pytest.approx(float(logprobs[59, 5]), abs=1e-3)
+    assert after_one_token == pytest.approx([expected[:10].sum(), expected[:2].sum()], abs=1e-3)
 
 
 def test_hf_batches_and_chunks_generate_what_transformers_generates(
@@ -74,6 +76,7 @@ def test_megatron_equals_hf_token_by_token(hf_directory: Path, checkpoint: Path)
     with open_backend(hf_directory, batch_size=3) as reference:
         logprobs = reference.token_logprobs(ids)
         continuations = reference.continuation_logprobs(ids[:200], [ids[200:], ids[:7]])
+        after_one_token = reference.continuation_logprobs(ids[:1], [ids[:7]])
         texts = reference.generate(PROMPTS, 24)
         stops, length = reference.max_length, encode(reference.tokenizer, PROMPTS[2])
     with open_backend(checkpoint, batch_size=2) as ours:
@@ -82,6 +85,7 @@ def test_megatron_equals_hf_token_by_token(hf_directory: Path, checkpoint: Path)
         assert ours.continuation_logprobs(ids[:200], [ids[200:], ids[:7]]) == pytest.approx(
             continuations, abs=5e-3
         )
+        assert ours.continuation_logprobs(ids[:1], [ids[:7]]) == pytest.approx(after_one_token, abs=5e-3)
         assert ours.generate(PROMPTS, 24) == texts
         assert ours.max_length == stops and encode(ours.tokenizer, PROMPTS[2]) == length
     assert logprobs.std() > 0.5, "a model that is certain of nothing would prove nothing"
