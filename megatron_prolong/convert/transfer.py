@@ -19,8 +19,8 @@ from torch import Tensor
 
 from megatron_prolong.convert.dtypes import dtype_name
 from megatron_prolong.convert.names import Rows, Tensor2D
-from megatron_prolong.convert.progress import byte_progress
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.progress import progress
 
 CHUNK_BYTES = 32 * 2**20
 # By default. Two keep the disk reading while the other writes; more only help on parallel file systems. Threads are
@@ -142,7 +142,7 @@ def write_files(
     total = sum(chunk.num_bytes for file in files for chunk in file)
     stop = threading.Event()
     with (
-        byte_progress(title, total) as advance,
+        progress(title, total, in_bytes=True) as advance,
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
     ):
 

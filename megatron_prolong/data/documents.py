@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from megatron_prolong.data.mds import MDSReader, common_tokenizer
 from megatron_prolong.data.packed import Identity, read_boundaries
-from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.progress import track
 
 DOCUMENT = np.dtype(
     [("sample", "<i8"), ("start", "<i8"), ("length", "<i8"), ("bos", "?"), ("eos", "?")], align=False

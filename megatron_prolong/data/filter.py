@@ -28,9 +28,9 @@ from megatron_prolong.data.job import REPORT, Job
 from megatron_prolong.data.mds import INDEX, MDSReader, MDSWriter, common_tokenizer
 from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.ngrams import DEFAULT_N, NgramIndex, evaluation_texts
-from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import tokenizer_file, tokenizer_fingerprint
+from megatron_prolong.runtime.progress import track
 from megatron_prolong.runtime.publish import whole_file
 
 TASK_BYTES = 1 << 28

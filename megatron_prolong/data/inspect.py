@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from megatron_prolong.data.mds import MDSReader
 from megatron_prolong.data.mixture import Mixture
 from megatron_prolong.data.packed import Identity, PackedSequence, Piece, read_boundaries
-from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.numbers import format_count
+from megatron_prolong.runtime.progress import track
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -24,8 +24,8 @@ from typing import IO, Any, TypeVar
 from megatron_prolong.data.executors import Executor, array_share
 from megatron_prolong.data.mds import INDEX, merge_indexes
 from megatron_prolong.data.mds.writer import disk_full_is_users, refuse_existing
-from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.progress import track
 from megatron_prolong.runtime.publish import remove, write_durably
 
 T = TypeVar("T")

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from megatron_prolong.data.mds import MDSReader, MDSWriter
 from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.packed import Identity, PackedSequence
-from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.progress import track
 from megatron_prolong.runtime.publish import publish, temporary_name
 
 _MAGIC = b"MMIDIDX\x00\x00"

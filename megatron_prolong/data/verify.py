@@ -13,8 +13,8 @@ from pathlib import Path
 from megatron_prolong.data.domain import check_vocabulary
 from megatron_prolong.data.mds import MDSReader, Shard
 from megatron_prolong.data.packed import Identity, PackedSequence
-from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.progress import track
 
 _SHOWN_PER_SHARD = 3
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.http import Client
 from megatron_prolong.evaluation.partial import sample_key
@@ -26,6 +25,7 @@ from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.results import JUDGED, judged_path, whole_result
 from megatron_prolong.evaluation.text_metrics import parse_output
 from megatron_prolong.recipe.shape import read_json
+from megatron_prolong.runtime.progress import track
 from megatron_prolong.runtime.strict_json import read_lines
 
 QUESTIONS = "narrativeqa_"

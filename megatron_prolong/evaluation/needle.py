@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, ScoringBackend, encode
 from megatron_prolong.evaluation.synthetic.size import largest_fit
 from megatron_prolong.evaluation.words import word_list
+from megatron_prolong.runtime.progress import track
 
 # RULER's noise haystack (niah_single_1).
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."

@@ -15,9 +15,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.progress import track
 from megatron_prolong.evaluation.backend import ScoringBackend
 from megatron_prolong.evaluation.documents import Passage
+from megatron_prolong.runtime.progress import track
 
 MAX_WINDOW_TOKENS = 256
 

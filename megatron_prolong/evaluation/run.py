@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prolong.data.progress import track
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Backend
 from megatron_prolong.evaluation.identity import data_identity
@@ -26,6 +25,7 @@ from megatron_prolong.evaluation.task import Entails, Inputs, Row, Task
 from megatron_prolong.evaluation.tasks.long_documents import has_llama2
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.recipe.shape import read_json
+from megatron_prolong.runtime.progress import track
 
 SHOWN_TOKENS = 500  # of the prompt's beginning and end, in the results
 
@@ -81,7 +81,7 @@ def run_task(
     fixed = (backend.name, backend.model, settings.model_identity, settings.stop_newline)
     limits = (task.max_new_tokens, max_length)
     with _data_of(task, inputs):
-        rows = task.load(task, inputs)
+        rows = task.rows(inputs)
         keys = [sample_key(*fixed, *limits, render(task, row, chat)) for row in rows]
     if not rows:
         raise UserError(f"{task.name}: its data holds no example that qualifies; `prolong eval data check`")
