@@ -33,10 +33,10 @@ class AnyCheckpoint:
         return output_dtype(tensor, self.weights, None)
 
     def read(self, tensor: Tensor2D, start: int, stop: int) -> Tensor:
-        """Rows start … stop of a Hugging Face tensor, in its stored dtype."""
+        """Rows start … stop of a Hugging Face tensor, in its stored dtype, NaN and all."""
         chunk = Chunk(tensor, start, stop, self.dtype(tensor))
         if isinstance(self.weights, DistWeights):
-            return gather(chunk, self.weights, ChunkBuffer())
+            return gather(chunk, self.weights, ChunkBuffer(), finite=False)
         out = torch.empty(chunk.shape, dtype=chunk.dtype)
         self.weights.read_into(Rows(tensor.name, None, start, stop - start), out)
         return out

@@ -35,7 +35,7 @@ class TensorDifference:
     name: str
     dtypes: tuple[str, str]
     max_difference: float
-    """Largest absolute difference, in fp32; NaN where one has a NaN that the other has not."""
+    """Largest absolute difference, in fp32; NaN where a part that differs holds a NaN."""
 
     @property
     def exact(self) -> bool:

@@ -9,12 +9,15 @@ import pytest
 import torch
 from families import FAMILIES, save_family
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.convert import app
 from megatron_prolong.convert.compare import compare
 from megatron_prolong.convert.describe import describe
+from megatron_prolong.convert.dist_weights import DistWeights
 from megatron_prolong.convert.logits import largest_logit_difference
+from megatron_prolong.convert.names import Rows
 from megatron_prolong.convert.to_megatron import to_megatron
 
 
@@ -49,10 +52,24 @@ def test_one_changed_row_is_found(pair: tuple[Path, Path]) -> None:
     assert f"{name}: float32, largest difference {expected:g}" in comparison.lines()
 
 
-def test_nan_is_never_equal_to_a_number(pair: tuple[Path, Path]) -> None:
-    _edit(pair[0], "model.norm.weight", row=0, value=float("nan"))
-    assert not compare(*pair).equal
-    assert not compare(pair[1], pair[0]).equal
+@pytest.mark.parametrize("spoilt", ["original", "converted"])
+def test_nan_is_never_equal_to_a_number(
+    pair: tuple[Path, Path], spoilt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if spoilt == "original":
+        _edit(pair[0], "model.norm.weight", row=0, value=float("nan"))
+    else:
+        read_into = DistWeights.read_into
+
+        def spoil(self: DistWeights, rows: Rows, out: Tensor) -> None:
+            read_into(self, rows, out)
+            if rows.name.endswith("final_layernorm.weight"):
+                out[0] = float("nan")
+
+        monkeypatch.setattr(DistWeights, "read_into", spoil)
+    for comparison in (compare(*pair), compare(pair[1], pair[0])):
+        assert not comparison.equal
+        assert comparison.lines()[0] == "model.norm.weight: float32, largest difference nan"
 
 
 def test_dtype_and_config_differences_are_found(pair: tuple[Path, Path], tmp_path: Path) -> None:
