@@ -19,13 +19,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer(vocab_size: int = 600) -> Any:
     """Bytes and a few merges."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600,
+        vocab_size=vocab_size,
         special_tokens=["<bos>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -41,6 +41,12 @@ def make_tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Any:
+    """Without merges: where it cuts a text does not depend on how another version would learn them."""
+    return make_tokenizer(258)
 
 
 @pytest.fixture(scope="session")

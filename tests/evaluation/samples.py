@@ -119,7 +119,7 @@ def _long_documents(root: Path) -> None:
             "context": book,
             "input": f"Why {n}?",
             "answer": [f"because {n}"],
-            "options": [f"because {n}", "w", "x", "y"],
+            "options": [f"because {n}" if place == n else word for place, word in enumerate("wxyz")],
         }
         for n in range(4)
     ]

@@ -1,10 +1,13 @@
 """Every prompt, answer and score of the suite is that of HELMET's own code on the same files.
 
-Needs a checkout of HELMET, named by the environment variable HELMET, and what it imports (datasets, pytrec_eval).
+Needs a checkout of HELMET, named by the environment variable HELMET, and what it imports (datasets, pytrec_eval);
+without one, digests stand for what it once gave.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -19,12 +22,12 @@ from helmet_checkout import HELMET, needs_helmet
 from samples import write_data
 from stand_ins import short_documents
 
-from megatron_prolong.evaluation.prompts import prepare
+from megatron_prolong.evaluation.prompts import prepare, render
 from megatron_prolong.evaluation.rows import read_split
 from megatron_prolong.evaluation.suites import select
-from megatron_prolong.evaluation.task import Inputs
+from megatron_prolong.evaluation.task import Inputs, Row
 
-pytestmark = needs_helmet
+DIGESTS = json.loads((Path(__file__).parent / "data" / "helmet_digests.json").read_text())
 TASKS = {f"{task.category}-{task.name}": task for task in select("helmet", [8192]) + select("ruler", [8192])}
 PER_TASK = ("datasets", "input_max_length", "test_files", "demo_files", "generation_max_length")
 UNSEEDED = ("narrativeqa", "multi_lexsum")  # whose demonstrations HELMET draws without a seed
@@ -54,7 +57,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def helmet(data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+def helmet(data: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """HELMET's data.py and model_utils.py; the Hub's data sets are in `data`, and documents need not be long."""
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("pytrec_eval")
@@ -77,14 +80,40 @@ def helmet(data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Itera
     code = re.sub(r"num_proc=\d+", "num_proc=None", (HELMET / "data.py").read_text(encoding="utf-8"))
     module = ModuleType("helmet_data")
     exec(code.replace("131072", "4000").replace("65536", "4000"), module.__dict__)
-    module.__dict__["AutoTokenizer"] = SimpleNamespace(from_pretrained=lambda name: tokenizer)
+    module.__dict__["AutoTokenizer"] = SimpleNamespace(from_pretrained=lambda name: byte_tokenizer)
     from model_utils import tokenize
 
     yield SimpleNamespace(load_data=module.__dict__["load_data"], tokenize=tokenize)
 
 
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def outputs_for(row: Row) -> list[str]:
+    gold = row["answer"] if isinstance(row["answer"], str) else str(row["answer"][0])
+    return [output.format(answer=gold) for output in OUTPUTS]
+
+
 @pytest.mark.parametrize("name", TASKS)
-def test_prompts_and_scores_are_helmets(name: str, helmet: Any, data: Path, tokenizer: Any) -> None:
+def test_prompts_and_scores_are_what_helmet_gave(
+    name: str, data: Path, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where this fails and the comparison with HELMET itself does not, the digest is to be replaced."""
+    short_documents(monkeypatch)
+    task, found = TASKS[name], []
+    for row in task.load(task, Inputs(data, byte_tokenizer, max_samples=5)):
+        scored = [task.score(output, row) for output in outputs_for(row)]
+        scores = [{key: round(float(value), 4) for key, value in one.scores.items()} for one in scored]
+        prompts = [render(task, row, chat).text for chat in (False, True)]
+        found.append([prompts, row["answer"], scores, [one.parsed for one in scored]])
+    assert digest(found) == DIGESTS["tasks"][name]
+
+
+@needs_helmet
+@pytest.mark.parametrize("name", TASKS)
+def test_prompts_and_scores_are_helmets(name: str, helmet: Any, data: Path, byte_tokenizer: Any) -> None:
+    tokenizer = byte_tokenizer
     task = TASKS[name]
     if task.name.startswith(UNSEEDED):
         task = replace(task, shots=0)
@@ -109,15 +138,31 @@ def test_prompts_and_scores_are_helmets(name: str, helmet: Any, data: Path, toke
                     system_message=None,
                 ).input_ids[0]
                 assert prepare(task, row, chat, tokenizer, max_length).ids == ids.tolist()
-        gold = row["answer"] if isinstance(row["answer"], str) else str(row["answer"][0])
-        for output in OUTPUTS:
-            output = output.format(answer=gold)
+        for output in outputs_for(row):
             scores, other = theirs["post_process"]({"output": output}, their_row)
             scored = task.score(output, row)
             assert scored.scores == pytest.approx(scores, abs=1.1e-5), output
             assert scored.parsed == other["parsed_output"]
 
 
+LENGTHS = (8192, 16384, 32768, 65536, 131072)
+
+
+def settings() -> dict[tuple[str, str, int], tuple[Any, ...]]:
+    """Of every task at every length of HELMET's."""
+    return {
+        (task.category, task.name, task.length): (
+            task.test_file, task.demo_file, task.max_new_tokens, task.chat, task.max_samples, task.shots,
+        )
+        for task in [*select("helmet", LENGTHS), *select("ruler", LENGTHS)]
+    }  # fmt: skip
+
+
+def test_settings_are_what_helmets_configurations_were() -> None:
+    assert digest(sorted([*key, *value] for key, value in settings().items())) == DIGESTS["settings"]
+
+
+@needs_helmet
 def test_files_lengths_and_settings_are_those_of_helmets_configurations() -> None:
     """At every length: data and demonstration files, answer tokens, chat template, questions and shots."""
     theirs = {}
@@ -129,12 +174,5 @@ def test_files_lengths_and_settings_are_those_of_helmets_configurations() -> Non
                 files = [path.removeprefix("data/") for path in rest[:2]]
                 common = (config["use_chat_template"], config["max_test_samples"], config["shots"])
                 theirs[category, name, int(length)] = (*files, int(rest[2]), *common)
-    lengths = sorted({length for _, _, length in theirs})
-    ours = {
-        (task.category, task.name, task.length): (
-            task.test_file, task.demo_file, task.max_new_tokens, task.chat, task.max_samples, task.shots,
-        )
-        for task in [*select("helmet", lengths), *select("ruler", lengths)]
-    }  # fmt: skip
     assert len(theirs) == 170
-    assert ours == theirs
+    assert settings() == theirs
