@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 
 from megatron_prolong.data.mds import MDSReader, common_tokenizer, read_index
 from megatron_prolong.data.packed import Identity, PackedSequence, read_boundaries
+from megatron_prolong.data.sources import jsonl
+from megatron_prolong.data.sources.files import COMPRESSED
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import tokenizer_fingerprint
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
+RECORD_SUFFIXES = {*jsonl.SUFFIXES, ".parquet", *COMPRESSED}  # their bytes are not the text that is meant
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,12 +123,13 @@ def _read_packed(reader: MDSReader, number: int, span: slice) -> NDArray[np.int6
 
 
 def _text_files(path: Path) -> list[Path]:
-    if path.is_file():
+    if path.is_file() and path.suffix.lower() not in RECORD_SUFFIXES:
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES) if path.is_dir() else []
     if not files:
         kinds = ", ".join(sorted(TEXT_SUFFIXES))
         raise UserError(
-            f"{path}: no text here; give a directory of MDS shards, a text file, or a folder of {kinds}"
+            f"{path}: no text here; give a directory of MDS shards (`prolong data tokenize` makes it), a text file, or "
+            f"a folder of {kinds}"
         )
     return files

@@ -228,17 +228,15 @@ def test_a_length_without_its_k_is_refused_before_any_model_is_opened(tokenizer:
         make_needle(tokenizer, NOISE, 64, 0.5, seed=3)
 
 
-def test_documents_that_are_not_there_are_missed_before_the_model_is_opened(tmp_path: Path) -> None:
-    arguments = [
-        "perplexity",
-        str(tmp_path / "no_model"),
-        "--data",
-        str(tmp_path / "no_data"),
-        "--out",
-        "out",
-    ]
+@pytest.mark.parametrize("name", ["no_data", "records.jsonl", "text.txt.gz"])
+def test_documents_that_are_not_there_or_no_text_are_told_before_the_model_is_opened(
+    tmp_path: Path, name: str
+) -> None:
+    if name != "no_data":
+        (tmp_path / name).write_text('{"text": "a record"}')
+    arguments = ["perplexity", str(tmp_path / "no_model"), "--data", str(tmp_path / name), "--out", "out"]
     found = CliRunner().invoke(app, ["eval", *arguments])
-    assert isinstance(found.exception, UserError) and "no_data: no text here" in str(found.exception)
+    assert isinstance(found.exception, UserError) and f"{name}: no text here" in str(found.exception)
 
 
 def test_packs_of_another_tokenizer_are_refused_before_the_model_is_opened(
