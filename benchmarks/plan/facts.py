@@ -12,12 +12,12 @@ from typing import Any
 
 from programs import Sharded, longest
 
-from megatron_prolong.plan.flops import ForwardFlops, model_flops
+from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.plan.hardware import Gpu, find_gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import PROLONG_64K, PROLONG_512K, BatchDocuments, single_document
 from megatron_prolong.plan.search import RECOMPUTE_MODES, Candidate, evaluate, search
-from megatron_prolong.plan.weights import num_parameters
+from megatron_prolong.recipe.counts import ForwardFlops, num_parameters
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import ModelShape
 

@@ -15,7 +15,7 @@ from megatron_prolong.plan import memory, time
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import Lengths
-from megatron_prolong.plan.weights import layer_weights, num_parameters
+from megatron_prolong.recipe.counts import layer_weights, num_parameters
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,6 @@ from megatron_prolong.recipe.fp8 import Fp8Recipe, fp8_problem
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import ModelShape
 
-# Megatron's own default (arguments.py --make-vocab-size-divisible-by); times tp.
-VOCAB_MULTIPLE = 128
-
-
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Vocabulary size rounded up so that every tensor-parallel rank holds a multiple of VOCAB_MULTIPLE rows."""
-    multiple = VOCAB_MULTIPLE * tp
-    return (vocab_size + multiple - 1) // multiple * multiple
-
 
 def params_dtype(precision: str) -> torch.dtype:
     """Dtype of weights and activations; fp8 keeps bf16 weights and casts inside the GEMMs."""

@@ -15,10 +15,10 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor
 
 from megatron_prolong.mcore.attention import Documents
-from megatron_prolong.mcore.config import padded_vocab_size
 from megatron_prolong.mcore.specs import block_spec
 from megatron_prolong.model.cross_entropy import VocabularyShard, cross_entropy_sum, token_losses
 from megatron_prolong.model.rope import angles, inverse_frequencies
+from megatron_prolong.recipe.counts import padded_vocab_size
 from megatron_prolong.recipe.shape import ModelShape
 
 

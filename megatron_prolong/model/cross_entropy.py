@@ -22,8 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-NO_LABEL = -100  # torch.nn.functional.cross_entropy's default
-
 
 @dataclass(frozen=True)
 class VocabularyShard:
@@ -44,7 +42,7 @@ class VocabularyShard:
 def token_losses(
     hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, shard: VocabularyShard, chunk_tokens: int
 ) -> Tensor:
-    """Loss of each token, fp32 [T], without gradient; 0 where the label is -100. See `cross_entropy_sum`."""
+    """Loss of each token, fp32 [T], without gradient; 0 where the label is negative. See `cross_entropy_sum`."""
     losses_T = torch.zeros(len(hidden_TH), device=hidden_TH.device)
     with torch.no_grad():
         for chunk in _chunks(len(hidden_TH), chunk_tokens):
@@ -60,7 +58,7 @@ def cross_entropy_sum(
     Args:
         hidden_TH: input of the output layer, the same tokens on every rank of the group.
         weight_VH: this rank's rows of the output layer, in hidden's dtype.
-        labels_T: int64 next tokens (indices of the whole vocabulary), or -100 for no loss.
+        labels_T: int64 next tokens (indices of the whole vocabulary); negative for no loss.
         chunk_tokens: rows of logits that exist at a time, per rank.
 
     The gradient of hidden_TH is this rank's *part*: the sum over the group is the gradient. (Megatron's
@@ -144,7 +142,7 @@ def _part(hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, shard: Vocabul
         target_C = torch.zeros(len(labels_C), device=labels_C.device)
     softmax = _FusedSoftmax(logits_CV) if logits_CV.is_cuda and num_rows else _Softmax(logits_CV)
     lse_C, target_C = _combine(softmax.lse_C, target_C, shard.group)
-    has_label_C = labels_C != NO_LABEL
+    has_label_C = labels_C >= 0
     losses_C = (lse_C - target_C).masked_fill_(~has_label_C, 0.0)
     return _Part(losses_C, softmax, lse_C, has_label_C, rows_C, is_mine_C)
 

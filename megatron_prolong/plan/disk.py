@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.plan.weights import num_parameters
+from megatron_prolong.recipe.counts import num_parameters
 from megatron_prolong.recipe.run_files import complete_checkpoints
 from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import ModelShape

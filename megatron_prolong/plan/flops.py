@@ -4,9 +4,6 @@ Two counts, never to be mixed:
 - *model* FLOPs: what the mathematics needs (forward, and twice that backward); MFU is these over the peak.
 - *hardware* FLOPs: what is executed: recomputation too, and the scores again inside the flash backward (2.5 times
   the forward, Dao 2023 section 3.1).
-
-A product of [m,k] by [k,n] is 2·m·k·n. Causal attention over a document of n tokens is two products over n²/2
-pairs: 2·n²·(heads·head size) forward. Norms, activations and the embedding's lookup are not counted.
 """
 
 from __future__ import annotations
@@ -14,40 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prolong.plan.job import Job
+from megatron_prolong.recipe.counts import ForwardFlops
 from megatron_prolong.recipe.shape import ModelShape
 
 FLASH_BACKWARD = 2.5  # backward over forward: five products instead of two
-
-
-@dataclass(frozen=True)
-class ForwardFlops:
-    """FLOPs of one forward pass of the whole model.
-
-    Attributes:
-        layers_per_token: matrix products of all layers, per token.
-        mlp_per_token: the part of them that is in the MLPs.
-        output_per_token: the output layer, per token.
-        attention_per_pair: causal attention of all layers, per token² of a document.
-    """
-
-    layers_per_token: float
-    mlp_per_token: float
-    output_per_token: float
-    attention_per_pair: float
-
-    @classmethod
-    def of(cls, shape: ModelShape) -> ForwardFlops:
-        """The counts of a Llama."""
-        heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-        query = shape.num_heads * shape.head_dim
-        mlp = 3 * shape.hidden_size * shape.ffn_hidden_size
-        projections = shape.hidden_size * (heads + query)
-        return cls(
-            layers_per_token=2.0 * shape.num_layers * (mlp + projections),
-            mlp_per_token=2.0 * shape.num_layers * mlp,
-            output_per_token=2.0 * shape.hidden_size * shape.vocab_size,
-            attention_per_pair=2.0 * shape.num_layers * query,
-        )
 
 
 def model_flops(shape: ModelShape, tokens: float, pairs: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_prolong.recipe.counts import padded_vocab_size
 from megatron_prolong.recipe.fp8 import Fp8Recipe
 from megatron_prolong.recipe.schema import (
     Layout,
@@ -17,8 +18,6 @@ from megatron_prolong.recipe.schema import (
     recompute_of,
 )
 from megatron_prolong.recipe.shape import ModelShape
-
-VOCAB_MULTIPLE = 128  # rows per tensor-parallel rank are a multiple of this, as Megatron pads them
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,7 @@ class Job:
     @property
     def vocab_rows(self) -> int:
         """Rows of the embedding (and of the output layer) on one tensor-parallel rank, padding included."""
-        multiple = VOCAB_MULTIPLE * self.layout.tp
-        return -(-self.shape.vocab_size // multiple) * multiple // self.layout.tp
+        return padded_vocab_size(self.shape.vocab_size, self.layout.tp) // self.layout.tp
 
 
 def job_of(

@@ -21,13 +21,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from megatron_prolong.plan.job import Job
-from megatron_prolong.plan.weights import (
-    buffer_elements,
-    fp8_weights,
-    layer_weights,
-    optimizer_bytes,
-    stage_weights,
-)
+from megatron_prolong.plan.weights import buffer_elements, fp8_weights, optimizer_bytes, stage_weights
+from megatron_prolong.recipe.counts import layer_weights
 from megatron_prolong.recipe.layout_rules import kv_repeats, te_exchanges
 
 

@@ -31,13 +31,14 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.plan.flops import ForwardFlops, model_flops, passes
+from megatron_prolong.plan.flops import model_flops, passes
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import BatchDocuments, Lengths
 from megatron_prolong.plan.memory import gpu_kernels, parkable_by_chunk
 from megatron_prolong.plan.volume import context_bytes, gathered_bytes
 from megatron_prolong.plan.weights import stage_weights
+from megatron_prolong.recipe.counts import ForwardFlops
 
 Seconds = NDArray[np.float64]
 

@@ -5,20 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_prolong.plan.job import Job
-from megatron_prolong.recipe.shape import ModelShape
-
-
-def layer_weights(shape: ModelShape, tp: int) -> dict[str, int]:
-    """Elements of each weight of one layer on one tensor-parallel rank."""
-    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    return {
-        "norm_attention": shape.hidden_size,
-        "qkv": heads // tp * shape.hidden_size,
-        "proj": shape.num_heads * shape.head_dim // tp * shape.hidden_size,
-        "norm_mlp": shape.hidden_size,
-        "fc1": 2 * shape.ffn_hidden_size // tp * shape.hidden_size,
-        "fc2": shape.ffn_hidden_size // tp * shape.hidden_size,
-    }
+from megatron_prolong.recipe.counts import layer_weights
 
 
 def stage_weights(job: Job, pp_rank: int) -> list[int]:
@@ -47,13 +34,6 @@ def fp8_weights(job: Job, pp_rank: int) -> int:
     layers = job.stage_layers(pp_rank) - (pp_rank == 0) - (pp_rank == job.layout.pp - 1)
     linears = (size for name, size in layer_weights(job.shape, job.layout.tp).items() if "norm" not in name)
     return max(layers, 0) * sum(linears)
-
-
-def num_parameters(shape: ModelShape) -> int:
-    """Weights of the whole model, with the real vocabulary."""
-    vocabularies = 1 if shape.tie_embeddings else 2
-    layers = sum(layer_weights(shape, 1).values()) * shape.num_layers
-    return layers + vocabularies * shape.vocab_size * shape.hidden_size + shape.hidden_size
 
 
 def buffer_elements(job: Job, weights: list[int]) -> int:

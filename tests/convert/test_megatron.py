@@ -57,8 +57,9 @@ def _load_into_plain_gpt(source: Path) -> None:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from megatron_prolong.mcore.config import padded_vocab_size, transformer_config
+    from megatron_prolong.mcore.config import transformer_config
     from megatron_prolong.mcore.groups import megatron
+    from megatron_prolong.recipe.counts import padded_vocab_size
 
     layout = Layout(tp=2, pp=2, sequence_parallel=False)
     shape = read_shape(source)

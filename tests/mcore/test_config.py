@@ -6,7 +6,8 @@ import pytest
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from benchmarks.shapes import LLAMA3_8B
-from megatron_prolong.mcore.config import fused_rotation_fits, padded_vocab_size, transformer_config
+from megatron_prolong.mcore.config import fused_rotation_fits, transformer_config
+from megatron_prolong.recipe.counts import padded_vocab_size
 from megatron_prolong.recipe.schema import Layout
 
 K = 1024

@@ -19,7 +19,8 @@ from megatron_prolong.plan.memory import (
     saved_by_layer,
 )
 from megatron_prolong.plan.volume import step_volume
-from megatron_prolong.plan.weights import buffer_elements, fp8_weights, num_parameters, stage_weights
+from megatron_prolong.plan.weights import buffer_elements, fp8_weights, stage_weights
+from megatron_prolong.recipe.counts import num_parameters
 from megatron_prolong.recipe.schema import Layout
 
 JOB = Job(LLAMA3_8B, Layout(), 8, 65_536, 64)

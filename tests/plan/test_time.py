@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from plan_shapes import LLAMA3_8B, TINY
 
-from megatron_prolong.plan.flops import ForwardFlops, model_flops
+from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.plan.hardware import find_gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import LONG_TOKENS, PROLONG_512K, BatchDocuments, single_document
 from megatron_prolong.plan.memory import kept_by_chunk, kept_by_layer, parked_bytes
 from megatron_prolong.plan.search import RECOMPUTE_MODES, evaluate
 from megatron_prolong.plan.time import RankLoads, Rates, mfu, rates, step_time
+from megatron_prolong.recipe.counts import ForwardFlops
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import to_hf_config
 

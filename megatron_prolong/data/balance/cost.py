@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prolong.recipe.counts import ForwardFlops
 from megatron_prolong.recipe.shape import ModelShape
 
 Lengths = NDArray[np.int64]
@@ -49,14 +50,11 @@ class CostModel:
     @classmethod
     def for_shape(cls, shape: ModelShape) -> CostModel:
         """From a Llama's operations and bytes at an H100's speeds; a measured fit (`fit`) is better."""
-        heads = shape.num_heads + 2 * shape.num_kv_heads
-        attention = shape.hidden_size * shape.head_dim * (heads + shape.num_heads)
-        weights = attention + 3 * shape.hidden_size * shape.ffn_hidden_size
-        output = shape.hidden_size * shape.vocab_size
+        forward = ForwardFlops.of(shape)
         kv_bytes = 2 * shape.num_kv_heads * shape.head_dim * 2
         return cls(
-            linear=2 * (shape.num_layers * weights + output) * _MATMUL_SECONDS,
-            quadratic=2 * shape.num_layers * shape.num_heads * shape.head_dim * _ATTENTION_SECONDS,
+            linear=(forward.layers_per_token + forward.output_per_token) * _MATMUL_SECONDS,
+            quadratic=forward.attention_per_pair * _ATTENTION_SECONDS,
             exchange=shape.num_layers * kv_bytes * _EXCHANGE_SECONDS,
         )
 
