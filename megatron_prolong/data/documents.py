@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.data.mds import MDSReader, common_tokenizer
-from megatron_prolong.data.packed import Identity, read_boundaries
+from megatron_prolong.data.packed import Identity, read_boundaries, read_mask
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.progress import track
 
@@ -53,9 +53,14 @@ class TokenizedInputs:
         return int(self._starts[-1])
 
     def read(self, sample: int) -> dict[str, Any]:
-        """Columns input_ids, and where they exist indices, mask and domain; arrays are views of the file."""
+        """Columns input_ids, and where they exist indices, mask (as read_mask) and domain; the other arrays are
+        views of the file."""
         reader, number = self._find(sample)
-        return reader[number]
+        values = reader[number]
+        if self.has_mask:
+            identity = Identity.of(reader, number)
+            values["mask"] = read_mask(values["mask"], len(values["input_ids"]), identity)
+        return values
 
     def name(self, sample: int) -> str:
         """Data set, shard and sample number, for messages."""
@@ -100,11 +105,6 @@ class TokenizedInputs:
 
     def _boundaries(self, sample: int, values: dict[str, Any]) -> list[int]:
         num_tokens, identity = len(values["input_ids"]), Identity.of(*self._find(sample))
-        if "mask" in values and len(values["mask"]) != num_tokens:
-            raise UserError(
-                f"{identity}: mask has {len(values['mask'])} entries for {num_tokens} tokens; "
-                "tokenize it again"
-            )
         return read_boundaries(values.get("indices"), num_tokens, identity).tolist()
 
 

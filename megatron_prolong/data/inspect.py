@@ -51,7 +51,7 @@ class LengthHistogram:
 
 @dataclass
 class DomainSurvey:
-    """One domain of a data set. num_targets: tokens with mask 1, None when there is no mask."""
+    """One domain of a data set. num_targets: tokens whose mask is not 0, None when there is no mask."""
 
     name: str
     num_targets: int | None
@@ -90,7 +90,7 @@ def survey(directory: Path) -> list[DomainSurvey]:
         edges = read_boundaries(sample.get("indices"), len(sample["input_ids"]), Identity.of(reader, number))
         domain.lengths.add(np.diff(edges))
         if domain.num_targets is not None:
-            domain.num_targets += int(sample["mask"].sum())
+            domain.num_targets += int(np.count_nonzero(sample["mask"]))
     return sorted(domains.values(), key=lambda domain: -domain.num_tokens)
 
 

@@ -2,7 +2,7 @@
 
 On disk it is one MDS sample with the columns of ProLong's published data: `input_ids` uint32 [S],
 `indices` uint32 [D, 2] (start and end of every document, in order, without gaps; absent means one
-document) and, for instruction data, `mask` uint8 [S] (1 = this token is a training target).
+document) and, for instruction data, `mask` [S], integers (0 = this token is no training target).
 Only numpy lives here; `data/batch.py` turns packed sequences into the tensors of a step.
 """
 
@@ -54,7 +54,7 @@ class PackedSequence:
 
     tokens: uint32 [S]. boundaries: int64 [D+1], strictly increasing from 0 to S (cu_seqlens).
     mask: uint8 [S] of zeros and ones, or None when every token may be a target.
-    Raises UserError naming the sample when tokens or mask are not so: the values come from files.
+    Raises UserError naming the sample when the tokens are not so: they come from files.
     """
 
     tokens: NDArray[np.uint32]
@@ -67,17 +67,10 @@ class PackedSequence:
             self._refuse(f"input_ids must be uint32 [S], found {self.tokens.dtype} {list(self.tokens.shape)}")
         if not len(self.tokens):
             self._refuse("input_ids is empty; pack the data set again")
-        edges = self.boundaries  # those of a file were judged by read_boundaries
+        edges = self.boundaries  # those of a file were judged by read_boundaries, its mask by read_mask
         assert edges.dtype == np.int64 and edges[0] == 0 and edges[-1] == len(self.tokens)
         assert (np.diff(edges) > 0).all()
-        if self.mask is not None:
-            if self.mask.dtype != np.uint8 or self.mask.shape != self.tokens.shape:
-                self._refuse(
-                    f"mask must be uint8 [{len(self.tokens)}] like input_ids, "
-                    f"found {self.mask.dtype} {list(self.mask.shape)}"
-                )
-            if self.mask.max() > 1:
-                self._refuse(f"mask holds {self.mask.max()}; only 0 and 1 are allowed")
+        assert self.mask is None or (self.mask.dtype == np.uint8 and self.mask.shape == self.tokens.shape)
 
     def _refuse(self, problem: str) -> None:
         raise UserError(f"{self.identity}: {problem}")
@@ -101,7 +94,7 @@ class PackedSequence:
                 "tokenize the chats with `--kind chat`, or set loss_mask: false"
             )
         tokens = np.array(sample["input_ids"])
-        mask = np.array(sample["mask"]) if loss_mask else None
+        mask = read_mask(sample["mask"], len(tokens), identity) if loss_mask else None
         boundaries = read_boundaries(sample.get("indices"), len(tokens), identity)
         return cls(tokens, boundaries, mask, identity)
 
@@ -122,6 +115,21 @@ class PackedSequence:
         """The documents one by one, as views."""
         for start, end in zip(self.boundaries[:-1], self.boundaries[1:], strict=True):
             yield Piece(self.tokens[start:end], None if self.mask is None else self.mask[start:end])
+
+
+def read_mask(stored: Any, num_tokens: int, identity: Identity) -> NDArray[np.uint8]:
+    """1 where the column `mask` is not 0, which is all that ProLong's collator asks; a copy, uint8 [num_tokens].
+
+    datatools' `pack` writes masks of uint32, and into them the ids of the tokens that it adds.
+    Raises UserError when it is no array of num_tokens integers.
+    """
+    mask = np.asarray(stored)
+    if mask.dtype.kind not in "iu" or mask.shape != (num_tokens,):
+        raise UserError(
+            f"{identity}: mask must be integers [{num_tokens}] like input_ids, "
+            f"found {mask.dtype} {list(mask.shape)}; tokenize it again"
+        )
+    return (mask != 0).view(np.uint8)
 
 
 def read_boundaries(indices: Any, num_tokens: int, identity: Identity) -> NDArray[np.int64]:

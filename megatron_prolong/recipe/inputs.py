@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def mixture_problems(path: Path, *, loss_mask: bool, tokenizer: str | None) -> l
         return [_one_line(error)]
     shards, known = index.get("shards"), index.get("tokenizer")
     if not isinstance(shards, list) or not all(map(_is_shard, shards)):
-        return ["its index.json lists no shards (each with samples and column_names)"]
+        return ["its index.json lists no shards (each with samples, column_names and column_encodings)"]
     if not sum(shard["samples"] for shard in shards):
         return ["it is empty: its index.json lists no samples"]
     if known and tokenizer and known != tokenizer:
@@ -114,22 +115,30 @@ def mixture_problems(path: Path, *, loss_mask: bool, tokenizer: str | None) -> l
             f"its tokens were made with another tokenizer (fingerprint {known}) than the model's ({tokenizer}); "
             "tokenize its source again with the model's, and pack it again"
         ]
-    columns = set(shards[0]["column_names"])
-    needed = {"input_ids", "mask"} if loss_mask else {"input_ids"}
-    reasons = {"input_ids": "the tokens", "mask": "loss_mask is true"}
-    return [
-        f"no column {name} ({reasons[name]}); its columns are {', '.join(sorted(columns))}"
-        for name in sorted(needed - columns)
-    ]
+    columns = dict(zip(shards[0]["column_names"], shards[0]["column_encodings"], strict=False))
+    problems = [_column_problem(columns, "input_ids", "the tokens", "uint32", "uint32")]
+    if loss_mask:
+        problems.append(_column_problem(columns, "mask", "loss_mask is true", "integers", r"u?int\d+"))
+    return [problem for problem in problems if problem]
+
+
+def _column_problem(
+    columns: Mapping[str, str], name: str, reason: str, numbers: str, pattern: str
+) -> str | None:
+    """What keeps a column from being there with arrays of numbers whose type matches the pattern."""
+    if name not in columns:
+        return f"no column {name} ({reason}); its columns are {', '.join(sorted(columns))}"
+    # An array may leave its type, or its shape, to each sample.
+    if not re.fullmatch(rf"ndarray(:{pattern}(:.*)?)?", columns[name]):
+        return f"its column {name} is {columns[name]}; it must hold arrays of {numbers}, so write it anew"
+    return None
 
 
 def _is_shard(entry: object) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("samples"), int)
-        and isinstance(columns := entry.get("column_names"), list)
-        and all(isinstance(name, str) for name in columns)
-    )
+    if not isinstance(entry, dict) or not isinstance(entry.get("samples"), int):
+        return False
+    columns = (entry.get("column_names"), entry.get("column_encodings"))
+    return all(isinstance(each, list) and all(isinstance(one, str) for one in each) for each in columns)
 
 
 def _one_line(error: UserError) -> str:

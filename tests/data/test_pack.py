@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from megatron_prolong.data import pack as pack_module
 from megatron_prolong.data.executors import LocalProcesses
+from megatron_prolong.data.filter import FilterOptions, filter_documents
+from megatron_prolong.data.inspect import survey
 from megatron_prolong.data.mds import MDSReader, MDSWriter
 from megatron_prolong.data.pack import PackOptions, PackReport, pack
 from megatron_prolong.errors import UserError
@@ -240,6 +242,18 @@ def test_nothing_to_pack_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["documents"]
 
 
+def test_masks_of_any_integers_stay_what_they_say(tmp_path: Path) -> None:
+    """datatools' are uint32, and hold the ids of added tokens, whose lowest byte may be zero."""
+    with MDSWriter(tmp_path / "in", {"input_ids": "ndarray:uint32", "mask": "ndarray:uint32"}) as writer:
+        writer.write({"input_ids": tokens_of(1, 6), "mask": np.array([128000, 0, 0, 1, 1, 256], np.uint32)})
+    pack([tmp_path / "in"], tmp_path / "packs", PackOptions(6, "concat"))
+    filter_documents([tmp_path / "in"], tmp_path / "kept", FilterOptions(min_length={"": 1}))
+    for step in ("packs", "kept"):
+        (sample,) = MDSReader(tmp_path / step)
+        assert sample["mask"].dtype == np.uint8 and sample["mask"].tolist() == [1, 0, 0, 1, 1, 1]
+    assert survey(tmp_path / "in")[0].num_targets == 4
+
+
 def test_unsuitable_inputs(tmp_path: Path) -> None:
     plain = write_documents(tmp_path / "plain", [30])
     masked = write_documents(tmp_path / "masked", [30], mask=True)
@@ -257,5 +271,7 @@ def test_unsuitable_inputs(tmp_path: Path) -> None:
         pack([tmp_path / "text"], tmp_path / "packs", PackOptions(8, "concat"))
     with MDSWriter(tmp_path / "uneven", {"input_ids": "ndarray:uint32", "mask": "ndarray:uint8"}) as writer:
         writer.write({"input_ids": np.zeros(4, np.uint32), "mask": np.zeros(5, np.uint8)})
-    with pytest.raises(UserError, match=r"uneven, shard .*, sample 0: mask has 5 entries for 4 tokens"):
+    with pytest.raises(
+        UserError, match=r"uneven, shard .*, sample 0: mask must be integers \[4\].*found uint8 \[5\]"
+    ):
         pack([tmp_path / "uneven"], tmp_path / "packs", PackOptions(2, "concat"))

@@ -99,8 +99,8 @@ def test_wrong_contents_are_found_in_sound_files(tmp_path: Path, size_limit: int
     }
     wrong = {
         "indices end at 3": {"indices": np.array([[0, 3]], np.uint32)},
-        "mask must be uint8 [4]": {"mask": np.ones(3, np.uint8)},
-        "mask holds 2": {"mask": np.array([0, 1, 2, 1], np.uint8)},
+        "mask must be integers [4]": {"mask": np.ones(3, np.uint8)},
+        "span [1, 4) of indices": {"indices": np.array([[1, 4]], np.uint32)},
         "length 5, but 4 tokens": {"length": 5},
         "token 50 at position 3": {"input_ids": np.array([1, 2, 3, 50], np.uint32)},
     }

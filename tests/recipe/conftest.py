@@ -1,7 +1,7 @@
 """A small recipe whose model, tokenizer and data exist, to be broken by the tests."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ SHAPE = ModelShape(
     max_length=512,
     rope_base=5e5,
 )
+
+
+ENCODINGS = {"input_ids": "ndarray:uint32", "indices": "ndarray:uint32", "mask": "ndarray:uint8"}
 
 
 def describe_checkpoint(directory: Path, kind: str, shape: ModelShape) -> None:
@@ -96,8 +99,16 @@ def write_tokenizer(directory: Path, vocabulary: int) -> None:
     (directory / "tokenizer.json").write_text(json.dumps(content))
 
 
-def write_domain(directory: Path, columns: list[str], samples: int = 3) -> None:
+def write_domain(
+    directory: Path, columns: list[str], samples: int = 3, encodings: Mapping[str, str] = ENCODINGS
+) -> None:
     """index.json of a directory of MDS shards."""
     directory.mkdir(parents=True)
-    shard = {"format": "mds", "version": 2, "column_names": columns, "samples": samples}
+    shard = {
+        "format": "mds",
+        "version": 2,
+        "column_names": columns,
+        "column_encodings": [encodings.get(name, "str") for name in columns],
+        "samples": samples,
+    }
     (directory / "index.json").write_text(json.dumps({"version": 2, "shards": [shard]}))

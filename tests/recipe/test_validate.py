@@ -10,7 +10,14 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import fingerprint, tokenizer_fingerprint
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.validate import check, find_problems, incoming_shape
-from tests.recipe.conftest import SHAPE, describe_checkpoint, write_domain, write_model, write_tokenizer
+from tests.recipe.conftest import (
+    ENCODINGS,
+    SHAPE,
+    describe_checkpoint,
+    write_domain,
+    write_model,
+    write_tokenizer,
+)
 
 Write = Callable[..., Path]
 
@@ -278,6 +285,33 @@ def test_an_empty_or_broken_domain(write: Write, recipe_data: dict[str, Any], wo
     ):
         (problem,) = problems_of(path, [f"stage.one.mixture={{{name}: 1.0}}"])
         assert message in problem
+
+
+@pytest.mark.parametrize("suffix", ["", ":uint8", ":uint32", ":int64", ":uint32:1024"])
+def test_masks_of_any_integers(write: Write, recipe_data: dict[str, Any], workdir: Path, suffix: str) -> None:
+    """datatools packs them as uint32."""
+    write_domain(
+        workdir / "chats", ["input_ids", "mask"], encodings={**ENCODINGS, "mask": f"ndarray{suffix}"}
+    )
+    assert problems_of(write(recipe_data), ["stage.one.loss_mask=true", "stage.one.mixture={chats: 1}"]) == []
+
+
+@pytest.mark.parametrize(
+    ("column", "encoding", "numbers"),
+    [
+        ("mask", "ndarray:float32", "integers"),
+        ("mask", "uint8", "integers"),
+        ("mask", "json", "integers"),
+        ("input_ids", "ndarray:int64", "uint32"),
+    ],
+)
+def test_columns_of_other_kinds_are_found_before_the_run(
+    write: Write, recipe_data: dict[str, Any], workdir: Path, column: str, encoding: str, numbers: str
+) -> None:
+    write_domain(workdir / "chats", ["input_ids", "mask"], encodings={**ENCODINGS, column: encoding})
+    (problem,) = problems_of(write(recipe_data), ["stage.one.loss_mask=true", "stage.one.mixture={chats: 1}"])
+    assert problem.startswith(f"stages.one.mixture.chats: its column {column} is {encoding}; ")
+    assert f"arrays of {numbers}" in problem
 
 
 def test_data_of_another_tokenizer(write: Write, recipe_data: dict[str, Any], workdir: Path) -> None:
