@@ -25,8 +25,8 @@ def write_data(root: Path) -> Path:
     popular = [_passages(n, f"popular {n}?") | {"id": n // 2, "s_pop": 10 ** (n % 6)} for n in range(12)]
     for k in (50, 3):
         _write(root / f"kilt/popqa_test_1000_k{k}_dep6.jsonl", popular)
-    for k in (50, 10):
-        _write(root / f"msmarco/test_reranking_data_k{k}_dep3.jsonl", [_ranked(n) for n in range(9)])
+    for k, size in ((50, 9), (10, 20)):
+        _write(root / f"msmarco/test_reranking_data_k{k}_dep3.jsonl", [_ranked(n) for n in range(size)])
     for folder, fields in (
         ("trec", {"coarse_label": 3, "fine_label": 4}),
         ("banking77", {"label": 3}),

@@ -106,7 +106,7 @@ def test_prompts_and_scores_are_what_helmet_gave(
         scored = [task.score(output, row) for output in outputs_for(row)]
         scores = [{key: round(float(value), 4) for key, value in one.scores.items()} for one in scored]
         prompts = [render(task, row, chat).text for chat in (False, True)]
-        found.append([prompts, row["answer"], scores, [one.parsed for one in scored]])
+        found.append([row[task.question], prompts, row["answer"], scores, [one.parsed for one in scored]])
     assert digest(found) == DIGESTS["tasks"][name]
 
 

@@ -53,10 +53,9 @@ def _load(task: Task, inputs: Inputs) -> list[Row]:
     assert inputs.data is not None
     rows = read_rows(inputs.data / task.test_file)
     demos = read_rows(inputs.data / task.demo_file)
-    key = "qid" if rows and "qid" in rows[0] else "query"
-    names = sorted({row[key] for row in rows})
+    names = sorted({row["qid"] for row in rows})
     chosen = set(random.Random(inputs.seed).sample(names, min(task.samples(inputs), len(names))))
-    rows = [row for row in rows if row[key] in chosen]
+    rows = [row for row in rows if row["qid"] in chosen]
     cut_offs = [cut for cut in CUT_OFFS if cut <= len(rows[0]["ctxs"])] if rows else []
     if len(demos) > 2 * len(rows):
         asked = {row["qid"] for row in rows}
