@@ -129,7 +129,7 @@ def _text_files(path: Path) -> list[Path]:
     if not files:
         kinds = ", ".join(sorted(TEXT_SUFFIXES))
         raise UserError(
-            f"{path}: no text here; give a directory of MDS shards (`prolong data tokenize` makes it), a text file, or "
-            f"a folder of {kinds}"
+            f"{path}: no text here; give a directory of MDS shards (`prolong data tokenize` makes it), a text "
+            f"file, or a folder of {kinds}"
         )
     return files
