@@ -11,6 +11,7 @@ from typing import Any
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.bootstrap import Interval, mean_interval
 from megatron_prolong.evaluation.suites import CATEGORIES
+from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.recipe.shape import read_json
 
 JUDGED = "-gpt4eval_o.json"
@@ -47,6 +48,11 @@ class Result:
     values: tuple[float, ...]
     questions: tuple[Hashable, ...]
     truncated: int
+
+    @property
+    def key(self) -> tuple[int, str, str]:
+        """Length, category and name: one model has one result of each. Three of RULER's needles are of two categories."""
+        return self.length, self.category, self.name
 
     @property
     def counted(self) -> list[float]:
@@ -120,13 +126,29 @@ def read_results(directory: Path) -> list[Result]:
     """Every result under a directory.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or there are several of the same task at the same length.
     """
     paths = [path for path in sorted(directory.glob("*.json")) if not path.name.endswith(JUDGED)]
     results = [read_result(path) for path in paths if _is_result(path)]
     if not results:
         raise UserError(f"{directory}: no results here; `prolong eval run MODEL --suite … --out {directory}`")
+    _refuse_several(directory, results)
     return results
+
+
+def _refuse_several(directory: Path, results: Iterable[Result]) -> None:
+    files: dict[tuple[int, str, str], list[str]] = {}
+    for result in results:
+        files.setdefault(result.key, []).append(result.path.name)
+    if several := {key: names for key, names in files.items() if len(names) > 1}:
+        raise UserError.many(
+            f"{directory}: several results of one task, made with other settings (--samples, --chat, --seed, "
+            "--tag); delete all but one, or move them to a folder of their own:",
+            (
+                "\n    ".join([f"{name} at {format_count(length)}:", *found])
+                for (length, _, name), found in several.items()
+            ),
+        )
 
 
 def _is_result(path: Path) -> bool:

@@ -26,6 +26,7 @@ class Change:
     """A task's difference from the first model, 0 to 100, paired by row; None where rows or scores differ."""
 
     model: str
+    category: str
     task: str
     length: int
     interval: Interval | None
@@ -34,12 +35,12 @@ class Change:
 def changes(models: Models) -> list[Change]:
     """Every other model against the first, task by task, paired by row."""
     (_, baseline), *others = models.items()
-    known = {(result.name, result.length): result for result in baseline}
+    known = {result.key: result for result in baseline}
     return [
-        Change(label, result.name, result.length, _difference(known[result.name, result.length], result))
+        Change(label, one.category, one.name, one.length, _difference(known[one.key], one))
         for label, results in others
-        for result in results
-        if (result.name, result.length) in known
+        for one in results
+        if one.key in known
     ]
 
 
@@ -133,27 +134,22 @@ def _references(
 
 def _tasks(models: Models) -> Grid:
     change = (
-        {(one.model, one.task, one.length): one.interval for one in changes(models)}
+        {(one.model, (one.length, one.category, one.task)): one.interval for one in changes(models)}
         if len(models) > 1
         else {}
     )
     cells = {
-        (result.length, result.name, label): _task_cell(
-            result, change.get((label, result.name, result.length))
-        )
+        (label, result.key): _task_cell(result, change.get((label, result.key)))
         for label, results in models.items()
         for result in results
     }
-    sizes = {
-        (result.length, result.name): len(result.values) for results in models.values() for result in results
-    }
+    sizes = {result.key: len(result.values) for results in models.values() for result in results}
     rows = [
-        [format_count(length), name, str(sizes[length, name])]
-        + [cells.get((length, name, label), "") for label in models]
-        for length, name in sorted(sizes)
+        [format_count(key[0]), *key[1:], str(size), *(cells.get((label, key), "") for label in models)]
+        for key, size in sorted(sizes.items())
     ]
     title = "Tasks: score [95% interval over questions], and change from the first model"
-    return Grid(title, ["length", "task", "n", *models], rows)
+    return Grid(title, ["length", "category", "task", "n", *models], rows)
 
 
 def _task_cell(result: Result, change: Interval | None) -> str:
@@ -198,8 +194,9 @@ def plot_suite(models: Models, path: Path) -> None:
     for place, category in enumerate(categories):
         _lines(axes[place], models, category)
     for place, (label, results) in enumerate(models.items()):
-        scores = {(_short(result.name), result.length): result.interval.mean for result in results}
-        heatmap(axes[columns + place], scores, {name: name for name in sorted({name for name, _ in scores})})
+        scores = {((one.category, _short(one.name)), one.length): one.interval.mean for one in results}
+        tasks = sorted({task for task, _ in scores})
+        heatmap(axes[columns + place], scores, {task: task[1] for task in tasks})
         axes[columns + place].set(title=label, xlabel="length (tokens)")
     for unused in [*axes[len(categories) : columns], *axes[columns + len(models) :]]:
         unused.set_visible(False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.results import Average, Result, averages, read_results
 from megatron_prolong.evaluation.suite_report import _short, changes, cut_notes, grids, summary
 
@@ -49,9 +50,25 @@ def test_a_change_is_after_minus_before_in_points_and_of_what_both_have() -> Non
     other_rows = [result("a", "rag", [0.25, 0.75], questions=(1, 0))]
     assert changes({"before": before, "after": other_rows})[0].interval is None
     table = grids({"before": before, "after": after}, "helmet")[1]
-    cells = {row[1]: row for row in table.rows}
-    assert cells["a"] == ["32K", "a", "2", "25.0 [0, 50]", "50.0 [25, 75] +25.0 [+25, +25]"]
-    assert cells["only"] == ["32K", "only", "1", "100.0 [100, 100]", ""]
+    cells = {row[2]: row[3:] for row in table.rows}
+    assert cells["a"] == ["2", "25.0 [0, 50]", "50.0 [25, 75] +25.0 [+25, +25]"]
+    assert cells["only"] == ["1", "100.0 [100, 100]", ""]
+
+
+def test_a_task_of_two_categories_is_shown_in_both() -> None:
+    """Three of RULER's needles are in HELMET's recall too, and one folder may hold both suites."""
+    of_ruler, of_helmet = (
+        result("niah", category, [0.5, value]) for category, value in (("ruler", 1.0), ("recall", 0.0))
+    )
+    models = {"before": [of_ruler, of_helmet], "after": [of_ruler, of_helmet]}
+    averages_shown, tasks = grids(models, None)
+    assert [row[1:3] for row in averages_shown.rows] == [["recall", "25.0"], ["ruler", "75.0"]]
+    assert [row[:4] for row in tasks.rows] == [
+        ["32K", "recall", "niah", "2"],
+        ["32K", "ruler", "niah", "2"],
+    ]
+    assert [row[4][:4] for row in tasks.rows] == ["25.0", "75.0"]
+    assert [one.interval and one.interval.mean for one in changes(models)] == [0.0, 0.0]
 
 
 def test_averages_stand_in_the_order_of_lengths_with_the_mean_last_and_a_mark_on_what_is_partial() -> None:
@@ -109,17 +126,35 @@ def test_a_judges_rows_have_the_mean_of_its_score_and_are_of_the_questions_they_
     tmp_path: Path,
 ) -> None:
     """HELMET's averages are of 0 to 1 for summaries, and of 0 to 3 for answers."""
-    arguments = {
-        "datasets": "x", "category": "summ", "input_max_length": 8192, "model_name_or_path": "m",
-        "generated": False, "metric_names": [metric], "question_field": "question",
-    }  # fmt: skip
     items = [{"gpt-4-scores": row, "question": asked, "removed_tokens": at} for at, row in enumerate(rows)]
-    content = {"args": arguments, "data": items, "averaged_metrics": {metric: average, "rougeL_f1": 9.0}}
-    (tmp_path / "x_in8192_shots2.json").write_text(json.dumps(content))
+    write_result(tmp_path / "x_in8192_shots2.json", items, {metric: average, "rougeL_f1": 9.0}, [metric])
     (found,) = read_results(tmp_path)
     assert found.values == tuple(expected) and found.truncated == 1
     assert found.questions == (("asked", "asked") if asked == "asked" else (0, 1))
     assert found.score == pytest.approx(found.interval.mean)
+
+
+def test_a_smoke_test_beside_the_results_is_refused(tmp_path: Path) -> None:
+    """It would be averaged with them, and stand in their place in the table of tasks."""
+    names = [f"{task}_v1__in8192_size{size}_shots2.json" for task in ("x", "y") for size in (100, 2)]
+    for name in names[:3]:
+        write_result(tmp_path / name, [{"f1": 0.5, "removed_tokens": 0}], {"f1": 50.0}, ["f1"], name[0])
+    with pytest.raises(UserError, match="delete all but one") as error:
+        read_results(tmp_path)
+    assert str(error.value).splitlines()[1:] == ["  - x at 8K:", f"    {names[0]}", f"    {names[1]}"]
+    (tmp_path / names[1]).unlink()
+    assert [one.name for one in read_results(tmp_path)] == ["x", "y"]
+
+
+def write_result(
+    path: Path, items: list[Any], averaged: dict[str, float], metrics: list[str], name: str = "x"
+) -> None:
+    """A result file of 8K."""
+    arguments = {
+        "datasets": name, "category": "summ", "input_max_length": 8192, "model_name_or_path": "m",
+        "generated": False, "metric_names": metrics, "question_field": "question",
+    }  # fmt: skip
+    path.write_text(json.dumps({"args": arguments, "data": items, "averaged_metrics": averaged}))
 
 
 def test_a_tasks_name_is_one_at_all_lengths() -> None:
