@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +68,24 @@ def accuracy(checkpoint: Path) -> float:
             found = backend.continuation_logprobs([backend.tokenizer.bos_token_id, *prompt], choices)
             right += found.index(max(found)) == row["label"]
     return right / len(QUESTIONS)
+
+
+def test_what_is_scored_already_is_not_asked_again_unless_it_was_of_something_else(
+    hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def evaluate(**options: Any) -> dict[str, Any]:
+        asked.append((options["tasks"], options["num_fewshot"], options["limit"]))
+        return {"results": {"tiny_choice": {"acc,none": len(asked) / 8}}}
+
+    monkeypatch.setattr(short, "_harness", lambda directory: (evaluate, None))
+    ask = partial(run_short, hf_directory, tmp_path, tasks=(ShortTask("tiny_choice", 3, "acc,none"),))
+    assert ask(samples=9) == ask(samples=9) == {"tiny_choice": 12.5}
+    assert ask() == {"tiny_choice": 25.0}
+    (tmp_path / "short.json").write_text("{}")  # as another version may have left it
+    assert ask() == {"tiny_choice": 37.5}
+    assert asked == [(["tiny_choice"], 3, limit) for limit in (9, None, None)]
 
 
 def test_a_checkpoint_must_be_exported_first(
