@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.bootstrap import Interval, mean_interval
-from megatron_prolong.evaluation.suites import CATEGORIES
+from megatron_prolong.evaluation.suites import CATEGORIES, is_of_prolong
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.recipe.shape import read_json
 
@@ -20,6 +20,8 @@ SCALE = {"gpt-4-score": 100 / 3, "gpt-4-f1": 100}
 # Shown in place of a judge's score while there is none.
 WITHOUT_JUDGE = "rougeL_f1"
 MEAN = "mean"
+# Over which lengths nearly every table of ProLong's ablations averages.
+DEVELOPMENT = (32 << 10, 64 << 10)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Result:
 
     @property
     def key(self) -> tuple[int, str, str]:
-        """Length, category and name: one model has one result of each. Three of RULER's needles are of two categories."""
+        """Length, category and name: one model has one result of each. Categories may share a task of RULER's."""
         return self.length, self.category, self.name
 
     @property
@@ -180,7 +182,10 @@ def _question(item: dict[str, Any], field: str, row: int) -> Hashable:
 
 @dataclass(frozen=True)
 class Average:
-    """A category at one length, or MEAN of HELMET's. partial: some of its scores are missing or stand-ins."""
+    """A category at one length, or MEAN of HELMET's. partial: some of its scores are missing or stand-ins.
+
+    length: 0 of those over DEVELOPMENT.
+    """
 
     category: str
     length: int
@@ -207,6 +212,25 @@ def averages(results: Iterable[Result]) -> list[Average]:
             partial, tasks = any(one.partial for one in counted), sum(one.tasks for one in counted)
             found.append(Average(MEAN, length, score, partial, tasks))
     return found
+
+
+def development(results: Iterable[Result]) -> list[Average]:
+    """What ProLong was developed by (paper, §2.2): the averages of its subset of HELMET over 32K and 64K together.
+
+    Of every category that both lengths have, and the MEAN of all six if they have all.
+    """
+    found = averages(result for result in results if is_of_prolong(result.name))
+    short, long = ({one.category: one for one in found if one.length == length} for length in DEVELOPMENT)
+    shared = [category for category in short if category in long]
+    if set(shared) != {*CATEGORIES, MEAN} - {"cite"}:
+        shared = [category for category in shared if category != MEAN]
+    return [_over_lengths([short[category], long[category]]) for category in shared]
+
+
+def _over_lengths(members: Sequence[Average]) -> Average:
+    score = _mean([one.score for one in members])
+    partial, tasks = any(one.partial for one in members), sum(one.tasks for one in members)
+    return Average(members[0].category, 0, score, partial, tasks)
 
 
 def _average(category: str, length: int, members: Sequence[Result]) -> Average:

@@ -12,7 +12,7 @@ from rich.table import Table
 from megatron_prolong.evaluation.bootstrap import Interval, difference_interval
 from megatron_prolong.evaluation.published import published
 from megatron_prolong.evaluation.report import heatmap, new_figure, save_figure
-from megatron_prolong.evaluation.results import MEAN, Average, Result, averages
+from megatron_prolong.evaluation.results import DEVELOPMENT, MEAN, Average, Result, averages, development
 from megatron_prolong.evaluation.suites import CATEGORIES
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.runtime.terminal import screen
@@ -62,7 +62,10 @@ class Grid:
 
 def grids(models: Models, suite: str | None) -> list[Grid]:
     """Averages by category and length with published scores, then every task with its interval and change."""
-    return [_averages(models, suite), _tasks(models)]
+    found = [_averages({label: averages(results) for label, results in models.items()}, suite)]
+    if suite == "prolong":
+        found.append(_averages({label: development(results) for label, results in models.items()}, suite))
+    return [*(grid for grid in found if grid.rows), _tasks(models)]
 
 
 def cut_notes(models: Models) -> list[str]:
@@ -89,11 +92,8 @@ def print_suite(models: Models, suite: str | None) -> None:
         console.print(line, highlight=False)
 
 
-def _averages(models: Models, suite: str | None) -> Grid:
-    by_model = {
-        label: {(one.length, one.category): one for one in averages(results)}
-        for label, results in models.items()
-    }
+def _averages(models: Mapping[str, Sequence[Average]], suite: str | None) -> Grid:
+    by_model = {label: {(one.length, one.category): one for one in found} for label, found in models.items()}
     keys = sorted({key for found in by_model.values() for key in found}, key=_mean_last)
     references = _references(suite, keys)
     rows = []
@@ -101,7 +101,8 @@ def _averages(models: Models, suite: str | None) -> Grid:
         own = [_cell(found.get((length, category))) for found in by_model.values()]
         theirs = [reference.get((length, category)) for reference in references.values()]
         shown = ["" if score is None else f"{score:.1f}" for score in theirs]
-        rows.append([format_count(length), category, *own, *shown])
+        lengths = [length] if length else DEVELOPMENT
+        rows.append(["+".join(map(format_count, lengths)), category, *own, *shown])
     title = "Averages (0–100; * partly without a judge or inference model)"
     return Grid(title, ["length", "category", *by_model, *references], rows)
 
@@ -164,6 +165,7 @@ def summary(models: Models) -> dict[str, Any]:
     """Everything the tables show, as JSON values."""
     return {
         "averages": {label: averages(results) for label, results in models.items()},
+        "development": {label: development(results) for label, results in models.items()},
         "tasks": {
             label: [
                 {

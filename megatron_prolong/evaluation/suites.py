@@ -38,7 +38,12 @@ def helmet(length: int) -> list[Task]:
 
 def prolong(length: int) -> list[Task]:
     """The subset that ProLong was developed on (paper, §2.2 and appendix A.4)."""
-    return [task for task in helmet(length) if not task.name.startswith(PROLONG_LEFT_OUT)]
+    return [task for task in helmet(length) if is_of_prolong(task.name)]
+
+
+def is_of_prolong(name: str) -> bool:
+    """Whether a task of HELMET's is in that subset."""
+    return not name.startswith(PROLONG_LEFT_OUT)
 
 
 def synthetic(length: int) -> list[Task]:

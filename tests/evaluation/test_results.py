@@ -90,6 +90,40 @@ def test_averages_stand_in_the_order_of_lengths_with_the_mean_last_and_a_mark_on
     assert grids({"m": ruler}, "helmet")[0].rows[0][:3] == ["128K", "ruler", "100.0"]
 
 
+def test_prolongs_development_score_is_the_mean_over_32k_and_64k_of_six_categories() -> None:
+    scores = {"recall": 0.5, "rag": 0.25, "rerank": 0.75, "icl": 1.0, "longqa": 0.0, "summ": 0.5}
+    results = [
+        result(f"task_{length}", category, [value if length == 32768 else 1.0], length=length)
+        for category, value in scores.items()
+        for length in (8192, 32768, 65536)
+    ]
+    others = [result(name, "rag", [0.0]) for name in ("kilt_triviaqa", "infbench_qa_eng", "ruler_niah_mv")]
+    cited = [result("alce_asqa", "cite", [0.0], length=length) for length in (32768, 65536)]
+    models = {"m": [*results, *others, *cited], "at 32K only": [result("task", "summ", [0.5])]}
+    _, over_both, _ = grids(models, "prolong")
+    assert over_both.headings[:5] == ["length", "category", "m", "at 32K only", "ProLong-8B (published)"]
+    assert over_both.headings[5] == "5B at 64K (published)"
+    assert [row[:6] for row in over_both.rows] == [
+        ["32K+64K", "icl", "100.0", "", "", ""],
+        ["32K+64K", "longqa", "50.0", "", "37.7", ""],
+        ["32K+64K", "rag", "62.5", "", "", ""],
+        ["32K+64K", "recall", "75.0", "", "", "96.0"],
+        ["32K+64K", "rerank", "87.5", "", "", "29.4"],
+        ["32K+64K", "summ", "75.0", "", "40.1", ""],
+        ["32K+64K", "mean", "75.0", "", "", "54.6"],
+    ]
+    assert {one.category: one.score for one in summary(models)["development"]["m"]}["mean"] == 75.0
+    without_icl = {"m": [one for one in results if (one.category, one.length) != ("icl", 65536)]}
+    assert [row[1] for row in grids(without_icl, "prolong")[1].rows] == [
+        "longqa",
+        "rag",
+        "recall",
+        "rerank",
+        "summ",
+    ]
+    assert len(grids(models, "helmet")) == len(grids({"m": results[:1]}, "prolong")) == 2
+
+
 def test_what_was_cut_and_how_much_was_asked_is_said() -> None:
     models = {
         "m": [
