@@ -55,7 +55,7 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(max(self._fed + self.timeout_seconds - time.monotonic(), 0.0)):
+        while not self._stop.wait(self._fed + self.timeout_seconds - time.monotonic()):
             if time.monotonic() - self._fed >= self.timeout_seconds:
                 self._bite()
 

@@ -29,13 +29,17 @@ def test_a_hang_ends_the_process_naming_rank_step_and_place():
 
 
 def test_feeding_keeps_it_quiet_beyond_the_timeout(monkeypatch):
-    bites = []
+    bites, looks = [], []
     monkeypatch.setattr(Watchdog, "_bite", lambda self: bites.append(self._step))
     # Fed 20 times as often as needed, so that a busy machine does not fail the test.
-    with Watchdog(rank=0, timeout_seconds=2) as watchdog:
+    watchdog = Watchdog(rank=0, timeout_seconds=2)
+    wait = watchdog._stop.wait
+    monkeypatch.setattr(watchdog._stop, "wait", lambda seconds: looks.append(seconds) or wait(seconds))
+    with watchdog:
         for step in (1, *[None] * 24):  # one long step of many micro-batches
             watchdog.feed(step)
             time.sleep(0.1)
         assert watchdog.where == "step 1"
     assert not bites
+    assert len(looks) < 9, "a thread that looks all the time slows training down"
     assert not watchdog._thread.is_alive()
