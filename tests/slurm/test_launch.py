@@ -197,6 +197,11 @@ def test_a_job_that_got_on_goes_back_into_the_queue(
 def test_submit_hands_the_script_to_sbatch(commands: Path) -> None:
     assert submit_script(Path("script.sh").read_text()) == "42"
     assert "sbatch --parsable" in commands.read_text()
+    (commands.parent / "bin" / "sbatch").write_text(
+        "#!/bin/bash\necho 'sbatch: error: no partition' >&2; exit 1\n"
+    )
+    with pytest.raises(UserError, match=r"refused the job: sbatch: error: no partition$"):
+        submit_script("#!/bin/bash\n")
 
 
 def test_all_stages_wait_for_each_other(commands: Path) -> None:
