@@ -119,7 +119,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_slurm_it_checks_and_trains_on_this_machine(commands: Path) -> None:
-    result = subprocess.run(["bash", "script.sh"], capture_output=True, text=True, timeout=30)
+    result = subprocess.run(["./script.sh"], capture_output=True, text=True, timeout=30)
     assert result.returncode == 0, result.stderr
     check, status, train = commands.read_text().splitlines()
     assert check == "prolong train recipe.yaml stage.one.steps=3 --check WORLD_SIZE=2"
