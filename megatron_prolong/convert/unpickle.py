@@ -94,13 +94,11 @@ def load_common(path: Path) -> dict[str, Any]:
     """The plain values of Megatron's common.pt; tensors and unknown classes are inert stand-ins.
 
     Raises:
-        UserError: the file is missing, truncated or holds no dict.
+        UserError: the file is truncated or holds no dict.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             content = SafeUnpickler(_entry(archive, "data.pkl")).load()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; the checkpoint is incomplete") from error
     except Exception as error:  # a damaged pickle can fail in any way
         raise UserError(f"{path}: damaged, cannot be read ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):

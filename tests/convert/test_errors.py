@@ -199,6 +199,10 @@ def test_damaged_torch_dist_files(converted: Path, tmp_path: Path) -> None:
     assert "damaged" in _refused(lambda out: to_hf(converted, out), tmp_path)
     (converted / ".metadata").write_bytes(b"nonsense")
     assert ".metadata: damaged" in _refused(lambda out: to_hf(converted, out), tmp_path)
+    (converted / ".metadata").unlink()  # as `cp CHECKPOINT/*` leaves it out
+    assert ".metadata: no such file; the checkpoint is" in _refused(
+        lambda out: to_hf(converted, out), tmp_path
+    )
     (converted / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     assert "'zarr'" in _refused(lambda out: to_hf(converted, out), tmp_path)
 

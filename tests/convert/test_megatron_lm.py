@@ -134,3 +134,15 @@ def test_what_is_not_a_llama_is_refused_with_every_reason(checkpoint: Path, tmp_
         "window_size is (64, 0)",
     ):
         assert reason in str(error.value)
+
+
+def test_arguments_that_cannot_be_read_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    common = checkpoint / "iter_0000120" / "common.pt"
+    content = common.read_bytes()
+    for saved, said in (({"iteration": 120}, "holds no args"), ([120], "expected a dict, found list")):
+        torch.save(saved, common)
+        with pytest.raises(UserError, match=rf"common\.pt: {said}"):
+            to_hf(checkpoint, tmp_path / "exported")
+    common.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"common\.pt: damaged, cannot be read"):
+        to_hf(checkpoint, tmp_path / "exported")
