@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_prolong"
 FLOORS = {
-    "errors": -1, "page": 0, "recipe": 0, "runtime": 0,
+    "errors": -1, "deal": -1, "page": 0, "recipe": 0, "runtime": 0,
     "data": 1, "model": 1,
     "convert": 2, "plan": 2,
     "mcore": 3,

@@ -2,7 +2,7 @@
 
 python benchmarks/balance/cpu_ranks.py     (3 to 10 minutes; writes cpu_ranks.json)
 
-1. Calibrate: time micro-batches of different documents on one rank, fit CostModel.
+1. Calibrate: time micro-batches of different documents on one rank, fit the cost model.
 2. dp = 2: ProLong's 64K mixture, lengths divided by 32; sequences in order against ours. Each rank's measured
    time is compared with the model's prediction, and measured with modelled mean/max.
 3. cp = 2: one micro-batch on both ranks, all documents split against our threshold.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+from fit import fit  # noqa: E402
 from measure import write_result  # noqa: E402
 
 from megatron_prolong.data.balance import CostModel, assign  # noqa: E402
@@ -83,15 +84,12 @@ class Rank:
         return min(times)
 
     def alone(self, lengths: np.ndarray) -> float:
-        return self.seconds(_plan(lengths, 1, 0, 1.0), 0, None)
+        return self.seconds(_plan(lengths, 1), 0, None)
 
 
-def _plan(lengths: np.ndarray, cp: int, threshold: int, equal_cost_tokens: float) -> ContextPlan:
+def _plan(lengths: np.ndarray, cp: int, threshold: int = 0, owners: Sequence[int] = ()) -> ContextPlan:
     return ContextPlan.build(
-        [0, *np.cumsum(lengths).tolist()],
-        cp_size=cp,
-        split_threshold_tokens=threshold,
-        equal_cost_tokens=equal_cost_tokens,
+        [0, *np.cumsum(lengths).tolist()], cp_size=cp, split_threshold_tokens=threshold, owners=owners
     )
 
 
@@ -101,29 +99,34 @@ def _everyones(value: Any) -> list[Any]:
     return values
 
 
-def calibrate(me: Rank) -> tuple[CostModel, dict[str, Any]]:
+def calibrate(me: Rank) -> tuple[CostModel, float, dict[str, Any]]:
     """Micro-batches of equal documents: every mixture of linear and quadratic work."""
     lengths = [
         np.full(count, n) for n in (32, 128, 512, 1024, 2048) for count in (1, 2, 4, 16) if n * count <= 4096
     ]
     lengths = [documents for documents in lengths if documents.sum() >= 512]
     seconds = [me.alone(documents) for documents in lengths]
-    cost = CostModel.fit(lengths, seconds)
-    predicted = [cost.fixed + cost.work(documents).sum() for documents in lengths]
+    cost, fixed = fit(lengths, seconds)
+    predicted = [fixed + cost.work(documents).sum() for documents in lengths]
     errors = np.abs(np.array(predicted) / seconds - 1)
-    report = {**vars(cost), "equal_cost_tokens": cost.equal_cost_tokens, "mean_error": float(errors.mean())}
-    return _everyones((cost, report))[0]
+    report = {
+        **vars(cost),
+        "fixed": fixed,
+        "equal_cost_tokens": cost.equal_cost_tokens,
+        "mean_error": float(errors.mean()),
+    }
+    return _everyones((cost, fixed, report))[0]
 
 
-def data_parallel(me: Rank, cost: CostModel) -> list[dict[str, Any]]:
+def data_parallel(me: Rank, cost: CostModel, fixed: float) -> list[dict[str, Any]]:
     """Both ways, every step: measured and predicted seconds of each rank."""
     rows = []
     for step in range(STEPS):
         batch = [np.maximum(d // SHORTER, 1) for d in PROLONG_64K.batch(step, SEQUENCES)]
-        plans = assign(batch, dp=2, cp=1, budget_tokens=SEQUENCE, cost=cost).micro_batches[me.rank]
+        plans = assign(batch, dp=2, cp=1, budget_tokens=SEQUENCE, cost=cost)[me.rank]
         balanced = [np.array([batch[s][d] for s, d in plan.documents]) for plan in plans]
         for name, mine in (("in order", batch[me.rank :: 2]), ("ours", balanced)):
-            predicted = sum(cost.fixed + cost.work(lengths).sum() for lengths in mine)
+            predicted = sum(fixed + cost.work(lengths).sum() for lengths in mine)
             measured = sum(me.alone(lengths) for lengths in mine)
             ranks = np.array(_everyones((measured, float(predicted))))
             row: dict[str, Any] = {"step": step, "scheme": name}
@@ -134,7 +137,7 @@ def data_parallel(me: Rank, cost: CostModel) -> list[dict[str, Any]]:
     return rows
 
 
-def context_parallel(me: Rank, cost: CostModel) -> list[dict[str, Any]]:
+def context_parallel(me: Rank, cost: CostModel, fixed: float) -> list[dict[str, Any]]:
     """Two documents that stay local, one long among short ones, and short ones only."""
     group = dist.group.WORLD
     rows = []
@@ -146,16 +149,16 @@ def context_parallel(me: Rank, cost: CostModel) -> list[dict[str, Any]]:
     }
     exchange = 0.0
     for name, lengths in cases.items():
-        share = best_share(lengths, 2, 4096, CostModel(cost.linear, cost.quadratic, exchange, cost.fixed))
+        share = best_share(lengths, 2, 4096, CostModel(cost.linear, cost.quadratic, exchange))
         row: dict[str, Any] = {"micro_batch": name, "split_threshold_tokens": share.split_threshold_tokens}
-        for scheme, threshold in (("all_split", 0), ("ours", share.split_threshold_tokens)):
-            plan = _plan(lengths, 2, threshold, cost.equal_cost_tokens)
+        ours = _plan(lengths, 2, share.split_threshold_tokens, share.owners)
+        for scheme, plan in (("all_split", _plan(lengths, 2)), ("ours", ours)):
             dist.barrier()
             seconds = _everyones(me.seconds(plan, me.rank, group))
             row[f"{scheme}_seconds"] = [round(value, 4) for value in seconds]
         row["gain"] = round(max(row["all_split_seconds"]) / max(row["ours_seconds"]), 3)
         if name == "one long":  # what splitting costs beyond half the work: the exchange of this machine
-            beyond = max(row["all_split_seconds"]) - cost.fixed - cost.work(lengths).sum() / 2
+            beyond = max(row["all_split_seconds"]) - fixed - cost.work(lengths).sum() / 2
             exchange = max(float(beyond), 0.0) / (2048 / 2)
             row["exchange_seconds_per_token"] = exchange
         rows.append(row)
@@ -167,9 +170,9 @@ def _main(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     me = Rank(rank)
     me.alone(np.full(4, 512))  # warm up
-    cost, calibration = calibrate(me)
-    rows = data_parallel(me, cost)
-    cp_rows = context_parallel(me, cost)
+    cost, fixed, calibration = calibrate(me)
+    rows = data_parallel(me, cost, fixed)
+    cp_rows = context_parallel(me, cost, fixed)
     dist.destroy_process_group()
     if rank:
         return

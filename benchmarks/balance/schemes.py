@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.balance import CostModel, assign
+from megatron_prolong.data.balance import Assignment, CostModel, assign
 from megatron_prolong.data.balance.cost import Lengths
 
 
@@ -46,8 +46,20 @@ def ours(
     assignment = assign(
         batch, dp=dp, cp=cp, budget_tokens=budget_tokens, cost=cost, equal_micro_batches=equal
     )
-    seconds = float(assignment.rank_seconds.max())
-    return Outcome(seconds, seconds * assignment.balance)
+    return outcome_of(assignment, batch, cp, cost)
+
+
+def outcome_of(assignment: Assignment, batch: Sequence[Lengths], cp: int, cost: CostModel) -> Outcome:
+    exchanged = sum(
+        float(batch[sample][document])
+        for plans in assignment
+        for plan in plans
+        for sample, document in plan.documents
+        if batch[sample][document] >= plan.share.split_threshold_tokens
+    )
+    busy = cost.work(np.concatenate(batch)).sum() / cp + cost.exchange_time(exchanged, cp)
+    slowest = max(sum(plan.share.seconds for plan in plans) for plans in assignment)
+    return Outcome(slowest, float(busy) / len(assignment))
 
 
 def megatron_hybrid_cp(
@@ -116,7 +128,7 @@ def _sequence_seconds(
     """[dp, micro-batches]"""
     if len(batch) % dp:
         return None
-    seconds = [cost.fixed + cost.work(d).sum() / cp + cost.exchange_time(float(d.sum()), cp) for d in batch]
+    seconds = [cost.work(d).sum() / cp + cost.exchange_time(float(d.sum()), cp) for d in batch]
     return np.array(seconds).reshape(-1, dp).T
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from megatron_prolong.data.batch import NO_LABEL, PackedBatch
 from megatron_prolong.mcore.attention import ContextParallel, Documents
 from megatron_prolong.mcore.groups import ParallelGroups
-from megatron_prolong.model.context_plan import EQUAL_COST_TOKENS, ContextPlan
+from megatron_prolong.model.context_plan import ContextPlan
 from megatron_prolong.recipe.schema import Layout
 
 
@@ -35,7 +36,7 @@ def micro_batch(
     layout: Layout,
     device: torch.device,
     split_threshold_tokens: int = 0,
-    equal_cost_tokens: float = EQUAL_COST_TOKENS,
+    owners: Sequence[int] = (),
     token_multiple: int = 1,
 ) -> MicroBatch:
     """Slice a packed batch for this rank: zigzag over context-parallel ranks, padded for sequence parallelism.
@@ -43,7 +44,7 @@ def micro_batch(
     Args:
         packed: on CPU.
         split_threshold_tokens: documents shorter than this stay whole on one context-parallel rank.
-        equal_cost_tokens: document length whose attention costs as much as the rest; deals the whole ones.
+        owners: the ranks of those, in their order; without, they are dealt out by tokens.
         token_multiple: pad the tokens of each rank to a multiple of this (FP8 matrix products work on tiles).
     """
     multiple = token_multiple * (layout.tp if layout.sequence_parallel else 1)
@@ -52,7 +53,7 @@ def micro_batch(
         cp_size=groups.cp.size,
         multiple=multiple,
         split_threshold_tokens=split_threshold_tokens,
-        equal_cost_tokens=equal_cost_tokens,
+        owners=owners,
     )
     context = None
     if groups.cp.size > 1:

@@ -2,8 +2,8 @@
 
 Long documents are *split* over all ranks in Transformer Engine's thd layout: padded to a multiple of 2·cp and
 cut into 2·cp chunks, of which rank r holds chunks r and 2·cp-1-r (zigzag: under a causal mask every pair
-costs the same). Short documents stay *local*, whole on one rank, and need no exchange and no padding; they
-are dealt out by modelled cost, dearest first to the least loaded rank. A rank slice is
+costs the same). Short documents stay *local*, whole on one rank, and need no exchange and no padding; which
+rank is the caller's choice (data/balance). A rank slice is
 
     [ chunks of the split documents, in document order | local documents | padding to `multiple` ]
 
@@ -12,7 +12,6 @@ The split part has the same length on every rank; the local part need not.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,9 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Length at which a document's attention costs as much as all else. For Llama-3-8B a layer's weights cost
-# 2 x 218M operations per token, its causal attention 2 x 4096 per token and token of length: equal at 53K.
-EQUAL_COST_TOKENS = 53_000
+from megatron_prolong.deal import deal
 
 
 class Span(NamedTuple):
@@ -60,26 +57,24 @@ class ContextPlan:
         cp_size: int,
         multiple: int = 1,
         split_threshold_tokens: int = 0,
-        equal_cost_tokens: float = EQUAL_COST_TOKENS,
+        owners: Sequence[int] = (),
     ) -> ContextPlan:
         """Plan for documents with these boundaries (document starts and the end of the last).
 
         Documents of at least `split_threshold_tokens` are split; 0 splits all, as Transformer Engine does.
-        With one rank every document is local. Tokens behind the last document belong to no slice.
+        With one rank every document is local. `owners` are the ranks of the local documents, in their order;
+        without, they are dealt out by tokens. Tokens behind the last document belong to no slice.
         """
-        spans = [Span(start, stop) for start, stop in pairwise(cu_seqlens) if stop > start]
-        is_split = [cp_size > 1 and span.stop - span.start >= split_threshold_tokens for span in spans]
-        return cls(
-            cp_size=cp_size,
-            multiple=multiple,
-            num_tokens=cu_seqlens[-1],
-            split=tuple(span for span, splits in zip(spans, is_split, strict=True) if splits),
-            local=_deal(
-                [span for span, splits in zip(spans, is_split, strict=True) if not splits],
-                cp_size,
-                equal_cost_tokens,
-            ),
-        )
+        split: list[Span] = []
+        whole: list[Span] = []
+        for span in (Span(start, stop) for start, stop in pairwise(cu_seqlens) if stop > start):
+            is_split = cp_size > 1 and span.stop - span.start >= split_threshold_tokens
+            (split if is_split else whole).append(span)
+        local: list[list[Span]] = [[] for _ in range(cp_size)]
+        owners = owners or deal([span.stop - span.start for span in whole], cp_size).tolist()
+        for span, owner in zip(whole, owners, strict=True):
+            local[owner].append(span)
+        return cls(cp_size, multiple, cu_seqlens[-1], tuple(split), tuple(map(tuple, local)))
 
     @property
     def chunk_tokens(self) -> tuple[int, ...]:
@@ -114,14 +109,6 @@ class ContextPlan:
         taken[rows >= 0] = tensor_T[rows[rows >= 0]]
         return taken
 
-    def gather(self, slices: Sequence[Tensor]) -> Tensor:
-        """The tensor over the packed sequence from all ranks' slices: the inverse of `take`."""
-        whole = slices[0].new_empty((self.num_tokens, *slices[0].shape[1:]))
-        for rank, part in enumerate(slices):
-            rows = _rows(self, rank)
-            whole[rows[rows >= 0]] = part[rows >= 0]
-        return whole
-
 
 def zigzag_order(chunk_tokens: tuple[int, ...], num_ranks: int) -> Tensor:
     """Rows that put the split parts of neighbouring ranks, one after another, into document order.
@@ -136,18 +123,6 @@ def zigzag_order(chunk_tokens: tuple[int, ...], num_ranks: int) -> Tensor:
         order += [rank * split_tokens + first + chunk for rank in reversed(range(num_ranks))]
         start += 2 * chunk
     return torch.cat(order)
-
-
-def _deal(spans: list[Span], cp_size: int, equal_cost_tokens: float) -> tuple[tuple[Span, ...], ...]:
-    """Longest-processing-time-first: within 4/3 of the best possible maximum (Graham 1969)."""
-    hands: list[list[Span]] = [[] for _ in range(cp_size)]
-    loads = [(0.0, rank) for rank in range(cp_size)]
-    for span in sorted(spans, key=lambda span: span.start - span.stop):
-        length = span.stop - span.start
-        load, rank = loads[0]
-        hands[rank].append(span)
-        heapq.heapreplace(loads, (load + length * (1 + length / equal_cost_tokens), rank))
-    return tuple(tuple(sorted(hand)) for hand in hands)
 
 
 @lru_cache(maxsize=32)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_prolong.data.balance import Assignment, CostModel, MicroBatchPlan, assign
+from megatron_prolong.data.balance import EMPTY, Assignment, CostModel, assign
 from megatron_prolong.data.batch import collate_pieces
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.mcore.groups import ParallelGroups
@@ -41,17 +41,15 @@ def micro_batches(
     assignment: Assignment,
     groups: ParallelGroups,
     layout: Layout,
-    cost: CostModel,
     device: torch.device,
     token_multiple: int = 1,
 ) -> list[MicroBatch]:
     """This rank's micro-batches, on its device."""
     pieces = [list(sequence.pieces()) for sequence in sequences]
-    plans = list(assignment.micro_batches[groups.dp.rank])
+    plans = list(assignment[groups.dp.rank])
     if layout.virtual_pp > 1:
         # The interleaved schedule takes micro-batches in groups of pp; empty ones fill up the last group.
-        empty = MicroBatchPlan((), plans[0].share)
-        plans += [empty] * (-len(plans) % layout.pp)
+        plans += [EMPTY] * (-len(plans) % layout.pp)
     batches = []
     for plan in plans:
         chosen = [pieces[index.sample][index.document] for index in plan.documents]
@@ -62,8 +60,8 @@ def micro_batches(
                 groups=groups,
                 layout=layout,
                 device=device,
-                split_threshold_tokens=plan.split_threshold_tokens,
-                equal_cost_tokens=cost.equal_cost_tokens,
+                split_threshold_tokens=plan.share.split_threshold_tokens,
+                owners=plan.share.owners,
                 token_multiple=token_multiple,
             )
         )

@@ -68,7 +68,7 @@ class StageRun:
         stage, recipe = self.stage, self.recipe
         assignment = share_out(sequences, self.groups, stage.micro_batch_length, self.cost)
         batches = micro_batches(
-            sequences, assignment, self.groups, self.layout, self.cost, self.world.device,
+            sequences, assignment, self.groups, self.layout, self.world.device,
             token_multiple=fp8.TOKEN_MULTIPLE if precision_of(recipe, stage) == "fp8" else 1,
         )  # fmt: skip
         return train_step(

@@ -125,9 +125,7 @@ def train(rank: int, job: Job) -> Trained:
             assignment = share_out(sequences, groups, SEQUENCE_LENGTH, COST)
             device = torch.device(torch.cuda.current_device())
             multiple = TOKEN_MULTIPLE if job.precision == "fp8" else 1
-            shared = micro_batches(
-                sequences, assignment, groups, layout, COST, device, token_multiple=multiple
-            )
+            shared = micro_batches(sequences, assignment, groups, layout, device, token_multiple=multiple)
             plans += [batch.documents.context.plan for batch in shared if batch.documents.context]
             metrics.append(train_step(model, optimizer, shared, groups, spec=spec, lr=1e-3))
             assert metrics[-1].updated

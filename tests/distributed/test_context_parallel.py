@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_prolong.model.context_parallel import context_attention
 from megatron_prolong.model.context_plan import ContextPlan
+from tests.model.dense import gather
 
 EXCHANGES = ["all_gather", "p2p", "a2a", "a2a+p2p"]
 
@@ -88,7 +89,7 @@ def distributed(pool, case: Case) -> list[torch.Tensor]:
     assert len(slices) == case.cp
     tensors = [[torch.from_numpy(x) for x in parts] for parts in zip(*slices, strict=True)]
     assert all(torch.isfinite(x).all() for parts in tensors for x in parts)
-    return [case.plan.gather(parts) for parts in tensors]
+    return [gather(case.plan, parts) for parts in tensors]
 
 
 def plain(case: Case) -> list[torch.Tensor]:

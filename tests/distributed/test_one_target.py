@@ -64,7 +64,7 @@ def gradients(
         for target in TARGETS:
             sequences = batch(target)
             assignment = share_out(sequences, groups, SEQUENCE_LENGTH, COST)
-            shared = micro_batches(sequences, assignment, groups, layout, COST, torch.device("cpu"))
+            shared = micro_batches(sequences, assignment, groups, layout, torch.device("cpu"))
             model.zero_gradients()
             loss, num_targets = forward_backward(model, shared, groups)
             weights = dict(model.bare_chunks[0].named_parameters())

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_prolong.model.context_plan import ContextPlan
+
 
 def document_attention(
     q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_seqlens: Sequence[int], scale: float | None = None
@@ -24,6 +26,15 @@ def document_attention(
         outs.append(out.transpose(0, 1))
     outs.append(torch.zeros_like(q_TND[cu_seqlens[-1] :]))
     return torch.cat(outs)
+
+
+def gather(plan: ContextPlan, slices: Sequence[Tensor]) -> Tensor:
+    """The tensor over the packed sequence from all ranks' slices: the inverse of `take`."""
+    whole = slices[0].new_empty((plan.num_tokens, *slices[0].shape[1:]))
+    for rank, part in enumerate(slices):
+        rows = plan.take(torch.arange(plan.num_tokens), rank, -1)
+        whole[rows[rows >= 0]] = part[rows >= 0]
+    return whole
 
 
 def random_qkv(

@@ -162,9 +162,9 @@ def measure(
         weights = {
             p.untyped_storage().data_ptr(): p.untyped_storage() for c in model.chunks for p in c.parameters()
         }
-        packs, cost = list(_packs(shape, length, sequences)), CostModel.for_shape(shape)
-        assignment = share_out(packs, groups, length, cost)
-        batches = micro_batches(packs, assignment, groups, layout, cost, cpu)
+        packs = list(_packs(shape, length, sequences))
+        assignment = share_out(packs, groups, length, CostModel.for_shape(shape))
+        batches = micro_batches(packs, assignment, groups, layout, cpu)
         inputs = [t for batch in batches for t in (batch.tokens, batch.labels, batch.positions)]
         saved = SavedTensors({*weights, *(t.untyped_storage().data_ptr() for t in inputs)})
         peaks = []

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from megatron_prolong.data.balance.cost import CostModel, Lengths
 from megatron_prolong.data.balance.micro_batches import Indices, fill_alike, fill_even, rank_tokens
-from megatron_prolong.data.balance.threshold import NEVER, Share, best_share, slice_tokens
+from megatron_prolong.data.balance.threshold import Share, best_share, slice_tokens
+from megatron_prolong.deal import deal
 from megatron_prolong.errors import UserError
 
 
@@ -37,40 +38,15 @@ class DocumentIndex(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatchPlan:
-    """The documents of one micro-batch, in the batch's order, and how they lie on the context-parallel ranks.
-
-    Empty when there are fewer documents than micro-batches to fill.
-    """
+    """The documents of one micro-batch, in the batch's order, and how they lie on the context-parallel ranks."""
 
     documents: tuple[DocumentIndex, ...]
     share: Share
 
-    @property
-    def split_threshold_tokens(self) -> int:
-        """Documents of at least this many tokens are split over the context-parallel ranks."""
-        return self.share.split_threshold_tokens
 
-
-@dataclass(frozen=True)
-class Assignment:
-    """The micro-batches of every data-parallel rank, dearest micro-batch first."""
-
-    cp: int
-    micro_batches: tuple[tuple[MicroBatchPlan, ...], ...]
-
-    @property
-    def rank_seconds(self) -> NDArray[np.float64]:
-        """Modelled time of each data-parallel rank for the step."""
-        return np.array([sum(plan.share.seconds for plan in plans) for plans in self.micro_batches])
-
-    @property
-    def balance(self) -> float:
-        """Mean over max of the time the ranks are at work: 1 when no data- or context-parallel rank ever waits."""
-        busy = sum(
-            share.work_seconds + self.cp * share.exchange_seconds
-            for share in (plan.share for plans in self.micro_batches for plan in plans)
-        )
-        return float(busy / (self.cp * len(self.micro_batches)) / self.rank_seconds.max())
+EMPTY = MicroBatchPlan((), Share())
+Assignment = tuple[tuple[MicroBatchPlan, ...], ...]
+"""The micro-batches of every data-parallel rank, dearest micro-batch first."""
 
 
 def assign(
@@ -101,7 +77,7 @@ def assign(
     else:
         filled = [_micro_batches(flat[rank], rank, cp, budget_tokens, cost) for rank in ranks]
     samples, documents = _names(lengths)
-    return Assignment(cp, tuple(_plans(rank, samples, documents) for rank in filled))
+    return tuple(_plans(rank, samples, documents) for rank in filled)
 
 
 def _check_fits(flat: Lengths, lengths: Sequence[Lengths], cp: int, budget_tokens: int) -> None:
@@ -123,17 +99,11 @@ def _names(lengths: Sequence[Lengths]) -> tuple[Indices, Indices]:
 
 
 def _deal_to_ranks(flat: Lengths, dp: int, cp: int, budget_tokens: int, cost: CostModel) -> list[Indices]:
-    """Longest-processing-time-first. Documents beyond the budget must be split, so their exchange counts."""
+    """By modelled time. Documents beyond the budget must be split, so their exchange counts."""
     must_split = slice_tokens(flat, cp) * (cp > 1) * (flat > budget_tokens)
     seconds = cost.work(flat) / cp + cost.exchange * must_split * (cp - 1)
-    hands: list[list[int]] = [[] for _ in range(dp)]
-    loads = [(0.0, rank) for rank in range(dp)]
-    order = np.argsort(-seconds, kind="stable")
-    for index, time in zip(order.tolist(), seconds[order].tolist(), strict=True):
-        load, rank = loads[0]
-        hands[rank].append(index)
-        heapq.heapreplace(loads, (load + time, rank))
-    return [np.sort(np.array(hand, dtype=np.int64)) for hand in hands]
+    owners = deal(seconds, dp)
+    return [np.flatnonzero(owners == rank) for rank in range(dp)]
 
 
 Filled = list[tuple[Indices, Share]]
@@ -144,7 +114,7 @@ def _micro_batches(lengths: Lengths, rank: Indices, cp: int, budget_tokens: int,
     for tokens in (rank_tokens(lengths, cp), slice_tokens(lengths, cp).astype(np.float64)):
         shares = [
             (rank[chosen], best_share(lengths[chosen], cp, budget_tokens, cost))
-            for chosen in fill_alike(tokens, lengths, budget_tokens)
+            for chosen in map(np.sort, fill_alike(tokens, lengths, budget_tokens))
         ]
         if all(share for _, share in shares):
             break
@@ -179,7 +149,7 @@ def _even(
     if bins is None:
         return None
     filled: Filled = []
-    for chosen in bins:
+    for chosen in map(np.sort, bins):
         if not len(chosen):
             filled.append(_empty())
             continue
@@ -207,13 +177,12 @@ def _at_least(ranks: list[Indices], flat: Lengths, count: int) -> list[Indices]:
 
 
 def _empty() -> tuple[Indices, Share]:
-    return np.array([], dtype=np.int64), Share(NEVER, 0.0, 0.0, 0.0, 0)
+    return np.array([], dtype=np.int64), Share()
 
 
 def _plans(filled: Filled, samples: Indices, documents: Indices) -> tuple[MicroBatchPlan, ...]:
     plans = []
     for chosen, share in sorted(filled, key=lambda entry: -entry[1].seconds):
-        chosen = np.sort(chosen)
         named = map(DocumentIndex, samples[chosen].tolist(), documents[chosen].tolist())
         plans.append(MicroBatchPlan(tuple(named), share))
     return tuple(plans)

@@ -5,7 +5,6 @@ Only ratios matter to balancing; the default is in seconds of one H100 so that n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,20 +35,18 @@ class CostModel:
         quadratic: per token² of a document: causal attention.
         exchange: per token of a document whose keys and values travel to every rank of the context-parallel
             group. Each rank receives (cp-1)/cp of the document, so this part does not shrink with cp.
-        fixed: per micro-batch.
     """
 
     linear: float
     quadratic: float
     exchange: float = 0.0
-    fixed: float = 0.0
 
     def __post_init__(self) -> None:
-        assert self.linear > 0 and min(self.quadratic, self.exchange, self.fixed) >= 0, self
+        assert self.linear > 0 and min(self.quadratic, self.exchange) >= 0, self
 
     @classmethod
     def for_shape(cls, shape: ModelShape) -> CostModel:
-        """From a Llama's operations and bytes at an H100's speeds; a measured fit (`fit`) is better."""
+        """From a Llama's operations and bytes at an H100's speeds."""
         forward = ForwardFlops.of(shape)
         kv_bytes = 2 * shape.num_kv_heads * shape.head_dim * 2
         return cls(
@@ -57,30 +54,6 @@ class CostModel:
             quadratic=forward.attention_per_pair * _ATTENTION_SECONDS,
             exchange=shape.num_layers * kv_bytes * _EXCHANGE_SECONDS,
         )
-
-    @classmethod
-    def fit(cls, lengths: Sequence[Lengths], seconds: Sequence[float]) -> CostModel:
-        """The model closest to measured micro-batches on one rank (relative error, least squares).
-
-        Args:
-            lengths: document lengths of each measured micro-batch, at least three that differ in Σ n and Σ n².
-            seconds: how long each took. The exchange cannot be seen on one rank and is 0.
-
-        A term whose coefficient would be negative (noise) is left out.
-        """
-        measured = np.asarray(seconds, dtype=np.float64)
-        terms = np.array([[d.sum(), np.square(d, dtype=np.float64).sum(), 1.0] for d in lengths])
-        terms /= measured[:, None]  # relative error: a long micro-batch must not drown the short ones
-        scale = terms.max(axis=0)
-        kept = [0, 1, 2]
-        while True:
-            solution = np.linalg.lstsq(terms[:, kept] / scale[kept], np.ones(len(measured)), rcond=None)[0]
-            negative = [term for term, value in zip(kept, solution, strict=True) if value < 0 and term != 0]
-            if not negative:
-                break
-            kept.remove(negative[-1])
-        found = dict(zip(kept, solution / scale[kept], strict=True))
-        return cls(linear=found[0], quadratic=found.get(1, 0.0), fixed=found.get(2, 0.0))
 
     @property
     def equal_cost_tokens(self) -> float:
