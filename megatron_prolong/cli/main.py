@@ -79,7 +79,7 @@ def run() -> None:
             raise
         if not isinstance(error, JointError) or error.said_here:
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except RankLost as event:
         print(f"error: {event}", file=sys.stderr, flush=True)
         os._exit(1)  # an orderly exit would wait for the rank that is gone

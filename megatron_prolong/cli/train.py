@@ -77,15 +77,18 @@ def train(
 def _check(recipe: Recipe, path: Path, world_size: int) -> None:
     """Everything that a start refuses, but for the checkpoints' contents, in seconds."""
     from megatron_prolong.plan.disk import check_room
-    from megatron_prolong.recipe.validate import check
+    from megatron_prolong.recipe.validate import check, tokenizer_of
     from megatron_prolong.training.changes import changes_since_start
 
     check(recipe, world_size)
     check_room(recipe)
     if recipe.evaluation:
-        from megatron_prolong.evaluation.in_training import tasks_of
+        from megatron_prolong.evaluation.in_training import check_lengths, tasks_of
+        from megatron_prolong.recipe.inputs import tokenizer_file
 
-        tasks_of(recipe.evaluation)
+        tokenizer = tokenizer_of(recipe)
+        assert tokenizer is not None, "check() refuses a model without path and tokenizer"
+        check_lengths(recipe.evaluation, tasks_of(recipe.evaluation), tokenizer_file(tokenizer).parent)
     for change in changes_since_start(recipe):
         print(f"changed since the last start: {change}")
     print(f"{path}: ready for {world_size} rank(s), {len(recipe.stages)} stage(s)")

@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_prolong.recipe.shape import ModelShape, read_json, to_hf_config
 
-_PATTERNS = (
-    "config.json",
-    "generation_config.json",
+_MODEL = ("config.json",)
+_TOKENIZER = (
+    "generation_config.json",  # at which tokens an answer ends
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -22,14 +22,19 @@ _PATTERNS = (
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def copy_sidecar(source: Path, target: Path) -> None:
+def copy_sidecar(source: Path, target: Path, tokenizer: Path | None = None) -> None:
     """Copy what travels along from a Hugging Face directory (links are followed); missing files are fine.
+
+    Args:
+        tokenizer: directory that the tokenizer's files are taken from; `source` by default.
 
     Raises:
         UserError: a JSON file is none; whoever reads the copy could not say where it came from.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted({path for pattern in _PATTERNS for path in source.glob(pattern) if path.is_file()}):
+    parts = ((source, _MODEL), (tokenizer or source, _TOKENIZER))
+    found = {path for origin, patterns in parts for pattern in patterns for path in origin.glob(pattern)}
+    for path in sorted(path for path in found if path.is_file()):
         if path.suffix == ".json":
             read_json(path)
         shutil.copyfile(path, target / path.name)

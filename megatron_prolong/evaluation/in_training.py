@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_prolong.evaluation.backend import Backend, Prompt
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.backend import Backend, Prompt, load_tokenizer
 from megatron_prolong.evaluation.identity import data_identity, model_identity
 from megatron_prolong.evaluation.megatron import open_megatron
 from megatron_prolong.evaluation.report import write_json
@@ -30,6 +32,18 @@ def tasks_of(spec: EvaluationSpec) -> list[Task]:
         UserError: there is no such task, or its data is missing.
     """
     return runnable(select(spec.suite, spec.lengths, spec.tasks), spec.data, skip_missing=False)
+
+
+def check_lengths(spec: EvaluationSpec, tasks: Sequence[Task], tokenizer: Path) -> None:
+    """Make a first question of every task that is generated: one may have no room for it at its length.
+
+    Raises:
+        UserError: so it is.
+    """
+    inputs = Inputs(spec.data, load_tokenizer(tokenizer), max_samples=1)
+    for task in tasks:
+        if task.generated:
+            task.rows(inputs)
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,9 @@ class CheckpointEvaluation:
                     self.tasks, _Interruptible(backend, self.interrupted), inputs, settings, out
                 )
             except _Interrupted:
+                return {}
+            except (UserError, OSError) as error:  # no reason to lose days of training
+                print(f"warning: {out}: not measured, training goes on: {error}", file=sys.stderr)
                 return {}
         scores = {f"{result.name}/{result.length}": result.score for result in results}
         write_json(out / SCORES, {**about, "scores": scores})

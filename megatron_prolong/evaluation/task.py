@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.text_metrics import parse_output, text_metrics
 
 Row = dict[str, Any]
@@ -100,6 +101,13 @@ class Task:
     instead: str = ""
     generated: bool = False
     question: str = "question"
+
+    def rows(self, inputs: Inputs) -> list[Row]:
+        """What `load` reads or makes; raises UserError, naming the task, when it cannot."""
+        try:
+            return self.load(self, inputs)
+        except UserError as error:
+            raise UserError(f"{self.name} at a length of {self.length:,} tokens: {error}") from error
 
     def samples(self, inputs: Inputs) -> int:
         """How many questions to ask."""

@@ -7,11 +7,13 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 INITIAL = "initial"
 """The weights before the first stage, where they had to be converted or made."""
+SIDECAR = "hf"
+"""Tokenizer and configs, which every checkpoint takes along."""
 EVALUATION = "evaluation"
 LATEST = "latest"
 """In the directory of a stage: the name of its newest checkpoint."""
 
-RESERVED_STAGE_NAMES = (INITIAL, "export", TENSORBOARD, EVALUATION)
+RESERVED_STAGE_NAMES = (INITIAL, SIDECAR, "export", TENSORBOARD, EVALUATION)
 
 
 def complete_checkpoints(stage_dir: Path) -> dict[int, Path]:

@@ -19,9 +19,15 @@ from megatron_prolong.recipe.inputs import (
     vocabulary_size,
 )
 from megatron_prolong.recipe.layout_rules import layout_problems
-from megatron_prolong.recipe.run_files import RESERVED_STAGE_NAMES, RESOLVED_RECIPE, complete_checkpoints
+from megatron_prolong.recipe.run_files import (
+    INITIAL,
+    RESERVED_STAGE_NAMES,
+    RESOLVED_RECIPE,
+    SIDECAR,
+    complete_checkpoints,
+)
 from megatron_prolong.recipe.schema import InitSpec, Recipe, Stage, layout_of, precision_of
-from megatron_prolong.recipe.shape import ModelShape, read_shape
+from megatron_prolong.recipe.shape import MANIFEST, ModelShape, read_shape
 from megatron_prolong.recipe.source import Key, key_text
 
 
@@ -89,7 +95,7 @@ def find_problems(
     _chain(findings, shape)
     _fp8_parameters(findings)
     doubtful_model = findings.has_doubtful_part(("model",))
-    tokenizer = None if doubtful_model else tokenizer_fingerprint(recipe.model.tokenizer_path)
+    tokenizer = None if doubtful_model else tokenizer_fingerprint(tokenizer_of(recipe))
     for stage in recipe.stages:
         _stage(findings, stage)
         _mixture(findings, stage, tokenizer)
@@ -107,11 +113,23 @@ def incoming_shape(recipe: Recipe) -> ModelShape:
         UserError: the model or the tokenizer cannot be read.
     """
     model = recipe.model
-    if model.init is None:
-        assert model.path is not None, "check() refuses a model with neither path nor init"
-        return read_shape(model.path)
+    if (start := _weights_of(recipe)) is not None:
+        return read_shape(start)
+    assert model.init is not None, "check() refuses a model with neither path nor init"
     assert model.tokenizer is not None, "check() refuses init without a tokenizer"
     return model.init.shape(vocabulary_size(model.tokenizer))
+
+
+def _weights_of(recipe: Recipe) -> Path | None:
+    """What the run has converted or made, once there is that: the model's directory may be gone by then."""
+    converted = recipe.run_dir / INITIAL
+    return converted if (converted / MANIFEST).exists() else recipe.model.path
+
+
+def tokenizer_of(recipe: Recipe) -> Path | None:
+    """The directory of the tokenizer: the run's own copy, once there is one."""
+    kept = recipe.run_dir / SIDECAR
+    return kept if (kept / "tokenizer.json").exists() else recipe.model.tokenizer_path
 
 
 def _model(findings: Findings) -> ModelShape | None:
@@ -121,14 +139,14 @@ def _model(findings: Findings) -> ModelShape | None:
     if (model.path is None) == (model.init is None):
         found = "neither" if model.path is None else "both"
         findings.error(("model",), f"found {found} of path and init; give one")
-    if model.path is not None:
-        for problem in model_problems(model.path):
+    if (start := _weights_of(findings.recipe)) is not None:
+        for problem in model_problems(start):
             findings.error(("model", "path"), problem)
     if model.init is not None:
         _init(findings, model.init)
         if model.tokenizer is None:
             findings.error(("model", "tokenizer"), "required with init: it sets the vocabulary size")
-    if model.tokenizer is not None:
+    if model.tokenizer is not None and tokenizer_of(findings.recipe) == model.tokenizer:
         for problem in tokenizer_problems(model.tokenizer):
             findings.error(("model", "tokenizer"), problem)
     if len(findings.errors) > before or findings.has_doubtful_part(("model",)):
@@ -151,7 +169,7 @@ def _init(findings: Findings, init: InitSpec) -> None:
 
 
 def _vocabulary(findings: Findings, shape: ModelShape) -> None:
-    path = findings.recipe.model.tokenizer_path
+    path = tokenizer_of(findings.recipe)
     assert path is not None, "a model with a shape has a path or a tokenizer"
     try:
         size = vocabulary_size(path)

@@ -18,24 +18,25 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     Raises:
         JointError: on every rank, with all that went wrong anywhere.
     """
-    result, problem = None, None
+    result, problem, exit_code = None, None, UserError.exit_code
     try:
         result = action()
     except UserError as error:
-        problem = str(error)
+        problem, exit_code = str(error), error.exit_code
     except OSError as error:
         if error.filename is None:
             raise
         problem = f"{error.filename}: {error.strerror}"
-    problems: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(problems, problem, group)
+    problems: list[tuple[str | None, int]] = [(None, 0)] * dist.get_world_size(group)
+    dist.all_gather_object(problems, (problem, exit_code), group)
     first: dict[str, int] = {}
-    for rank, text in enumerate(problems):
+    for rank, (text, _) in enumerate(problems):
         if text is not None:
             first.setdefault(text, rank)
     if first:
         message = "\n".join(f"rank {rank}: {text}" if rank else text for text, rank in first.items())
-        raise JointError(message, said_here=dist.get_rank() == 0)
+        code = max(code for text, code in problems if text is not None)
+        raise JointError(message, said_here=dist.get_rank() == 0, exit_code=code)
     return result  # type: ignore[return-value]
 
 

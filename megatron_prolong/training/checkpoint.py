@@ -9,9 +9,10 @@ Whatever happens before the rename, the checkpoint before this one is the newest
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prolong.convert.manifest import write_manifest
-from megatron_prolong.errors import UserError
+from megatron_prolong.errors import PassingError, UserError
 from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.mcore.checkpoint import Snapshot, state_bytes, take_snapshot, training_state
 from megatron_prolong.mcore.optimizer import MegatronOptimizer
@@ -46,7 +47,7 @@ class PendingSave:
     stall_seconds: float
     started: float
     entries: Entries = field(default_factory=dict)
-    problem: str | None = None
+    problem: UserError | None = None
     thread: Thread | None = None
 
     def write(self) -> None:
@@ -54,7 +55,7 @@ class PendingSave:
         try:
             self.entries = self.snapshot.write()
         except Exception as error:  # every rank has to hear of it, so it must not end the thread
-            self.problem = _describe(error)
+            self.problem = _explained(error)
 
 
 class CheckpointWriter:
@@ -124,9 +125,9 @@ class CheckpointWriter:
         waiting = time.perf_counter()
         pending.thread.join()
         partial = pending.snapshot.directory
-        shares: list[tuple[Entries, str | None]] = [({}, None)] * dist.get_world_size()
+        shares: list[tuple[Entries, UserError | None]] = [({}, None)] * dist.get_world_size()
         dist.all_gather_object(shares, (pending.entries, pending.problem))
-        if problems := sorted({problem for _, problem in shares if problem}):
+        if problems := [problem for _, problem in shares if problem]:
             _on_main(lambda: _give_up(partial, problems))
         with _full_disks_explained(partial):
             pending.snapshot.finish()
@@ -194,13 +195,17 @@ def _refuse_other_copy(directory: Path, main: bytes, own: bytes) -> None:
         raise UserError(f"{directory} is not what rank 0 has under this name; copy it to this node again")
 
 
-def _give_up(partial: Path, problems: list[str]) -> None:
+def _give_up(partial: Path, problems: Sequence[UserError]) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # a disk that fails here too must not hide the problems
     raise _not_saved(partial, problems)
 
 
-def _not_saved(partial: Path, problems: list[str]) -> UserError:
-    return UserError.many(f"{partial.with_suffix('')} could not be saved:", problems)
+def _not_saved(partial: Path, problems: Sequence[UserError]) -> UserError:
+    passing = all(isinstance(problem, PassingError) for problem in problems)
+    title = f"{partial.with_suffix('')} could not be saved:"
+    return (PassingError if passing else UserError).many(
+        title, sorted({str(problem) for problem in problems})
+    )
 
 
 def _sum(number: int) -> int:
@@ -217,7 +222,7 @@ def _on_main(action: Callable[[], object]) -> None:
         try:
             action()
         except OSError as error:
-            raise UserError(_describe(error)) from error
+            raise _explained(error) from error
 
     on_main(explained)
 
@@ -230,10 +235,14 @@ def _full_disks_explained(partial: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if not is_disk_full(error):
             raise
-        raise _not_saved(partial, [_describe(error)]) from error
+        raise _not_saved(partial, [_explained(error)]) from error
 
 
-def _describe(error: Exception) -> str:
+def _explained(error: Exception) -> UserError:
     if is_disk_full(error):
-        return "the disk is full; make room and start again: the run continues from its newest checkpoint"
-    return f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        return UserError(
+            "the disk is full; make room and start again: the run continues from its newest checkpoint"
+        )
+    forbidden = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    kind = UserError if forbidden else PassingError
+    return kind(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")

@@ -10,10 +10,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_prolong.convert.initial import write_initial
+from megatron_prolong.convert.sidecar import copy_sidecar
+from megatron_prolong.convert.staging import staged_directory
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.inputs import tokenizer_file
 from megatron_prolong.recipe.load import dump_recipe
-from megatron_prolong.recipe.run_files import INITIAL, RESOLVED_RECIPE
+from megatron_prolong.recipe.run_files import INITIAL, RESOLVED_RECIPE, SIDECAR
 from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import HF_DIR, MANIFEST, model_directory
 from megatron_prolong.runtime.agreement import against_main, from_main, on_main, together
@@ -53,7 +56,8 @@ def train(
     with ExitStack() as stack:
         log = on_main(lambda: _open(recipe, stack))
         initial = previous = _initial_checkpoint(recipe)
-        session = Session(recipe, world, log, stop_requested, initial.directory / HF_DIR)
+        on_main(lambda: _write_sidecar(recipe, initial))
+        session = Session(recipe, world, log, stop_requested, recipe.run_dir / SIDECAR)
         for stage in recipe.stages:
             for checkpoint in _pieces(session, stage, previous, initial):
                 if evaluate and _wants_evaluation(recipe, stage, checkpoint.step):
@@ -154,6 +158,14 @@ def _write_initial(recipe: Recipe, converted: Path) -> None:
     else:
         assert recipe.model.init is not None and recipe.model.tokenizer is not None
         write_initial(recipe.model.init, recipe.model.tokenizer, converted, seed=recipe.stages[0].seed)
+
+
+def _write_sidecar(recipe: Recipe, initial: Checkpoint) -> None:
+    """Once: the model's directory may go when its weights have been read."""
+    sidecar, tokenizer = recipe.run_dir / SIDECAR, recipe.model.tokenizer
+    if not sidecar.exists():
+        with staged_directory(sidecar, 0) as partial:
+            copy_sidecar(initial.directory / HF_DIR, partial, tokenizer and tokenizer_file(tokenizer).parent)
 
 
 def _open_initial(converted: Path) -> Checkpoint:

@@ -160,6 +160,15 @@ def test_asked_to_stop_while_evaluating_it_goes_on_later(runs: Runs) -> None:
     assert list(partial.glob("*.partial.jsonl")) and not runs.scores("stopped")
 
 
+def test_an_evaluation_that_cannot_be_done_stops_no_training(runs: Runs) -> None:
+    cramped = "evaluation: {lengths: [144], samples: 1, tasks: [niah_s_1]}"
+    checked = CliRunner().invoke(app, ["train", str(runs.recipe("cramped", cramped)), "--check"])
+    assert isinstance(checked.exception, UserError) and "144" in str(checked.exception)
+    output = runs.train("cramped", evaluation=cramped)
+    assert "not measured, training goes on: " in output and f"done: {runs.root}/cramped/short" in output
+    assert runs.scores("cramped") == {}
+
+
 def test_missing_data_is_found_before_training(runs: Runs) -> None:
     recipe = runs.recipe("missing", "evaluation: {suite: helmet, tasks: [kilt_nq]}")
     checked = CliRunner().invoke(app, ["train", str(recipe), "--check"])

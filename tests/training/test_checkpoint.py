@@ -228,8 +228,9 @@ def test_a_disk_that_fills_up_loses_nothing(small_disk, monkeypatch):
     bench.save(1)
     bench.writer.finish()
     bench.save(2)
-    with pytest.raises(UserError, match=r"step_00000002 could not be saved:\n  - the disk is full"):
+    with pytest.raises(UserError, match=r"step_00000002 could not be saved:\n  - the disk is full") as refused:
         bench.writer.finish()
+    assert refused.value.exit_code == 2, "it would be full again"
     assert bench.newest == 1 and bench.names == ["latest", "step_00000001"]
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     bench.save(2)
@@ -261,8 +262,9 @@ def test_what_could_not_be_written_is_named_also_where_it_cannot_be_deleted(benc
     bench.save(1)
     shutil.rmtree(bench.snapshots[0].directory)
     bench.snapshots[0].may_write.set()
-    with pytest.raises(UserError, match="step_00000001 could not be saved"):
+    with pytest.raises(UserError, match="step_00000001 could not be saved") as refused:
         bench.writer.finish()
+    assert refused.value.exit_code == 1, "a file server's fault may go"
 
 
 def test_what_killed_processes_left_goes_and_what_others_are_doing_stays(tmp_path):
@@ -274,6 +276,7 @@ def test_what_killed_processes_left_goes_and_what_others_are_doing_stays(tmp_pat
     for name in stay | {gone, "a.tmp-elsewhere-1"}:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
+    (tmp_path / "a.tmp-elsewhere-2").touch()
     remove_leftovers(tmp_path, "a")
     assert {path.name for path in tmp_path.iterdir()} == stay
 

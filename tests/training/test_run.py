@@ -110,6 +110,23 @@ def test_the_status_of_a_run_that_has_moved_is_its_own(workspace, undisturbed):
     assert "copied/short/step_00000006" in shown and "waiting" in shown and "undisturbed" not in shown
 
 
+def test_a_run_keeps_what_it_needs_of_its_model(workspace, undisturbed):
+    """The tokenizer is the one that the recipe names, and the model may go once it was read."""
+    root = workspace.root
+    model = root / "model"
+    checkpoint = str(root / "undisturbed/short")
+    assert CliRunner().invoke(app, ["convert", "to-hf", checkpoint, str(model)]).exit_code == 0
+    (model / "tokenizer.json").unlink()
+    path, steps = f"model={{path: {model}, tokenizer: {root}/tokenizer}}", "stage.long.steps=1"
+    workspace.train("kept", path, steps)
+    saved = root / "kept/long/step_00000001/hf"
+    assert (saved / "tokenizer.json").read_bytes() == (root / "tokenizer/tokenizer.json").read_bytes()
+    assert json.loads((saved / "config.json").read_text())["hidden_size"] == 32
+    shutil.rmtree(model)
+    checked = CliRunner().invoke(app, ["train", str(workspace.recipe("kept")), path, steps, "--check"])
+    assert "ready for 1 rank" in checked.output
+
+
 def test_a_stage_with_checkpoints_cannot_leave_the_recipe_unnoticed(workspace, undisturbed):
     output = workspace.train("undisturbed", "stage.short.name=shorter", code=2)
     assert "stage short: removed or renamed" in output and "undisturbed/short away" in output
