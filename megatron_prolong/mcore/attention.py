@@ -127,20 +127,9 @@ class DocumentAttention(MegatronModule):
     context-parallel rank's tokens; returns [T, 1, N·D].
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        cp_comm_type: str | None = None,
-        softmax_scale: float | None = None,
-        pg_collection: Any = None,
-        **_: Any,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
-        self.scale = softmax_scale or config.kv_channels**-0.5
 
     def forward(
         self,
@@ -185,11 +174,10 @@ class DocumentAttention(MegatronModule):
                 context.rank,
                 context.group,
                 context.exchange,
-                scale=self.scale,
                 subgroups=context.subgroups,
             )
         assert documents.cu_seqlens is not None
-        return (packed_attention(q, k, v, documents.cu_seqlens, self.scale),)
+        return (packed_attention(q, k, v, documents.cu_seqlens),)
 
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, ...]:
         """Each document's new tokens against all of its cached ones."""
@@ -202,7 +190,7 @@ class DocumentAttention(MegatronModule):
                 outs.append(self._spread(q[start:end], k[start:end], v[start:end], len(outs), documents))
                 continue
             keys, values = cache.extend(self.layer_number, k[start:end], v[start:end])
-            outs.append(cached_attention(q[start:end], keys, values, len(keys), self.scale))
+            outs.append(cached_attention(q[start:end], keys, values, len(keys)))
         return tuple(outs)
 
     def _spread(self, q: Tensor, k: Tensor, v: Tensor, document: int, documents: Documents) -> Tensor:
@@ -213,5 +201,5 @@ class DocumentAttention(MegatronModule):
         kept = slice(None) if keeps else slice(0, 0)
         keys, values = caches[document].extend(self.layer_number, k[kept], v[kept])
         if spread.chunk_tokens is not None:
-            return sliced_attention(q, keys, values, spread.chunk_tokens, spread.group, self.scale)
-        return shared_attention(q, keys, values, keeps, spread.group, self.scale)
+            return sliced_attention(q, keys, values, spread.chunk_tokens, spread.group)
+        return shared_attention(q, keys, values, keeps, spread.group)

@@ -46,23 +46,21 @@ class TransformerEngineAttention(DocumentAttention):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         cp_comm_type: str | None = None,
-        softmax_scale: float | None = None,
         pg_collection: Any = None,
         **_: Any,
     ) -> None:
-        super().__init__(
-            config, layer_number, attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection
-        )
+        super().__init__(config, layer_number)
         arguments = (layer_number, attn_mask_type, attention_type)
-        options = {"softmax_scale": softmax_scale, "pg_collection": pg_collection}
         alone = copy.copy(config)  # not replace(): Megatron's __post_init__ is not made to run twice
         alone.context_parallel_size = 1
-        self.whole = TEDotProductAttention(alone, *arguments, **options)
+        self.whole = TEDotProductAttention(alone, *arguments, pg_collection=pg_collection)
         self.split = None
         cp = config.context_parallel_size
         kv_heads = config.num_query_groups // config.tensor_model_parallel_size
         if cp > 1 and te_exchanges(cp_comm_type or "", cp, kv_heads):
-            self.split = TEDotProductAttention(config, *arguments, cp_comm_type=cp_comm_type, **options)
+            self.split = TEDotProductAttention(
+                config, *arguments, cp_comm_type=cp_comm_type, pg_collection=pg_collection
+            )
 
     def attend(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents) -> tuple[Tensor, ...]:
         """As DocumentAttention.attend."""

@@ -25,7 +25,6 @@ def packed_attention(
     k_TGD: Tensor,
     v_TGD: Tensor,
     cu_seqlens: Sequence[int] | Tensor,
-    scale: float | None = None,
 ) -> Tensor:
     """Attention that is causal inside each document and blind across documents.
 
@@ -33,40 +32,35 @@ def packed_attention(
         q_TND, k_TGD, v_TGD: one packed sequence, N a multiple of G. Autograd flows to all three.
         cu_seqlens: document starts and the end of the last, on CPU (a CUDA tensor would stall the stream).
             Empty documents are allowed. Tokens behind the last document are padding: they get 0, see nothing.
-        scale: of the scores; default D ** -0.5.
 
     Returns:
         out_TND in q's dtype.
     """
     blocks = document_blocks(tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens))
-    return BlockAttention.apply(q_TND, k_TGD, v_TGD, blocks, True, _scale(q_TND, scale))
+    return BlockAttention.apply(q_TND, k_TGD, v_TGD, blocks, True)
 
 
 @torch.no_grad()
-def cached_attention(
-    q_TND: Tensor, k_cache_SGD: Tensor, v_cache_SGD: Tensor, num_cached: int, scale: float | None = None
-) -> Tensor:
+def cached_attention(q_TND: Tensor, k_cache_SGD: Tensor, v_cache_SGD: Tensor, num_cached: int) -> Tensor:
     """Attention of the newest T of `num_cached` tokens of one document, for chunked prefill and decoding.
 
     The caches may be longer than `num_cached`: only their first `num_cached` rows (the T new ones included,
     already written) are read. Query i sees keys 0 … num_cached-T+i. No gradient. Returns out_TND.
     """
     k_SGD, v_SGD = k_cache_SGD[:num_cached], v_cache_SGD[:num_cached]
-    return cache_forward(q_TND, k_SGD, v_SGD, causal=True, scale=_scale(q_TND, scale))[0]
+    return cache_forward(q_TND, k_SGD, v_SGD, causal=True)[0]
 
 
-def cache_forward(
-    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, *, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def cache_forward(q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """`flash.block_forward` of new tokens over a cache: out_TND and lse_TN.
 
     A single token sees every key. Its query heads that share a key/value head run as the queries of one block, so
     that decoding reads the cache once, not once for each of them.
     """
     if len(q_TND) != 1:
-        return block_forward(q_TND, k_SGD, v_SGD, causal, scale)
+        return block_forward(q_TND, k_SGD, v_SGD, causal)
     q_RGD = q_TND.unflatten(1, (k_SGD.shape[1], -1))[0].transpose(0, 1)
-    out_RGD, lse_RG = block_forward(q_RGD, k_SGD, v_SGD, causal=False, scale=scale)
+    out_RGD, lse_RG = block_forward(q_RGD, k_SGD, v_SGD, causal=False)
     return out_RGD.transpose(0, 1).flatten(0, 1).unsqueeze(0), lse_RG.T.flatten().unsqueeze(0)
 
 
@@ -80,19 +74,13 @@ class BlockAttention(torch.autograd.Function):
     """`flash.attend` with its backward; saves q, k, v, the output and one number per head and token."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...], causal: bool, scale: float
-    ) -> Tensor:
-        out, lse = attend(q, k, v, blocks, causal, scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...], causal: bool) -> Tensor:
+        out, lse = attend(q, k, v, blocks, causal)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.arguments = blocks, causal, scale
+        ctx.arguments = blocks, causal
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return *attend_backward(dout, *ctx.saved_tensors, *ctx.arguments), None, None, None
-
-
-def _scale(q_TND: Tensor, scale: float | None) -> float:
-    return q_TND.shape[-1] ** -0.5 if scale is None else scale
+        return *attend_backward(dout, *ctx.saved_tensors, *ctx.arguments), None, None

@@ -47,7 +47,6 @@ def context_attention(
     rank: int,
     group: dist.ProcessGroup,
     exchange: str,
-    scale: float | None = None,
     subgroups: Sequence[dist.ProcessGroup] = (),
 ) -> tuple[Tensor, ...]:
     """Causal attention within documents, of this rank's slice; every rank of `group` must call it.
@@ -62,21 +61,20 @@ def context_attention(
         out_TND of the split documents and of the whole ones, where there are any: the slice in its order, 0 on the
         padding behind the documents.
     """
-    scale = q_TND.shape[-1] ** -0.5 if scale is None else scale
     split_tokens, local_cu_seqlens = plan.split_tokens, plan.local_cu_seqlens(rank)
     parts = []
     if split_tokens:
         q, k, v = (x[:split_tokens] for x in (q_TND, k_TGD, v_TGD))
         if exchange == "all_gather":
-            out = _GatherAttention.apply(q, k, v, plan.chunk_tokens, rank, group, scale)
+            out = _GatherAttention.apply(q, k, v, plan.chunk_tokens, rank, group)
         else:
             inner, outer = _levels(exchange, group, subgroups)
-            out = _head_ring_attention(q, k, v, plan.chunk_tokens, inner, outer, scale)
+            out = _head_ring_attention(q, k, v, plan.chunk_tokens, inner, outer)
         parts.append(out)
     if split_tokens < len(q_TND):
         q, k, v = (x[split_tokens:] for x in (q_TND, k_TGD, v_TGD))
         blocks = document_blocks(tuple(start - split_tokens for start in local_cu_seqlens))
-        parts.append(BlockAttention.apply(q, k, v, blocks, True, scale))
+        parts.append(BlockAttention.apply(q, k, v, blocks, True))
     return tuple(parts)
 
 
@@ -105,33 +103,32 @@ class _GatherAttention(torch.autograd.Function):
         chunk_tokens: tuple[int, ...],
         rank: int,
         group: dist.ProcessGroup,
-        scale: float,
     ) -> Tensor:
         whole_k, whole_v = _gather(torch.stack((k, v)), chunk_tokens, group)
         first, second = _gathered_blocks(chunk_tokens, rank, dist.get_world_size(group))
-        out, lse = attend(q, whole_k, whole_v, first, True, scale)
-        second_out, second_lse = attend(q, whole_k, whole_v, second, True, scale)
+        out, lse = attend(q, whole_k, whole_v, first, True)
+        second_out, second_lse = attend(q, whole_k, whole_v, second, True)
         out, lse = out + second_out, torch.maximum(lse, second_lse)  # no query is in both
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.arguments = chunk_tokens, rank, group, scale
+        ctx.arguments = chunk_tokens, rank, group
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        chunk_tokens, rank, group, scale = ctx.arguments
+        chunk_tokens, rank, group = ctx.arguments
         whole_k, whole_v = _gather(torch.stack((k, v)), chunk_tokens, group)
         dq = torch.zeros_like(q)
         whole_dkv = torch.zeros((2, *whole_k.shape), dtype=lse.dtype, device=q.device)
         for blocks in _gathered_blocks(chunk_tokens, rank, dist.get_world_size(group)):
-            part = attend_backward(dout, q, whole_k, whole_v, out, lse, blocks, True, scale)
+            part = attend_backward(dout, q, whole_k, whole_v, out, lse, blocks, True)
             dq += part[0]
             whole_dkv[0] += part[1]
             whole_dkv[1] += part[2]
             del part  # whole sequences' gradients: not one more while the next call makes its own
         dk, dv = _scatter_sum(whole_dkv, chunk_tokens, group).to(k.dtype)
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None, None, None
 
 
 @lru_cache(maxsize=64)
@@ -184,11 +181,10 @@ def _head_ring_attention(
     chunk_tokens: tuple[int, ...],
     inner: dist.ProcessGroup | None,
     outer: dist.ProcessGroup | None,
-    scale: float,
 ) -> Tensor:
     """All-to-all over `inner`, ring over `outer`, all-to-all back; None is a group of one."""
     if inner is None or (inner_size := dist.get_world_size(inner)) == 1:
-        return _RingAttention.apply(q, k, v, chunk_tokens, outer, scale)
+        return _RingAttention.apply(q, k, v, chunk_tokens, outer)
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     shared_heads = math.lcm(num_kv_heads, inner_size)
     if num_heads % shared_heads:
@@ -200,7 +196,7 @@ def _head_ring_attention(
     k, v = (x.repeat_interleave(shared_heads // num_kv_heads, dim=1) for x in (k, v))
     q, k, v = (_HeadsForTokens.apply(x, chunk_tokens, inner) for x in (q, k, v))
     longer_chunks = tuple(inner_size * chunk for chunk in chunk_tokens)
-    out = _RingAttention.apply(q, k, v, longer_chunks, outer, scale)
+    out = _RingAttention.apply(q, k, v, longer_chunks, outer)
     return _TokensForHeads.apply(out, chunk_tokens, inner)
 
 
@@ -263,14 +259,13 @@ class _RingAttention(torch.autograd.Function):
         v: Tensor,
         chunk_tokens: tuple[int, ...],
         group: dist.ProcessGroup | None,
-        scale: float,
     ) -> Tensor:
         ring = _Ring(group)
         kv = torch.stack((k, v))
         for step in range(ring.size):
             arriving = ring.pass_on(kv) if step < ring.size - 1 else None  # while this block is computed
             blocks, causal = _ring_blocks(chunk_tokens, ring.rank, ring.source(step))
-            part_out, part_lse = attend(q, kv[0], kv[1], blocks, causal, scale)
+            part_out, part_lse = attend(q, kv[0], kv[1], blocks, causal)
             if step == 0:
                 out, lse = part_out, part_lse
             else:
@@ -279,14 +274,14 @@ class _RingAttention(torch.autograd.Function):
                 kv = arriving.wait()
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.arguments = chunk_tokens, group, scale
+        ctx.arguments = chunk_tokens, group
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        chunk_tokens, group, scale = ctx.arguments
+        chunk_tokens, group = ctx.arguments
         ring = _Ring(group)
         kv = torch.stack((k, v))
         dq = torch.zeros_like(q, dtype=lse.dtype)
@@ -294,7 +289,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(ring.size):
             arriving = ring.pass_on(kv) if step < ring.size - 1 else None
             blocks, causal = _ring_blocks(chunk_tokens, ring.rank, ring.source(step))
-            part_dq, *part_dkv = attend_backward(dout, q, kv[0], kv[1], out, lse, blocks, causal, scale)
+            part_dq, *part_dkv = attend_backward(dout, q, kv[0], kv[1], out, lse, blocks, causal)
             dq += part_dq
             dkv = torch.stack(part_dkv).to(lse.dtype)
             if gradient is not None:
@@ -304,7 +299,7 @@ class _RingAttention(torch.autograd.Function):
             gradient = ring.pass_on(dkv)  # the last time, home
         assert gradient is not None
         dk, dv = gradient.wait().to(k.dtype)
-        return dq.to(q.dtype), dk, dv, None, None, None
+        return dq.to(q.dtype), dk, dv, None, None
 
 
 @lru_cache(maxsize=256)

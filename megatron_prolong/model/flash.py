@@ -44,9 +44,9 @@ class Block(NamedTuple):
 
 
 def attend(
-    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, blocks: tuple[Block, ...], causal: bool, scale: float
+    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, blocks: tuple[Block, ...], causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of every block.
+    """Softmax attention of every block; scores are scaled by D ** -0.5.
 
     Blocks must not overlap, neither in queries nor in keys. `causal` aligns the ends: query i of a block with
     T queries and S >= T keys sees keys 0 … S-T+i.
@@ -56,7 +56,7 @@ def attend(
         scores. Queries of no block have output 0 and log-sum-exp -inf.
     """
     run = _attend_cuda if q_TND.is_cuda else _attend_cpu
-    return run(q_TND, k_SGD, v_SGD, blocks, causal, scale)
+    return run(q_TND, k_SGD, v_SGD, blocks, causal)
 
 
 def attend_backward(
@@ -68,7 +68,6 @@ def attend_backward(
     lse_TN: Tensor,
     blocks: tuple[Block, ...],
     causal: bool,
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq_TND, dk_SGD, dv_SGD) that flow through these blocks.
 
@@ -76,14 +75,12 @@ def attend_backward(
     call; the gradients of several calls over different keys then add up to the exact gradient.
     """
     run = _attend_backward_cuda if q_TND.is_cuda else _attend_backward_cpu
-    return run(dout_TND, q_TND, k_SGD, v_SGD, out_TND, lse_TN, blocks, causal, scale)
+    return run(dout_TND, q_TND, k_SGD, v_SGD, out_TND, lse_TN, blocks, causal)
 
 
-def block_forward(
-    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def block_forward(q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """`attend` for one block of all queries and all keys."""
-    return attend(q_TND, k_SGD, v_SGD, (Block(0, len(q_TND), 0, len(k_SGD)),), causal, scale)
+    return attend(q_TND, k_SGD, v_SGD, (Block(0, len(q_TND), 0, len(k_SGD)),), causal)
 
 
 def merge(
@@ -192,12 +189,16 @@ def _put(target_TND: Tensor, rows: slice | Tensor, values_BNLD: Tensor, valid_BL
         target_TND[rows[valid_BL]] = values[valid_BL].to(target_TND.dtype)
 
 
+def _scale(q_TND: Tensor) -> float:
+    return q_TND.shape[-1] ** -0.5
+
+
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _attend_cpu(
-    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, blocks: tuple[Block, ...], causal: bool, scale: float
+    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, blocks: tuple[Block, ...], causal: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = _compute_dtype(q_TND)
     out_TND = torch.zeros_like(q_TND, memory_format=torch.contiguous_format)
@@ -208,7 +209,7 @@ def _attend_cpu(
             _take(k_SGD, batch.k_rows),
             _take(v_SGD, batch.k_rows),
             is_causal=batch.causal,
-            scale=scale,
+            scale=_scale(q_TND),
         )
         if batch.prefix:
             out_BNLD, lse_BNL = merge(
@@ -228,7 +229,6 @@ def _attend_backward_cpu(
     lse_TN: Tensor,
     blocks: tuple[Block, ...],
     causal: bool,
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq_TND, dk_SGD, dv_SGD = (
         torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_TND, k_SGD, v_SGD)
@@ -246,7 +246,7 @@ def _attend_backward_cpu(
             _take(lse_TN, batch.q_rows),
             0.0,
             batch.causal,
-            scale=scale,
+            scale=_scale(q_TND),
         )
         if batch.prefix:
             dq_BNLD = dq_BNLD + _take(dq_TND, batch.q_rows)
@@ -298,7 +298,7 @@ def _cumulative(spans: list[tuple[int, int]], device: torch.device) -> Tensor:
 
 
 def _attend_cuda(
-    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, blocks: tuple[Block, ...], causal: bool, scale: float
+    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, blocks: tuple[Block, ...], causal: bool
 ) -> tuple[Tensor, Tensor]:
     out_TND = torch.zeros_like(q_TND, memory_format=torch.contiguous_format)
     lse_TN = q_TND.new_full(q_TND.shape[:2], -torch.inf, dtype=torch.float32)
@@ -315,7 +315,7 @@ def _attend_cuda(
             0.0,
             causal,
             False,
-            scale=scale,
+            scale=_scale(q_TND),
         )
         out_TND[ragged.q_rows] = out
         lse_TN[ragged.q_rows] = lse_NT.T
@@ -331,7 +331,6 @@ def _attend_backward_cuda(
     lse_TN: Tensor,
     blocks: tuple[Block, ...],
     causal: bool,
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq_TND, dk_SGD, dv_SGD = (
         torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_TND, k_SGD, v_SGD)
@@ -354,7 +353,7 @@ def _attend_backward_cuda(
             causal,
             no_dropout_state,
             torch.empty(0, dtype=torch.uint64, device=q_TND.device),
-            scale=scale,
+            scale=_scale(q_TND),
         )
         dq_TND[ragged.q_rows], dk_SGD[ragged.k_rows], dv_SGD[ragged.k_rows] = dq, dk, dv
     return dq_TND, dk_SGD, dv_SGD

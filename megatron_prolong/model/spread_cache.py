@@ -35,7 +35,7 @@ def can_slice(num_tokens: int, num_ranks: int) -> bool:
 
 @torch.no_grad()
 def sliced_attention(
-    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, num_tokens: int, group: dist.ProcessGroup, scale: float
+    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, num_tokens: int, group: dist.ProcessGroup
 ) -> Tensor:
     """Attention of this rank's slice of a chunk of `num_tokens`; every rank of `group` must call it."""
     mine = slice_of(num_tokens, dist.get_rank(group), dist.get_world_size(group))
@@ -45,9 +45,9 @@ def sliced_attention(
     before = (Block(0, mine.start, 0, num_old),)
     within = (Block(mine.start, mine.stop, 0, num_keys),)
     after = (Block(mine.stop, num_tokens, 0, num_keys),)
-    out, lse = attend(q_all, k_SGD, v_SGD, within, True, scale)
+    out, lse = attend(q_all, k_SGD, v_SGD, within, True)
     for blocks in (before, after):
-        part_out, part_lse = attend(q_all, k_SGD, v_SGD, blocks, False, scale)
+        part_out, part_lse = attend(q_all, k_SGD, v_SGD, blocks, False)
         out, lse = out + part_out, torch.maximum(lse, part_lse)  # no query is in two of them
     weighted = _weighted(out, lse, group)
     size = len(q_all) // dist.get_world_size(group)
@@ -58,10 +58,10 @@ def sliced_attention(
 
 @torch.no_grad()
 def shared_attention(
-    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, keeper: bool, group: dist.ProcessGroup, scale: float
+    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, keeper: bool, group: dist.ProcessGroup
 ) -> Tensor:
     """Attention of tokens that all ranks of `group` have; the keys and values of the `keeper` end with theirs."""
-    out, lse = cache_forward(q_TND, k_SGD, v_SGD, causal=keeper, scale=scale)
+    out, lse = cache_forward(q_TND, k_SGD, v_SGD, causal=keeper)
     weighted = _weighted(out, lse, group)
     dist.all_reduce(weighted, group=group)
     return _divided(weighted).to(q_TND.dtype)

@@ -12,9 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megatron_prolong.model.context_plan import ContextPlan
 
 
-def document_attention(
-    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_seqlens: Sequence[int], scale: float | None = None
-) -> Tensor:
+def document_attention(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_seqlens: Sequence[int]) -> Tensor:
     """Each document by itself through PyTorch's unfused causal attention; zeros behind the last document."""
     group_size = q_TND.shape[1] // k_TGD.shape[1]
     outs = []
@@ -22,7 +20,7 @@ def document_attention(
         q, k, v = (x[start:stop].transpose(0, 1) for x in (q_TND, k_TGD, v_TGD))
         k, v = (x.repeat_interleave(group_size, dim=0) for x in (k, v))
         with sdpa_kernel(SDPBackend.MATH):
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         outs.append(out.transpose(0, 1))
     outs.append(torch.zeros_like(q_TND[cu_seqlens[-1] :]))
     return torch.cat(outs)
