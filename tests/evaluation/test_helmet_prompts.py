@@ -47,7 +47,7 @@ OUTPUTS = (
     "Answer: {answer}\nmore",
     "label: 2",
     "[ID: 3] > 14 > 1",
-    "no. {answer} it is",
+    "no. {last} it is",
 )
 
 
@@ -91,8 +91,8 @@ def digest(value: Any) -> str:
 
 
 def outputs_for(row: Row) -> list[str]:
-    gold = row["answer"] if isinstance(row["answer"], str) else str(row["answer"][0])
-    return [output.format(answer=gold) for output in OUTPUTS]
+    answers = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
+    return [output.format(answer=answers[0], last=answers[-1]) for output in OUTPUTS]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -101,7 +101,8 @@ def test_prompts_and_scores_are_what_helmet_gave(
 ) -> None:
     """Where this fails and the comparison with HELMET itself does not, the digest is to be replaced."""
     short_documents(monkeypatch)
-    task, found = TASKS[name], []
+    task = TASKS[name]
+    found: list[Any] = [task.metrics]
     for row in task.load(task, Inputs(data, byte_tokenizer, max_samples=5)):
         scored = [task.score(output, row) for output in outputs_for(row)]
         scores = [{key: round(float(value), 4) for key, value in one.scores.items()} for one in scored]
