@@ -20,11 +20,7 @@ from megatron_prolong.mcore.micro_batch import MicroBatch
 
 
 def forward_backward(
-    model: StageModel,
-    batches: Sequence[MicroBatch],
-    groups: ParallelGroups,
-    *,
-    forward_only: bool = False,
+    model: StageModel, batches: Sequence[MicroBatch], groups: ParallelGroups
 ) -> tuple[float, int]:
     """Run every micro-batch; afterwards gradients are those of the mean loss over the global batch's targets.
 
@@ -37,22 +33,22 @@ def forward_backward(
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.no_sync_func = model.accumulating
     losses = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, model, not forward_only),
+        forward_step_func=partial(_forward_step, model),
         data_iterator=[iter(batches) for _ in model.chunks],
         model=model.chunks,
         num_microbatches=len(batches),
         seq_length=batches[0].tokens.shape[1] * groups.cp.size,
         micro_batch_size=1,
-        forward_only=forward_only,
+        forward_only=False,
     )
     return _reduce(losses, groups, batches[0].tokens.device)
 
 
 def _forward_step(
-    model: StageModel, training: bool, data: Iterator[MicroBatch], chunk: torch.nn.Module
+    model: StageModel, data: Iterator[MicroBatch], chunk: torch.nn.Module
 ) -> tuple[Tensor, Any]:
     batch = next(data)
-    if training and model.keeps_attention and batch.documents.kept is None:
+    if model.keeps_attention and batch.documents.kept is None:
         batch.documents.kept = {}
     with model.offload or nullcontext():
         output = chunk(

@@ -6,7 +6,7 @@ all-to-all (n-1)/n of what a rank holds, point-to-point all of it. A few scalars
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.memory import a2a_repeats
@@ -29,11 +29,6 @@ class StepVolume:
     context: int
     pipeline: int
     data: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(getattr(self, part.name) for part in fields(self))
 
 
 def step_volume(job: Job, pp_rank: int) -> StepVolume:

@@ -6,7 +6,6 @@ Equality with the package that defines the format is in tests/parity/test_mds_st
 from __future__ import annotations
 
 import json
-import pickle
 import subprocess
 from pathlib import Path
 
@@ -83,13 +82,6 @@ def test_columns_can_be_chosen_and_unreadable_ones_left_out(tmp_path: Path) -> N
     assert MDSReader(tmp_path / "data", columns=["length", "domain"])[1] == {"length": 4, "domain": "d1"}
     with pytest.raises(UserError, match="no column text, only domain, input_ids, length"):
         MDSReader(tmp_path / "data", columns=["text"])
-
-
-def test_a_reader_can_be_sent_to_another_process(tmp_path: Path) -> None:
-    write(tmp_path / "data", [3, 4])
-    reader = MDSReader(tmp_path / "data", columns=["length"])
-    assert reader[0] == {"length": 3}
-    assert pickle.loads(pickle.dumps(reader))[1] == {"length": 4}
 
 
 def test_merge_keeps_order_and_reads_nested_directories(tmp_path: Path) -> None:

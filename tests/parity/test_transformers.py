@@ -211,9 +211,7 @@ def test_loss_does_not_depend_on_the_order_of_documents(world, groups):
     random = np.random.default_rng(5)
     pieces = [Piece(random.integers(0, 1000, n).astype(np.uint32), None) for n in LENGTHS]
     losses = [
-        forward_backward(
-            model, [to_micro_batch(collate_pieces(order), groups, world)], groups, forward_only=True
-        )
+        forward_backward(model, [to_micro_batch(collate_pieces(order), groups, world)], groups)
         for order in (pieces, pieces[::-1])
     ]
     assert losses[0][1] == losses[1][1]
@@ -241,9 +239,6 @@ def test_padded_vocabulary_takes_no_probability(world, groups):
     for filler in (0.0, 50.0):
         with torch.no_grad():
             chunk.output_layer.weight[1000:] = filler
-        losses.append(
-            forward_backward(model, [to_micro_batch(batch, groups, world)], groups, forward_only=True)[0]
-        )
+        losses.append(forward_backward(model, [to_micro_batch(batch, groups, world)], groups)[0])
     assert chunk.output_layer.weight.shape[0] == 1024
     assert losses[0] == losses[1]
-    assert NO_LABEL == -100

@@ -76,9 +76,6 @@ class MDSReader(Sequence[dict[str, Any]]):
             layout.append((name, known.size, known.decode if name in self.columns else None))
         return layout
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, tuple(self.columns))
-
     def __len__(self) -> int:
         return self._length
 
@@ -191,10 +188,6 @@ class MDSReader(Sequence[dict[str, Any]]):
             self._read(number, sample)
         if shard.packed is not None and shard.path.exists():  # unpacked earlier; this is what gets read
             check_hashes(shard.path, shard.raw.hashes, _parts(shard.path))
-
-
-def _reopen(path: Path, columns: Sequence[str]) -> MDSReader:
-    return MDSReader(path, columns=columns)
 
 
 def _has_size(path: Path, num_bytes: int) -> bool:
