@@ -49,13 +49,13 @@ class ShardedDomain:
         self._refuse_other_lengths([self.read(index) for index in {0, len(self) // 2, len(self) - 1}])
 
     def _refuse_other_lengths(self, sequences: Iterable[PackedSequence]) -> None:
-        """Packs may be somewhat shorter than the stage and are padded; but 64K packs in a 512K stage would be
-        seven eighths padding, which costs as much as tokens and shows nowhere."""
+        """Packs may be somewhat shorter than the stage; but with 64K packs in a 512K stage a batch would hold an
+        eighth of its tokens, and nothing long."""
         longest = max(sequences, key=lambda sequence: sequence.num_tokens)
         if 2 * longest.num_tokens <= self._sequence_length:
             raise UserError(
                 f"{longest.identity}: {longest.num_tokens} tokens, not even half of the stage's sequence_length "
-                f"{self._sequence_length}; the rest would be padding. Pack the source again with "
+                f"{self._sequence_length}; batches would be as much smaller. Pack the source again with "
                 f"`prolong data pack --length {self._sequence_length}`"
             )
 

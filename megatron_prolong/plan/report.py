@@ -14,7 +14,7 @@ from megatron_prolong.plan.job import Job, job_of
 from megatron_prolong.plan.search import AS_FAST, Candidate, best_of, evaluate, search
 from megatron_prolong.plan.simulate import Simulation, simulate
 from megatron_prolong.plan.volume import step_volume
-from megatron_prolong.recipe.schema import LayoutOverride, Recipe, Stage
+from megatron_prolong.recipe.schema import LayoutOverride, Recipe, Stage, layout_of
 from megatron_prolong.recipe.shape import ModelShape
 
 SAMPLED_STEPS = 16
@@ -149,16 +149,16 @@ def plan_stage(
 def with_best_layouts(recipe: Recipe, plans: list[StagePlan]) -> Recipe:
     """The recipe with every planned stage at its best layout; stages without one stay as they are."""
     best = {plan.stage.name: plan.best for plan in plans}
-    stages = [
-        stage if (choice := best.get(stage.name)) is None else _at(stage, choice.job)
-        for stage in recipe.stages
-    ]
-    return recipe.model_copy(update={"stages": stages})
-
-
-def _at(stage: Stage, job: Job) -> Stage:
-    layout = LayoutOverride(**job.layout.model_dump())
-    return stage.model_copy(update={"layout": layout, "recompute": job.recompute})
+    stages = []
+    for stage in recipe.stages:
+        choice = best.get(stage.name)
+        layout = layout_of(recipe, stage) if choice is None else choice.job.layout
+        recompute = stage.recompute if choice is None else choice.job.recompute
+        changed = {"layout": LayoutOverride(**layout.model_dump()), "recompute": recompute}
+        stages.append(stage.model_copy(update=changed))
+    # A stage can name layers of its own, but not take back the recipe's.
+    shared = recipe.layout.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
+    return recipe.model_copy(update={"stages": stages, "layout": shared})
 
 
 def to_json(plan: StagePlan, gpu: Gpu, count: int) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def parse_count(value: object) -> int:
 
 
 def parse_real(value: object) -> float:
-    """`value` as a float. Raises ValueError."""
+    """`value` as a float. Raises ValueError, for the units of `parse_count` too: 8M would be 8,388,608."""
+    if isinstance(value, str) and value.rstrip().upper().endswith(("K", "M", "B")):
+        raise ValueError("must be written without a unit, as 8e6: K, M and B count in powers of 1024")
     return float(parse_number(value))
 
 
@@ -58,4 +60,4 @@ Count = Annotated[int, BeforeValidator(parse_count, json_schema_input_type=int |
 """A whole number that may be written 64K, 4M or 20B."""
 
 Real = Annotated[float, BeforeValidator(parse_real, json_schema_input_type=float | str)]
-"""A float that may be written 1e-5, 5e5 or 8M."""
+"""A float that may be written 1e-5 or 8e6."""

@@ -209,10 +209,10 @@ class CheckpointSpec(_Frozen):
 
 
 class LoggingSpec(_Frozen):
-    """What is written to metrics.jsonl, TensorBoard and the log."""
+    """What is told of the steps."""
 
     every: Positive = 1
-    """Steps between lines."""
+    """Steps between lines on the terminal; metrics.jsonl has every step."""
     wandb: Name | None = None
     """Weights & Biases project that gets the same numbers, where `wandb` is installed."""
 

@@ -72,6 +72,8 @@ def train_stage(session: Session, stage: Stage, start: StageInput, until: int) -
         Watchdog(rank, HANG_SECONDS) as watchdog,
         naming_lost_ranks(rank, lambda: f"{watchdog.where} of stage {stage.name}"),
     ):
+        if session.world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(session.world.device)
         run = prepare_stage(session.recipe, stage, start, layout, session.world, groups)
         for chunk in run.model.chunks:
             chunk.register_forward_pre_hook(lambda *_: watchdog.feed())
@@ -102,6 +104,7 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
         metrics = run.update(step, sequences)
         gc.collect()  # all ranks are here at the same time
         before, state = state, state.after(stage, sequences, metrics)
+        last = state.step == until
         watchdog.feed(state.step + 1)
         writer.poll()
         try:
@@ -111,10 +114,8 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
             raise JointError(str(error), said_here=session.world.is_main) from error
         if log:
             facts = _facts(run, state, metrics, sequences, time.perf_counter() - started)
-            log.step(
-                stage.name, state.step, stage.num_steps, facts, show=step % run.recipe.logging.every == 0
-            )
-        last = state.step == until
+            show = last or state.step % run.recipe.logging.every == 0
+            log.step(stage.name, state.step, stage.num_steps, facts, show=show)
         stopping = session.stop_requested()
         if last or stopping or state.step % spec.every == 0:
             writer.save(run.model, run.optimizer, _manifest(run, state))
@@ -131,15 +132,18 @@ def _facts(
     run: StageRun, state: TrainState, metrics: StepMetrics, sequences: list[PackedSequence], seconds: float
 ) -> dict[str, Any]:
     """One line of metrics.jsonl."""
+    tokens = sum(
+        sequence.num_tokens for sequence in sequences
+    )  # fewer than batch_tokens, if packs are not full
     pairs = sum(float(np.square(np.diff(sequence.boundaries)).sum()) for sequence in sequences)
-    flops = model_flops(run.model.shape, run.stage.batch_tokens, pairs)
+    flops = model_flops(run.model.shape, tokens, pairs)
     return {
         "loss": metrics.loss,
         "lr": metrics.lr,
         "grad_norm": metrics.grad_norm,
         "tokens": state.tokens,
         "valid_tokens": metrics.num_targets,
-        "tokens_per_second": run.stage.batch_tokens / seconds,
+        "tokens_per_second": tokens / seconds,
         "tflops_per_rank": flops / seconds / run.world.size / 1e12,
         "step_seconds": seconds,
         "skipped": state.skipped,
@@ -149,6 +153,7 @@ def _facts(
 
 
 def _peak_memory(world: World) -> int:
+    """Of this rank: on a GPU since the stage began, in a process without one so far."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device)
     import resource

@@ -21,7 +21,7 @@ class TrainState:
 
     Attributes:
         step: updates made (skipped ones included); also the position in the batch stream.
-        tokens: tokens consumed by the stage, padding included.
+        tokens: tokens consumed by the stage.
         skipped: steps whose update was left out: they had no targets, or a non-finite loss or gradient.
         skipped_in_a_row: of them, the last ones.
         recent_losses: of the last LOSS_WINDOW steps that made an update. In the checkpoint, so that a run that goes
@@ -57,7 +57,7 @@ class TrainState:
         return dataclasses.replace(
             self,
             step=self.step + 1,
-            tokens=self.tokens + stage.batch_tokens,
+            tokens=self.tokens + sum(sequence.num_tokens for sequence in sequences),
             skipped=self.skipped + (not metrics.updated),
             skipped_in_a_row=0 if metrics.updated else self.skipped_in_a_row + 1,
             recent_losses=[*self.recent_losses, *[metrics.loss] * metrics.updated][-LOSS_WINDOW:],

@@ -116,6 +116,19 @@ def test_the_best_leaves_room_and_is_what_is_written(model: Path, tmp_path: Path
     assert (written.layout.tp, written.layout.cp, written.recompute) == (4, 2, "none")
 
 
+def test_layers_of_pipeline_stages_stay_with_the_stage_that_is_not_planned(
+    model: Path, tmp_path: Path
+) -> None:
+    uneven = ["layout.pp=4", "layout.first_stage_layers=7", "layout.last_stage_layers=7"]
+    path = tmp_path / "best.yaml"
+    run(model, "--stage", "64k", "--gpus", "64", *uneven, "--write", str(path))
+    recipe = load_recipe(path)
+    planned, other = (layout_of(recipe, stage) for stage in recipe.stages[:2])
+    assert (planned.pp, planned.first_stage_layers) == (1, None)
+    assert (other.pp, other.first_stage_layers, other.last_stage_layers) == (4, 7, 7)
+    assert not layout_problems(planned, LLAMA3_8B, 64) and not layout_problems(other, LLAMA3_8B, 64)
+
+
 def test_kernels_are_named_and_those_of_transformer_engine_are_faster(model: Path) -> None:
     texts = [run(model, "--stage", "512k", "--top", "1", option) for option in ("--no-te", "--te")]
     assert "layers and attention: PyTorch's FlashAttention-2" in texts[0]

@@ -27,7 +27,7 @@ def test_counts(written: object, value: int) -> None:
 
 @pytest.mark.parametrize(
     ("written", "value"),
-    [("1e-5", 1e-5), ("1.28e8", 1.28e8), ("5e5", 5e5), (3, 3.0), ("-.5", -0.5), ("8M", 8 * 2**20)],
+    [("1e-5", 1e-5), ("1.28e8", 1.28e8), ("5e5", 5e5), (3, 3.0), ("-.5", -0.5), ("8e6", 8e6)],
 )
 def test_reals(written: object, value: float) -> None:
     assert parse_real(written) == value
@@ -40,6 +40,13 @@ def test_reals(written: object, value: float) -> None:
 def test_what_is_not_a_number_is_refused(written: object) -> None:
     with pytest.raises(ValueError, match="number"):
         parse_number(written)
+
+
+@pytest.mark.parametrize("written", ["8M", "1.28K ", "20b"])
+def test_a_real_has_no_unit(written: object) -> None:
+    """A RoPE base of 8M would be 8,388,608, and not the paper's."""
+    with pytest.raises(ValueError, match="without a unit"):
+        parse_real(written)
 
 
 @pytest.mark.parametrize("written", ["0.3", 4.5, "1e-3", "1.0001K"])
