@@ -84,8 +84,8 @@ def test_there_and_back_keeps_tokens_and_boundaries(
 
 
 def test_unpacked_documents_get_no_indices_and_empty_ones_are_counted(tmp_path: Path) -> None:
-    megatron_writes(tmp_path / "theirs", [[[1, 2]], [[]], [[3]]], np.int32)
-    assert from_megatron(tmp_path / "theirs", tmp_path / "mds", "books") == (2, 1)
+    megatron_writes(tmp_path / "theirs", [[[1, 2]], [[]], [], [[3]]], np.int32)
+    assert from_megatron(tmp_path / "theirs", tmp_path / "mds", "books") == (2, 2)
     reader = MDSReader(tmp_path / "mds")
     assert sorted(reader.columns) == ["domain", "input_ids", "length"]
     assert [sample["input_ids"].tolist() for sample in reader] == [[1, 2], [3]]
