@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
@@ -52,7 +51,7 @@ from megatron_prolong.runtime.checksums import Entries, HashingFile
 _METADATA = {"distrib_optim_sharding_type": SHARDING_TYPE, "chained_optim_avoid_prefix": True}
 
 
-def training_state(model: StageModel, optimizer: MegatronOptimizer | None) -> ShardedStateDict:
+def training_state(model: StageModel, optimizer: MegatronOptimizer) -> ShardedStateDict:
     """What a checkpoint holds of this rank's weights and optimizer, as references. Collective.
 
     Weights that are kept in fp8 are saved from the optimizer's fp32 ones, rounded to bf16: those in fp8 would lose
@@ -60,8 +59,6 @@ def training_state(model: StageModel, optimizer: MegatronOptimizer | None) -> Sh
     """
     model.gather_weights()
     state = _model_state(model)
-    if optimizer is None:
-        return state
     if model.config.fp8_param:
         return {"optimizer": optimizer_state(optimizer, state, _METADATA, with_weights=True)}
     return {**state, "optimizer": optimizer_state(optimizer, state, _METADATA)}
@@ -140,16 +137,6 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     return Snapshot(directory, request)
-
-
-def save_weights_and_optimizer(
-    directory: Path, model: StageModel, optimizer: MegatronOptimizer | None
-) -> None:
-    """Write this rank's share into `directory`, which must exist and be empty. Collective."""
-    snapshot = take_snapshot(directory, training_state(model, optimizer))
-    snapshot.write()
-    dist.barrier()
-    snapshot.finish()
 
 
 def load_weights(directory: Path, model: StageModel) -> None:

@@ -29,9 +29,10 @@ CASES = {
 def _load_and_save(root: Path) -> None:
     """Every case through GPTModel's own sharded_state_dict: loaded, and saved again."""
     from megatron_prolong.mcore.build import build_model
-    from megatron_prolong.mcore.checkpoint import load_weights, save_weights_and_optimizer
+    from megatron_prolong.mcore.checkpoint import load_weights
     from megatron_prolong.mcore.groups import megatron
     from megatron_prolong.mcore.optimizer import build_optimizer
+    from tests.mcore.saving import save_weights_and_optimizer
 
     for case, (_, layout, precision) in CASES.items():
         source, target = root / case / "converted", root / case / "saved"

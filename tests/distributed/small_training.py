@@ -157,7 +157,7 @@ def load(job: Job, model, layout: Layout, spec: OptimizerSpec):
 
 
 def save(job: Job, model, optimizer, rank: int) -> None:
-    from megatron_prolong.mcore.checkpoint import save_weights_and_optimizer
+    from tests.mcore.saving import save_weights_and_optimizer
 
     save_weights_and_optimizer(Path(job.save), model, optimizer)
     if rank == 0:

@@ -18,11 +18,12 @@ from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.mcore import config, specs
 from megatron_prolong.mcore.build import StageModel, build_model
-from megatron_prolong.mcore.checkpoint import load_weights, save_weights_and_optimizer
+from megatron_prolong.mcore.checkpoint import load_weights
 from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.mcore.optimizer import build_optimizer
 from megatron_prolong.recipe.schema import Layout, OptimizerSpec
 from megatron_prolong.runtime.launch import distributed
+from tests.mcore.saving import save_weights_and_optimizer
 
 te = pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine (no GPU)")
 if torch.cuda.is_available():

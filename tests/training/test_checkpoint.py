@@ -28,7 +28,6 @@ from megatron_prolong.mcore.build import StageModel, build_model
 from megatron_prolong.mcore.checkpoint import (
     _WeightsOnlyPlanner,
     load_weights_and_optimizer,
-    save_weights_and_optimizer,
     take_snapshot,
     training_state,
 )
@@ -43,6 +42,7 @@ from megatron_prolong.runtime.publish import remove_leftovers, temporary_name
 from megatron_prolong.training import checkpoint
 from megatron_prolong.training.run_directory import latest_checkpoint
 from megatron_prolong.training.step import train_step
+from tests.mcore.saving import save_weights_and_optimizer
 
 SHAPE = ModelShape(
     num_layers=2, hidden_size=32, ffn_hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=99,
@@ -228,7 +228,9 @@ def test_a_disk_that_fills_up_loses_nothing(small_disk, monkeypatch):
     bench.save(1)
     bench.writer.finish()
     bench.save(2)
-    with pytest.raises(UserError, match=r"step_00000002 could not be saved:\n  - the disk is full") as refused:
+    with pytest.raises(
+        UserError, match=r"step_00000002 could not be saved:\n  - the disk is full"
+    ) as refused:
         bench.writer.finish()
     assert refused.value.exit_code == 2, "it would be full again"
     assert bench.newest == 1 and bench.names == ["latest", "step_00000001"]
