@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation import short
 from megatron_prolong.evaluation.backend import open_backend
+from megatron_prolong.evaluation.published import published
 from megatron_prolong.evaluation.short import ShortTask, print_short, run_short
 
 TASK = """\
@@ -52,7 +54,6 @@ def test_the_harness_scores_an_exported_checkpoint(
     assert 0 < scores["tiny_choice"] < 100, "a task that is all right or all wrong would prove nothing"
     monkeypatch.setattr(short, "_harness", lambda directory: (None, None))
     assert run_short(exported, tmp_path / "out", tasks=(TINY,)) == scores, "a finished task is not run again"
-    print_short({"exported": scores})
 
 
 def accuracy(checkpoint: Path) -> float:
@@ -86,6 +87,14 @@ def test_what_is_scored_already_is_not_asked_again_unless_it_was_of_something_el
     (tmp_path / "short.json").write_text("{}")  # as another version may have left it
     assert ask() == {"tiny_choice": 37.5}
     assert asked == [(["tiny_choice"], 3, limit) for limit in (9, None, None)]
+
+
+def test_models_stand_beside_the_published_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    print_short({"before": {"mmlu": 66.12}, "after": {"mmlu": 64.96, "tiny_choice": 12.5}})
+    lines = capsys.readouterr().out.splitlines()
+    rows = {cells[0]: cells[1:] for cells in (re.findall(r"[\w.]+", line) for line in lines) if cells}
+    assert rows["mmlu"][:2] == ["66.1", "65.0"] and len(rows["mmlu"]) == 2 + len(published("short", 0))
+    assert rows["tiny_choice"] == ["12.5"]
 
 
 def test_a_checkpoint_must_be_exported_first(
