@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from megatron_prolong.runtime.launch import World
+
+T = TypeVar("T")
 
 
 class _RunByDefault(TyperGroup):
@@ -56,17 +64,23 @@ def perplexity(
     from megatron_prolong.evaluation.perplexity import Perplexity, measure
     from megatron_prolong.evaluation.report import plot_perplexity, print_perplexity, write_json
 
-    sizes = lengths_of(lengths)
-    models = models_of(model, compare)
-    check_documents(data, [path for _, path in models])
-    out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
+    def prepare() -> tuple[list[int], list[tuple[str, str]]]:
+        sizes, models = lengths_of(lengths), models_of(model, compare)
+        paths = [path for _, path in models]
+        check_documents(data, paths)
+        check_models(paths)
+        out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
+        return sizes, models
+
     results: dict[str, Perplexity] = {}
-    for label, path in models:
-        with open_backend(path) as backend:
-            if backend is None:  # a rank that only lent its part of the model
-                continue
-            passages = read_passages(data, backend.tokenizer, max(sizes), documents, seed)
-            results[label] = measure(backend, passages, sizes)
+    with ranks() as world:
+        sizes, models = on_all_ranks(world, prepare)
+        for label, path in models:
+            with open_backend(path, world=world) as backend:
+                if backend is None:  # a rank that only lent its part of the model
+                    continue
+                passages = read_passages(data, backend.tokenizer, max(sizes), documents, seed)
+                results[label] = measure(backend, passages, sizes)
     if not is_main():
         return
     print_perplexity(results)
@@ -103,16 +117,21 @@ def needle(
     from megatron_prolong.evaluation.documents import read_text
     from megatron_prolong.evaluation.report import plot_needle, print_needle, write_json
 
-    sizes, fractions = lengths_of(lengths), _depths(depths)
-    text = read_text(haystack) if haystack else needles.NOISE
-    models = models_of(model, compare)
-    out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
+    def prepare() -> tuple[list[int], list[float], str, list[tuple[str, str]]]:
+        sizes, fractions, models = lengths_of(lengths), _depths(depths), models_of(model, compare)
+        text = read_text(haystack) if haystack else needles.NOISE
+        check_models([path for _, path in models])
+        out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
+        return sizes, fractions, text, models
+
     results: dict[str, Any] = {}
-    for label, path in models:
-        with open_backend(path, batch_size=trials) as backend:
-            if backend is None:  # a rank that only lent its part of the model
-                continue
-            results[label] = needles.run(backend, text, sizes, fractions, trials=trials, seed=seed)
+    with ranks() as world:
+        sizes, fractions, text, models = on_all_ranks(world, prepare)
+        for label, path in models:
+            with open_backend(path, batch_size=trials, world=world) as backend:
+                if backend is None:  # a rank that only lent its part of the model
+                    continue
+                results[label] = needles.run(backend, text, sizes, fractions, trials=trials, seed=seed)
     if not is_main():
         return
     print_needle(results)
@@ -121,10 +140,39 @@ def needle(
     print(f"wrote {out / 'needle.json'} and {out / 'needle.png'}")
 
 
+@contextmanager
+def ranks() -> Iterator[World | None]:
+    """The ranks that torchrun or srun started, which meet once for all models; None for a process alone."""
+    from megatron_prolong.runtime.rendezvous import read_rendezvous
+
+    if read_rendezvous(os.environ).size == 1:
+        yield None
+    else:
+        from megatron_prolong.runtime.launch import distributed
+
+        with distributed() as world:
+            yield world
+
+
+def on_all_ranks(world: World | None, action: Callable[[], T]) -> T:
+    """Do it on every rank; what the user has to mend there is said by the main one alone."""
+    if world is None:
+        return action()
+    from megatron_prolong.runtime.agreement import together
+
+    return together(action)
+
+
+def check_models(paths: list[str], kind: str = "auto", cp: int = 1) -> None:
+    """Look at all models before the first is measured, for hours perhaps."""
+    from megatron_prolong.evaluation.backend import backend_kind
+
+    for path in paths:
+        backend_kind(path, kind=kind, cp=cp)
+
+
 def is_main() -> bool:
     """True on the one rank that prints and writes."""
-    import os
-
     from megatron_prolong.runtime.rendezvous import read_rendezvous
 
     return read_rendezvous(os.environ).rank == 0

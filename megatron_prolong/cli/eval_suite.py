@@ -8,11 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_prolong.cli.eval import Compare, Model, is_main, lengths_of, models_of
+from megatron_prolong.cli.eval import (
+    Compare,
+    Model,
+    check_models,
+    is_main,
+    lengths_of,
+    models_of,
+    on_all_ranks,
+    ranks,
+)
 
 if TYPE_CHECKING:
     from megatron_prolong.evaluation.backend import Backend
     from megatron_prolong.evaluation.suite_report import Models
+    from megatron_prolong.evaluation.task import Entails, Task
+    from megatron_prolong.runtime.launch import World
 
 data_app = typer.Typer(help="The suites' data.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -74,27 +85,33 @@ def run(
     from megatron_prolong.evaluation.task import Inputs
     from megatron_prolong.recipe.shape import model_directory
 
-    _one_of("--chat", chat, ("auto", "always", "never"))
-    _one_of("--too-long", too_long, ("refuse", "truncate", "allow"))
+    def prepare() -> tuple[list[tuple[str, str]], list[Task], str, Entails | None]:
+        _one_of("--chat", chat, ("auto", "always", "never"))
+        _one_of("--too-long", too_long, ("refuse", "truncate", "allow"))
+        _one_of("--backend", backend, ("auto", "hf", "megatron", "openai"))
+        models = models_of(model, compare)
+        chosen = select(suite, lengths_of(lengths), [name for name in tasks.split(",") if name])
+        if is_main():
+            chosen = runnable(chosen, data, skip_missing)
+        if backend != "openai":
+            check_models([path for _, path in models], backend, cp)
+        text = read_text(haystack) if haystack else ""
+        return models, chosen, text, load_nli(nli) if nli and is_main() else None
+
     if suite == "short":
         _run_short(models_of(model, compare), out, samples)
         return
-    names = [name for name in tasks.split(",") if name]
-    chosen = select(suite, lengths_of(lengths), names)
-    if is_main():
-        chosen = runnable(chosen, data, skip_missing)
-    text = read_text(haystack) if haystack else ""
-    entails = load_nli(nli) if nli and is_main() else None
     results = {}
-    for label, path in models_of(model, compare):
-        identity = model_identity(model_directory(path)) if backend != "openai" else ""
-        settings = Settings(tag, chat, too_long, stop_newline, overwrite, identity)
-        opened = _open(path, backend, server, tokenizer, batch_size, cp)
-        with opened as loaded:
-            if loaded is not None:  # None: a rank that only lent its part of the model
-                inputs = Inputs(data, loaded.tokenizer, seed, samples, text)
-                results[label] = run_suite(chosen, loaded, inputs, settings, out / label, entails)
-        del loaded  # the next model needs the memory
+    with ranks() as world:
+        models, chosen, text, entails = on_all_ranks(world, prepare)
+        for label, path in models:
+            identity = model_identity(model_directory(path)) if backend != "openai" else ""
+            settings = Settings(tag, chat, too_long, stop_newline, overwrite, identity)
+            with _open(path, backend, server, tokenizer, batch_size, cp, world) as loaded:
+                if loaded is not None:  # None: a rank that only lent its part of the model
+                    inputs = Inputs(data, loaded.tokenizer, seed, samples, text)
+                    results[label] = run_suite(chosen, loaded, inputs, settings, out / label, entails)
+            del loaded  # the next model needs the memory
     if is_main():
         _report(results, suite, out)
 
@@ -175,15 +192,15 @@ def _open(
     tokenizer: Path | None,
     batch_size: int,
     cp: int,
+    world: World | None,
 ) -> AbstractContextManager[Backend | None]:
     from megatron_prolong.errors import UserError
     from megatron_prolong.evaluation.backend import load_tokenizer, open_backend
     from megatron_prolong.evaluation.http import Client
     from megatron_prolong.evaluation.openai import OpenAIBackend
 
-    _one_of("--backend", backend, ("auto", "hf", "megatron", "openai"))
     if backend != "openai":
-        return open_backend(path, batch_size=batch_size, kind=backend, cp=cp)
+        return open_backend(path, batch_size=batch_size, kind=backend, cp=cp, world=world)
     if server is None or tokenizer is None:
         raise UserError(
             "--backend openai needs --server URL, and --tokenizer DIRECTORY to count and cut prompts with"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import MANIFEST, model_directory, stages_hint
 from megatron_prolong.runtime.rendezvous import read_rendezvous
+
+if TYPE_CHECKING:
+    from megatron_prolong.runtime.launch import World
 
 
 @dataclass(frozen=True)
@@ -134,43 +137,58 @@ def refuse_nan(backend: ScoringBackend) -> None:
         )
 
 
-@contextmanager
-def open_backend(
-    path: Path | str, *, batch_size: int = 1, kind: str = "auto", cp: int = 1
-) -> Iterator[ScoringBackend | None]:
-    """The backend for a directory: `megatron` for a checkpoint of ours (or a run's stage), else `hf`.
-
-    A checkpoint is spread over the ranks of torchrun or srun, when started by one (`megatron.open_megatron`): the
-    main rank gets the backend, the others None once it is done.
+def backend_kind(path: Path | str, *, kind: str = "auto", cp: int = 1) -> str:
+    """`megatron` for a checkpoint of ours (or a run's stage), else `hf`.
 
     Args:
-        cp: ranks that share each prompt (megatron).
         kind: "hf" or "megatron" insists on one of them.
+        cp: ranks that share each prompt (megatron).
 
     Raises:
         UserError: the directory is neither, or not of the kind asked for; hf on several ranks or with cp.
     """
     directory = model_directory(path)
     if (directory / MANIFEST).exists() and kind != "hf":
-        from megatron_prolong.evaluation.megatron import open_megatron
-
-        with open_megatron(directory, batch_size=batch_size, cp=cp) as backend:
-            yield backend
-    elif (directory / "config.json").exists() and kind != "megatron":
-        from megatron_prolong.evaluation.hf import HuggingFaceBackend
-
-        if read_rendezvous(os.environ).size > 1 or cp > 1:
-            raise UserError(
-                f"{path}: the hf backend runs in one process; `prolong convert to-megatron` makes a checkpoint "
-                "that is spread over all ranks"
-            )
-        yield HuggingFaceBackend.open(directory, batch_size=batch_size)
-    else:
+        return "megatron"
+    if not (directory / "config.json").exists() or kind == "megatron":
         raise UserError(
             f"{path}: not a Hugging Face model (config.json) for the hf backend, nor a checkpoint of ours "
             "(prolong.json) or a run's stage directory for the megatron backend; `prolong convert` makes either "
             f"from the other{stages_hint(directory)}"
         )
+    if read_rendezvous(os.environ).size > 1 or cp > 1:
+        raise UserError(
+            f"{path}: the hf backend runs in one process; `prolong convert to-megatron` makes a checkpoint "
+            "that is spread over all ranks"
+        )
+    return "hf"
+
+
+@contextmanager
+def open_backend(
+    path: Path | str, *, batch_size: int = 1, kind: str = "auto", cp: int = 1, world: World | None = None
+) -> Iterator[ScoringBackend | None]:
+    """The backend for a directory, of its `backend_kind`.
+
+    A checkpoint is spread over the ranks of torchrun or srun, when started by one (`megatron.open_megatron`): the
+    main rank gets the backend, the others None once it is done.
+
+    Args:
+        world: as of `open_megatron`.
+
+    Raises:
+        UserError: see `backend_kind`.
+    """
+    directory = model_directory(path)
+    if backend_kind(path, kind=kind, cp=cp) == "megatron":
+        from megatron_prolong.evaluation.megatron import open_megatron
+
+        with open_megatron(directory, batch_size=batch_size, cp=cp, world=world) as backend:
+            yield backend
+    else:
+        from megatron_prolong.evaluation.hf import HuggingFaceBackend
+
+        yield HuggingFaceBackend.open(directory, batch_size=batch_size)
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -26,6 +26,7 @@ from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.mcore.inference import load_for_inference
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import HF_DIR, ModelShape, read_json, read_shape
+from megatron_prolong.runtime.agreement import together
 from megatron_prolong.runtime.launch import World, distributed
 
 
@@ -82,7 +83,7 @@ def open_megatron(
     with ExitStack() as stack:
         world = world or stack.enter_context(distributed())
         shape = read_shape(directory)
-        layout = inference_layout(shape, world.size, cp)
+        layout = together(lambda: inference_layout(shape, world.size, cp))
         groups = stack.enter_context(megatron(layout, seed=0))  # nothing draws from it
         precision = "fp32" if world.device.type == "cpu" else "bf16"
         inference = load_for_inference(directory, layout, groups, world.device, precision)

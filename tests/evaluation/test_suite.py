@@ -243,7 +243,8 @@ def test_only_the_main_rank_loads_the_inference_model(
 ) -> None:
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "here"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(eval_suite, "_open", lambda *_: nullcontext(None))
+    for name, stand_in in (("ranks", nullcontext), ("check_models", str), ("_open", nullcontext)):
+        monkeypatch.setattr(eval_suite, name, lambda *_, stand_in=stand_in: stand_in(None))
     missing = tmp_path / "no model here"
     arguments = ["eval", "run", str(tmp_path), "--out", str(tmp_path), "--nli", str(missing)]
     assert CliRunner().invoke(app, arguments).exit_code == 0

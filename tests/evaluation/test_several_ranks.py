@@ -1,0 +1,51 @@
+"""`prolong eval` under torchrun: several models one after the other, and errors said once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_prolong.cli.main import app
+from megatron_prolong.errors import UserError
+
+
+def eval_on_two_ranks(*arguments: object) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, "-m", "megatron_prolong", "eval", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.slow
+def test_a_second_model_is_measured_as_the_first(checkpoint: Path, tmp_path: Path) -> None:
+    """The ranks meet once: torchrun's store still held the addresses of the first meeting at the second."""
+    once = ["--lengths", 256, "--depths", 50, "--trials", 1, "--out", tmp_path]
+    found = eval_on_two_ranks("needle", f"one={checkpoint}", "--compare", f"two={checkpoint}", *once)
+    assert found.returncode == 0, found.stderr
+    models = json.loads((tmp_path / "needle.json").read_text())["models"]
+    assert models["one"] == models["two"] and len(models["one"]) == 1
+
+
+def test_what_every_rank_meets_is_said_once(hf_directory: Path, tmp_path: Path) -> None:
+    found = eval_on_two_ranks(
+        "run", hf_directory, "--suite", "synthetic", "--lengths", 512, "--out", tmp_path
+    )
+    assert found.returncode != 0 and found.stderr.count("the hf backend runs in one process") == 1
+
+
+def test_all_models_are_looked_at_before_the_first_is_measured(
+    hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_prolong.evaluation.backend.open_backend", pytest.fail)
+    for command in (["needle"], ["run", "--suite", "synthetic"]):
+        arguments = [*command, str(hf_directory), "--compare", str(tmp_path / "gone"), "--out", str(tmp_path)]
+        found = CliRunner().invoke(app, ["eval", *arguments, "--lengths", "512"])
+        assert isinstance(found.exception, UserError) and "gone: not a Hugging Face model" in str(
+            found.exception
+        )
