@@ -19,7 +19,7 @@ test-all: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not gpu and not slurm" -n 2 --dist loadfile
 
 test-gpu: $(VENV)/ready
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu tests/gpu tests/distributed/test_gpu_layouts.py
 
 test-slurm: $(VENV)/ready
 	$(BIN)/python -m pytest -m slurm

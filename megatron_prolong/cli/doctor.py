@@ -94,7 +94,7 @@ def _precision_findings(recipe: Recipe) -> list[Finding]:
 
 
 def _memory_findings(recipe: Recipe, shape: ModelShape, world: int | None) -> list[Finding]:
-    """Whether each stage fits the GPUs here; on CPU, against the memory of the machine."""
+    """Whether each stage fits the GPUs here; without any, what it would take there."""
     import torch
 
     from megatron_prolong.page.amount import amount
@@ -113,7 +113,7 @@ def _memory_findings(recipe: Recipe, shape: ModelShape, world: int | None) -> li
         memory = peak_memory(job)
         name, detail = f"memory of stage {stage.name}", f"{amount(memory.total / 1e9)} GB per rank predicted"
         if not torch.cuda.is_available():
-            findings.append(Finding(name, "ok", detail))
+            findings.append(Finding(name, "ok", f"{detail} on GPUs"))
             continue
         has = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
         fits = any_gpu.needed_bytes(memory) <= has

@@ -7,6 +7,7 @@ layer's computation hides from tens of thousands of tokens on. Weights and small
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 MIN_BYTES = 2**20  # smaller ones are not worth a transfer
 AHEAD_BYTES = 2**30  # on their way back before the backward asks: a fraction of a layer at 512K tokens
+
+
+LEAVING_BYTES = (
+    2**32
+)  # on their way to the host: a tenth of a second over PCIe, in which the GPU has work enough
 
 
 @dataclass
@@ -51,6 +57,7 @@ class HostOffload(saved_tensors_hooks):
         weights = [weight for chunk in chunks for weight in chunk.parameters()]
         self._weights = {w.untyped_storage().data_ptr() for w in weights if not is_float8tensor(w)}
         self._copies = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self._leaving: deque[tuple[torch.cuda.Event, int]] = deque()
         self._last: Parked | None = None
 
     def __exit__(self, *error: object) -> None:
@@ -67,8 +74,17 @@ class HostOffload(saved_tensors_hooks):
         self._copy(tensor, host)
         if self._copies is not None:
             tensor.record_stream(self._copies)  # its memory is free after the copy, not before
+            self._wait_for_copies(tensor.nbytes)
         self._last = Parked(host, tensor.device, self._last)
         return self._last
+
+    def _wait_for_copies(self, num_bytes: int) -> None:
+        """The host queues work far ahead of the GPU: without a limit it would hand out new memory for all of it
+        before one copy is done."""
+        assert self._copies is not None
+        self._leaving.append((self._copies.record_event(), num_bytes))
+        while sum(size for _, size in self._leaving) > LEAVING_BYTES:
+            self._leaving.popleft()[0].synchronize()
 
     def _fetch(self, parked: Tensor | Parked) -> Tensor:
         if isinstance(parked, Tensor):

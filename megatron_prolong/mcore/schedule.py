@@ -70,8 +70,9 @@ def _reduce(
     for loss, num_targets in losses:
         totals[0] += loss  # on the device: nothing waits for it
         totals[1] += num_targets
-    dist.all_reduce(totals, group=groups.dp_cp.group)
     # Only the last pipeline stage has losses: the sum over stages is a broadcast.
-    dist.all_reduce(totals, group=groups.pp.group)
+    for axis in (groups.dp_cp, groups.pp):
+        if axis.size > 1:  # NCCL takes half a GB for a group of one too
+            dist.all_reduce(totals, group=axis.group)
     num_targets = int(totals[1])
     return float(totals[0]) / num_targets if num_targets else math.nan, num_targets

@@ -29,6 +29,10 @@ from megatron_prolong.mcore.attention import ContextParallel, DocumentAttention,
 from megatron_prolong.mcore.specs import layer_spec
 from megatron_prolong.recipe.layout_rules import te_exchanges
 
+# cuDNN plans its kernels anew, for good and in tenths of a second, for every number of documents beyond this
+# (TE 2.12, fused_attn/utils.cu: get_max_batch_size); empty documents round it up.
+GRAPH_DOCUMENTS = 512
+
 
 class TransformerEngineAttention(DocumentAttention):
     """Documents through TEDotProductAttention in its packed "thd" format.
@@ -110,6 +114,8 @@ def split_documents(context: ContextParallel, device: torch.device) -> PackedSeq
 @lru_cache(maxsize=64)  # every layer of a micro-batch asks for the same
 def _packed(cu_seqlens: tuple[int, ...], device: torch.device) -> PackedSeqParams:
     longest = max(stop - start for start, stop in pairwise(cu_seqlens))
+    if (documents := len(cu_seqlens) - 1) > GRAPH_DOCUMENTS:
+        cu_seqlens += cu_seqlens[-1:] * (-documents % GRAPH_DOCUMENTS)
     lengths = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
     return PackedSeqParams(
         qkv_format="thd",
@@ -124,8 +130,11 @@ def has_packed_kernels() -> bool:
     """Whether TE attends packed documents on this GPU without materialising the scores.
 
     cuDNN does on Hopper and Blackwell for data centers, elsewhere only the flash-attn package; without either TE
-    falls back on scores of length times length (dot_product_attention/utils.py: get_attention_backend).
+    falls back on scores of length times length (dot_product_attention/utils.py: get_attention_backend). So does
+    cuDNN in its backward where PyTorch is told to be deterministic; PyTorch's own kernel does not.
     """
+    if torch.are_deterministic_algorithms_enabled():
+        return False
     return torch.cuda.get_device_capability()[0] in (9, 10) or find_spec("flash_attn") is not None
 
 

@@ -180,6 +180,7 @@ class _FusedSoftmax:
     """
 
     def __init__(self, logits_CV: Tensor) -> None:
+        torch._dynamo.maybe_mark_dynamic(logits_CV, 0)  # the last chunk is shorter: no second kernel for it
         self._logits_CV = logits_CV
         self.lse_C: Tensor = _compiled(_log_sum_exp)(logits_CV)
 

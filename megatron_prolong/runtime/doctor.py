@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -142,7 +143,18 @@ def _devices() -> list[Finding]:
             )
         else:
             findings.append(Finding(f"GPU {index}", "ok", detail))
-    return findings
+    return [*findings, _compiler()]
+
+
+def _compiler() -> Finding:
+    """Triton builds a stub for every kernel at its first use (triton/runtime/build.py)."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if compiler and headers.exists():
+        return Finding("C compiler", "ok", compiler)
+    lacking = "no gcc or clang" if not compiler else f"no {headers}"
+    remedy = "install gcc and Python's headers (python3-dev) on the compute nodes"
+    return Finding("C compiler", "missing", f"{lacking}, which the loss's kernels are built with", remedy)
 
 
 def _backends() -> list[Finding]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.runtime.gpu_environment import set_gpu_environment
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
-from megatron_prolong.runtime.rendezvous import Rendezvous, read_rendezvous
+from megatron_prolong.runtime.rendezvous import Rendezvous, interface_towards, read_rendezvous
 
 FEWEST_OPEN_FILES = 512  # a single process of the smallest model has 93 open
 
@@ -62,6 +62,8 @@ def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
         device = torch.device("cpu")
         backend = "gloo"
     _share_cores(place)
+    if place.size > place.local_size and (interface := interface_towards(place.address)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     _meet(backend, place, timeout_seconds)
     with naming_lost_ranks(place.rank, lambda: "a collective"):
         try:
@@ -88,10 +90,16 @@ def _meet(backend: str, place: Rendezvous, timeout_seconds: float) -> None:
             world_size=place.size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-    except (dist.DistError, ValueError) as error:  # ValueError: a port beyond 65535
+    except (RuntimeError, ValueError) as error:  # ValueError: a port beyond 65535
+        said = str(error).splitlines()[0]
+        hint = (
+            "; set GLOO_SOCKET_IFNAME to the network interface between the nodes"
+            if "gloo" in said.lower()
+            else ""
+        )
         raise UserError(
             f"rank {place.rank} of {place.size} could not meet the others at MASTER_ADDR {place.address}, "
-            f"MASTER_PORT {place.port}: {str(error).splitlines()[0]}"
+            f"MASTER_PORT {place.port}: {said}{hint}"
         ) from error
 
 

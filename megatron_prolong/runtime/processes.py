@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import psutil  # type: ignore[import-untyped]
+import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.numa.binding import AffinityMode, NumaOptions
 
 from megatron_prolong.runtime.rendezvous import Rendezvous
 from megatron_prolong.runtime.signals import STOP_SIGNALS
@@ -56,6 +58,8 @@ def _config(count: int, machine: Rendezvous) -> LaunchConfig:
         rdzv_backend="c10d" if alone else "static",
         rdzv_endpoint="localhost:0" if alone else f"{machine.address}:{machine.port}",
         rdzv_configs={"rank": machine.rank},
+        # Memory that the GPU copies to and from should be on its side of the machine.
+        numa_options=NumaOptions(AffinityMode.NODE, True) if torch.cuda.is_available() else None,
         max_restarts=0,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )

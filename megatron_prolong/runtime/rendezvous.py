@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import psutil  # type: ignore[import-untyped]
 
 from megatron_prolong.errors import UserError
 
@@ -72,6 +75,24 @@ def _from_variables(
             "they count this process among those of its machine, these, and all"
         )
     return place
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface that leads to `address`; where that is this machine, the one of the default route.
+
+    None where there is none. Gloo left alone takes what the machine's own name resolves to, on many the loopback.
+    """
+    for target in (address, "192.0.2.1"):  # of a range kept for documentation; nothing is sent
+        try:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect((target, 9))
+                own = probe.getsockname()[0]
+        except OSError:
+            continue
+        if not ipaddress.ip_address(own).is_loopback:
+            interfaces = psutil.net_if_addrs().items()
+            return next((name for name, of in interfaces if own in (entry.address for entry in of)), None)
+    return None
 
 
 def _free_port() -> int:

@@ -107,6 +107,10 @@ def test_gpus_are_judged_by_what_pytorch_says(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: Device)
-    (finding,) = doctor._devices()
+    (finding, compiler) = doctor._devices()
     assert finding.status == "warning" and "bf16" in finding.remedy
     assert "fp32" not in finding.remedy, "a recipe with fp32 is refused on a GPU"
+    assert compiler.status == "ok"
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert doctor._compiler().status == "missing"

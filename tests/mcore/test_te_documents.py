@@ -33,6 +33,15 @@ def test_whole_documents_start_at_zero_and_padding_is_one_more():
     assert whole_documents((0, 7), 7, CPU).cu_seqlens_q.tolist() == [0, 7]
 
 
+def test_beyond_512_documents_empty_ones_round_their_number_up():
+    """cuDNN plans its kernels anew for every number of them."""
+    for documents, told in ((512, 512), (513, 1024), (1024, 1024)):
+        packed = whole_documents(tuple(range(documents + 1)), documents, CPU)
+        found = packed.cu_seqlens_q.tolist()
+        assert len(found) == told + 1 and found[: documents + 1] == list(range(documents + 1))
+        assert set(found[documents:]) == {documents} and packed.max_seqlen_q == 1
+
+
 def test_padding_is_part_of_a_split_document():
     plan = ContextPlan.build([0, 10, 13, 30], cp_size=2, split_threshold_tokens=5)
     packed = split_documents(ContextParallel(plan, 0, None, "p2p"), CPU)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime import rendezvous
 from megatron_prolong.runtime.rendezvous import read_rendezvous
 
 BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -58,6 +60,36 @@ def test_what_is_no_place_among_the_ranks_is_named(changed: dict[str, str], said
     variables = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500", **changed}
     with pytest.raises(UserError, match=said):
         read_rendezvous(variables)
+
+
+def test_gloo_is_given_an_interface_that_other_nodes_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the loopback, which this machine's own name often resolves to."""
+    routes = {"node1": "127.0.1.1", "192.0.2.1": "10.0.0.7", "node2": "10.1.0.7"}
+
+    class Probe:
+        def __init__(self, *_: object) -> None:
+            self.target = ""
+
+        def __enter__(self) -> Probe:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def connect(self, address: tuple[str, int]) -> None:
+            if address[0] not in routes:
+                raise OSError("no route")
+            self.target = address[0]
+
+        def getsockname(self) -> tuple[str, int]:
+            return routes[self.target], 0
+
+    monkeypatch.setattr(rendezvous.socket, "socket", Probe)
+    addresses = {"lo": "127.0.1.1", "eth0": "10.0.0.7", "ib0": "10.1.0.7"}
+    interfaces = {name: [SimpleNamespace(address=address)] for name, address in addresses.items()}
+    monkeypatch.setattr(rendezvous.psutil, "net_if_addrs", lambda: interfaces)
+    assert [rendezvous.interface_towards(name) for name in ("node1", "node2")] == ["eth0", "ib0"]
+    del routes["192.0.2.1"]
+    assert rendezvous.interface_towards("node1") is None, "a machine without a network"
 
 
 @pytest.mark.parametrize(
