@@ -58,6 +58,8 @@ def plan(
     names = [one.name for one in loaded.stages]
     if stage is not None and stage not in names:
         raise UserError(f"--stage {stage}: {recipe} has no such stage, only {', '.join(names)}")
+    if write is not None and write.resolve() == recipe.resolve():
+        raise UserError(f"--write {write}: that is the recipe itself; give the planned one another name")
     te = find_spec("transformer_engine") is not None if te is None else te
     plans = [
         plan_stage(

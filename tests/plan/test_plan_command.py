@@ -219,3 +219,10 @@ def test_too_few_gpus_say_what_would_be_nearest(model: Path, tmp_path: Path) -> 
         )
         assert "nearest miss" in result.stdout or json.loads(result.stdout)
     assert page.exists() and not recipe.exists()
+
+
+def test_the_recipe_itself_is_not_overwritten(outputs: tuple[str, Path, Path]) -> None:
+    """Its comments would be lost."""
+    recipe = outputs[1]
+    result = CliRunner().invoke(app, ["plan", str(recipe), "--stage", "64k", "--write", str(recipe)])
+    assert isinstance(result.exception, UserError) and "that is the recipe itself" in str(result.exception)
