@@ -45,6 +45,7 @@ class HuggingFaceBackend:
         Raises:
             UserError: transformers does not take it, weights are missing, or its logits are NaN.
         """
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,7 +59,7 @@ class HuggingFaceBackend:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{directory}: transformers cannot load this model: {error}") from error
         if found["missing_keys"]:
             raise UserError.many(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,9 @@ def test_a_model_without_some_of_its_weights_is_refused(tmp_path: Path, hf_direc
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "half/model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"weights are missing.*\n  - lm_head\.weight"):
+        hf.HuggingFaceBackend.open(tmp_path / "half")
+    os.truncate(tmp_path / "half/model.safetensors", 100)
+    with pytest.raises(UserError, match=r"half: transformers cannot load this model: .*header"):
         hf.HuggingFaceBackend.open(tmp_path / "half")
 
 
