@@ -52,7 +52,7 @@ class PartialOutputs:
     def remove(self) -> None:
         """Once the result file is written."""
         self._file.close()
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)  # the same command, given twice, may have been faster
 
     def __enter__(self) -> PartialOutputs:
         return self

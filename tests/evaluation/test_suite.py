@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from megatron_prolong.cli import eval_suite
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import encode
+from megatron_prolong.evaluation.backend import Prompt, encode
 from megatron_prolong.evaluation.prompts import prepare, render
 from megatron_prolong.evaluation.results import averages, judged_path, read_results
 from megatron_prolong.evaluation.rows import read_split
@@ -187,6 +188,18 @@ def test_a_stopped_run_continues_and_equals_an_unstopped_one(inputs: Inputs, tmp
     assert not third.seen, "a finished task is read"
     run_task(task, third, inputs, Settings(model_identity="retrained"), tmp_path / "stopped")
     assert len(third.seen) == 4, "another model in the same place is run"
+
+
+def test_the_same_run_twice_at_once_ends_well_for_both(inputs: Inputs, tmp_path: Path) -> None:
+    class Slower(Parrot):
+        def generate(
+            self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()
+        ) -> list[str]:
+            run_task(task, Parrot(inputs.tokenizer), inputs, Settings(), tmp_path)
+            return super().generate(prompts, max_new_tokens, stop)
+
+    task = only("kilt_nq")
+    assert len(run_task(task, Slower(inputs.tokenizer), inputs, Settings(), tmp_path).values) == 4
 
 
 def test_half_a_result_is_named(inputs: Inputs, tmp_path: Path) -> None:
