@@ -77,7 +77,9 @@ def transformer_config(
         # operations cannot tell them apart (Megatron-LM's arguments.py refuses that pair too).
         overlap_p2p_comm=layout.virtual_pp > 1,
         batch_p2p_comm=layout.virtual_pp == 1,
-        deallocate_pipeline_outputs=layout.pp > 1,  # what was sent is kept by the next stage
+        # What was sent is kept by the next stage. But what is still being sent is safe from that on a GPU only, where
+        # the memory waits for NCCL's stream: gloo reads it when the receiver is ready.
+        deallocate_pipeline_outputs=layout.pp > 1 and (on_gpu or layout.virtual_pp == 1),
         context_parallel_size=layout.cp,
         cp_comm_type=layout.cp_exchange,
         pipeline_dtype=dtype,
