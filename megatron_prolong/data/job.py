@@ -15,7 +15,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,10 +146,18 @@ class Job:
         keep = {Path(task).parts[0] for task in tasks} | {SETTINGS, REPORT, INDEX}
         for path in self.directory.iterdir():
             if path.name not in keep:  # plans, and temporary directories of killed workers
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in self.directory.rglob("*.tmp-*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _delete(path)
+        for parent in parents:
+            for path in (self.directory / parent).glob("*.tmp-*"):
+                _delete(path)
         write_json(self.directory / REPORT, report)
+
+
+def _delete(path: Path) -> None:
+    """A process that is late with the same task may be cleaning up there too."""
+    while path.exists():
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _wait_for(lock: IO[str]) -> None:

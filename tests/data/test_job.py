@@ -98,6 +98,26 @@ def test_what_killed_workers_left_vanishes(tmp_path: Path) -> None:
     assert found == {"8-16", "8-16/00000", "8-16/00000/shard.00000.mds"}
 
 
+def test_leftovers_that_somebody_else_deletes_meanwhile_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a slower process does, which finds that its task was done by another one."""
+
+    def too_late(path: Path) -> None:
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+        raise FileNotFoundError(path.name)
+
+    job = Job(tmp_path / "out", {"step": "test"})
+    with job.open():
+        write(job.directory / "00000", 1)
+        write(job.directory / "00000.tmp-slower", 1)
+        monkeypatch.setattr("shutil.rmtree", too_late)
+        job.finish(["00000"], lambda: {"tokens": 3})
+    assert job.is_finished and not list(job.out.glob("*.tmp-*"))
+
+
 def test_a_job_that_another_one_finished_is_finished(tmp_path: Path) -> None:
     first, second = (Job(tmp_path / "out", {"step": "test"}) for _ in range(2))
     with first.open(), second.open():
