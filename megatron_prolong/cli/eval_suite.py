@@ -161,9 +161,9 @@ def data_check(
     """What of a suite's data is there, what is missing, and how to get it."""
     from rich.table import Table
 
-    from megatron_prolong.cli.tables import print_table
     from megatron_prolong.evaluation.data_check import how_to_get, llama2_hint, needs
     from megatron_prolong.evaluation.suites import select
+    from megatron_prolong.runtime.terminal import print_table
 
     if suite == "short":
         print("suite short: lm-evaluation-harness fetches its data itself")

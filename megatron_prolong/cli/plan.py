@@ -89,12 +89,12 @@ def _print(plan: StagePlan, gpu: Gpu, top: int, steps_between_checkpoints: int) 
 
     from rich.table import Table
 
-    from megatron_prolong.cli.tables import print_table
     from megatron_prolong.page.amount import amount
     from megatron_prolong.plan.figures import figures
     from megatron_prolong.plan.memory import parked_bytes
     from megatron_prolong.plan.report import KERNELS
     from megatron_prolong.plan.volume import step_volume
+    from megatron_prolong.runtime.terminal import print_table
 
     stage, world = plan.stage, plan.written.job.world_size
     print(

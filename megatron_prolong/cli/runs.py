@@ -21,10 +21,10 @@ def runs(
     """List runs: stage, step, loss, tokens/s and the time left in the stage."""
     from rich.table import Table
 
-    from megatron_prolong.cli.tables import print_table
     from megatron_prolong.errors import UserError
     from megatron_prolong.report.history import find_runs, read_run
     from megatron_prolong.runtime.strict_json import dumps
+    from megatron_prolong.runtime.terminal import print_table
 
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give the one that holds run directories")

@@ -166,9 +166,9 @@ def status(
     """Show where the chain of stages of a run stands."""
     from rich.table import Table
 
-    from megatron_prolong.cli.tables import print_table
     from megatron_prolong.recipe.load import load_recipe
     from megatron_prolong.report.history import recipe_of_run
+    from megatron_prolong.runtime.terminal import print_table
     from megatron_prolong.training.run_directory import chain_status
 
     recipe = (recipe_of_run if run.is_dir() else load_recipe)(run, overrides or [])

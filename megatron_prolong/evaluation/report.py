@@ -14,7 +14,7 @@ from megatron_prolong.evaluation.perplexity import Perplexity
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.runtime.publish import whole_file, write_durably
 from megatron_prolong.runtime.strict_json import dumps
-from megatron_prolong.runtime.terminal import screen
+from megatron_prolong.runtime.terminal import print_table
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -32,15 +32,14 @@ def print_perplexity(results: dict[str, Perplexity]) -> None:
     for table in (contexts, positions):
         table.add_column("model")
     for at in any_result.by_context:
-        contexts.add_column(format_count(at.context), justify="right")
+        contexts.add_column(format_count(at.context))
     for bucket in any_result.by_position:
-        positions.add_column(f"{bucket.start}–{bucket.end}", justify="right")
+        positions.add_column(f"{bucket.start}–{bucket.end}")
     for label, result in results.items():
         contexts.add_row(label, *(f"{at.loss:.3f}" for at in result.by_context))
         positions.add_row(label, *(f"{bucket.loss:.3f}" for bucket in result.by_position))
-    console = screen()
-    console.print(contexts)
-    console.print(positions)
+    print_table(contexts)
+    print_table(positions)
 
 
 def plot_perplexity(results: dict[str, Perplexity], path: Path) -> None:
@@ -64,13 +63,12 @@ def plot_perplexity(results: dict[str, Perplexity], path: Path) -> None:
 
 def print_needle(results: dict[str, Sequence[NeedleCell]]) -> None:
     """One table per model: ranking and recall (percent) by depth and length."""
-    console = screen()
     for label, cells in results.items():
         lengths = sorted({cell.length for cell in cells})
         table = Table(title=f"{label}: needle ranked first / generated (percent)")
-        table.add_column("depth", justify="right")
+        table.add_column("depth")
         for length in lengths:
-            table.add_column(format_count(length), justify="right")
+            table.add_column(format_count(length))
         for depth in sorted({cell.depth for cell in cells}):
             row = {cell.length: cell for cell in cells if cell.depth == depth}
             table.add_row(
@@ -80,7 +78,7 @@ def print_needle(results: dict[str, Sequence[NeedleCell]]) -> None:
                     for length in lengths
                 ),
             )
-        console.print(table)
+        print_table(table)
 
 
 def plot_needle(results: dict[str, Sequence[NeedleCell]], path: Path) -> None:

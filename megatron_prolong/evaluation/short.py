@@ -19,7 +19,7 @@ from megatron_prolong.evaluation.identity import model_identity
 from megatron_prolong.evaluation.published import published
 from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.recipe.shape import read_json
-from megatron_prolong.runtime.terminal import screen
+from megatron_prolong.runtime.terminal import print_table
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ def print_short(results: Mapping[str, Mapping[str, float]]) -> None:
     columns = {**results, **{f"{name} (published)": scores for name, scores in published("short", 0).items()}}
     table = Table(title="Short tasks (0–100)")
     for heading in ("task", *columns):
-        table.add_column(heading, justify="right")
+        table.add_column(heading)
     names = list(dict.fromkeys(name for scores in results.values() for name in scores))
     for name in names:
         table.add_row(name, *(f"{scores[name]:.1f}" if name in scores else "" for scores in columns.values()))
-    screen().print(table)
+    print_table(table)
 
 
 def _harness(task_directory: Path | None) -> tuple[Any, Any]:

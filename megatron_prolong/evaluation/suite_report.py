@@ -15,7 +15,7 @@ from megatron_prolong.evaluation.report import heatmap, new_figure, save_figure
 from megatron_prolong.evaluation.results import DEVELOPMENT, MEAN, Average, Result, averages, development
 from megatron_prolong.evaluation.suites import CATEGORIES
 from megatron_prolong.recipe.numbers import format_count
-from megatron_prolong.runtime.terminal import screen
+from megatron_prolong.runtime.terminal import print_table
 
 Models = Mapping[str, Sequence[Result]]
 """Results by the model's label, in the order of the table."""
@@ -80,16 +80,15 @@ def cut_notes(models: Models) -> list[str]:
 
 def print_suite(models: Models, suite: str | None) -> None:
     """The tables and notes on the terminal."""
-    console = screen()
     for grid in grids(models, suite):
         table = Table(title=grid.title)
         for heading in grid.headings:
-            table.add_column(heading, justify="right")
+            table.add_column(heading)
         for row in grid.rows:
             table.add_row(*row)
-        console.print(table)
+        print_table(table)
     for line in cut_notes(models):
-        console.print(line, highlight=False)
+        print(line)
 
 
 def _averages(models: Mapping[str, Sequence[Average]], suite: str | None) -> Grid:

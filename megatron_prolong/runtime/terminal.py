@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 _WIDTH_ELSEWHERE = 200
 
@@ -11,3 +13,11 @@ def screen() -> Console:
     """As wide as the terminal; with room for any table where output goes elsewhere."""
     console = Console()
     return console if console.is_terminal else Console(width=_WIDTH_ELSEWHERE)
+
+
+def print_table(table: Table) -> None:
+    """Print without a box, the first column to the left, numbers to the right."""
+    table.box = box.SIMPLE
+    for column in table.columns[1:]:
+        column.justify = "right"
+    screen().print(table)
