@@ -17,7 +17,11 @@ def screen() -> Console:
 
 def print_table(table: Table) -> None:
     """Print without a box, the first column to the left, numbers to the right."""
+    console = screen()
+    if table.title is not None:  # as a line of its own: within a narrow table it would be folded
+        console.print(f"  {table.title}", markup=False, highlight=False)
+        table.title = None
     table.box = box.SIMPLE
     for column in table.columns[1:]:
         column.justify = "right"
-    screen().print(table)
+    console.print(table)
