@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.runtime.gpu_environment import set_gpu_environment
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
-from megatron_prolong.runtime.rendezvous import Rendezvous, interface_towards, read_rendezvous
+from megatron_prolong.runtime.rendezvous import Rendezvous, interface_towards, read_number, read_rendezvous
 
 FEWEST_OPEN_FILES = 512  # a single process of the smallest model has 93 open
 
@@ -62,7 +62,9 @@ def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
         device = torch.device("cpu")
         backend = "gloo"
     _share_cores(place)
-    if place.size > place.local_size and (interface := interface_towards(place.address)):
+    # srun does not say how many of the ranks are on this machine.
+    several_machines = place.size > place.local_size or read_number(os.environ, "SLURM_NNODES", 1) > 1
+    if several_machines and (interface := interface_towards(place.address)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     _meet(backend, place, timeout_seconds)
     with naming_lost_ranks(place.rank, lambda: "a collective"):
