@@ -33,6 +33,7 @@ CASES = {
     "one document, 64K": [65_536],
     "ProLong 64K": [len(document) for document in documents(LOADS["ProLong 64K"], SHAPE)],
     "one document, 256K": [262_144],
+    "1,536 documents, 255K": [170] * 1536,  # how empty tiles weigh
 }
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """out [T, N, D] of queries [T, N, D], keys and values [T, G, D]."""
