@@ -22,6 +22,18 @@ Verify = Annotated[bool, typer.Option("--verify", help="Compare tensors and logi
 LARGEST_LOGIT_DIFFERENCE = 1e-3
 
 
+def _tokens(text: str) -> int:
+    from megatron_prolong.recipe.numbers import parse_count
+
+    try:
+        count = parse_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if count < 1:
+        raise typer.BadParameter("must be positive")
+    return count
+
+
 @app.command("to-megatron")
 def to_megatron(
     hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face Llama directory.")],
@@ -51,7 +63,12 @@ def to_hf(
         float | None, typer.Option(min=1, help="RoPE base to write (default: as trained).")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Longest context to write, in tokens (default: as trained).")
+        int | None,
+        typer.Option(
+            parser=_tokens,
+            metavar="TOKENS",
+            help="Longest context to write, e.g. 64K (default: as trained).",
+        ),
     ] = None,
     dtype: Dtype = None,
     workers: Workers = None,

@@ -157,7 +157,7 @@ def test_the_commands_say_what_they_found(pair: tuple[Path, Path], tmp_path: Pat
     assert run(app, ["verify", original, converted]).exit_code == 0
     assert run(app, ["verify", original, str(tmp_path / "fp16")]).exit_code == 1
     assert "rope_base: 500000.0" in run(app, ["inspect", converted]).output
-    for impossible in (["--rope-base", "0"], ["--max-length", "-5"]):
+    for impossible in (["--rope-base", "0"], ["--max-length", "-5"], ["--max-length", "64Q"]):
         refused = ["to-hf", converted, str(tmp_path / "wrong"), *impossible, "--contradict"]
         assert run(app, refused).exit_code == 2
     base = ["to-hf", converted, str(tmp_path / "wrong"), "--rope-base", "1e4", "--contradict", "--verify"]
