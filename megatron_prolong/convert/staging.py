@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import is_disk_full, publish, remove_leftovers, temporary_name
+from megatron_prolong.runtime.publish import (
+    is_disk_full,
+    is_forbidden,
+    publish,
+    remove_leftovers,
+    temporary_name,
+)
 
 
 @contextlib.contextmanager
@@ -44,7 +49,7 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:
         if is_disk_full(error):
             raise UserError(f"{final}: the disk is full; nothing was kept") from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if is_forbidden(error):
             raise UserError(f"{final}: cannot be written: {error.strerror}") from error
         raise
     finally:

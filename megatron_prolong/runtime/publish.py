@@ -15,6 +15,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeGuard
 
 
 def temporary_name(final: Path) -> Path:
@@ -92,6 +93,11 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def is_forbidden(error: BaseException) -> TypeGuard[OSError]:
+    """Whether an error says that something may not be written: it will not pass by itself."""
+    return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def _alive(pid: int) -> bool:

@@ -9,7 +9,6 @@ Whatever happens before the rename, the checkpoint before this one is the newest
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +32,7 @@ from megatron_prolong.recipe.schema import CheckpointSpec
 from megatron_prolong.recipe.shape import HF_DIR
 from megatron_prolong.runtime.agreement import against_main, on_main
 from megatron_prolong.runtime.checksums import CHECKSUMS, Entries, verify_checksums, write_checksums
-from megatron_prolong.runtime.publish import is_disk_full, publish, remove
+from megatron_prolong.runtime.publish import is_disk_full, is_forbidden, publish, remove
 from megatron_prolong.training.run_directory import prune, write_pointer
 
 
@@ -243,6 +242,5 @@ def _explained(error: Exception) -> UserError:
         return UserError(
             "the disk is full; make room and start again: the run continues from its newest checkpoint"
         )
-    forbidden = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-    kind = UserError if forbidden else PassingError
+    kind = UserError if is_forbidden(error) else PassingError
     return kind(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
