@@ -77,9 +77,9 @@ def transformer_config(
         # operations cannot tell them apart (Megatron-LM's arguments.py refuses that pair too).
         overlap_p2p_comm=layout.virtual_pp > 1,
         batch_p2p_comm=layout.virtual_pp == 1,
-        # What was sent is kept by the next stage. What is still being sent is safe from that on a GPU only, where
-        # the memory waits for NCCL's stream: gloo reads it when the receiver is ready.
-        deallocate_pipeline_outputs=layout.pp > 1 and (on_gpu or layout.virtual_pp == 1),
+        # What was sent is kept by the next stage. Interleaved, Megatron 0.16.1 frees it while it is being sent
+        # (Megatron-LM 4047: NaN, later): gloo and NCCL both read the memory when the receiver is ready.
+        deallocate_pipeline_outputs=layout.pp > 1 and layout.virtual_pp == 1,
         context_parallel_size=layout.cp,
         cp_comm_type=layout.cp_exchange,
         pipeline_dtype=dtype,

@@ -221,13 +221,20 @@ def in_flight(job: Job, pp_rank: int) -> int:
 def activation_bytes(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> int:
     """Bytes held for the backward at the peak of a step on pipeline stage `pp_rank`."""
     chunks, is_last = in_flight(job, pp_rank), pp_rank == job.layout.pp - 1
-    output = 0 if is_last else layer_input_bytes(job)  # until the next stage has it
     chunk_layers = job.stage_layers(pp_rank) // job.layout.virtual_pp
     kept = chunks * kept_by_chunk(job, chunk_layers, kernels)
     if job.offload:  # all but the layer being copied out (or in) and its neighbour
         kept += parkable_by_chunk(job, min(chunk_layers, 2), kernels) - parked_bytes(job, pp_rank, kernels)
     inputs = 3 * 8 * job.rank_tokens * job.micro_batches  # tokens, labels, positions: int64
-    return kept + output + inputs + (loss_bytes(job, kernels) if is_last else 0)
+    return kept + output_bytes(job, pp_rank) + inputs + (loss_bytes(job, kernels) if is_last else 0)
+
+
+def output_bytes(job: Job, pp_rank: int) -> int:
+    """Outputs of a pipeline stage: one until the next stage has it; interleaved, those of all chunks in flight
+    (`deallocate_pipeline_outputs` in mcore/config.py). The model's last chunk has a loss instead."""
+    held = in_flight(job, pp_rank) if job.layout.virtual_pp > 1 else 1
+    is_last = pp_rank == job.layout.pp - 1
+    return (held - is_last) * layer_input_bytes(job)
 
 
 def parkable_by_chunk(job: Job, num_layers: int, kernels: Kernels = GPU_KERNELS) -> int:

@@ -38,9 +38,9 @@ def test_pipeline_stages_hold_the_layers_of_the_layout(layout, layers):
     assert [get_num_layers_to_build(config, vp_stage=stage, pp_rank=rank) for rank in range(4)] == layers
 
 
-def test_what_gloo_is_still_sending_is_not_freed():
+def test_what_is_still_being_sent_is_not_freed():
     """With several chunks a rank goes on while its output travels. Freed then, the receiver got other numbers once
-    in a while, or the sender died of a bad address."""
+    in a while, or gloo's sender died of a bad address."""
     found = [
         transformer_config(LLAMA3_8B, layout, precision="fp32", recompute="none").deallocate_pipeline_outputs
         for layout in (Layout(), Layout(pp=2), Layout(pp=2, virtual_pp=2))

@@ -169,9 +169,12 @@ def measure(
         saved = SavedTensors({*weights, *(t.untyped_storage().data_ptr() for t in inputs)})
         peaks = []
 
+        outputs: list[weakref.ref[torch.Tensor]] = []  # what Megatron freed is alive too, with one element
+
         def after_forward(chunk: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
-            sent_next = 0 if chunk.post_process else output.untyped_storage().nbytes()
-            peaks.append(saved.total + sent_next)
+            outputs.append(weakref.ref(output))
+            held = [one.untyped_storage().nbytes() for one in (ref() for ref in outputs) if one is not None]
+            peaks.append(saved.total + sum(held))
 
         for chunk in model.bare_chunks:
             chunk.register_forward_hook(after_forward)

@@ -1,8 +1,8 @@
 """Predicted bytes against what ranks of our own program hold and send on CPU, at every kind of layout.
 
 Weights and gradients to the byte. Optimizer state to the byte but for the padding of Megatron's buffers, which
-has no state. Activations: all storages that autograd keeps, the micro-batches' own tensors and an output on its way
-to the next stage, when a forward has just ended; within 1% (a few numbers per token are not modelled).
+has no state. Activations: all storages that autograd keeps, the micro-batches' own tensors and the outputs of
+pipeline stages not freed yet, when a forward has just ended; within 1% (a few numbers per token are not modelled).
 What a rank sends is counted at the process groups; within 0.1% (a few scalars and shapes are not modelled).
 """
 
