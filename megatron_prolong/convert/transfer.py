@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from torch import Tensor
 from megatron_prolong.convert.dtypes import dtype_name
 from megatron_prolong.convert.names import Rows, Tensor2D
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.cores import usable_cores
 from megatron_prolong.runtime.progress import progress
 
 CHUNK_BYTES = 32 * 2**20
 # By default. Two keep the disk reading while the other writes; more only help on parallel file systems. Threads are
 # enough: reading, copying, hashing and writing all let go of the interpreter.
-WORKERS = min(4, os.cpu_count() or 1)
+WORKERS = min(4, usable_cores())
 
 File = TypeVar("File")
 

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megatron_prolong.runtime.cores import usable_cores
+
 Status = Literal["ok", "warning", "missing"]
 
 # Needed to train at all; setup.py has the tested ranges.
@@ -94,7 +96,7 @@ def _system() -> list[Finding]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     detail = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     return [
-        Finding("system", "ok", f"{detail}, {os.cpu_count()} CPUs, {memory / 2**30:.0f} GiB of memory"),
+        Finding("system", "ok", f"{detail}, {usable_cores()} CPUs, {memory / 2**30:.0f} GiB of memory"),
         _shared_memory(),
     ]
 

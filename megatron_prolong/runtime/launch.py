@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prolong.errors import JointError, UserError
+from megatron_prolong.runtime.cores import usable_cores
 from megatron_prolong.runtime.gpu_environment import set_gpu_environment
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
 from megatron_prolong.runtime.rendezvous import Rendezvous, interface_towards, read_number, read_rendezvous
@@ -121,6 +122,10 @@ def _allow_open_files() -> None:
 
 
 def _share_cores(place: Rendezvous) -> None:
-    """Divide the machine's cores among the local processes unless the user has set OMP_NUM_THREADS."""
-    if place.size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
+    """Divide the job's cores among the local processes unless the user has set OMP_NUM_THREADS."""
+    if place.size == 1 or "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = usable_cores()
+    # srun may have given each of its tasks cores of its own.
+    has_own = "LOCAL_WORLD_SIZE" not in os.environ and cores < (os.cpu_count() or 1)
+    torch.set_num_threads(cores if has_own else max(1, cores // place.local_size))

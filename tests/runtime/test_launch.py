@@ -1,12 +1,15 @@
 """What a process of a job is allowed, before it looks for the others."""
 
+import os
 import resource
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.launch import distributed
+from megatron_prolong.runtime.launch import _share_cores, distributed
+from megatron_prolong.runtime.rendezvous import read_rendezvous
 
 
 def test_all_open_files_that_are_permitted_are_used_and_too_few_are_one_message(
@@ -27,3 +30,31 @@ def test_an_error_of_a_process_alone_leaves_no_process_group() -> None:
     with pytest.raises(UserError, match="mine"), distributed():
         raise UserError("mine")
     assert not dist.is_initialized()
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "cores", "threads"),
+    [
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, 128, 64),
+        (TORCHRUN, 16, 4),  # a job with 16 of the machine's cores; too many threads wait for each other
+        (SRUN, 128, 32),
+        (SRUN, 16, 16),  # of its own
+        ({**TORCHRUN, "OMP_NUM_THREADS": "3"}, 16, None),
+        ({}, 16, None),
+    ],
+)
+def test_ranks_share_the_cores_of_their_job(
+    launcher: dict[str, str], cores: int, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_to: list[int] = []
+    environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", **launcher}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    _share_cores(read_rendezvous(environment))
+    assert set_to == ([] if threads is None else [threads])
