@@ -81,7 +81,7 @@ def perplexity(
                     continue
                 passages = read_passages(data, backend.tokenizer, max(sizes), documents, seed)
                 results[label] = measure(backend, passages, sizes)
-    if not is_main():
+    if not is_main(world):
         return
     print_perplexity(results)
     write_json(
@@ -132,7 +132,7 @@ def needle(
                 if backend is None:  # a rank that only lent its part of the model
                     continue
                 results[label] = needles.run(backend, text, sizes, fractions, trials=trials, seed=seed)
-    if not is_main():
+    if not is_main(world):
         return
     print_needle(results)
     write_json(out / "needle.json", {"haystack": str(haystack or "noise"), "seed": seed, "models": results})
@@ -171,11 +171,9 @@ def check_models(paths: list[str], kind: str = "auto", cp: int = 1) -> None:
         backend_kind(path, kind=kind, cp=cp)
 
 
-def is_main() -> bool:
+def is_main(world: World | None) -> bool:
     """True on the one rank that prints and writes."""
-    from megatron_prolong.runtime.rendezvous import read_rendezvous
-
-    return read_rendezvous(os.environ).rank == 0
+    return world is None or world.is_main
 
 
 def models_of(model: str, compare: list[str] | None) -> list[tuple[str, str]]:

@@ -91,12 +91,12 @@ def run(
         _one_of("--backend", backend, ("auto", "hf", "megatron", "openai"))
         models = models_of(model, compare)
         chosen = select(suite, lengths_of(lengths), [name for name in tasks.split(",") if name])
-        if is_main():
+        if is_main(world):
             chosen = runnable(chosen, data, skip_missing)
         if backend != "openai":
             check_models([path for _, path in models], backend, cp)
         text = read_text(haystack) if haystack else ""
-        return models, chosen, text, load_nli(nli) if nli and is_main() else None
+        return models, chosen, text, load_nli(nli) if nli and is_main(world) else None
 
     if suite == "short":
         _run_short(models_of(model, compare), out, samples)
@@ -112,7 +112,7 @@ def run(
                     inputs = Inputs(data, loaded.tokenizer, seed, samples, text)
                     results[label] = run_suite(chosen, loaded, inputs, settings, out / label, entails)
             del loaded  # the next model needs the memory
-    if is_main():
+    if is_main(world):
         _report(results, suite, out)
 
 

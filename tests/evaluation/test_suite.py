@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -254,14 +255,16 @@ def test_citations_are_scored_later_without_asking_again(inputs: Inputs, tmp_pat
 def test_only_the_main_rank_loads_the_inference_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "here"), ("MASTER_PORT", "1")):
-        monkeypatch.setenv(name, value)
-    for name, stand_in in (("ranks", nullcontext), ("check_models", str), ("_open", nullcontext)):
-        monkeypatch.setattr(eval_suite, name, lambda *_, stand_in=stand_in: stand_in(None))
+    """Who is the main one, the ranks know; the environment is not asked again."""
+    main, other = (SimpleNamespace(is_main=is_main) for is_main in (True, False))
+    for name in ("check_models", "_open"):
+        monkeypatch.setattr(eval_suite, name, lambda *_: nullcontext(None))
+    monkeypatch.setattr(eval_suite, "on_all_ranks", lambda world, action: action())
+    monkeypatch.setattr(eval_suite, "ranks", lambda: nullcontext(other))
     missing = tmp_path / "no model here"
     arguments = ["eval", "run", str(tmp_path), "--out", str(tmp_path), "--nli", str(missing)]
     assert CliRunner().invoke(app, arguments).exit_code == 0
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(eval_suite, "ranks", lambda: nullcontext(main))
     refused = CliRunner().invoke(app, [*arguments, "--suite", "synthetic"])
     assert isinstance(refused.exception, UserError) and str(missing) in str(refused.exception)
 
