@@ -76,6 +76,7 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Run finished tasks again.")] = False,
 ) -> None:
     """Run a suite; `prolong eval MODEL --suite …` is the same. A stopped run goes on with the same command."""
+    from megatron_prolong.errors import UserError
     from megatron_prolong.evaluation.documents import read_text
     from megatron_prolong.evaluation.identity import model_identity
     from megatron_prolong.evaluation.nli import load_nli
@@ -89,6 +90,8 @@ def run(
         _one_of("--chat", chat, ("auto", "always", "never"))
         _one_of("--too-long", too_long, ("refuse", "truncate", "allow"))
         _one_of("--backend", backend, ("auto", "hf", "megatron", "openai"))
+        if "/" in tag:
+            raise UserError(f"--tag {tag}: becomes a part of file names, so it cannot hold a /")
         models = models_of(model, compare)
         chosen = select(suite, lengths_of(lengths), [name for name in tasks.split(",") if name])
         if is_main(world):

@@ -252,6 +252,12 @@ def test_citations_are_scored_later_without_asking_again(inputs: Inputs, tmp_pat
     assert later.scores == straight.scores and later.scores["citation_rec"] > 0
 
 
+def test_a_tag_that_is_no_part_of_a_file_name_is_refused(tmp_path: Path) -> None:
+    arguments = ["eval", "run", str(tmp_path), "--out", str(tmp_path), "--tag", "a/b"]
+    refused = CliRunner().invoke(app, arguments).exception
+    assert isinstance(refused, UserError) and "--tag a/b: becomes a part of file names" in str(refused)
+
+
 def test_only_the_main_rank_loads_the_inference_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
