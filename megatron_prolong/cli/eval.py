@@ -207,10 +207,11 @@ def lengths_of(text: str) -> list[int]:
 
 
 def _depths(text: str) -> list[float]:
+    """ "0,25,50" as shares, ascending."""
     from megatron_prolong.errors import UserError
 
     try:
-        depths = [float(part) / 100 for part in text.split(",")]
+        depths = sorted({float(part) / 100 for part in text.split(",")})
     except ValueError as error:
         raise UserError(f"--depths {text}: write percents between 0 and 100, e.g. 0,50,100") from error
     if not all(0 <= depth <= 1 for depth in depths):

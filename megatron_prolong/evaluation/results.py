@@ -125,17 +125,23 @@ def _result(path: Path, content: dict[str, Any]) -> Result:
 
 
 def read_results(directory: Path) -> list[Result]:
-    """Every result under a directory.
+    """Every result in a model's directory.
 
     Raises:
         UserError: there is none, or there are several of the same task at the same length.
     """
-    paths = [path for path in sorted(directory.glob("*.json")) if not path.name.endswith(JUDGED)]
-    results = [read_result(path) for path in paths if _is_result(path)]
+    results = [read_result(path) for path in _result_paths(directory)]
     if not results:
-        raise UserError(f"{directory}: no results here; `prolong eval run MODEL --suite … --out {directory}`")
+        below = [str(each) for each in sorted(directory.glob("*/")) if _result_paths(each)]
+        where = f"give {' or '.join(below)}" if below else "`prolong eval run MODEL --suite …` makes some"
+        raise UserError(f"{directory}: no results of a model here; {where}")
     _refuse_several(directory, results)
     return results
+
+
+def _result_paths(directory: Path) -> list[Path]:
+    paths = [path for path in sorted(directory.glob("*.json")) if not path.name.endswith(JUDGED)]
+    return [path for path in paths if _is_result(path)]
 
 
 def _refuse_several(directory: Path, results: Iterable[Result]) -> None:

@@ -180,6 +180,20 @@ def test_a_smoke_test_beside_the_results_is_refused(tmp_path: Path) -> None:
     assert [one.name for one in read_results(tmp_path)] == ["x", "y"]
 
 
+def test_a_directory_of_several_models_results_names_them(tmp_path: Path) -> None:
+    for model in ("base", "long"):
+        (tmp_path / model).mkdir()
+        write_result(tmp_path / model / "x_in8192_shots2.json", [], {"f1": 50.0}, ["f1"])
+    (tmp_path / "suite.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        UserError, match=f"no results of a model here; give {tmp_path}/base or {tmp_path}/long"
+    ):
+        read_results(tmp_path)
+    with pytest.raises(UserError, match="`prolong eval run MODEL --suite …` makes some"):
+        read_results(tmp_path / "empty")
+
+
 def write_result(
     path: Path, items: list[Any], averaged: dict[str, float], metrics: list[str], name: str = "x"
 ) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from megatron_prolong.cli.eval import _depths
 from megatron_prolong.cli.main import app
 from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.errors import UserError
@@ -208,6 +209,10 @@ def test_needles_are_scored_over_the_trials_of_each_cell(tokenizer: Any) -> None
     ]
     assert len(set(model.prompts)) == 8, "another needle in every trial"
     assert len({prompt.split("\n")[1][:10] for prompt in model.prompts}) > 2, "and another part of the text"
+
+
+def test_a_depth_given_twice_is_measured_once() -> None:
+    assert _depths("50,0,50.0,100") == [0.0, 0.5, 1.0]
 
 
 def test_numbers_of_another_length_in_tokens_are_no_distractors() -> None:
