@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from megatron_prolong.evaluation.backend import Backend
     from megatron_prolong.runtime.launch import World
 
 T = TypeVar("T")
@@ -79,6 +81,7 @@ def perplexity(
             with open_backend(path, world=world) as backend:
                 if backend is None:  # a rank that only lent its part of the model
                     continue
+                _warn_of_lengths_beyond(backend, sizes)
                 passages = read_passages(data, backend.tokenizer, max(sizes), documents, seed)
                 results[label] = measure(backend, passages, sizes)
     if not is_main(world):
@@ -131,6 +134,7 @@ def needle(
             with open_backend(path, batch_size=trials, world=world) as backend:
                 if backend is None:  # a rank that only lent its part of the model
                     continue
+                _warn_of_lengths_beyond(backend, sizes)
                 results[label] = needles.run(backend, text, sizes, fractions, trials=trials, seed=seed)
     if not is_main(world):
         return
@@ -204,6 +208,16 @@ def lengths_of(text: str) -> list[int]:
             f"--lengths {text}: {lengths[0]} tokens measure nothing, 16 are the least; 8K is 8,192 tokens"
         )
     return lengths
+
+
+def _warn_of_lengths_beyond(backend: Backend, sizes: list[int]) -> None:
+    """What `run` refuses unless told otherwise is here a fair question: does the model hold beyond its length?"""
+    if max(sizes) > backend.max_length:
+        print(
+            f"warning: {backend.model} declares at most {backend.max_length:,} tokens (max_position_embeddings); "
+            "longer --lengths measure beyond it",
+            file=sys.stderr,
+        )
 
 
 def _depths(text: str) -> list[float]:

@@ -394,6 +394,27 @@ def test_data_that_is_not_helmets_is_named(tokenizer: Any, tmp_path: Path, line:
     assert len(list(tmp_path.glob("*.partial.jsonl"))) == (1 if "question" in line else 0)
 
 
+@pytest.mark.parametrize(
+    ("command", "measure"), [("perplexity", "perplexity.measure"), ("needle", "needle.run")]
+)
+def test_a_length_beyond_the_models_is_warned_of(
+    command: str, measure: str, hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model declares 1K. `run` refuses such lengths; here they may be the very question."""
+
+    def measured(*_: object, **__: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(f"megatron_prolong.evaluation.{measure}", measured)
+    (tmp_path / "text.txt").write_text("It may be asked for on purpose. " * 200)
+    more = ["--data", str(tmp_path / "text.txt")] if command == "perplexity" else []
+    for lengths, warned in (("512,1K", False), ("512,1025", True)):
+        arguments = ["eval", command, str(hf_directory), "--out", str(tmp_path), "--lengths", lengths, *more]
+        found = CliRunner().invoke(app, arguments)
+        assert isinstance(found.exception, InterruptedError)
+        assert ("declares at most 1,024 tokens" in found.stderr) == warned
+
+
 @pytest.mark.parametrize("command", ["perplexity", "needle"])
 def test_a_place_that_cannot_be_written_is_met_before_measuring(
     command: str, hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
