@@ -34,6 +34,8 @@ def verify(directory: Path, vocab_size: int | None = None) -> Verdict:
     """Read every byte of a data set. Raises UserError only when its index cannot be read."""
     reader = MDSReader(directory)
     problems = _unlisted(directory, reader.shards)
+    if not len(reader):
+        problems.append(f"{directory}: it is empty: its index.json lists no samples")
     num_unhashed = 0
     shards = reader.shards
     for number, shard in track(enumerate(shards), len(shards), f"{directory}: shards"):

@@ -138,6 +138,12 @@ def test_without_an_index_there_is_nothing_to_verify(tmp_path: Path) -> None:
         verify(tmp_path)
 
 
+def test_an_index_without_samples_is_no_sound_data_set(tmp_path: Path) -> None:
+    """A copy may stop at the first file. Training refuses it as well."""
+    (tmp_path / "index.json").write_text('{"version": 2, "shards": []}')
+    assert verify(tmp_path).problems == [f"{tmp_path}: it is empty: its index.json lists no samples"]
+
+
 @pytest.mark.parametrize("compression", [None, "zstd:1"])
 def test_a_shard_is_never_in_memory_as_a_whole(tmp_path: Path, compression: str | None) -> None:
     with MDSWriter(tmp_path / "data", {"input_ids": "ndarray:uint32"}, compression=compression) as writer:
