@@ -58,8 +58,8 @@ def train(
         raise UserError(f"--trace {trace}: needs --replay [STAGE:]STEP, the step to profile")
     load = cache(partial(load_recipe, recipe, overrides or []))
     if check:
-        launched = read_number(os.environ, "WORLD_SIZE", 0) or read_rendezvous(os.environ).size
-        _check(load(), recipe, processes if processes > 1 else launched)
+        asked = read_number(os.environ, "WORLD_SIZE", 0) if processes == 1 else 0
+        _check(load(), recipe, asked or processes * read_rendezvous(os.environ).size)
         return
     machine = read_rendezvous(os.environ)
     if processes > 1:

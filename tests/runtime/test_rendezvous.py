@@ -93,10 +93,17 @@ def test_gloo_is_given_an_interface_that_other_nodes_can_reach(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("variables", "ranks"), [(BATCH_SCRIPT, 1), (STEP, 8), ({**STEP, "WORLD_SIZE": "4"}, 4)]
+    ("variables", "processes", "ranks"),
+    [
+        (BATCH_SCRIPT, 1, 1),
+        (STEP, 1, 8),
+        ({**STEP, "WORLD_SIZE": "4"}, 1, 4),
+        (BATCH_SCRIPT, 2, 2),
+        (STEP, 2, 16),
+    ],
 )
 def test_a_check_is_for_as_many_ranks_as_would_train(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], ranks: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], processes: int, ranks: int
 ) -> None:
     """WORLD_SIZE alone asks about a job that is still to be started."""
     monkeypatch.chdir(tmp_path)
@@ -104,5 +111,5 @@ def test_a_check_is_for_as_many_ranks_as_would_train(
     Path("tokenizer.json").write_text('{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}')
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    found = CliRunner().invoke(app, ["train", "recipe.yaml", "--check"])
+    found = CliRunner().invoke(app, ["train", "recipe.yaml", "--check", "--processes", str(processes)])
     assert f"ready for {ranks} rank(s)" in found.output, found.exception
