@@ -137,7 +137,7 @@ def compare(
 
 
 def judge(
-    results: Annotated[Path, typer.Argument(help="Folder of one model's results.")],
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="Folder of one model's results.")],
     server: Annotated[str, typer.Option(help="OpenAI-compatible server.")],
     helmet: Annotated[
         Path, typer.Option(help="Checkout of princeton-nlp/HELMET, for the judge's instructions.")

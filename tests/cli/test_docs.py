@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -40,6 +42,21 @@ def parse(line: str) -> None:
 @pytest.mark.parametrize("line", [line for page in PAGES for line in command_lines(page)])
 def test_the_command_exists(line: str) -> None:
     parse(line)
+
+
+def commands(group: TyperGroup) -> Iterator[Any]:
+    """All commands below a group."""
+    for command in group.commands.values():
+        yield from commands(command) if isinstance(command, TyperGroup) else [command]
+
+
+def test_help_names_what_to_put_in_capitals() -> None:
+    main = typer.main.get_command(app)
+    assert isinstance(main, TyperGroup)
+    arguments = [
+        one for command in commands(main) for one in command.params if one.param_type_name == "argument"
+    ]
+    assert [one.name for one in arguments if not (one.metavar or "").isupper()] == []
 
 
 def links(page: Path) -> list[Path]:
