@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_prolong.cli.counts import at_least
 from megatron_prolong.runtime.termination import terminable
 
 app = typer.Typer(
@@ -20,18 +21,6 @@ Workers = Annotated[
 Verify = Annotated[bool, typer.Option("--verify", help="Compare tensors and logits afterwards.")]
 # Relative to the largest logit. Both sides compute in fp32, in another order; a wrong RoPE base gives > 0.01.
 LARGEST_LOGIT_DIFFERENCE = 1e-3
-
-
-def _tokens(text: str) -> int:
-    from megatron_prolong.recipe.numbers import parse_count
-
-    try:
-        count = parse_count(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    if count < 1:
-        raise typer.BadParameter("must be positive")
-    return count
 
 
 @app.command("to-megatron")
@@ -65,7 +54,7 @@ def to_hf(
     max_length: Annotated[
         int | None,
         typer.Option(
-            parser=_tokens,
+            parser=at_least(1),
             metavar="TOKENS",
             help="Longest context to write, e.g. 64K (default: as trained).",
         ),

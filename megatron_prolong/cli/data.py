@@ -6,12 +6,13 @@ The commands that look at data (inspect, verify, convert) live in cli/data_inspe
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_prolong.cli.counts import OfDomain, at_least, each_at_least, of_domain
 from megatron_prolong.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +53,12 @@ def tokenize(
     messages_field: Annotated[str, typer.Option(help="Field that holds a chat's messages.")] = "messages",
     chat: Annotated[bool, typer.Option("--chat", help="Records are chats, whatever their --kind.")] = False,
     max_chat_tokens: Annotated[
-        str | None, typer.Option(help="Cut longer chats after the last whole assistant turn, e.g. 64K.")
+        int | None,
+        typer.Option(
+            parser=at_least(1),
+            metavar="TOKENS",
+            help="Cut longer chats after the last whole assistant turn, e.g. 64K.",
+        ),
     ] = None,
     on_bad_input: Annotated[
         str, typer.Option(help="Stop at the first bad record, or skip and count.")
@@ -75,7 +81,7 @@ def tokenize(
         text_field=text_field,
         messages_field=messages_field,
         chat=chat,
-        max_chat_tokens=_count("--max-chat-tokens", max_chat_tokens) if max_chat_tokens else None,
+        max_chat_tokens=max_chat_tokens,
         on_bad_input=on_bad_input,  # type: ignore[arg-type]
     )
     engine = _executor(executor, workers)
@@ -95,11 +101,18 @@ def tokenize(
 def filter_(
     paths: Paths,
     min_length: Annotated[
-        list[str] | None,
-        typer.Option(help="Drop shorter ones: 64K tokens, or books=32K for one domain; repeatable."),
+        list[OfDomain] | None,
+        typer.Option(
+            parser=of_domain,
+            metavar="[DOMAIN=]TOKENS",
+            help="Drop shorter ones: 64K tokens, or books=32K for one domain; repeatable.",
+        ),
     ] = None,
     max_length: Annotated[
-        list[str] | None, typer.Option(help="Drop longer ones; written like --min-length.")
+        list[OfDomain] | None,
+        typer.Option(
+            parser=of_domain, metavar="[DOMAIN=]TOKENS", help="Drop longer ones; written like --min-length."
+        ),
     ] = None,
     duplicates: Annotated[
         bool, typer.Option("--duplicates", help="Drop exact duplicates but the first.")
@@ -127,8 +140,8 @@ def filter_(
 
     inputs, out = _split(paths)
     options = FilterOptions(
-        min_length=_by_domain("--min-length", min_length or []),
-        max_length=_by_domain("--max-length", max_length or []),
+        min_length=dict(min_length or []),
+        max_length=dict(max_length or []),
         duplicates=duplicates,
         against=tuple(against or ()),
         n=n,
@@ -152,7 +165,9 @@ def filter_(
 @app.command()
 def pack(
     paths: Paths,
-    length: Annotated[str, typer.Option(help="Tokens of a pack, e.g. 64K.")],
+    length: Annotated[
+        int, typer.Option(parser=at_least(1), metavar="TOKENS", help="Tokens of a pack, e.g. 64K.")
+    ],
     mode: Annotated[
         str,
         typer.Option(
@@ -161,13 +176,27 @@ def pack(
         ),
     ],
     min_length: Annotated[
-        str, typer.Option(help="Drop documents, and rests of documents, below this.")
-    ] = "1",
+        int,
+        typer.Option(
+            parser=at_least(0), metavar="TOKENS", help="Drop documents, and rests of documents, below this."
+        ),
+    ] = 1,
     lengths: Annotated[
-        str | None,
-        typer.Option(help="With single: chunk lengths, each into a subset of its own, e.g. 64K,512K."),
+        Sequence[int] | None,
+        typer.Option(
+            parser=each_at_least(1),
+            metavar="TOKENS,...",
+            help="With single: chunk lengths, each into a subset of its own, e.g. 64K,512K.",
+        ),
     ] = None,
-    overlap: Annotated[str, typer.Option(help="Tokens that the next piece of a cut document repeats.")] = "0",
+    overlap: Annotated[
+        int,
+        typer.Option(
+            parser=at_least(0),
+            metavar="TOKENS",
+            help="Tokens that the next piece of a cut document repeats.",
+        ),
+    ] = 0,
     intact: Annotated[
         bool, typer.Option("--intact", help="Drop the rest of a cut document (chats).")
     ] = False,
@@ -191,11 +220,11 @@ def pack(
 
     inputs, out = _split(paths)
     options = PackOptions(
-        length=_count("--length", length),
+        length=length,
         mode=mode,  # type: ignore[arg-type]
-        min_length=_count("--min-length", min_length),
-        lengths=tuple(sorted({_count("--lengths", each) for each in lengths.split(",")})) if lengths else (),
-        overlap=_count("--overlap", overlap),
+        min_length=min_length,
+        lengths=tuple(lengths or ()),
+        overlap=overlap,
         intact=intact,
         bos=bos,
         eos=eos,
@@ -229,24 +258,6 @@ def _split(paths: list[str]) -> tuple[list[str], Path]:
     if len(paths) < 2:
         raise UserError("give at least one input and, last, the directory to write")
     return paths[:-1], Path(paths[-1])
-
-
-def _count(option: str, text: str) -> int:
-    from megatron_prolong.recipe.numbers import parse_count
-
-    try:
-        count = parse_count(text)
-    except ValueError as error:
-        raise UserError(f"{option} {text}: {error}") from None
-    if count < 0:
-        raise UserError(f"{option} {text}: must not be negative")
-    return count
-
-
-def _by_domain(option: str, texts: list[str]) -> dict[str, int]:
-    """`64K` and `books=32K` to {"": 65536, "books": 32768}."""
-    pairs = [text.rpartition("=") for text in texts]
-    return {domain: _count(option, number) for domain, _, number in pairs}
 
 
 def _executor(name: str, workers: int) -> Executor:

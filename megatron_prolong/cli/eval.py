@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
+
+from megatron_prolong.cli.counts import each_at_least
 
 if TYPE_CHECKING:
     from megatron_prolong.evaluation.backend import Backend
@@ -37,6 +39,7 @@ app = typer.Typer(
     cls=_RunByDefault, help="Measure long-context ability.", no_args_is_help=True, rich_markup_mode=None
 )
 
+SHORTEST = 16  # less measures nothing: most often a K was forgotten
 Model = Annotated[
     str,
     typer.Argument(metavar="[LABEL=]MODEL", help="Hugging Face directory, checkpoint or stage directory."),
@@ -45,7 +48,13 @@ Compare = Annotated[
     list[str] | None,
     typer.Option("--compare", metavar="[LABEL=]MODEL", help="Another model beside it; may be repeated."),
 ]
-Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, e.g. 512,2K,8K.")]
+Lengths = Annotated[
+    Sequence[int],
+    typer.Option(
+        parser=each_at_least(SHORTEST), metavar="TOKENS,...", help="Context lengths, e.g. 512,2K,8K."
+    ),
+]
+LENGTHS: Any = "512,2K,8K"  # typer parses defaults too
 Out = Annotated[Path, typer.Option(help="Directory for results.")]
 Seed = Annotated[int, typer.Option(min=0, help="Chooses passages, haystacks and needles.")]
 
@@ -55,7 +64,7 @@ def perplexity(
     model: Model,
     data: Annotated[list[Path], typer.Option(help="Held-out documents: MDS directory, text file or folder.")],
     out: Out,
-    lengths: Lengths = "512,2K,8K",
+    lengths: Lengths = LENGTHS,
     compare: Compare = None,
     documents: Annotated[int, typer.Option(min=1, help="At most this many passages.")] = 16,
     seed: Seed = 42,
@@ -66,24 +75,24 @@ def perplexity(
     from megatron_prolong.evaluation.perplexity import Perplexity, measure
     from megatron_prolong.evaluation.report import plot_perplexity, print_perplexity, write_json
 
-    def prepare() -> tuple[list[int], list[tuple[str, str]]]:
-        sizes, models = lengths_of(lengths), models_of(model, compare)
+    def prepare() -> list[tuple[str, str]]:
+        models = models_of(model, compare)
         paths = [path for _, path in models]
         check_documents(data, paths)
         check_models(paths)
         out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
-        return sizes, models
+        return models
 
     results: dict[str, Perplexity] = {}
     with ranks() as world:
-        sizes, models = on_all_ranks(world, prepare)
+        models = on_all_ranks(world, prepare)
         for label, path in models:
             with open_backend(path, world=world) as backend:
                 if backend is None:  # a rank that only lent its part of the model
                     continue
-                _warn_of_lengths_beyond(backend, sizes)
-                passages = read_passages(data, backend.tokenizer, max(sizes), documents, seed)
-                results[label] = measure(backend, passages, sizes)
+                _warn_of_lengths_beyond(backend, lengths)
+                passages = read_passages(data, backend.tokenizer, max(lengths), documents, seed)
+                results[label] = measure(backend, passages, lengths)
     if not is_main(world):
         return
     print_perplexity(results)
@@ -104,7 +113,7 @@ def perplexity(
 def needle(
     model: Model,
     out: Out,
-    lengths: Lengths = "512,2K,8K",
+    lengths: Lengths = LENGTHS,
     depths: Annotated[str, typer.Option(help="Depths in percent of the context.")] = "0,25,50,75,100",
     haystack: Annotated[
         Path | None,
@@ -120,22 +129,22 @@ def needle(
     from megatron_prolong.evaluation.documents import read_text
     from megatron_prolong.evaluation.report import plot_needle, print_needle, write_json
 
-    def prepare() -> tuple[list[int], list[float], str, list[tuple[str, str]]]:
-        sizes, fractions, models = lengths_of(lengths), _depths(depths), models_of(model, compare)
+    def prepare() -> tuple[list[float], str, list[tuple[str, str]]]:
+        fractions, models = _depths(depths), models_of(model, compare)
         text = read_text(haystack) if haystack else needles.NOISE
         check_models([path for _, path in models])
         out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
-        return sizes, fractions, text, models
+        return fractions, text, models
 
     results: dict[str, Any] = {}
     with ranks() as world:
-        sizes, fractions, text, models = on_all_ranks(world, prepare)
+        fractions, text, models = on_all_ranks(world, prepare)
         for label, path in models:
             with open_backend(path, batch_size=trials, world=world) as backend:
                 if backend is None:  # a rank that only lent its part of the model
                     continue
-                _warn_of_lengths_beyond(backend, sizes)
-                results[label] = needles.run(backend, text, sizes, fractions, trials=trials, seed=seed)
+                _warn_of_lengths_beyond(backend, lengths)
+                results[label] = needles.run(backend, text, lengths, fractions, trials=trials, seed=seed)
     if not is_main(world):
         return
     print_needle(results)
@@ -194,25 +203,9 @@ def models_of(model: str, compare: list[str] | None) -> list[tuple[str, str]]:
     return pairs
 
 
-def lengths_of(text: str) -> list[int]:
-    """ "512,2K,8K" as numbers, ascending."""
-    from megatron_prolong.errors import UserError
-    from megatron_prolong.recipe.numbers import parse_count
-
-    try:
-        lengths = sorted({parse_count(part) for part in text.split(",")})
-    except ValueError as error:
-        raise UserError(f"--lengths {text}: every length {error}") from error
-    if lengths[0] < 16:
-        raise UserError(
-            f"--lengths {text}: {lengths[0]} tokens measure nothing, 16 are the least; 8K is 8,192 tokens"
-        )
-    return lengths
-
-
-def _warn_of_lengths_beyond(backend: Backend, sizes: list[int]) -> None:
+def _warn_of_lengths_beyond(backend: Backend, lengths: Sequence[int]) -> None:
     """What `run` refuses unless told otherwise is here a fair question: does the model hold beyond its length?"""
-    if max(sizes) > backend.max_length:
+    if max(lengths) > backend.max_length:
         print(
             f"warning: {backend.model} declares at most {backend.max_length:,} tokens (max_position_embeddings); "
             "longer --lengths measure beyond it",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megatron_prolong.cli.counts import each_at_least
 from megatron_prolong.cli.eval import (
+    SHORTEST,
     Compare,
     Model,
     check_models,
     is_main,
-    lengths_of,
     models_of,
     on_all_ranks,
     ranks,
@@ -37,7 +39,15 @@ def register(app: typer.Typer) -> None:
 
 
 Suite = Annotated[str, typer.Option(help="helmet, ruler, prolong, synthetic (needs no data) or short.")]
-SuiteLengths = Annotated[str, typer.Option(help="Prompt and answer together, in tokens, e.g. 8k,16k,32k.")]
+SuiteLengths = Annotated[
+    Sequence[int],
+    typer.Option(
+        parser=each_at_least(SHORTEST),
+        metavar="TOKENS,...",
+        help="Prompt and answer together, e.g. 8k,16k,32k.",
+    ),
+]
+SUITE_LENGTHS: Any = "8k,16k,32k,64k,128k"  # typer parses defaults too
 Data = Annotated[Path | None, typer.Option(help="HELMET's data directory (json_kv/, ruler/, kilt/ …, hf/).")]
 Tasks = Annotated[str, typer.Option(help="Only these tasks or categories, e.g. recall,kilt_nq.")]
 Server = Annotated[str | None, typer.Option(help="OpenAI-compatible server, e.g. http://localhost:8000/v1.")]
@@ -47,7 +57,7 @@ def run(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory for results, one folder per model.")],
     suite: Suite = "helmet",
-    lengths: SuiteLengths = "8k,16k,32k,64k,128k",
+    lengths: SuiteLengths = SUITE_LENGTHS,
     compare: Compare = None,
     data: Data = None,
     tasks: Tasks = "",
@@ -93,7 +103,7 @@ def run(
         if "/" in tag:
             raise UserError(f"--tag {tag}: becomes a part of file names, so it cannot hold a /")
         models = models_of(model, compare)
-        chosen = select(suite, lengths_of(lengths), [name for name in tasks.split(",") if name])
+        chosen = select(suite, lengths, [name for name in tasks.split(",") if name])
         if is_main(world):
             chosen = runnable(chosen, data, skip_missing)
         if backend != "openai":
@@ -158,7 +168,7 @@ def judge(
 def data_check(
     data: Data = None,
     suite: Suite = "helmet",
-    lengths: SuiteLengths = "8k,16k,32k,64k,128k",
+    lengths: SuiteLengths = SUITE_LENGTHS,
     tasks: Tasks = "",
 ) -> None:
     """What of a suite's data is there, what is missing, and how to get it."""
@@ -171,7 +181,7 @@ def data_check(
     if suite == "short":
         print("suite short: lm-evaluation-harness fetches its data itself")
         return
-    chosen = select(suite, lengths_of(lengths), [name for name in tasks.split(",") if name])
+    chosen = select(suite, lengths, [name for name in tasks.split(",") if name])
     table = Table(title=f"{suite} in {data or 'no directory (give --data)'}")
     for heading in ("file", "state", "tasks"):
         table.add_column(heading, overflow="fold")  # a name that is cut cannot be looked for
