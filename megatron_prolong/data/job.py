@@ -19,12 +19,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 from megatron_prolong.data.executors import Executor, array_share
 from megatron_prolong.data.mds import INDEX, merge_indexes
 from megatron_prolong.data.mds.writer import disk_full_is_users, refuse_existing
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.lock import LOCK
 from megatron_prolong.runtime.progress import track
 from megatron_prolong.runtime.publish import remove, write_durably
 
@@ -55,37 +56,50 @@ class Job:
         Another process may finish the job meanwhile, and take its directory away from under a task: no error then.
 
         Raises UserError when OUT holds something else, or OUT.partial was begun with other settings and has
-        finished tasks.
+        finished tasks, or a process that is at work there.
         """
-        self._begin()
-        try:
-            yield
-        except (OSError, UserError):
-            if self.is_finished:
-                return
-            if self.directory.exists() and [path.name for path in self.directory.iterdir()] == [SETTINGS]:
-                remove(self.directory)
-            raise
-
-    def _begin(self) -> None:
         refuse_existing(self.out)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / LOCK).open("a+") as lock:
+            self._begin(lock)
+            try:
+                yield
+            except (OSError, UserError):
+                if self.is_finished:
+                    return
+                if self.directory.exists() and not self._content(SETTINGS, LOCK):
+                    remove(self.directory)
+                raise
+
+    def _begin(self, lock: IO[str]) -> None:
+        """Write the settings, or find the same. All that are at work share the lock; who has it alone may clear."""
+        alone = _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) is not False
+        if not alone:
+            _lock(lock, fcntl.LOCK_SH)
         begun = _read(self.directory / SETTINGS)
-        if begun is not None and begun != dict(self.settings) and not any(self.directory.rglob(INDEX)):
-            shutil.rmtree(self.directory)
-            begun = None
         if begun is not None and begun != dict(self.settings):
-            keys = sorted(begun.keys() | self.settings.keys())
-            changed = [key for key in keys if begun.get(key) != self.settings.get(key)]
-            raise UserError.many(
-                f"{self.directory} was begun with other settings; remove it to start anew, or repeat them:",
-                [
-                    f"{key}: was {begun.get(key)!s:.100}, now {self.settings.get(key)!s:.100}"
-                    for key in changed
-                ],
-            )
+            if not alone:
+                self._refuse(begun, "is in use by a process with other settings; wait, or choose another OUT")
+            if any(self.directory.rglob(INDEX)):
+                self._refuse(begun, "was begun with other settings; remove it to start anew, or repeat them")
+            for path in self._content(LOCK):
+                _delete(path)
+            begun = None
         if begun is None:  # once, as it is the file that `finish` locks
             with disk_full_is_users(self.out):
                 write_json(self.directory / SETTINGS, dict(self.settings))
+        _lock(lock, fcntl.LOCK_SH)
+
+    def _content(self, *but: str) -> list[Path]:
+        return [path for path in self.directory.iterdir() if path.name not in but]
+
+    def _refuse(self, begun: Mapping[str, Any], why: str) -> NoReturn:
+        keys = sorted(begun.keys() | self.settings.keys())
+        changed = [key for key in keys if begun.get(key) != self.settings.get(key)]
+        raise UserError.many(
+            f"{self.directory} {why}:",
+            [f"{key}: was {begun.get(key)!s:.100}, now {self.settings.get(key)!s:.100}" for key in changed],
+        )
 
     def run(
         self,
@@ -123,7 +137,9 @@ class Job:
         """
         try:
             with (self.directory / SETTINGS).open("r+") as lock:  # NFS locks only what may be written
-                _wait_for(lock)
+                if _lock(lock, fcntl.LOCK_EX) is None:
+                    warning = f"warning: {lock.name}: no locks on this file system; finishing without"
+                    print(warning, file=sys.stderr)
                 if not self.directory.exists():
                     return
                 try:
@@ -144,9 +160,8 @@ class Job:
             members = [self.directory / task for task in tasks if str(Path(task).parent) == parent]
             merge_indexes(members, self.directory / parent)
         keep = {Path(task).parts[0] for task in tasks} | {SETTINGS, REPORT, INDEX}
-        for path in self.directory.iterdir():
-            if path.name not in keep:  # plans, and temporary directories of killed workers
-                _delete(path)
+        for path in self._content(*keep):  # plans, and temporary directories of killed workers
+            _delete(path)
         for parent in parents:
             for path in (self.directory / parent).glob("*.tmp-*"):
                 _delete(path)
@@ -160,16 +175,20 @@ def _delete(path: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _wait_for(lock: IO[str]) -> None:
-    """Take the lock. Some file systems have none (Lustre without -o flock): two jobs that finish at the same moment
-    may there get into each other's way, so that one ends with an error, but they write the same.
+def _lock(file: IO[str], operation: int) -> bool | None:
+    """Take a lock; False if it is held and not to be waited for. None on file systems without any (Lustre without
+    -o flock): two jobs that finish at the same moment may there get into each other's way, so that one ends with an
+    error, but they write the same.
     """
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        return False
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
-        print(f"warning: {lock.name}: no locks on this file system; finishing without", file=sys.stderr)
+        return None
+    return True
 
 
 def _run_once(work: Callable[[Path, T], None], task: tuple[Path, T]) -> None:

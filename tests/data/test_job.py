@@ -46,6 +46,31 @@ def test_who_joins_a_job_leaves_the_file_that_others_lock(tmp_path: Path) -> Non
             assert settings.stat().st_ino == before, held
 
 
+def test_other_settings_are_refused_while_a_process_is_at_work(tmp_path: Path) -> None:
+    """Else they would take its directory away, as long as it has no task done."""
+    first, second = (Job(tmp_path / "out", {"length": length}) for length in (8, 16))
+    with first.open():
+        with pytest.raises(
+            UserError, match=r"in use by a process with other settings.*\n  - length: was 8, now 16"
+        ):
+            second.open().__enter__()
+        with Job(tmp_path / "out", {"length": 8}).open():
+            write(first.directory / "00000", 1)
+        first.finish(["00000"], lambda: {"tokens": 3})
+    assert first.is_finished and not (first.out / ".lock").exists()
+
+
+def test_what_a_killed_process_began_gives_way_to_other_settings(tmp_path: Path) -> None:
+    killed, job = (Job(tmp_path / "out", {"length": length}) for length in (8, 16))
+    with killed.open():
+        (killed.directory / "plan").mkdir()
+    with job.open():
+        assert not (job.directory / "plan").exists()
+        write(job.directory / "00000", 1)
+        job.finish(["00000"], lambda: {"tokens": 3})
+    assert job.is_finished
+
+
 @pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EIO])
 def test_a_file_system_without_locks_finishes_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: int
@@ -57,12 +82,12 @@ def test_a_file_system_without_locks_finishes_without(
 
     monkeypatch.setattr(job_module.fcntl, "flock", flock)
     job = Job(tmp_path / "out", {"step": "test"})
+    if reason == errno.EIO:
+        with pytest.raises(OSError, match="no"):
+            job.open().__enter__()
+        return
     with job.open():
         write(job.directory / "00000", 1)
-        if reason == errno.EIO:
-            with pytest.raises(OSError, match="no"):
-                job.finish(["00000"], lambda: {"tokens": 3})
-            return
         job.finish(["00000"], lambda: {"tokens": 3})
     assert len(MDSReader(tmp_path / "out")) == 1 and job.is_finished
     assert "job.json: no locks on this file system" in capsys.readouterr().err
