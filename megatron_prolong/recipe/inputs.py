@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def vocabulary_size(path: Path) -> int:
     Raises:
         UserError: there is no readable tokenizer.json.
     """
-    return _read_tokenizer(path)[1]
+    return _read_tokenizer(path)[0]
 
 
 def tokenizer_file(path: Path | str) -> Path:
@@ -55,14 +56,21 @@ def tokenizer_file(path: Path | str) -> Path:
     raise UserError(f"{path}: no tokenizer.json there; give the directory on this machine that holds one")
 
 
-def _read_tokenizer(path: Path) -> tuple[dict[str, Any], int]:
-    """The content of tokenizer.json, and its vocabulary's size."""
+def _read_tokenizer(path: Path) -> tuple[int, str]:
+    """Its vocabulary's size, and its fingerprint. A start asks several times; Llama-3's takes a second to read."""
     file = tokenizer_file(path)
+    state = file.stat()
+    return _size_and_fingerprint(file, (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+@lru_cache
+def _size_and_fingerprint(file: Path, state: tuple[int, ...]) -> tuple[int, str]:
     content = read_json(file)
     try:
         vocabulary = content["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        return content, 1 + max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
+        size = 1 + max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
+        return size, fingerprint(content)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not a tokenizer of the tokenizers library ({error!r})") from error
 
@@ -86,10 +94,9 @@ def tokenizer_fingerprint(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        content, _ = _read_tokenizer(path)
+        return _read_tokenizer(path)[1]
     except UserError:
         return None
-    return fingerprint(content)
 
 
 def mixture_problems(path: Path, *, loss_mask: bool, tokenizer: str | None) -> list[str]:
