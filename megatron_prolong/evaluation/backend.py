@@ -69,16 +69,23 @@ class Backend(Protocol):
 
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()
-    ) -> Iterable[str]:
+    ) -> Iterable[str | None]:
         """Greedy continuations, without the prompt, ended by the model's stop tokens or before a `stop` text.
 
-        In order, each as soon as it is known, so that it can be kept should a later one fail.
+        In order, each as soon as it is known, so that it can be kept should another one fail: a backend that asks
+        for several at once gives None for what failed, and raises the error at the end.
         """
         ...
 
 
 class ScoringBackend(Backend, Protocol):
-    """A model that also says how likely tokens are."""
+    """A model that also says how likely tokens are. All of its continuations are texts."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> Iterable[str]:
+        """See `Backend`."""
+        ...
 
     def token_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Log-probability of each token given those before it: float32 [len(ids) − 1]."""

@@ -62,16 +62,28 @@ class Client:
         # Half an emoji cannot be written or tokenized.
         return str(text or "").encode("utf-8", "replace").decode()
 
-    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """`function` of every item, in order, `concurrency` at a time. The first error ends it."""
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(function, item) for item in items]
-            try:
-                for future in futures:
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R | None]:
+        """`function` of every item, in order, `concurrency` at a time.
+
+        After an error none is begun any more. What was still answered is given, with None for the rest, so that it
+        can be kept; then the error is raised.
+        """
+        pool = ThreadPoolExecutor(self.concurrency)
+        futures = [pool.submit(function, item) for item in items]
+        error: BaseException | None = None
+        try:
+            for future in futures:
+                if not future.cancelled() and future.exception() is None:
                     yield future.result()
-            finally:
-                for future in futures:
-                    future.cancel()
+                    continue
+                if error is None:
+                    error = future.exception()
+                    pool.shutdown(wait=False, cancel_futures=True)
+                yield None
+            if error is not None:
+                raise error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _send(self, request: Request) -> dict[str, Any]:
         problem = ""

@@ -115,7 +115,7 @@ class _Interruptible:
 
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()
-    ) -> Iterable[str]:
+    ) -> Iterable[str | None]:
         if self.interrupted():
             raise _Interrupted
         return self.backend.generate(prompts, max_new_tokens, stop)

@@ -50,6 +50,8 @@ class Judge:
         with self.cache.open("a", encoding="utf-8") as file:
             answers = self.client.map(lambda prompt: self._one(prompt, max_tokens), open_prompts.values())
             for key, answer in zip(open_prompts, track(answers, len(open_prompts), "judge"), strict=True):
+                if answer is None:  # an error will follow
+                    continue
                 known[key] = answer
                 file.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False) + "\n")
                 file.flush()

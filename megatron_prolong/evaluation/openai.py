@@ -55,7 +55,7 @@ class OpenAIBackend:
 
     def generate(
         self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()
-    ) -> Iterator[str]:
+    ) -> Iterator[str | None]:
         """See `Backend`."""
         return self.client.map(lambda prompt: self._one(prompt, max_new_tokens, stop), prompts)
 

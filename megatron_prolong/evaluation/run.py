@@ -174,6 +174,8 @@ def _generate(
         prepared = [prepare(task, row, chat, backend.tokenizer, max_length) for row, _ in batch]
         outputs = backend.generate([one.prompt for one in prepared], task.max_new_tokens, stop)
         for (_, key), one, output in zip(batch, prepared, outputs, strict=True):
+            if output is None:  # an error will follow
+                continue
             yield Generated(
                 key=key,
                 output=output,

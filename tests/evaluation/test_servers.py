@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,37 @@ def test_what_was_answered_before_an_error_is_kept(server: Server, tokenizer: An
     server.requests.clear()
     run_task(task, backend, inputs, Settings(), tmp_path)
     assert len(server.requests) == 2
+
+
+def test_what_was_answered_behind_an_error_is_kept(
+    server: Server, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of four prompts fails when the others are under way."""
+    (task,) = select("synthetic", [1024], ["json_kv"])
+    inputs, ask, failed = Inputs(None, tokenizer, 42, 4), Client.complete, threading.Event()
+
+    def complete(client: Client, path: str, body: dict[str, Any]) -> str:
+        if not failed.is_set():
+            failed.set()
+            while len(server.requests) < 3:
+                time.sleep(0.001)
+            raise UserError("refused")
+        return ask(client, path, body)
+
+    monkeypatch.setattr(Client, "complete", complete)
+    backend = OpenAIBackend(client(server, concurrency=4), "tiny", tokenizer, 1024)
+    with pytest.raises(UserError, match="refused"):
+        run_task(task, backend, inputs, Settings(), tmp_path / "results")
+    run_task(task, backend, inputs, Settings(), tmp_path / "results")
+    assert len(server.requests) == 4
+
+    failed.clear()
+    server.requests.clear()
+    judge = Judge(backend.client, "tiny", tmp_path / "cache.jsonl")
+    with pytest.raises(UserError, match="refused"):
+        judge.ask(["a", "b", "c", "d"], 4)
+    judge.ask(["a", "b", "c", "d"], 4)
+    assert len(server.requests) == 4
 
 
 def test_a_prepared_prompt_is_encoded_once(
