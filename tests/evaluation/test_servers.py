@@ -62,13 +62,15 @@ def test_what_was_answered_before_an_error_is_kept(server: Server, tokenizer: An
 def test_what_was_answered_behind_an_error_is_kept(
     server: Server, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first of four prompts fails when the others are under way."""
+    """One of four prompts fails when the others are under way."""
     (task,) = select("synthetic", [1024], ["json_kv"])
-    inputs, ask, failed = Inputs(None, tokenizer, 42, 4), Client.complete, threading.Event()
+    inputs, ask, to_fail = Inputs(None, tokenizer, 42, 4), Client.complete, [True]
+    lock = threading.Lock()
 
     def complete(client: Client, path: str, body: dict[str, Any]) -> str:
-        if not failed.is_set():
-            failed.set()
+        with lock:
+            fails = bool(to_fail and to_fail.pop())
+        if fails:
             while len(server.requests) < 3:
                 time.sleep(0.001)
             raise UserError("refused")
@@ -81,7 +83,7 @@ def test_what_was_answered_behind_an_error_is_kept(
     run_task(task, backend, inputs, Settings(), tmp_path / "results")
     assert len(server.requests) == 4
 
-    failed.clear()
+    to_fail.append(True)
     server.requests.clear()
     judge = Judge(backend.client, "tiny", tmp_path / "cache.jsonl")
     with pytest.raises(UserError, match="refused"):
