@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.p2p_communication import _p2p_ops
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_prolong.mcore.adam import fused_adam_in_megatron
 from megatron_prolong.mcore.cpu import cuda_on_cpu
+from megatron_prolong.mcore.specs import runs_on_transformer_engine
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.runtime.seeding import seed_everything
 
@@ -91,18 +93,47 @@ def _connect(groups: ParallelGroups, layout: Layout) -> None:
     """Let NCCL take its buffers while PyTorch has none of the memory yet: at the first message they would have to
     come out of what PyTorch has cached, up to 0.7 GB a group and some GB for an all-to-all (nccl issues 964, 1685).
     """
+    inner, outer = groups.hierarchical_cp or (groups.cp.group, groups.cp.group)
+    norms = (  # of gradients, over all ranks that hold different ones
+        parallel_state.get_intra_distributed_optimizer_instance_group()
+        if layout.distributed_optimizer
+        else parallel_state.get_model_parallel_group()
+    )
     token = torch.zeros(layout.cp, device="cuda")
-    for axis in (groups.tp, groups.pp, groups.cp, groups.dp, groups.dp_cp):
-        if axis.size > 1:
-            dist.all_reduce(token, group=axis.group)
-    if layout.cp > 1 and layout.cp_exchange == "a2a":
-        dist.all_to_all_single(torch.empty_like(token), token, group=groups.cp.group)
+    for group in (groups.tp.group, groups.pp.group, groups.cp.group, groups.dp_cp.group, inner, outer, norms):
+        if group.size() > 1:
+            dist.all_reduce(token, group=group)
+    if layout.cp > 1 and "a2a" in layout.cp_exchange:
+        dist.all_to_all_single(torch.empty_like(token), token, group=inner)
+    if "p2p" in layout.cp_exchange and outer.size() > 2 and runs_on_transformer_engine(torch.bfloat16):
+        _connect_neighbours(outer)
+    if layout.virtual_pp > 1:
+        _connect_neighbours(groups.pp.group)
+
+
+def _connect_neighbours(group: dist.ProcessGroup) -> None:
+    """For messages that are no batch but calls of their own, as interleaved pipelines and Transformer Engine's ring
+    send them: NCCL gives each such pair of ranks a communicator, and ranks that make theirs in different orders in
+    the middle of a step wait for each other (Megatron-LM 5240)."""
+    ranks, own = dist.get_process_group_ranks(group), dist.get_rank(group)
+    requests = _p2p_ops(
+        tensor_send_prev=torch.zeros(1, device="cuda"),
+        tensor_recv_prev=torch.zeros(1, device="cuda"),
+        tensor_send_next=torch.zeros(1, device="cuda"),
+        tensor_recv_next=torch.zeros(1, device="cuda"),
+        group=group,
+        prev_pipeline_rank=ranks[own - 1],
+        next_pipeline_rank=ranks[(own + 1) % len(ranks)],
+    )
+    for request in requests.values():
+        request.wait()
 
 
 def _destroy_groups() -> None:
     """Undo initialize_model_parallel, threads and connections included; Megatron itself only forgets the groups."""
     groups = {group for group in parallel_state._global_process_group_list or () if group is not None}
     parallel_state.destroy_model_parallel()
+    parallel_state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS = None  # Megatron 0.16.1 keeps them
     for group in groups - {dist.GroupMember.NON_GROUP_MEMBER, dist.group.WORLD}:
         dist.destroy_process_group(group)
     # Transformer Engine keeps delayed scaling's maxima, and the groups that share them, for all models to come.
