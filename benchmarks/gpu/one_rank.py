@@ -85,12 +85,12 @@ CASES = {
     "16K, selective": Case(32, documents=([16 * K],), recompute="selective"),
     "64K, one document": Case(32),
     "64K, packs of many documents": Case(32, documents=(BAG, [64 * K], BAG)),
-    "64K, tp 2 cp 4": Case(32, Layout(tp=2, cp=4), recompute="none"),
+    "64K, tp 2 cp 4": Case(32, Layout(tp=2, cp=4, cp_exchange="all_gather"), recompute="none"),
     "64K, tp 4 cp 2, a bag split and whole": Case(
         32, Layout(tp=4, cp=2, cp_exchange="p2p"), (BAG,), recompute="selective"
     ),
     "512K, cp 8 p2p": Case(8, P2P, LONG),
-    "512K, cp 8 all_gather": Case(8, Layout(cp=8), LONG),
+    "512K, cp 8 all_gather": Case(8, Layout(cp=8, cp_exchange="all_gather"), LONG),
     "512K, cp 8 a2a": Case(8, A2A, LONG),
     "512K, cp 8 a2a+p2p": Case(8, HIERARCHICAL, LONG),
     "512K, cp 8 a2a, offload, 80 GiB": Case(8, A2A, LONG, offload=True, gib=80),

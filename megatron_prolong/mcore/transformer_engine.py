@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_prolong.mcore.attention import ContextParallel, DocumentAttention, Documents
 from megatron_prolong.mcore.specs import layer_spec
+from megatron_prolong.model.context_parallel import split_attention
 from megatron_prolong.recipe.layout_rules import te_exchanges
 
 # cuDNN plans its kernels anew, for good and in tenths of a second, for every number of documents beyond this
@@ -38,9 +39,9 @@ class TransformerEngineAttention(DocumentAttention):
     """Documents through TEDotProductAttention in its packed "thd" format.
 
     Without context parallelism, one call. With it, two: the documents split over the ranks (TE's zigzag layout and
-    its exchange), and those that are whole on this rank, without any exchange. Generation with a cache, and the
-    exchanges that TE refuses for packed documents, stay with DocumentAttention, as does all attention on GPUs
-    where TE has no kernel for it (`has_packed_kernels`).
+    its exchange, or ours where TE refuses it for packed documents), and those that are whole on this rank, without
+    any exchange. Generation with a cache stays with DocumentAttention, as does all attention on GPUs where TE has
+    no kernel for packed documents (`has_packed_kernels`).
     """
 
     def __init__(
@@ -68,18 +69,16 @@ class TransformerEngineAttention(DocumentAttention):
 
     def attend(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents) -> tuple[Tensor, ...]:
         """As DocumentAttention.attend."""
-        context = documents.context
-        if documents.caches is not None or (context is not None and self.split is None):
+        if documents.caches is not None:
             return super().attend(q_TND, k_TGD, v_TGD, documents)
         assert documents.cu_seqlens is not None
         end = len(q_TND)
         boundaries = tuple(documents.cu_seqlens.tolist())
         first = boundaries[0]  # behind the split documents
         outs = []
-        if context is not None and first:
-            assert self.split is not None
-            packed = split_documents(context, q_TND.device)
-            outs.append(self._attend(self.split, (q_TND[:first], k_TGD[:first], v_TGD[:first]), packed))
+        if first:
+            assert documents.context is not None
+            outs.append(self._attend_split(q_TND[:first], k_TGD[:first], v_TGD[:first], documents.context))
         if end > first:
             packed = whole_documents(boundaries, end, q_TND.device)
             k, v = k_TGD[first:], v_TGD[first:]
@@ -87,6 +86,12 @@ class TransformerEngineAttention(DocumentAttention):
                 k, v = k.clone(), v.clone()
             outs.append(self._attend(self.whole, (q_TND[first:], k, v), packed))
         return tuple(outs)  # flat already: [T, N·D]
+
+    def _attend_split(self, q: Tensor, k: Tensor, v: Tensor, context: ContextParallel) -> Tensor:
+        if self.split is not None:
+            return self._attend(self.split, (q, k, v), split_documents(context, q.device))
+        chunks, rank, group = context.plan.chunk_tokens, context.rank, context.group
+        return split_attention(q, k, v, chunks, rank, group, context.exchange, context.subgroups).flatten(1)
 
     @staticmethod
     def _attend(

@@ -65,17 +65,30 @@ def context_attention(
     parts = []
     if split_tokens:
         q, k, v = (x[:split_tokens] for x in (q_TND, k_TGD, v_TGD))
-        if exchange == "all_gather":
-            out = _GatherAttention.apply(q, k, v, plan.chunk_tokens, rank, group)
-        else:
-            inner, outer = _levels(exchange, group, subgroups)
-            out = _head_ring_attention(q, k, v, plan.chunk_tokens, inner, outer)
-        parts.append(out)
+        parts.append(split_attention(q, k, v, plan.chunk_tokens, rank, group, exchange, subgroups))
     if split_tokens < len(q_TND):
         q, k, v = (x[split_tokens:] for x in (q_TND, k_TGD, v_TGD))
         blocks = document_blocks(tuple(start - split_tokens for start in local_cu_seqlens))
         parts.append(BlockAttention.apply(q, k, v, blocks, True))
     return tuple(parts)
+
+
+def split_attention(
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    chunk_tokens: tuple[int, ...],
+    rank: int,
+    group: dist.ProcessGroup,
+    exchange: str,
+    subgroups: Sequence[dist.ProcessGroup] = (),
+) -> Tensor:
+    """`context_attention` of the split documents alone, two chunks of each of `chunk_tokens`; out_TND."""
+    if exchange == "all_gather":
+        out: Tensor = _GatherAttention.apply(q_TND, k_TGD, v_TGD, chunk_tokens, rank, group)
+        return out
+    inner, outer = _levels(exchange, group, subgroups)
+    return _head_ring_attention(q_TND, k_TGD, v_TGD, chunk_tokens, inner, outer)
 
 
 def _levels(

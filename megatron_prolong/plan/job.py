@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_prolong.recipe.counts import padded_vocab_size
 from megatron_prolong.recipe.fp8 import Fp8Recipe
+from megatron_prolong.recipe.layout_rules import te_exchanges
 from megatron_prolong.recipe.schema import (
     Layout,
     Precision,
@@ -127,6 +128,16 @@ class Job:
     def attention_again(self) -> float:
         """Share of the longest stage's layers whose attention is computed twice."""
         return 0.0 if self.recompute == "all_but_attention" else self.recomputed_share
+
+    @property
+    def long_attention(self) -> str:
+        """`attention` for documents that are split over context-parallel ranks: PyTorch's where Transformer Engine
+        refuses the exchange."""
+        layout = self.layout
+        refused = layout.cp > 1 and not te_exchanges(
+            layout.cp_exchange, layout.cp, self.shape.num_kv_heads // layout.tp
+        )
+        return "flash2" if refused else self.attention
 
     @property
     def vocab_rows(self) -> int:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields, replace
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.weights import buffer_elements, fp8_weights, optimizer_bytes, stage_weights
 from megatron_prolong.recipe.counts import layer_weights
-from megatron_prolong.recipe.layout_rules import kv_repeats, te_exchanges
+from megatron_prolong.recipe.layout_rules import kv_repeats
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,7 @@ def gpu_kernels(job: Job) -> Kernels:
     """What the job's layers are made of on a GPU."""
     if job.attention != "te":
         return GPU_KERNELS
-    layout = job.layout
-    theirs = te_exchanges(layout.cp_exchange, layout.cp, job.shape.num_kv_heads // layout.tp)
-    return replace(TRANSFORMER_ENGINE, flash2=layout.cp > 1 and not theirs)
+    return replace(TRANSFORMER_ENGINE, flash2=job.long_attention == "flash2")
 
 
 def rank_memory(job: Job, pp_rank: int, kernels: Kernels | None = None) -> RankMemory:

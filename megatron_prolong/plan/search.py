@@ -23,7 +23,7 @@ from megatron_prolong.recipe.schema import CpExchange, Layout, Recompute
 
 RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "all_but_attention", "full")
 EXCHANGES: tuple[CpExchange, ...] = ("all_gather", "p2p", "a2a")
-ONLY_RANK: tuple[CpExchange, ...] = ("all_gather",)
+ONLY_RANK: tuple[CpExchange, ...] = ("p2p",)
 
 # Above this share of a GPU's memory a plan is marked: what a real allocator needs beyond it is unmeasured.
 ROOMY = 0.95

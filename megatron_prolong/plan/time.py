@@ -122,9 +122,10 @@ def rates(job: Job, gpu: Gpu) -> Rates:
     output = run.output * flops.output_per_token / (layout.tp * layout.cp)
     matmul += output / gpu.matmul_flops(weight_precision)
     attention = flops.attention_per_pair / layout.model_ranks
+    kernels = job.long_attention  # long documents have nearly all the pairs
     attention *= run.attention_forward / gpu.attention_flops(
-        job.attention, backward=False
-    ) + run.attention_backward / gpu.attention_flops(job.attention, backward=True)
+        kernels, backward=False
+    ) + run.attention_backward / gpu.attention_flops(kernels, backward=True)
     is_ring = layout.cp > 1 and "p2p" in layout.cp_exchange
     return Rates(
         matmul=matmul,

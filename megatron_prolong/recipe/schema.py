@@ -143,8 +143,8 @@ class Layout(_Frozen):
     """Context-parallel ranks: long documents are split over them, short ones stay whole on one."""
     sequence_parallel: bool = True
     """Split norms and residuals along the sequence over the tensor-parallel ranks; no effect at tp 1."""
-    cp_exchange: CpExchange = "all_gather"
-    """How context-parallel ranks see each other's keys and values."""
+    cp_exchange: CpExchange = "p2p"
+    """How context-parallel ranks see each other's keys and values; Transformer Engine's kernels do p2p and a2a."""
     distributed_optimizer: bool = True
     """Shard optimizer state over the data-parallel (× context-parallel) ranks."""
 

@@ -36,7 +36,7 @@ CASES = {
     "cp2 a2a, all but attention": (2, {"cp": 2, "cp_exchange": "a2a"}, "bf16", "all_but_attention"),
     "tp2 with sequence parallel": (2, {"tp": 2}, "bf16", "none"),
     "tp2 without": (2, {"tp": 2, "sequence_parallel": False}, "fp32", "full"),
-    "cp2 all_gather": (2, {"cp": 2}, "fp32", "none"),
+    "cp2 all_gather": (2, {"cp": 2, "cp_exchange": "all_gather"}, "fp32", "none"),
     "cp2 p2p": (2, {"cp": 2, "cp_exchange": "p2p"}, "fp32", "selective"),
     "cp2 a2a": (2, {"cp": 2, "cp_exchange": "a2a"}, "fp32", "none"),
     "pp2": (2, {"pp": 2}, "fp32", "none"),

@@ -110,9 +110,20 @@ def test_a_ring_hides_its_exchange_behind_long_documents_only() -> None:
     ring = rates(replace(JOB, layout=Layout(cp=64, cp_exchange="p2p")), H100)
     lengths = np.array([9_000, 524_288])
     assert ring.exchange(lengths)[0] > 0 == ring.exchange(lengths)[1]
-    gather = rates(replace(JOB, layout=Layout(cp=64)), H100)
+    gather = rates(replace(JOB, layout=Layout(cp=64, cp_exchange="all_gather")), H100)
     assert (gather.exchange(lengths) > 0).all()
     assert gather.exchange(np.array([gather.local_tokens]))[0] == 0  # stays on one rank
+
+
+def test_exchanges_that_transformer_engine_refuses_run_at_pytorchs_speed() -> None:
+    """TE refuses all_gather for packed documents, and a2a where key/value heads would have to be repeated."""
+    te = replace(JOB, attention="te")
+    for fields, refused in [({}, False), ({"cp_exchange": "a2a"}, False), ({"cp_exchange": "all_gather"}, True),
+                            ({"cp_exchange": "a2a", "cp": 4}, True), ({"cp": 1}, False)]:  # fmt: skip
+        layout = Layout(**{"tp": 4, "cp": 2, **fields})
+        slow = rates(replace(JOB, layout=layout), H100).attention
+        assert (rates(replace(te, layout=layout), H100).attention == slow) is refused
+        assert rates(replace(te, layout=layout), H100).attention <= slow
 
 
 def test_the_network_is_slower_than_the_node() -> None:
