@@ -11,7 +11,8 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.training.state import LOSS_WINDOW, TrainState
 from megatron_prolong.training.step import StepMetrics
 
-MAX_SKIPS_IN_A_ROW = 5
+# Single steps are forgiven: one odd batch does little harm behind a clipped gradient, and would come again.
+BAD_IN_A_ROW = 5
 # Mixtures differ by less than a nat from step to step; three is a broken batch or a broken run.
 SPIKE_NATS = 3.0
 
@@ -19,23 +20,25 @@ SPIKE_NATS = 3.0
 def check(state: TrainState, metrics: StepMetrics, sequences: Sequence[PackedSequence]) -> None:
     """Judge a step by those before it, of which `state` tells.
 
-    One step without a finite loss and gradient leaves the weights alone (training/step.py) and is forgiven; several
-    in a row, or a finite loss far above the usual one, end the run before the damage is in a checkpoint.
+    A step without a finite loss and gradient leaves the weights alone (training/step.py). Several such in a row, or
+    several with a loss far above the usual one, end the run.
 
     Raises:
         UserError: the run should not go on; names the samples of the step.
     """
     if not metrics.updated:
-        if (skips := state.skipped_in_a_row + 1) >= MAX_SKIPS_IN_A_ROW:
+        if (skips := state.skipped_in_a_row + 1) >= BAD_IN_A_ROW:
             _stop(
                 state, f"{skips} steps in a row had no targets, or a non-finite loss or gradient", sequences
             )
     elif len(state.recent_losses) == LOSS_WINDOW:
         usual = statistics.median(state.recent_losses)
-        if metrics.loss > usual + SPIKE_NATS:
+        latest = [*state.recent_losses[1 - BAD_IN_A_ROW :], metrics.loss]
+        if min(latest) > usual + SPIKE_NATS:
             _stop(
                 state,
-                f"loss {metrics.loss:.2f}, the median of the last {LOSS_WINDOW} steps is {usual:.2f}",
+                f"loss {metrics.loss:.2f}, and {BAD_IN_A_ROW} steps in a row more than {SPIKE_NATS:g} above "
+                f"{usual:.2f}, the median of the last {LOSS_WINDOW}",
                 sequences,
             )
 

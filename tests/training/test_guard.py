@@ -10,7 +10,7 @@ import pytest
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Stage
-from megatron_prolong.training.guard import MAX_SKIPS_IN_A_ROW, check
+from megatron_prolong.training.guard import BAD_IN_A_ROW, check
 from megatron_prolong.training.state import LOSS_WINDOW, TrainState
 from megatron_prolong.training.step import StepMetrics
 
@@ -31,7 +31,7 @@ def walk(state: TrainState, losses: Iterable[float]) -> TrainState:
 
 
 def test_single_bad_steps_are_forgiven_and_many_in_a_row_are_not():
-    bad = [math.nan] * (MAX_SKIPS_IN_A_ROW - 1)
+    bad = [math.nan] * (BAD_IN_A_ROW - 1)
     state = walk(TrainState("64k"), [*bad, 2.0] * 3)
     assert (state.skipped, state.skipped_in_a_row) == (3 * len(bad), 0)
     with pytest.raises(
@@ -40,9 +40,11 @@ def test_single_bad_steps_are_forgiven_and_many_in_a_row_are_not():
         walk(state, [*bad, math.inf])
 
 
-def test_a_spike_stops_the_run_but_a_high_start_does_not():
+def test_a_loss_that_stays_high_stops_the_run_but_an_odd_batch_or_a_high_start_does_not():
+    """An odd batch comes again in a run that is started again: it must not stop there for ever."""
     start = [11.0 - 8 * step / LOSS_WINDOW for step in range(LOSS_WINDOW)]
     state = walk(TrainState("64k"), [*start, 5.0])
     assert state.recent_losses == [*start[1:], 5.0]
-    with pytest.raises(UserError, match=r"loss 30\.00"):
-        walk(state, [30.0])
+    state = walk(state, [*[30.0] * (BAD_IN_A_ROW - 1), 4.0, 30.0])
+    with pytest.raises(UserError, match=r"loss 31\.00, and 5 steps in a row more than 3 above"):
+        walk(state, [*[30.0] * (BAD_IN_A_ROW - 2), 31.0])
