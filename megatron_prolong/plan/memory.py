@@ -56,19 +56,18 @@ class Kernels:
         rope: rotary embedding; otherwise cos and sin are kept, for queries and for keys.
         norm: RMSNorm; otherwise its input and the normalised input are kept in fp32.
         norm_in_mlp: the MLP's norm is part of it and recomputed with it.
-        flash2: attention's backward sums gradients of queries in fp32, and makes those of keys and values for every
-            query head before it adds up the heads of a group.
+        backward: whose attention backward has buffers of its own, "flash2" or "cudnn" (see `attention_gradients`).
     """
 
     swiglu: bool = True
     rope: bool = False
     norm: bool = True
     norm_in_mlp: bool = False
-    flash2: bool = False
+    backward: str = ""
 
 
-GPU_KERNELS = Kernels(flash2=True)
-TRANSFORMER_ENGINE = Kernels(rope=True, norm_in_mlp=True)
+GPU_KERNELS = Kernels(backward="flash2")
+TRANSFORMER_ENGINE = Kernels(rope=True, norm_in_mlp=True, backward="cudnn")
 CPU_KERNELS = Kernels(swiglu=False, rope=False, norm=False)
 
 
@@ -76,7 +75,8 @@ def gpu_kernels(job: Job) -> Kernels:
     """What the job's layers are made of on a GPU."""
     if job.attention != "te":
         return GPU_KERNELS
-    return replace(TRANSFORMER_ENGINE, flash2=job.long_attention == "flash2")
+    refused = job.long_attention == "flash2"
+    return replace(TRANSFORMER_ENGINE, backward="flash2") if refused else TRANSFORMER_ENGINE
 
 
 def rank_memory(job: Job, pp_rank: int, kernels: Kernels | None = None) -> RankMemory:
@@ -318,15 +318,16 @@ def gathered_bytes(job: Job) -> int:
 def attention_gradients(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     """Gradients of attention's output, queries, keys and values, and of the packed projections.
 
-    FlashAttention-2 makes those of keys and values for every query head and adds them up; beyond 2 GiB PyTorch
-    does so in a buffer in fp32. With all_gather they are those of the whole sequence.
+    Both kernels sum those of queries in fp32, make those of keys and values for every query head, and add up the
+    heads of a group: cuDNN from fp32 (cudnn-frontend, scaled_dot_product_flash_attention.h: dK_fullhead_size),
+    FlashAttention-2 in a buffer in fp32 beyond 2 GiB. With all_gather they are those of the whole sequence.
     """
     shape, tp = job.shape, job.layout.tp
     heads = 2 * (shape.num_heads + shape.num_kv_heads)
     gradients = job.rank_tokens * heads * shape.head_dim // tp * job.element_bytes
-    if not kernels.flash2:
-        return gradients
     queries = job.rank_tokens * shape.num_heads * shape.head_dim // tp
+    if kernels.backward != "flash2":
+        return gradients + (3 * queries * 4 if kernels.backward == "cudnn" else 0)
     gathered = job.layout.cp if job.layout.cp_exchange == "all_gather" else 1
     keys = gathered * job.rank_tokens * shape.num_kv_heads * shape.head_dim // tp
     expanded = gathered * queries * job.element_bytes

@@ -10,6 +10,7 @@ from plan_shapes import LLAMA3_8B, TINY
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.memory import (
     activation_bytes,
+    attention_gradients,
     gpu_kernels,
     in_flight,
     kept_by_chunk,
@@ -208,7 +209,13 @@ def test_an_exchange_that_repeats_key_value_heads_is_ours_on_transformer_engine_
     cp: int, exchange: str, ours: bool
 ) -> None:
     job = replace(JOB, attention="te", world_size=cp, layout=Layout(cp=cp, cp_exchange=exchange))
-    assert gpu_kernels(job).flash2 is ours
+    assert (gpu_kernels(job).backward == "flash2") is ours
     per_layer = saved_by_layer(job)
     heads = math.lcm(cp, 8) if exchange == "a2a" else 8
     assert per_layer["values"] == job.rank_tokens * heads * 128 * 2
+
+
+def test_cudnns_backward_has_three_buffers_in_fp32() -> None:
+    job = replace(JOB, attention="te")
+    without = attention_gradients(job, replace(gpu_kernels(job), backward=""))
+    assert attention_gradients(job, gpu_kernels(job)) - without == 3 * job.rank_tokens * 32 * 128 * 4
