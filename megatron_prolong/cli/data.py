@@ -262,10 +262,11 @@ def _split(paths: list[str]) -> tuple[list[str], Path]:
 
 def _executor(name: str, workers: int) -> Executor:
     from megatron_prolong.data.executors import LocalProcesses, Ray
+    from megatron_prolong.runtime.cores import usable_cores
 
     if name not in ("local", "ray"):
         raise UserError(f"--executor {name}: must be local or ray")
-    return Ray() if name == "ray" else LocalProcesses(workers or len(os.sched_getaffinity(0)))
+    return Ray() if name == "ray" else LocalProcesses(workers or usable_cores())
 
 
 def _slurm(wanted: bool) -> Mapping[str, str] | None:
