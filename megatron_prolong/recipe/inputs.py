@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import HF_DIR, MANIFEST, model_directory, read_json, read_shape
+from megatron_prolong.recipe.run_files import RESOLVED_RECIPE
+from megatron_prolong.recipe.shape import (
+    HF_DIR,
+    MANIFEST,
+    model_directory,
+    read_json,
+    read_manifest,
+    read_shape,
+)
 
 
 def model_problems(path: Path) -> list[str]:
@@ -27,6 +35,24 @@ def model_problems(path: Path) -> list[str]:
     if not [*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]:
         return [f"{directory} holds no weights: neither *.safetensors nor pytorch_model*.bin"]
     return []
+
+
+def unfinished_stage(path: Path) -> str | None:
+    """That `path` is a checkpoint from the middle of a stage, as its own recipe tells; None when it is not."""
+    from megatron_prolong.recipe.load import load_recipe  # which reads a recipe with the help of this file
+
+    directory = model_directory(path)
+    if not (directory / MANIFEST).exists() or not (directory / RESOLVED_RECIPE).exists():
+        return None
+    saved = read_manifest(directory)
+    try:
+        steps = {stage.name: stage.num_steps for stage in load_recipe(directory / RESOLVED_RECIPE).stages}
+    except UserError:  # another version's
+        return None
+    name, step = str(saved.get("stage")), saved["step"]
+    if step >= (of := steps.get(name, 0)):
+        return None
+    return f"{directory} is step {step} of the {of} of stage {name}: finish that first, unless this is meant"
 
 
 def tokenizer_problems(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from megatron_prolong.recipe.inputs import (
     model_problems,
     tokenizer_fingerprint,
     tokenizer_problems,
+    unfinished_stage,
     vocabulary_size,
 )
 from megatron_prolong.recipe.layout_rules import layout_problems
@@ -64,18 +65,23 @@ class Findings:
         return self.is_doubtful(key) or any(part[: len(key)] == key for part in self.doubtful)
 
 
-def check(recipe: Recipe, world_size: int | None = None, *, on_cpu: bool = False) -> None:
+def check(recipe: Recipe, world_size: int | None = None, *, on_cpu: bool = False) -> list[str]:
     """Judge everything about a recipe that can be judged without torch: values, files, layouts.
 
     Args:
         world_size: number of ranks of the job; None skips what depends on it.
         on_cpu: the job will run without CUDA.
 
+    Returns:
+        The warnings.
+
     Raises:
         UserError: with every problem.
     """
-    if errors := find_problems(recipe, world_size, on_cpu=on_cpu).errors:
-        raise problems_error(recipe.origin.file, errors)
+    findings = find_problems(recipe, world_size, on_cpu=on_cpu)
+    if findings.errors:
+        raise problems_error(recipe.origin.file, findings.errors)
+    return findings.warnings
 
 
 def problems_error(file: str, problems: Collection[str]) -> UserError:
@@ -140,8 +146,11 @@ def _model(findings: Findings) -> ModelShape | None:
         found = "neither" if model.path is None else "both"
         findings.error(("model",), f"found {found} of path and init; give one")
     if (start := _weights_of(findings.recipe)) is not None:
-        for problem in model_problems(start):
+        problems = model_problems(start)
+        for problem in problems:
             findings.error(("model", "path"), problem)
+        if not problems and (warning := unfinished_stage(start)):
+            findings.warn(("model", "path"), warning)
     if model.init is not None:
         _init(findings, model.init)
         if model.tokenizer is None:

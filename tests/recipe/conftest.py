@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_prolong.cli import main
 from megatron_prolong.recipe.shape import ModelShape, to_hf_config
 
 SHAPE = ModelShape(
@@ -26,9 +27,9 @@ SHAPE = ModelShape(
 ENCODINGS = {"input_ids": "ndarray:uint32", "indices": "ndarray:uint32", "mask": "ndarray:uint8"}
 
 
-def describe_checkpoint(directory: Path, kind: str, shape: ModelShape) -> None:
+def describe_checkpoint(directory: Path, kind: str, shape: ModelShape, **fields: object) -> None:
     """Write the description of a checkpoint into a directory that is there."""
-    manifest = {"format": 1, "kind": kind, "shape": shape.to_dict(), "step": 0}
+    manifest = {"format": 1, "kind": kind, "shape": shape.to_dict(), "step": 0, **fields}
     (directory / "prolong.json").write_text(json.dumps(manifest))
 
 
@@ -79,6 +80,23 @@ def write(workdir: Path) -> Callable[..., Path]:
         return Path(name)
 
     return write_file
+
+
+@pytest.fixture
+def prolong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple]:
+    """Runs `prolong ARGUMENTS`; returns exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["prolong", *map(str, arguments)])
+        try:
+            main.run()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 def write_model(directory: Path, shape: ModelShape = SHAPE, vocabulary: int | None = None) -> None:

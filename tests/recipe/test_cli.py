@@ -7,27 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_prolong.cli import main
 from megatron_prolong.recipe.load import load_recipe
 
 Write = Callable[..., Path]
-
-
-@pytest.fixture
-def prolong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple]:
-    """Runs `prolong ARGUMENTS`; returns exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["prolong", *map(str, arguments)])
-        try:
-            main.run()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_show_prints_what_loads_as_the_same_recipe(

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import fingerprint, tokenizer_fingerprint
-from megatron_prolong.recipe.load import load_recipe
+from megatron_prolong.recipe.load import dump_recipe, load_recipe
 from megatron_prolong.recipe.validate import check, find_problems, incoming_shape
 from tests.recipe.conftest import (
     ENCODINGS,
@@ -245,6 +245,26 @@ def test_a_stage_of_another_run_is_a_model(write: Write, recipe_data: dict[str, 
     findings = find_problems(recipe)
     assert (findings.errors, findings.warnings) == ([], [])
     assert incoming_shape(recipe) == raised
+
+
+def test_a_stage_of_another_run_should_be_finished(
+    prolong: Callable[..., tuple], write: Write, recipe_data: dict[str, Any]
+) -> None:
+    """A job that was preempted ends as one that is done, and leaves as many files."""
+    checkpoint = Path("runs/earlier/one/step_00000009")
+    write_tokenizer(checkpoint / "hf", SHAPE.vocab_size)
+    (checkpoint / ".metadata").touch()
+    (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
+    (checkpoint / "recipe.yaml").write_text(dump_recipe(load_recipe(write(recipe_data))))
+    overrides = ["model.path=runs/earlier/one"]
+    for step, said in ((9, True), (10, False)):
+        describe_checkpoint(checkpoint, "training", SHAPE, stage="one", step=step)
+        for command in (["recipe", "check"], ["train", "--check"]):
+            code, _, err = prolong(*command, write(recipe_data), *overrides)
+            assert code == 0
+            assert ("step_00000009 is step 9 of the 10 of stage one: finish" in err) == said
+    (checkpoint / "recipe.yaml").write_text("of: another version")
+    assert find_problems(load_recipe(write(recipe_data), overrides)).warnings == []
 
 
 def test_an_initial_model(write: Write, recipe_data: dict[str, Any]) -> None:
