@@ -156,9 +156,9 @@ def load_weights(directory: Path, model: StageModel) -> None:
 def load_weights_and_optimizer(directory: Path, model: StageModel, optimizer: MegatronOptimizer) -> None:
     """Load weights, fp32 main weights and Adam moments (with their step count). Collective."""
     state = _model_state(model)
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(_METADATA))
-    loaded = _read(directory, state)
+    loaded = _read(directory, {**state, "optimizer": optimizer_state(optimizer, state, _METADATA)})
     _load_model(model, loaded)
+    loaded["optimizer"].pop("param_state", None)  # the distributed optimizer's shards, read into their places
     optimizer.load_state_dict(loaded["optimizer"])
 
 

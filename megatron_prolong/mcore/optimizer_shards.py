@@ -1,10 +1,11 @@
-"""The distributed optimizer's weights and moments, saved from where they are: every rank its shard, no gathering.
+"""The distributed optimizer's weights and moments, saved from and loaded to where they are: every rank its shard.
 
 Megatron's own way to save them for any layout (DistributedOptimizer.sharded_param_state_fully_reshardable) first
 gathers the fp32 weights and both moments of a model-parallel rank on the host of every data-parallel rank, 12 bytes
-per parameter each, while training waits. Here a rank's flat shard of a weight is cut into boxes of the weight's
-rows and columns, at most three, which torch's checkpoint format takes as they are. Names and global shapes stay, so
-Megatron's own loader reads the result at any layout.
+per parameter each, while training waits; to load them, every rank reads all of them again. Here a rank's flat shard
+of a weight is cut into boxes of the weight's rows and columns, at most three, which torch's checkpoint format takes
+as they are and fills from whatever boxes another layout has written. Names and global shapes stay, so Megatron's
+own loader reads the result too.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def optimizer_state(
     *,
     with_weights: bool = False,
 ) -> ShardedStateDict:
-    """What a checkpoint holds of this rank's optimizer, as references.
+    """What a checkpoint holds of this rank's optimizer, as references: to be written, or to be read into.
 
     Args:
         model_state: the model's sharded_state_dict, which says where each weight belongs.

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_training import Job, assemble, shards_of, train
+import torch
+from small_training import VOCAB_SIZE, Job, assemble, shards_of, train
 from test_layouts import LAYOUTS, assert_equal_weights, pool_of
+from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import read_shape
@@ -61,3 +63,30 @@ def test_continues_at_another_layout(request, tmp_path, one_rank, before, after,
         np.testing.assert_allclose(rank.losses, expected.losses[4:], rtol=1e-5)
         np.testing.assert_allclose(rank.grad_norms, expected.grad_norms[4:], rtol=1e-5)
     assert_equal_weights(assemble(ranks), expected_weights, 1e-5)
+
+
+def stored_tensors(saved: Path) -> dict[str, torch.Tensor]:
+    """All tensors in a checkpoint, whole; of the vocabulary without what a layout pads it with."""
+    reader = torch_checkpoint.FileSystemReader(saved)
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
+    torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    padded = ("word_embeddings.weight", "output_layer.weight")
+    return {key: tensor[:VOCAB_SIZE] if key.endswith(padded) else tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(("before", "after"), [*QUICK[1:], ("dp2 distributed optimizer", "tp2 sp")])
+def test_another_layout_loads_what_was_saved(request, tmp_path, before, after, checkpoint):
+    """Saved again at once: weights, fp32 weights and both moments to the last bit, though buckets lie otherwise."""
+    first, second = LAYOUTS.get(before, SINGLE), LAYOUTS.get(after, SINGLE)
+    saved, again = tmp_path / "saved", tmp_path / "again"
+    saved.mkdir()
+    again.mkdir()
+    pool_of(request, first).run(train, Job(first, checkpoint, precision="bf16", last=2, save=str(saved)))
+    pool_of(request, second).run(train, Job(second, str(saved), precision="bf16", last=0, save=str(again)))
+    expected, found = stored_tensors(saved), stored_tensors(again)
+    assert expected.keys() == found.keys()
+    assert len([key for key in expected if key.startswith("optimizer.state.exp_avg_sq.")]) > 5
+    for key, tensor in expected.items():
+        assert tensor.any() and torch.equal(tensor, found[key]), key
