@@ -112,8 +112,14 @@ def find_problems(
     return findings
 
 
+def needs_model(recipe: Recipe) -> bool:
+    """Whether a stage is yet to start from the recipe's model. Once none is, the run has all it needs itself."""
+    from_model = [recipe.stages[0], *(stage for stage in recipe.stages[1:] if not stage.carry.weights)]
+    return not all(complete_checkpoints(recipe.run_dir / stage.name) for stage in from_model)
+
+
 def incoming_shape(recipe: Recipe) -> ModelShape:
-    """The shape of the model before the first stage: read from model.path, or as model.init describes.
+    """The shape of the model before the first stage: read from its weights, or as model.init describes.
 
     Raises:
         UserError: the model or the tokenizer cannot be read.
@@ -127,7 +133,9 @@ def incoming_shape(recipe: Recipe) -> ModelShape:
 
 
 def _weights_of(recipe: Recipe) -> Path | None:
-    """What the run has converted or made, once there is that: the model's directory may be gone by then."""
+    """What the run has trained, converted or made, once there is that: the model's own may be gone by then."""
+    if not needs_model(recipe):
+        return list(complete_checkpoints(recipe.run_dir / recipe.stages[0].name).values())[-1]
     converted = recipe.run_dir / INITIAL
     return converted if (converted / MANIFEST).exists() else recipe.model.path
 
@@ -149,7 +157,7 @@ def _model(findings: Findings) -> ModelShape | None:
         problems = model_problems(start)
         for problem in problems:
             findings.error(("model", "path"), problem)
-        if not problems and (warning := unfinished_stage(start)):
+        if not problems and start == model.path and (warning := unfinished_stage(start)):
             findings.warn(("model", "path"), warning)
     if model.init is not None:
         _init(findings, model.init)

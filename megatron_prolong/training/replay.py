@@ -109,11 +109,14 @@ def _start(recipe: Recipe, stage: Stage, step: int) -> StageInput:
     if earlier:
         return StageInput(earlier[-1], optimizer=True, resume=True)
     position = recipe.stages.index(stage)
-    initial = Checkpoint.open(initial_directory(recipe))
-    previous = latest_checkpoint(recipe.run_dir / recipe.stages[position - 1].name) if position else initial
-    if previous is None:
+    if position and stage.carry.weights:
+        source = latest_checkpoint(recipe.run_dir / recipe.stages[position - 1].name)
+    else:
+        initial = initial_directory(recipe)
+        source = Checkpoint.open(initial) if initial.exists() else None  # gone, maybe: its stages have begun
+    if source is None:
         raise UserError(f"{recipe.run_dir}: no checkpoint before step {step} of stage {stage.name}")
-    return stage_input(StageStatus(stage, None), previous, initial)
+    return stage_input(StageStatus(stage, None), source, source)
 
 
 def _recorded(path: Path, stage: str) -> dict[int, dict[str, Any]]:

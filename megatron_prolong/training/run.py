@@ -19,6 +19,7 @@ from megatron_prolong.recipe.load import dump_recipe
 from megatron_prolong.recipe.run_files import INITIAL, RESOLVED_RECIPE, SIDECAR
 from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import HF_DIR, MANIFEST, model_directory
+from megatron_prolong.recipe.validate import needs_model
 from megatron_prolong.runtime.agreement import against_main, from_main, on_main, together
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lock import DirectoryLock
@@ -142,7 +143,14 @@ def initial_directory(recipe: Recipe) -> Path:
 
 
 def _initial_checkpoint(recipe: Recipe) -> Checkpoint:
-    """The weights before the first stage, as a checkpoint any layout can load. Collective."""
+    """The weights before the first stage, as a checkpoint any layout can load. Collective.
+
+    Once no stage is to start from them, the first stage's own checkpoint stands for them: they may be gone.
+    """
+    if not from_main(on_main(lambda: needs_model(recipe))):
+        first = _newest_checkpoint(recipe.run_dir / recipe.stages[0].name)
+        assert first is not None, "needs_model() saw one"
+        return first
     converted = initial_directory(recipe)
     patient = dist.new_group(backend="gloo", timeout=CONVERSION_TIMEOUT)
     on_main(lambda: _write_initial(recipe, converted), patient)

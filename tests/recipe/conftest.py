@@ -33,6 +33,14 @@ def describe_checkpoint(directory: Path, kind: str, shape: ModelShape, **fields:
     (directory / "prolong.json").write_text(json.dumps(manifest))
 
 
+def write_checkpoint(directory: Path, shape: ModelShape = SHAPE) -> None:
+    """The newest checkpoint of a stage, with everything but weights."""
+    write_tokenizer(directory / "hf", shape.vocab_size)
+    describe_checkpoint(directory, "training", shape)
+    (directory / ".metadata").touch()
+    (directory.parent / "latest").write_text(f"{directory.name}\n")
+
+
 @pytest.fixture
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, holding model/, books/ (with a mask column) and code/ (without)."""

@@ -14,6 +14,7 @@ from tests.recipe.conftest import (
     ENCODINGS,
     SHAPE,
     describe_checkpoint,
+    write_checkpoint,
     write_domain,
     write_model,
     write_tokenizer,
@@ -151,8 +152,25 @@ def test_the_data_of_a_stage_that_is_done_may_be_gone(
 ) -> None:
     path, gone = write(recipe_data), ["stage.one.mixture={gone: 1}"]
     for step, problems in ((9, 1), (10, 0)):
-        (workdir / f"runs/tiny/one/step_{step:08}").mkdir(parents=True)
+        write_checkpoint(workdir / f"runs/tiny/one/step_{step:08}")
         assert len(problems_of(path, gone)) == problems
+
+
+def test_the_model_may_be_gone_once_no_stage_is_to_start_from_it(
+    prolong: Callable[..., tuple], write: Write, recipe_data: dict[str, Any], workdir: Path
+) -> None:
+    gone = (write(recipe_data), "model.path=gone", "stage.one.mixture=mock", "stage.two.mixture=mock")
+    again = "stage.two.carry={weights: false, optimizer: false}"
+    assert prolong("recipe", "check", *gone)[0] == 2
+    write_checkpoint(workdir / "runs/tiny/one/step_00000004")
+    write_tokenizer(workdir / "runs/tiny/hf", SHAPE.vocab_size)
+    assert prolong("recipe", "check", *gone)[::2] == (0, "")
+    for command in (("train", "--check"), ("launch",), ("plan", "--gpus", 8), ("status",)):
+        code, _, err = prolong(*command, *gone)
+        assert code == 0, err
+    assert "model.path: gone: no such directory" in prolong("recipe", "check", *gone, again)[2]
+    write_checkpoint(workdir / "runs/tiny/two/step_00000004")
+    assert prolong("recipe", "check", *gone, again)[0] == 0
 
 
 def test_fp8_needs_cuda(write: Write, recipe_data: dict[str, Any]) -> None:
@@ -234,12 +252,8 @@ def test_warnings_do_not_stop_a_run(write: Write, recipe_data: dict[str, Any]) -
 
 
 def test_a_stage_of_another_run_is_a_model(write: Write, recipe_data: dict[str, Any]) -> None:
-    checkpoint = Path("runs/earlier/64k/step_00000125")
-    write_tokenizer(checkpoint / "hf", SHAPE.vocab_size)
     raised = SHAPE.replace(rope_base=8e6)
-    describe_checkpoint(checkpoint, "training", raised)
-    (checkpoint / ".metadata").touch()
-    (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
+    write_checkpoint(Path("runs/earlier/64k/step_00000125"), raised)
     overrides = ["model.path=runs/earlier/64k", "stage.one.carry.optimizer=true"]
     recipe = load_recipe(write(recipe_data), overrides)
     findings = find_problems(recipe)
@@ -252,9 +266,7 @@ def test_a_stage_of_another_run_should_be_finished(
 ) -> None:
     """A job that was preempted ends as one that is done, and leaves as many files."""
     checkpoint = Path("runs/earlier/one/step_00000009")
-    write_tokenizer(checkpoint / "hf", SHAPE.vocab_size)
-    (checkpoint / ".metadata").touch()
-    (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
+    write_checkpoint(checkpoint)
     (checkpoint / "recipe.yaml").write_text(dump_recipe(load_recipe(write(recipe_data))))
     overrides = ["model.path=runs/earlier/one"]
     for step, said in ((9, True), (10, False)):

@@ -270,6 +270,17 @@ def test_a_damaged_recipe_of_the_run_says_where_another_is(tmp_path):
         changes_since_start(recipe(tmp_path))
 
 
+def test_a_step_after_a_stage_is_made_again_without_the_runs_model(tmp_path):
+    of = recipe(tmp_path)
+    short = of.stages[0]
+    of = of.model_copy(update={"stages": [short, short.model_copy(update={"name": "long"})]})
+    save(of.run_dir / "short", 5)
+    (of.run_dir / "recipe.yaml").touch()
+    assert _start(of, of.stages[1], 1).checkpoint.step == 5
+    with pytest.raises(UserError, match="no checkpoint before step 1 of stage short"):
+        _start(of, short, 1)
+
+
 def test_what_is_not_there_is_named(tmp_path):
     of = recipe(tmp_path)
     with pytest.raises(UserError, match="no run is here"):

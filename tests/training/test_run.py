@@ -24,8 +24,6 @@ from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.training.replay import parse_step
 
-ONE_STEP_EACH = ("stage.short.steps=1", "stage.long.steps=1")
-
 
 def test_a_run_learns_and_walks_its_stages(workspace, undisturbed):
     expected = [("short", n) for n in range(1, 7)] + [("long", n) for n in range(1, 5)]
@@ -129,14 +127,21 @@ def test_a_run_keeps_what_it_needs_of_its_model(workspace, undisturbed):
     assert "ready for 1 rank" in checked.output
 
 
-def test_a_run_that_starts_from_the_middle_of_a_stage_says_so(workspace, undisturbed):
+def test_a_run_that_starts_from_the_middle_of_a_stage_says_so_and_then_has_all_it_needs(
+    workspace, undisturbed
+):
     """The newest checkpoint of a run that was preempted lies where that of one that is done would."""
     root = workspace.root
     (root / "preempted").mkdir()
     shutil.copytree(root / "undisturbed/short/step_00000003", root / "preempted/step_00000003")
     (root / "preempted/latest").write_text("step_00000003\n")
-    output = workspace.train("onward", f"model={{path: {root}/preempted}}", *ONE_STEP_EACH)
+    overrides = (f"model={{path: {root}/preempted}}", "stage.short.steps=1", "stage.long.steps=1")
+    output = workspace.train("onward", *overrides)
     assert "warning: " in output and "step_00000003 is step 3 of the 6 of stage short" in output
+    for gone in ("preempted", "onward/long", "onward/hf"):
+        shutil.rmtree(root / gone)
+    output = workspace.train("onward", *overrides)
+    assert "onward/long/step_00000001" in output and "of stage short" not in output
 
 
 def test_a_stage_with_checkpoints_cannot_leave_the_recipe_unnoticed(workspace, undisturbed):
