@@ -45,6 +45,9 @@ OPTIONAL_PACKAGES = {
     "wandb": "tracking with Weights & Biases",
     "lm-eval": "short-context evaluation",
 }
+# cuDNN's own number for 9.18: before it, attention's backward reads a workspace on Hopper that nobody wrote, and
+# gradients of packed documents can be NaN (Transformer Engine issue 2186).
+HOPPER_CUDNN = 91800
 ALL_REDUCE_BYTES = 64 * 2**20
 
 
@@ -77,7 +80,7 @@ def examine(directory: Path, *, quick: bool) -> list[Finding]:
         quick: without the all-reduce, which starts processes and takes some seconds.
     """
     looks: list[Callable[[], list[Finding]]] = [
-        _system, _packages, _devices, _backends, _fabric, lambda: _disk(directory),
+        _system, _packages, _devices, _cudnn, _backends, _fabric, lambda: _disk(directory),
     ]  # fmt: skip
     if not quick:
         looks.append(_all_reduce)
@@ -157,6 +160,26 @@ def _compiler() -> Finding:
     lacking = "no gcc or clang" if not compiler else f"no {headers}"
     remedy = "install gcc and Python's headers (python3-dev) on the compute nodes"
     return Finding("C compiler", "missing", f"{lacking}, which the loss's kernels are built with", remedy)
+
+
+def _cudnn() -> list[Finding]:
+    """Whose kernels attend through Transformer Engine."""
+    if not torch.cuda.is_available():
+        return []
+    try:
+        version = torch.backends.cudnn.version() or 0
+    except RuntimeError as error:  # another one than PyTorch was built with
+        return [Finding("cuDNN", "warning", str(error), "take other copies out of LD_LIBRARY_PATH")]
+    detail = f"{version // 10_000}.{version // 100 % 100}"
+    on_hopper = any(torch.cuda.get_device_capability(i)[0] == 9 for i in range(torch.cuda.device_count()))
+    if on_hopper and version < HOPPER_CUDNN:
+        remedy = "install cuDNN 9.18 or later"
+        return [
+            Finding(
+                "cuDNN", "warning", f"{detail}: gradients of packed documents can be NaN on Hopper", remedy
+            )
+        ]
+    return [Finding("cuDNN", "ok", detail)]
 
 
 def _backends() -> list[Finding]:

@@ -100,6 +100,24 @@ def test_checkpoints_that_do_not_fit_on_the_disk(recipe: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("cudnn", "capability", "status"),
+    [(91701, (9, 0), "warning"), (91900, (9, 0), "ok"), (91701, (10, 0), "ok"), (None, (9, 0), "warning")],
+)
+def test_a_cudnn_whose_gradients_can_be_nan_is_a_warning(monkeypatch, cudnn, capability, status) -> None:
+    def version() -> int:
+        if cudnn is None:
+            raise RuntimeError("cuDNN version incompatibility")
+        return cudnn
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr("torch.backends.cudnn.version", version)
+    (finding,) = doctor._cudnn()
+    assert finding.status == status and bool(finding.remedy) == (status == "warning")
+
+
 def test_gpus_are_judged_by_what_pytorch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     class Device:
         name, total_memory, major, minor = "Old", 16 * 10**9, 7, 0
