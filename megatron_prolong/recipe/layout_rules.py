@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_prolong.recipe.schema import Layout, Precision
 from megatron_prolong.recipe.shape import ModelShape
@@ -38,6 +39,28 @@ def layout_problems(
         rule = f"{world_size} ranks cannot be divided into copies of tp·pp·cp = {layout.model_ranks} ranks"
         problems.append(LayoutProblem("world_size", rule))
     return problems
+
+
+class OptimizerForm(NamedTuple):
+    """What decides which tensors an optimizer's saved state has."""
+
+    sharded: bool
+    precision: Precision
+
+
+def carry_problem(saved: OptimizerForm, own: OptimizerForm) -> str | None:
+    """How an optimizer's state cannot be continued, if this is it; any other change of layout is fine.
+
+    Megatron's sharded and unsharded optimizers have files of their own. Unsharded, the optimizer of fp32 weights
+    (FP32Optimizer) has no main weights, and that of bf16 ones (Float16OptimizerWithFloat16Params) needs them.
+    """
+    if saved.sharded != own.sharded:
+        before, here = str(saved.sharded).lower(), str(own.sharded).lower()
+        return f"saved with layout.distributed_optimizer: {before} and continued with {here}"
+    if not own.sharded and "fp32" in (saved.precision, own.precision) and saved.precision != own.precision:
+        change = f"saved in {saved.precision} and continued in {own.precision}"
+        return f"{change} without layout.distributed_optimizer"
+    return None
 
 
 def kv_repeats(exchange: str, cp: int, kv_heads: int) -> int:

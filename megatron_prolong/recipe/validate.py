@@ -19,7 +19,7 @@ from megatron_prolong.recipe.inputs import (
     unfinished_stage,
     vocabulary_size,
 )
-from megatron_prolong.recipe.layout_rules import layout_problems
+from megatron_prolong.recipe.layout_rules import OptimizerForm, carry_problem, layout_problems
 from megatron_prolong.recipe.run_files import (
     INITIAL,
     RESERVED_STAGE_NAMES,
@@ -251,10 +251,25 @@ def _chain(findings: Findings, shape: ModelShape | None) -> None:
             elif stage.carry.optimizer:
                 rule = "found true; moments of other weights are of no use: carry both or neither"
                 findings.error((*key, "carry", "optimizer"), rule)
+        elif stage.carry.optimizer and index:
+            _carried_optimizer(findings, recipe.stages[index - 1], stage)
         if stage.rope_base and rope_base and stage.rope_base < rope_base:
             found = f"found {stage.rope_base:g}, below the incoming {rope_base:g}"
             findings.warn((*key, "rope_base"), f"{found}; a longer context needs a larger base")
         rope_base = stage.rope_base or rope_base
+
+
+def _carried_optimizer(findings: Findings, before: Stage, stage: Stage) -> None:
+    recipe, key = findings.recipe, ("stages", stage.name)
+    if any(map(findings.has_doubtful_part, (("layout",), ("precision",), ("stages", before.name), key))):
+        return
+    saved, own = (
+        OptimizerForm(layout_of(recipe, one).distributed_optimizer, precision_of(recipe, one))
+        for one in (before, stage)
+    )
+    if problem := carry_problem(saved, own):
+        rule = f"found true; stage {before.name}'s cannot be {problem}: change that, or set false"
+        findings.error((*key, "carry", "optimizer"), rule)
 
 
 def _stage(findings: Findings, stage: Stage) -> None:

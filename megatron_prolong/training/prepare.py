@@ -14,7 +14,16 @@ from megatron_prolong.mcore.checkpoint import load_weights, load_weights_and_opt
 from megatron_prolong.mcore.groups import ParallelGroups
 from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.recipe import fp8
-from megatron_prolong.recipe.schema import Layout, Recipe, Stage, offload_of, precision_of, recompute_of
+from megatron_prolong.recipe.layout_rules import OptimizerForm, carry_problem
+from megatron_prolong.recipe.schema import (
+    Layout,
+    Precision,
+    Recipe,
+    Stage,
+    offload_of,
+    precision_of,
+    recompute_of,
+)
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.agreement import against_main
 from megatron_prolong.runtime.launch import World
@@ -97,7 +106,7 @@ def prepare_stage(
     )
     verify_checkpoint(start.checkpoint.directory)
     if start.optimizer:
-        _refuse_other_optimizer(start.checkpoint, layout)
+        _refuse_other_optimizer(start.checkpoint, layout, precision_of(recipe, stage))
         optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
         load_weights_and_optimizer(start.checkpoint.directory, model, optimizer)
     else:
@@ -117,13 +126,16 @@ def _refuse_other_data(stage: Stage, main: str, own: str) -> None:
         )
 
 
-def _refuse_other_optimizer(checkpoint: Checkpoint, layout: Layout) -> None:
-    """Megatron's sharded and unsharded optimizers have files of their own; any other change of layout is fine."""
-    saved = checkpoint.manifest["layout"]["distributed_optimizer"]
-    if saved != layout.distributed_optimizer:
+def _refuse_other_optimizer(checkpoint: Checkpoint, layout: Layout, precision: Precision) -> None:
+    """A recipe is refused for this before it starts; here it is another run's checkpoint, or a changed layout."""
+    saved = OptimizerForm(
+        sharded=checkpoint.manifest["layout"]["distributed_optimizer"],
+        precision="fp32" if checkpoint.manifest["dtype"] == "float32" else "bf16",
+    )
+    if problem := carry_problem(saved, OptimizerForm(layout.distributed_optimizer, precision)):
         raise UserError(
-            f"{checkpoint.directory} was saved with layout.distributed_optimizer: {str(saved).lower()}, and its "
-            "optimizer state can only continue with that; set it so, or start the stage with carry.optimizer: false"
+            f"{checkpoint.directory}: its optimizer cannot be {problem}; change that, or start the stage with "
+            "carry.optimizer: false"
         )
 
 

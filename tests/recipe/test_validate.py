@@ -107,6 +107,10 @@ MISTAKES = [
      "fp8_parameters: found true; needs layout.distributed_optimizer: true"),
     (["stage.one.carry.weights=false"], None, "stages.one.carry.weights: found false; the first stage"),
     (["stage.two.carry.weights=false"], None, "stages.two.carry.optimizer: found true; moments of other"),
+    (["stage.two.layout.distributed_optimizer=false"], None,
+     "stages.two.carry.optimizer: found true; stage one's cannot be saved with layout.distributed_optimizer: t"),
+    (["layout.distributed_optimizer=false", "stage.one.precision=fp32"], None,
+     "stages.two.carry.optimizer: found true; stage one's cannot be saved in fp32 and continued in bf16 wi"),
     (["stage.one.tokens=null", "stage.one.steps=null"], None, "found neither of steps and tokens; give one"),
     (["stage.one.seed=99999999999999999999"], None, "stages.one.seed: found 99999999999999999999; must be less"),
     (["stages=[]"], None, "stages: found []; must not be empty"),
@@ -140,6 +144,14 @@ def test_one_mistake_gives_one_message(
     # A field of the layout is judged once per stage and rule; anything else once.
     keys = {problem.split(": ")[0].replace("stages.two", "stages.one") for problem in problems}
     assert len(keys) == 1, problems
+
+
+def test_an_optimizer_that_can_continue_is_carried(write: Write, recipe_data: dict[str, Any]) -> None:
+    path = write(recipe_data)
+    unsharded, to_fp32 = "layout.distributed_optimizer=false", "stage.two.precision=fp32"
+    assert problems_of(path, [to_fp32]) == []
+    assert problems_of(path, [unsharded, "stage.two.precision=fp8"]) == []
+    assert problems_of(path, [unsharded, to_fp32, "stage.two.carry.optimizer=false"]) == []
 
 
 def test_both_steps_and_tokens(write: Write, recipe_data: dict[str, Any]) -> None:

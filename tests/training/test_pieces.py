@@ -214,6 +214,17 @@ def test_a_stage_is_built_with_its_own_settings(tmp_path, monkeypatch, one_rank)
     assert built.items() >= {**own, "max_length": 128, "rank_tokens": 64, "loss_chunk_tokens": 2048}.items()
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "bf16"), ("bfloat16", "fp32")])
+def test_an_unsharded_optimizer_of_another_run_continues_in_its_precision_only(dtype, precision):
+    manifest = {"dtype": dtype, "layout": {"distributed_optimizer": False}}
+    layout, theirs = Layout(distributed_optimizer=False), Checkpoint(Path("theirs"), manifest)
+    with pytest.raises(
+        UserError, match=f"^theirs: its optimizer cannot be saved in .* and continued in {precision} without"
+    ):
+        prepare._refuse_other_optimizer(theirs, layout, precision)
+    prepare._refuse_other_optimizer(theirs, layout, "fp32" if dtype == "float32" else "fp8")
+
+
 def test_domains_of_one_name_are_counted_apart(tmp_path):
     """`prolong data pack --lengths` calls every source's packs alike: 65536-524288."""
     directories = [tmp_path / "code/64-64", tmp_path / "books/64-64"]
