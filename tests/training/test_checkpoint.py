@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_prolong.data.batch import collate_pieces
@@ -27,6 +28,7 @@ from megatron_prolong.data.packed import Piece
 from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.build import StageModel, build_model
 from megatron_prolong.mcore.checkpoint import (
+    _model_state,
     _WeightsOnlyPlanner,
     load_weights_and_optimizer,
     take_snapshot,
@@ -35,6 +37,7 @@ from megatron_prolong.mcore.checkpoint import (
 from megatron_prolong.mcore.groups import ParallelGroups, megatron
 from megatron_prolong.mcore.micro_batch import micro_batch
 from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
+from megatron_prolong.mcore.optimizer_shards import SHARDING_TYPE
 from megatron_prolong.recipe.schema import CheckpointSpec, Layout, OptimizerSpec
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime import publish
@@ -334,6 +337,21 @@ def test_a_load_reads_a_rank_s_shards_only(trained, tmp_path, monkeypatch):
     save_weights_and_optimizer(tmp_path, model, optimizer)
     monkeypatch.delattr(DistributedOptimizer, "get_parameter_state_dp_zero")
     load_weights_and_optimizer(tmp_path, model, optimizer)
+
+
+def test_megatrons_own_loader_reads_a_rank_s_shards_too(trained, tmp_path):
+    model, optimizer, _ = trained
+    save_weights_and_optimizer(tmp_path, model, optimizer)
+    expected = numbers(model, optimizer)
+    optimizer.step()
+    state = _model_state(model)
+    form = {"distrib_optim_sharding_type": SHARDING_TYPE, "chained_optim_avoid_prefix": True}
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=form)
+    loaded = dist_checkpointing.load(state, str(tmp_path), validate_access_integrity=False)
+    model.bare_chunks[0].load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    for found, wanted in zip(numbers(model, optimizer), expected, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_a_run_whose_first_steps_were_all_skipped_can_be_saved(tmp_path):
