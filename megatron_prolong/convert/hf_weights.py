@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from megatron_prolong.convert.dtypes import dtype_name
-from megatron_prolong.convert.names import Rows, hf_tensors, megatron_tensors
+from megatron_prolong.convert.names import Rows, Tensor2D, hf_tensors, megatron_tensors
 from megatron_prolong.convert.positioned import PositionedFiles
+from megatron_prolong.convert.transfer import chunks
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import ModelShape, read_json
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_HEAD = "lm_head.weight"
 # Buffers that old checkpoints carry and that are computed, not trained.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
@@ -35,7 +37,7 @@ class _Stored:
 
 
 class HFWeights:
-    """Tensors of a Hugging Face directory by name; nothing but headers is read until `read_into`.
+    """Tensors of a Hugging Face directory by name; nothing but headers is read before `check` and `read_into`.
 
     Raises:
         UserError: no weights, a missing or damaged shard.
@@ -67,7 +69,8 @@ class HFWeights:
         self._files.read_into(stored.path, stored.offset + rows.start * row_bytes, out)
 
     def check(self, shape: ModelShape) -> None:
-        """Compare names, shapes and dtypes with what a model of `shape` needs.
+        """Compare names, shapes and dtypes with what a model of `shape` needs; a head that is said to be the
+        embedding must hold the same numbers.
 
         Raises:
             UserError: listing every missing, unexpected or misshapen tensor; one sentence where all are missing.
@@ -78,7 +81,7 @@ class HFWeights:
                 f"{self.directory}: no tensor is named as in a LlamaForCausalLM: found such as "
                 f"{min(self._tensors)}, expected such as {next(iter(wanted))}; save the whole model, with its head"
             )
-        ignored = {"lm_head.weight"} if shape.tie_embeddings else set()
+        ignored = {_HEAD} if shape.tie_embeddings else set()
         problems = [f"{name}: missing" for name in wanted if name not in self._tensors]
         for name, stored in self._tensors.items():
             if name in wanted and stored.shape != wanted[name]:
@@ -91,6 +94,25 @@ class HFWeights:
                 problems.append(f"{name}: unexpected, not part of this Llama")
         if problems:
             raise UserError.many(f"{self.directory}: the weights do not match config.json:", problems)
+        embedding = hf_tensors(shape)[0]
+        if ignored & self._tensors.keys() and not self._equal(embedding, _HEAD):
+            raise UserError(
+                f"{self.directory}: config.json ties {_HEAD} to {embedding.name}, but the two differ; set "
+                "tie_word_embeddings: false there, or remove the tensor that should not count"
+            )
+
+    def _equal(self, tensor: Tensor2D, other: str) -> bool:
+        """Whether `other` is the same bytes, read chunk by chunk."""
+        stored = [self._tensors[name] for name in (tensor.name, other)]
+        if stored[0].dtype != stored[1].dtype or stored[0].shape != stored[1].shape:
+            return False
+        for chunk in chunks(tensor, stored[0].dtype):
+            pair = torch.empty(2, *chunk.shape, dtype=chunk.dtype)
+            for name, part in zip((tensor.name, other), pair, strict=True):
+                self.read_into(Rows(name, None, chunk.start, chunk.stop - chunk.start), part)
+            if not torch.equal(*pair.view(torch.uint8)):
+                return False
+        return True
 
     def check_dtypes(self, shape: ModelShape) -> None:
         """Refuse weights that Megatron has as one tensor (of all layers; queries, keys and values) in two dtypes.

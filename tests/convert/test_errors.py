@@ -78,6 +78,27 @@ def test_a_model_saved_without_its_head_is_one_sentence(original: Path, tmp_path
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_tied_head_that_is_not_the_embedding(
+    tmp_path: Path, legacy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropped without a word, the export answered with another head than transformers does."""
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 4096)
+    original = save_family("llama3.2-tied", tmp_path / "original")
+    safetensors = original / "model.safetensors"
+    path = original / "pytorch_model.bin" if legacy else safetensors
+    tensors, save = load_file(safetensors), torch.save if legacy else save_file
+    safetensors.unlink()
+    head = tensors["model.embed_tokens.weight"].clone()
+    for number, wrong in enumerate((head + torch.eye(*head.shape).flip(0), head[1:].clone(), head.half())):
+        save({**tensors, "lm_head.weight": wrong}, path)
+        message = _refused(lambda out: to_megatron(original, out), tmp_path)
+        assert "ties lm_head.weight to model.embed_tokens.weight, but the two differ" in message, number
+        assert "set tie_word_embeddings: false" in message
+    save({**tensors, "lm_head.weight": head}, path)
+    to_megatron(original, tmp_path / "out")
+
+
 @pytest.mark.parametrize("odd", ["layers.2.mlp.gate_proj", "layers.1.self_attn.k_proj"])
 def test_dtypes_that_differ_inside_one_of_megatrons_tensors(original: Path, tmp_path: Path, odd: str) -> None:
     """Taken as they are, keys were rounded to the queries' dtype, and layers of two dtypes could not be read."""
