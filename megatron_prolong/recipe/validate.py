@@ -99,6 +99,7 @@ def find_problems(
     _run_directory(findings)
     _checkpoint(findings)
     _chain(findings, shape)
+    _same_draws(findings)
     _fp8_parameters(findings)
     doubtful_model = findings.has_doubtful_part(("model",))
     tokenizer = None if doubtful_model else tokenizer_fingerprint(tokenizer_of(recipe))
@@ -270,6 +271,19 @@ def _carried_optimizer(findings: Findings, before: Stage, stage: Stage) -> None:
     if problem := carry_problem(saved, own):
         rule = f"found true; stage {before.name}'s cannot be {problem}: change that, or set false"
         findings.error((*key, "carry", "optimizer"), rule)
+
+
+def _same_draws(findings: Findings) -> None:
+    """Stages that see again, in the same order, what the weights they carry on were trained on."""
+    seen: dict[object, str] = {}
+    for stage in findings.recipe.stages:
+        if not stage.carry.weights:
+            seen.clear()
+        first = seen.setdefault((stage.sequence_length, stage.seed, tuple(stage.mixture)), stage.name)
+        begun = complete_checkpoints(findings.recipe.run_dir / stage.name)  # its seed is fixed then
+        if first != stage.name and stage.mixture != "mock" and not begun:
+            found = f"found {stage.seed}, as in stage {first}, whose samples it draws again in the same order"
+            findings.warn(("stages", stage.name, "seed"), f"{found}; set another seed")
 
 
 def _stage(findings: Findings, stage: Stage) -> None:

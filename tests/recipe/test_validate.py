@@ -263,6 +263,22 @@ def test_warnings_do_not_stop_a_run(write: Write, recipe_data: dict[str, Any]) -
     assert findings.errors == [] and "no tokenizer.json" in findings.warnings[0]
 
 
+def test_the_same_data_again_should_have_another_seed(write: Write, recipe_data: dict[str, Any]) -> None:
+    recipe_data["stages"][1] |= {"sequence_length": "1K", "mixture": {"books": 0.5, "code": 0.5}}
+    path = write(recipe_data)
+    (warning,) = find_problems(load_recipe(path)).warnings
+    assert "stages.two.seed: found 42, as in stage one, whose samples it draws again" in warning
+    for other in (
+        "stage.two.seed=7",
+        "stage.two.sequence_length=4K",
+        "stage.two.mixture={books: 1}",
+        "stage.two.carry={weights: false, optimizer: false}",
+    ):
+        assert find_problems(load_recipe(path, [other])).warnings == []
+    write_checkpoint(Path("runs/tiny/two/step_00000001"))
+    assert find_problems(load_recipe(path)).warnings == []
+
+
 def test_a_stage_of_another_run_is_a_model(write: Write, recipe_data: dict[str, Any]) -> None:
     raised = SHAPE.replace(rope_base=8e6)
     write_checkpoint(Path("runs/earlier/64k/step_00000125"), raised)

@@ -31,6 +31,7 @@ stages:
   - {{name: short, sequence_length: 64, batch_tokens: 256, steps: 6, lr: 1e-2, mixture: {{{root}/data: 1.0}}}}
   - name: long
     rope_base: 1e5
+    seed: 43
     sequence_length: 64
     batch_tokens: 256
     steps: 4
