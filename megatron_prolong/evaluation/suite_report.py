@@ -13,7 +13,7 @@ from megatron_prolong.evaluation.bootstrap import Interval, difference_interval
 from megatron_prolong.evaluation.published import published
 from megatron_prolong.evaluation.report import heatmap, new_figure, save_figure
 from megatron_prolong.evaluation.results import DEVELOPMENT, MEAN, Average, Result, averages, development
-from megatron_prolong.evaluation.suites import CATEGORIES
+from megatron_prolong.evaluation.suites import CATEGORIES, is_of_prolong
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.runtime.terminal import print_table
 
@@ -62,10 +62,18 @@ class Grid:
 
 def grids(models: Models, suite: str | None) -> list[Grid]:
     """Averages by category and length with published scores, then every task with its interval and change."""
-    found = [_averages({label: averages(results) for label, results in models.items()}, suite)]
+    counted = _of_suite(models, suite)
+    found = [_averages({label: averages(results) for label, results in counted.items()}, suite)]
     if suite == "prolong":
         found.append(_averages({label: development(results) for label, results in models.items()}, suite))
     return [*(grid for grid in found if grid.rows), _tasks(models)]
+
+
+def _of_suite(models: Models, suite: str | None) -> Models:
+    """ProLong's published scores are of a part of HELMET's tasks; so must be what stands beside them."""
+    if suite != "prolong":
+        return models
+    return {label: [one for one in results if is_of_prolong(one.name)] for label, results in models.items()}
 
 
 def cut_notes(models: Models) -> list[str]:

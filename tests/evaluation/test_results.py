@@ -124,6 +124,17 @@ def test_prolongs_development_score_is_the_mean_over_32k_and_64k_of_six_categori
     assert len(grids(models, "helmet")) == len(grids({"m": results[:1]}, "prolong")) == 2
 
 
+def test_under_prolong_only_its_tasks_are_averaged() -> None:
+    """Its recall is JSON-KV's alone, and so is the published score beside it."""
+    recall = [result("json_kv", "recall", [1.0]), result("ruler_niah_mk_2", "recall", [0.0])]
+    shown = {suite: grids({"m": recall}, suite) for suite in ("helmet", "prolong")}
+    assert [shown[suite][0].rows[0][:3] for suite in shown] == [
+        ["32K", "recall", "50.0"],
+        ["32K", "recall", "100.0"],
+    ]
+    assert len(shown["prolong"][-1].rows) == 2  # every task is listed still
+
+
 def test_what_was_cut_and_how_much_was_asked_is_said() -> None:
     models = {
         "m": [
