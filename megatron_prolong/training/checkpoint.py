@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,8 @@ from megatron_prolong.runtime.agreement import against_main, on_main
 from megatron_prolong.runtime.checksums import CHECKSUMS, Entries, verify_checksums, write_checksums
 from megatron_prolong.runtime.publish import is_disk_full, is_forbidden, publish, remove
 from megatron_prolong.training.run_directory import prune, write_pointer
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -110,6 +112,25 @@ class CheckpointWriter:
             assert pending.thread is not None
             if _sum(int(pending.thread.is_alive())) == 0:
                 self.finish()
+
+    def reading(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; where no rank can read one, the pending save is completed before that is raised.
+
+        A rank that fails alone raises at once: the others are about to wait for it in their step.
+        """
+        while True:
+            problem: Exception | None = None
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (UserError, OSError) as error:
+                problem = error
+            if self._pending is not None and _sum(int(problem is not None)) == dist.get_world_size():
+                self.finish()
+            if problem is not None:
+                raise problem
+            yield batch
 
     def finish(self) -> None:
         """Wait for the pending save, if there is one, and complete it.

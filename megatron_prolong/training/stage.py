@@ -100,7 +100,7 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
         report=(lambda facts: log.event("checkpoint", **facts)) if log else None,
     )  # fmt: skip
     started = time.perf_counter()
-    for step, sequences in stream(run.mixture, state.step):
+    for step, sequences in writer.reading(stream(run.mixture, state.step)):
         metrics = run.update(step, sequences)
         gc.collect()  # all ranks are here at the same time
         before, state = state, state.after(stage, sequences, metrics)

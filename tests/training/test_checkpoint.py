@@ -151,6 +151,22 @@ def test_it_is_not_complete_before_every_rank_has_written(bench, monkeypatch):
     assert bench.newest == 1
 
 
+@pytest.mark.parametrize("others_can", [False, True])
+def test_data_that_no_rank_can_read_loses_no_save(bench, monkeypatch, others_can):
+    def batches():
+        yield "batch"
+        raise UserError("a damaged shard")
+
+    read = bench.writer.reading(batches())
+    assert next(read) == "batch"
+    bench.save(1)
+    if others_can:
+        monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match="a damaged shard"):
+        next(read)
+    assert bench.newest == (None if others_can else 1)
+
+
 def test_one_save_at_a_time(bench):
     bench.slow = True
     bench.save(1)

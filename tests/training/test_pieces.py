@@ -144,7 +144,9 @@ def walk(of: Recipe, monkeypatch, clock: list[float], metrics: StepMetrics, unti
         told.append("saved")
         take(100)
 
-    writer = SimpleNamespace(poll=lambda: None, finish=lambda: told.append("finished"), save=save)
+    writer = SimpleNamespace(
+        poll=lambda: None, finish=lambda: told.append("finished"), save=save, reading=lambda batches: batches
+    )
     at = SimpleNamespace(
         recipe=of, stage=of.stages[0], mixture=None, model=None, optimizer=None,
         update=lambda *_: take(2, metrics),
