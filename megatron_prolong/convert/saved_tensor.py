@@ -1,6 +1,7 @@
 """Where the raw bytes of a tensor lie in the zip that torch.save wrote, found without torch.load.
 
-The zip holds `data.pkl` (dtype, size, stride, which storage) and `data/0` (the storage, uncompressed).
+The zip holds `data.pkl` (dtype, size, stride, which storage) and `data/0` (the storage, uncompressed), each with
+its CRC-32: the bytes are read once to compare it, and what is read of them afterwards is in the page cache.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron_prolong.convert.positioned import PositionedFiles
 from megatron_prolong.convert.unpickle import SafeUnpickler
 from megatron_prolong.errors import UserError
 
+_PIECE_BYTES = 2**20
 _STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16}
 
 
@@ -38,6 +40,9 @@ def locate_tensor(
             storage, first, size, stride = saved.args[:4]
             _, storage_type, storage_name, *_ = storage.args[0]
             data = entries[f"data/{storage_name}"]
+            with archive.open(data) as content:
+                while content.read(_PIECE_BYTES):  # raises at the end when the CRC-32 is another
+                    pass
             byteorder = archive.read(entries["byteorder"]).decode() if "byteorder" in entries else "little"
         found = _STORAGES.get(storage_type.__name__)
         if found != dtype or math.prod(size) != numel:
@@ -56,7 +61,7 @@ def locate_tensor(
     except UserError:
         raise
     except Exception as error:  # a damaged zip or pickle can fail in any way
-        raise UserError(f"{where}: damaged, no tensor there ({type(error).__name__}: {error})") from error
+        raise UserError(f"{where}: damaged, copy it again ({type(error).__name__}: {error})") from error
     return offset + data.header_offset + 30 + name_length + extra_length + first * dtype.itemsize
 
 

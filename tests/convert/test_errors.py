@@ -23,6 +23,7 @@ from families import save_family
 from safetensors.torch import load_file, save_file
 
 from megatron_prolong.convert import staging, transfer
+from megatron_prolong.convert.compare import compare
 from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.convert.unpickle import load_common, load_metadata
@@ -226,6 +227,18 @@ def test_damaged_torch_dist_files(converted: Path, tmp_path: Path) -> None:
     )
     (converted / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     assert "'zarr'" in _refused(lambda out: to_hf(converted, out), tmp_path)
+
+
+def test_one_changed_bit_of_a_weight(original: Path, converted: Path, tmp_path: Path) -> None:
+    """Only a training compared the checksums: an export of what a bad disk had changed said nothing."""
+    data = converted / "__0_0.distcp"
+    row = load_file(original / "model.safetensors")["model.layers.1.self_attn.k_proj.weight"][5].numpy()
+    content = bytearray(data.read_bytes())
+    content[content.index(row.tobytes())] ^= 1
+    data.write_bytes(content)
+    for read in (partial(to_hf, converted), lambda _: compare(original, converted)):
+        message = _refused(read, tmp_path)
+        assert str(data) in message and "damaged, copy it again (BadZipFile: Bad CRC-32" in message
 
 
 def test_a_checkpoint_that_lacks_a_chunk(converted: Path, tmp_path: Path) -> None:
