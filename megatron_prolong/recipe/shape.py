@@ -100,11 +100,13 @@ class ModelShape:
 def model_directory(path: Path | str) -> Path:
     """The directory a model's path means: a run's stage directory stands for its newest checkpoint.
 
-    Training writes RUN/STAGE/latest, a file that names the newest of RUN/STAGE/step_*.
+    Training writes RUN/STAGE/latest, a file that names the newest of RUN/STAGE/step_*. A file of that name inside a
+    model is another program's: DeepSpeed's, which names its own state.
     """
     path = Path(path)
     pointer = path if path.name == LATEST else path / LATEST
-    if pointer.is_file():
+    is_model = any((path / name).exists() for name in (MANIFEST, "config.json"))
+    if pointer.is_file() and not is_model:
         return pointer.parent / pointer.read_text(encoding="utf-8", errors="replace").strip()
     return path
 

@@ -138,6 +138,15 @@ def test_read_shape_of_a_checkpoint_and_of_a_stage_directory(tmp_path: Path) -> 
         read_shape(tmp_path)
 
 
+def test_deepspeeds_latest_beside_a_model_is_not_followed(tmp_path: Path) -> None:
+    """As transformers' Trainer leaves it: checkpoint-500 holds config.json, latest and global_step500."""
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(SHAPES[0])))
+    (tmp_path / "latest").write_text("global_step500")
+    (tmp_path / "global_step500").mkdir()
+    assert model_directory(tmp_path) == tmp_path
+    assert read_shape(tmp_path) == SHAPES[0]
+
+
 def test_read_shape_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         read_shape(tmp_path / "absent")
