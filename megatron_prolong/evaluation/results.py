@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.bootstrap import Interval, mean_interval
-from megatron_prolong.evaluation.suites import CATEGORIES, is_of_prolong
+from megatron_prolong.evaluation.suites import CATEGORIES, is_of_prolong, prolong
+from megatron_prolong.evaluation.task import Task
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.recipe.shape import read_json
 
@@ -22,6 +23,8 @@ WITHOUT_JUDGE = "rougeL_f1"
 MEAN = "mean"
 # Over which lengths nearly every table of ProLong's ablations averages.
 DEVELOPMENT = (32 << 10, 64 << 10)
+Key = tuple[int, str, str]
+"""Length, category and name: one model has one result of each. Categories may share a task of RULER's."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class Result:
     truncated: int
 
     @property
-    def key(self) -> tuple[int, str, str]:
-        """Length, category and name: one model has one result of each. Categories may share a task of RULER's."""
+    def key(self) -> Key:
+        """Which task at which length."""
         return self.length, self.category, self.name
 
     @property
@@ -72,6 +75,11 @@ class Result:
         """The first metric with its 95% interval, 0 to 100."""
         found = mean_interval(self.values, self.questions)
         return Interval(100 * found.mean, 100 * found.low, 100 * found.high)
+
+
+def key_of(task: Task) -> Key:
+    """The key its result will have."""
+    return task.length, task.category, task.name
 
 
 def judged_path(path: Path) -> Path:
@@ -145,7 +153,7 @@ def _result_paths(directory: Path) -> list[Path]:
 
 
 def _refuse_several(directory: Path, results: Iterable[Result]) -> None:
-    files: dict[tuple[int, str, str], list[str]] = {}
+    files: dict[Key, list[str]] = {}
     for result in results:
         files.setdefault(result.key, []).append(result.path.name)
     if several := {key: names for key, names in files.items() if len(names) > 1}:
@@ -197,7 +205,7 @@ class Average:
     length: int
     score: float
     partial: bool
-    tasks: int
+    tasks: tuple[Key, ...]
 
 
 def averages(results: Iterable[Result]) -> list[Average]:
@@ -215,33 +223,44 @@ def averages(results: Iterable[Result]) -> list[Average]:
         counted = [one for one in own if one.category in CATEGORIES]
         if len(counted) > 1:
             score = sum(one.score for one in counted) / len(counted)
-            partial, tasks = any(one.partial for one in counted), sum(one.tasks for one in counted)
-            found.append(Average(MEAN, length, score, partial, tasks))
+            found.append(Average(MEAN, length, score, any(one.partial for one in counted), _tasks(counted)))
     return found
 
 
 def development(results: Iterable[Result]) -> list[Average]:
     """What ProLong was developed by (paper, §2.2): the averages of its subset of HELMET over 32K and 64K together.
 
-    Of every category that both lengths have, and the MEAN of all six if they have all.
+    Of every category that both lengths have, and the MEAN of all six if nothing is missing.
     """
-    found = averages(result for result in results if is_of_prolong(result.name))
+    counted = [result for result in results if is_of_prolong(result.name)]
+    found = averages(counted)
     short, long = ({one.category: one for one in found if one.length == length} for length in DEVELOPMENT)
     shared = [category for category in short if category in long]
-    if set(shared) != {*CATEGORIES, MEAN} - {"cite"}:
+    if missing_of_development(counted):
         shared = [category for category in shared if category != MEAN]
     return [_over_lengths([short[category], long[category]]) for category in shared]
 
 
+def missing_of_development(results: Iterable[Result]) -> list[Key]:
+    """The tasks without which there is no MEAN over DEVELOPMENT."""
+    there = {result.key for result in results}
+    wanted = [key_of(task) for length in DEVELOPMENT for task in prolong(length)]
+    return [key for key in wanted if key not in there]
+
+
 def _over_lengths(members: Sequence[Average]) -> Average:
     score = _mean([one.score for one in members])
-    partial, tasks = any(one.partial for one in members), sum(one.tasks for one in members)
-    return Average(members[0].category, 0, score, partial, tasks)
+    return Average(members[0].category, 0, score, any(one.partial for one in members), _tasks(members))
+
+
+def _tasks(members: Iterable[Average]) -> tuple[Key, ...]:
+    return tuple(key for one in members for key in one.tasks)
 
 
 def _average(category: str, length: int, members: Sequence[Result]) -> Average:
     mean = _mean([score for result in members for score in result.counted])
-    return Average(category, length, mean, any(result.missing for result in members), len(members))
+    tasks = tuple(result.key for result in members)
+    return Average(category, length, mean, any(result.missing for result in members), tasks)
 
 
 def _mean(scores: Sequence[float]) -> float:

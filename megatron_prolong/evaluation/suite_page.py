@@ -6,7 +6,7 @@ import base64
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_prolong.evaluation.suite_report import Models, cut_notes, grids
+from megatron_prolong.evaluation.suite_report import Models, grids, notes
 from megatron_prolong.page.html import figure, heading, note, page, table
 
 
@@ -23,12 +23,11 @@ def suite_page(models: Models, suite: str | None, plot: Path) -> str:
     body.append(figure(image, caption))
     for grid in grids(models, suite):
         body += [heading(grid.title), table(grid.headings, grid.rows)]
-    body += [note(line) for line in cut_notes(models)]
+    body += [note(line) for line in notes(models, suite)]
     return page(f"Evaluation of {', '.join(models)}", body)
 
 
 def _sources(models: Models) -> Iterator[str]:
     for label, results in models.items():
         paths = dict.fromkeys(result.model for result in results)
-        made = sum(result.generated for result in results)
-        yield f"{label}: {', '.join(paths)}; {len(results)} results, {made} of them on generated prompts."
+        yield f"{label}: {', '.join(paths)}; {len(results)} results."

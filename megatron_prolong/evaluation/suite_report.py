@@ -12,8 +12,18 @@ from rich.table import Table
 from megatron_prolong.evaluation.bootstrap import Interval, difference_interval
 from megatron_prolong.evaluation.published import published
 from megatron_prolong.evaluation.report import heatmap, new_figure, save_figure
-from megatron_prolong.evaluation.results import DEVELOPMENT, MEAN, Average, Result, averages, development
-from megatron_prolong.evaluation.suites import CATEGORIES, is_of_prolong
+from megatron_prolong.evaluation.results import (
+    DEVELOPMENT,
+    MEAN,
+    Average,
+    Key,
+    Result,
+    averages,
+    development,
+    key_of,
+    missing_of_development,
+)
+from megatron_prolong.evaluation.suites import CATEGORIES, SUITES, is_of_prolong
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.runtime.terminal import print_table
 
@@ -76,14 +86,32 @@ def _of_suite(models: Models, suite: str | None) -> Models:
     return {label: [one for one in results if is_of_prolong(one.name)] for label, results in models.items()}
 
 
-def cut_notes(models: Models) -> list[str]:
-    """How many contexts were cut to fit, per model and task."""
-    notes = []
+def notes(models: Models, suite: str | None) -> list[str]:
+    """What a reader of the tables has to know, per model."""
+    found = []
     for label, results in models.items():
-        if cut := [result for result in results if result.truncated]:
-            counts = ", ".join(f"{one.name} {one.truncated}/{len(one.values)}" for one in cut)
-            notes.append(f"{label}: contexts cut to fit: {counts}")
-    return notes
+        lines = (_cut(results), _generated(results), _missing(results) if suite == "prolong" else "")
+        found += [f"{label}: {line}" for line in lines if line]
+    return found
+
+
+def _cut(results: Sequence[Result]) -> str:
+    """How many contexts were cut to fit, per task."""
+    cut = [f"{one.name} {one.truncated}/{len(one.values)}" for one in results if one.truncated]
+    return f"contexts cut to fit: {', '.join(cut)}" if cut else ""
+
+
+def _generated(results: Sequence[Result]) -> str:
+    """Which tasks' data were made here, and are not what the published scores are of."""
+    made = dict.fromkeys(one.name for one in results if one.generated)
+    return f"on generated data: {', '.join(made)}" if made else ""
+
+
+def _missing(results: Sequence[Result]) -> str:
+    """Why there is no mean over DEVELOPMENT, where the rest of its table is."""
+    missing = missing_of_development(results) if development(results) else []
+    tasks = [f"{name} ({format_count(length)})" for length, _, name in missing]
+    return f"no mean over 32K+64K for want of {', '.join(tasks)}" if tasks else ""
 
 
 def print_suite(models: Models, suite: str | None) -> None:
@@ -95,29 +123,52 @@ def print_suite(models: Models, suite: str | None) -> None:
         for row in grid.rows:
             table.add_row(*row)
         print_table(table)
-    for line in cut_notes(models):
+    for line in notes(models, suite):
         print(line)
 
 
 def _averages(models: Mapping[str, Sequence[Average]], suite: str | None) -> Grid:
-    by_model = {label: {(one.length, one.category): one for one in found} for label, found in models.items()}
+    by_model = {
+        label: {(one.length, one.category): one for one in found if _of_all_categories(one, models)}
+        for label, found in models.items()
+    }
     keys = sorted({key for found in by_model.values() for key in found}, key=_mean_last)
     references = _references(suite, keys)
+    wanted = _wanted(models, suite)
     rows = []
     for length, category in keys:
-        own = [_cell(found.get((length, category))) for found in by_model.values()]
+        own = [_cell(found.get((length, category)), wanted) for found in by_model.values()]
         theirs = [reference.get((length, category)) for reference in references.values()]
         shown = ["" if score is None else f"{score:.1f}" for score in theirs]
         lengths = [length] if length else DEVELOPMENT
         rows.append(["+".join(map(format_count, lengths)), category, *own, *shown])
-    title = "Averages (0–100; * partly without a judge or inference model)"
+    title = (
+        "Averages (0–100; * partly without a judge or inference model; "
+        "† without some task that the suite or another model has)"
+    )
     return Grid(title, ["length", "category", *by_model, *references], rows)
 
 
-def _cell(average: Average | None) -> str:
+def _of_all_categories(average: Average, models: Mapping[str, Sequence[Average]]) -> bool:
+    """False of a mean over fewer categories than are shown at its length: it would compare other things."""
+    everyone = [one for found in models.values() for one in found if one.length == average.length]
+    shown = {one.category for one in everyone if one.category in CATEGORIES}
+    return average.category != MEAN or shown <= {category for _, category, _ in average.tasks}
+
+
+def _wanted(models: Mapping[str, Sequence[Average]], suite: str | None) -> set[Key]:
+    """Every task that a model has, or the suite at these lengths."""
+    found = {key for averaged in models.values() for one in averaged for key in one.tasks}
+    build = SUITES.get(suite or "", lambda length: [])
+    return found.union(key_of(task) for length in {key[0] for key in found} for task in build(length))
+
+
+def _cell(average: Average | None, wanted: set[Key]) -> str:
     if average is None:
         return ""
-    return f"{average.score:.1f}{'*' if average.partial else ''}"
+    groups = {key[:2] for key in average.tasks}
+    lacks = any(key[:2] in groups for key in wanted.difference(average.tasks))
+    return f"{average.score:.1f}{'*' if average.partial else ''}{'†' if lacks else ''}"
 
 
 def _mean_last(key: tuple[int, str]) -> tuple[int, bool, str]:

@@ -10,7 +10,8 @@ import pytest
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.results import Average, Result, averages, read_results
-from megatron_prolong.evaluation.suite_report import _short, changes, cut_notes, grids, summary
+from megatron_prolong.evaluation.suite_report import _short, changes, grids, notes, print_suite, summary
+from megatron_prolong.evaluation.suites import prolong
 
 
 def result(name: str, category: str, values: list[float], **changed: Any) -> Result:
@@ -32,12 +33,13 @@ def test_scores_weigh_equally_in_a_category_and_categories_in_the_mean() -> None
         result("e", "ruler", [1.0]),
         result("f", "cite", [0.4], length=65536),
     ]
+    keys = [one.key for one in results]
     assert averages(results) == [
-        Average("cite", 32768, pytest.approx(60.0), True, 2),
-        Average("ruler", 32768, 100.0, False, 1),
-        Average("summ", 32768, 45.0, True, 2),
-        Average("mean", 32768, pytest.approx(52.5), True, 4),
-        Average("cite", 65536, 40.0, False, 1),
+        Average("cite", 32768, pytest.approx(60.0), True, tuple(keys[:2])),
+        Average("ruler", 32768, 100.0, False, (keys[4],)),
+        Average("summ", 32768, 45.0, True, tuple(keys[2:4])),
+        Average("mean", 32768, pytest.approx(52.5), True, tuple(keys[:4])),
+        Average("cite", 65536, 40.0, False, (keys[5],)),
     ]
 
 
@@ -91,12 +93,7 @@ def test_averages_stand_in_the_order_of_lengths_with_the_mean_last_and_a_mark_on
 
 
 def test_prolongs_development_score_is_the_mean_over_32k_and_64k_of_six_categories() -> None:
-    scores = {"recall": 0.5, "rag": 0.25, "rerank": 0.75, "icl": 1.0, "longqa": 0.0, "summ": 0.5}
-    results = [
-        result(f"task_{length}", category, [value if length == 32768 else 1.0], length=length)
-        for category, value in scores.items()
-        for length in (8192, 32768, 65536)
-    ]
+    results = of_prolong(8192, 32768, 65536)
     others = [result(name, "rag", [0.0]) for name in ("kilt_triviaqa", "infbench_qa_eng", "ruler_niah_mv")]
     cited = [result("alce_asqa", "cite", [0.0], length=length) for length in (32768, 65536)]
     models = {"m": [*results, *others, *cited], "at 32K only": [result("task", "summ", [0.5])]}
@@ -113,15 +110,43 @@ def test_prolongs_development_score_is_the_mean_over_32k_and_64k_of_six_categori
         ["32K+64K", "mean", "75.0", "", "", "54.6"],
     ]
     assert {one.category: one.score for one in summary(models)["development"]["m"]}["mean"] == 75.0
-    without_icl = {"m": [one for one in results if (one.category, one.length) != ("icl", 65536)]}
-    assert [row[1] for row in grids(without_icl, "prolong")[1].rows] == [
-        "longqa",
-        "rag",
-        "recall",
-        "rerank",
-        "summ",
-    ]
     assert len(grids(models, "helmet")) == len(grids({"m": results[:1]}, "prolong")) == 2
+
+
+def of_prolong(*lengths: int) -> list[Result]:
+    """Its subset of HELMET, whole."""
+    scores = {"recall": 0.5, "rag": 0.25, "rerank": 0.75, "icl": 1.0, "longqa": 0.0, "summ": 0.5}
+    return [
+        result(task.name, task.category, [scores[task.category] if length == 32768 else 1.0], length=length)
+        for length in lengths
+        for task in prolong(length)
+    ]
+
+
+def test_without_one_of_its_tasks_there_is_no_development_score_and_a_line_says_why() -> None:
+    """The mean of what is there would stand beside the paper's as if it were of the same."""
+    whole = of_prolong(32768, 65536)
+    models = {"whole": whole, "part": [one for one in whole if one.key != (65536, "rag", "kilt_hotpotqa")]}
+    rows = {row[1]: row[2:4] for row in grids(models, "prolong")[1].rows}
+    assert (rows["rag"], rows["icl"], rows["mean"]) == (["62.5", "62.5†"], ["100.0", "100.0"], ["75.0", ""])
+    assert notes(models, "prolong") == ["part: no mean over 32K+64K for want of kilt_hotpotqa (64K)"]
+    assert not notes(models, "helmet") and not notes({"part": of_prolong(32768)}, "prolong")
+
+
+def test_what_lacks_a_task_is_marked_and_a_mean_over_fewer_categories_is_not_shown() -> None:
+    nq, popqa = (result(name, "rag", [0.5]) for name in ("kilt_nq", "kilt_popqa_3"))
+    rerank, kv = result("msmarco_rerank_psg", "rerank", [0.25]), result("json_kv", "recall", [1.0])
+    models = {"base": [nq, popqa, rerank], "sft": [nq, rerank, kv]}
+    expected = {"rag": ["50.0", "50.0†"], "recall": ["", "100.0"], "rerank": ["25.0", "25.0"]}
+    assert {row[1]: row[2:4] for row in grids(models, None)[0].rows} == expected | {"mean": ["", "58.3†"]}
+    of_helmet = grids({"m": [nq, popqa, rerank]}, "helmet")[0].rows
+    assert [row[1:3] for row in of_helmet] == [["rag", "50.0†"], ["rerank", "25.0"], ["mean", "37.5†"]]
+
+
+def test_the_terminal_says_what_was_measured_on_generated_data(capsys: pytest.CaptureFixture[str]) -> None:
+    both = [result("json_kv", "recall", [1.0], length=length, generated=True) for length in (8192, 32768)]
+    print_suite({"m": [*both, result("kilt_nq", "rag", [0.5])]}, None)
+    assert capsys.readouterr().out.splitlines()[-1] == "m: on generated data: json_kv"
 
 
 def test_under_prolong_only_its_tasks_are_averaged() -> None:
@@ -129,7 +154,7 @@ def test_under_prolong_only_its_tasks_are_averaged() -> None:
     recall = [result("json_kv", "recall", [1.0]), result("ruler_niah_mk_2", "recall", [0.0])]
     shown = {suite: grids({"m": recall}, suite) for suite in ("helmet", "prolong")}
     assert [shown[suite][0].rows[0][:3] for suite in shown] == [
-        ["32K", "recall", "50.0"],
+        ["32K", "recall", "50.0†"],
         ["32K", "recall", "100.0"],
     ]
     assert len(shown["prolong"][-1].rows) == 2  # every task is listed still
@@ -142,7 +167,7 @@ def test_what_was_cut_and_how_much_was_asked_is_said() -> None:
             result("b", "rag", [1.0]),
         ]
     }
-    assert cut_notes(models) == ["m: contexts cut to fit: a 2/3"]
+    assert notes(models, None) == ["m: contexts cut to fit: a 2/3"]
     told = summary(models)["tasks"]["m"][0]
     assert (told["rows"], told["questions"], told["truncated"]) == (3, 2, 2) and summary(models)[
         "changes"

@@ -352,7 +352,8 @@ def test_published_scores_stand_beside_ones_own(inputs: Inputs, tmp_path: Path) 
         for name in ("kilt_nq", "json_kv")
     ]
     table = grids({"ours": results}, "helmet")[0]
-    rag, recall, mean = (dict(zip(table.headings, row, strict=True)) for row in table.rows)
+    rows = [[cell.rstrip("†") for cell in row] for row in table.rows]  # HELMET has more tasks than these
+    rag, recall, mean = (dict(zip(table.headings, row, strict=True)) for row in rows)
     assert rag["length"] == "128K" and float(rag["ours"]) == round(results[0].score, 1)
     assert (rag["ProLong-8B (published)"], rag["Llama-3.1-8B-Instruct (published)"]) == ("63.2", "59.5")
     assert (mean["category"], mean["ProLong-8B (published)"]) == ("mean", "81.0"), "of 98.8 and 63.2"
