@@ -88,13 +88,11 @@ def run(
     """Run a suite; `prolong eval MODEL --suite …` is the same. A stopped run goes on with the same command."""
     from megatron_prolong.errors import UserError
     from megatron_prolong.evaluation.documents import read_text
-    from megatron_prolong.evaluation.identity import model_identity
     from megatron_prolong.evaluation.nli import load_nli
     from megatron_prolong.evaluation.run import Settings
-    from megatron_prolong.evaluation.suite import run_suite, runnable
+    from megatron_prolong.evaluation.suite import refuse_another_model, run_suite, runnable
     from megatron_prolong.evaluation.suites import select
     from megatron_prolong.evaluation.task import Inputs
-    from megatron_prolong.recipe.shape import model_directory
 
     def prepare() -> tuple[list[tuple[str, str]], list[Task], str, Entails | None]:
         _one_of("--chat", chat, ("auto", "always", "never"))
@@ -108,6 +106,9 @@ def run(
             chosen = runnable(chosen, data, skip_missing)
         if backend != "openai":
             check_models([path for _, path in models], backend, cp)
+        if is_main(world) and not overwrite:
+            for label, path in models:
+                refuse_another_model(out / label, *_name_and_identity(path, backend))
         text = read_text(haystack) if haystack else ""
         return models, chosen, text, load_nli(nli) if nli and is_main(world) else None
 
@@ -118,7 +119,7 @@ def run(
     with ranks() as world:
         models, chosen, text, entails = on_all_ranks(world, prepare)
         for label, path in models:
-            identity = model_identity(model_directory(path)) if backend != "openai" else ""
+            _, identity = _name_and_identity(path, backend)
             settings = Settings(tag, chat, too_long, stop_newline, overwrite, identity)
             with _open(path, backend, server, tokenizer, batch_size, cp, world) as loaded:
                 if loaded is not None:  # None: a rank that only lent its part of the model
@@ -196,6 +197,17 @@ def data_check(
         print("To get what is missing:\n" + "\n".join(commands))
     if hint := llama2_hint(chosen, data):
         print(hint)
+
+
+def _name_and_identity(path: str, backend: str) -> tuple[str, str]:
+    """As results have them; what a server holds has no identity."""
+    from megatron_prolong.evaluation.identity import model_identity
+    from megatron_prolong.recipe.shape import model_directory
+
+    if backend == "openai":
+        return path, ""
+    directory = model_directory(path)
+    return str(directory), model_identity(directory)
 
 
 def _open(

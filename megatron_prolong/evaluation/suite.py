@@ -14,6 +14,24 @@ from megatron_prolong.evaluation.results import Result
 from megatron_prolong.evaluation.run import Settings, run_task
 from megatron_prolong.evaluation.task import Entails, Inputs, Task
 from megatron_prolong.recipe.numbers import format_count
+from megatron_prolong.recipe.shape import read_json
+
+
+def refuse_another_model(out: Path, model: str, identity: str) -> None:
+    """A folder holds the results of one model, which may be trained further or moved, but not both at once.
+
+    Raises:
+        UserError: a result there is of a model in another place with other weights.
+    """
+    for path in sorted(out.glob("*.json")):
+        known = read_json(path).get("args")
+        if not isinstance(known, dict) or known.get("model_name_or_path", model) == model:
+            continue
+        if not identity or known.get("model_identity") != identity:
+            raise UserError(
+                f"{out} holds results of another model, {known['model_name_or_path']}; name this one "
+                f"(LABEL={model}) or give another --out; --overwrite replaces what is there"
+            )
 
 
 def runnable(tasks: Sequence[Task], data: Path | None, skip_missing: bool) -> list[Task]:
