@@ -10,8 +10,9 @@ from typing import Any
 from megatron_prolong.recipe.shape import ModelShape, read_json, to_hf_config
 
 _MODEL = ("config.json",)
+_GENERATION_CONFIG = "generation_config.json"
 _TOKENIZER = (
-    "generation_config.json",  # at which tokens an answer ends
+    _GENERATION_CONFIG,  # at which tokens an answer ends
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -50,22 +51,22 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def raise_tokenizer_limit(directory: Path, max_length: int) -> list[str]:
-    """Let the tokenizer accept the model's length: `model_max_length` is raised where it is lower.
+def raise_limits(directory: Path, max_length: int) -> list[str]:
+    """Let the tokenizer and `generate` accept the model's length: their limits are raised where they are lower.
 
     Returns:
-        A line saying so, or none.
+        A line for each, saying so.
     """
-    path = directory / TOKENIZER_CONFIG
-    if not path.exists():
-        return []
-    config = read_json(path)
-    limit = config.get("model_max_length")
-    if not isinstance(limit, int) or limit >= max_length:
-        return []
-    config["model_max_length"] = max_length
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    return [f"{TOKENIZER_CONFIG}: model_max_length: {limit} -> {max_length}"]
+    changes = []
+    for name, field in ((TOKENIZER_CONFIG, "model_max_length"), (_GENERATION_CONFIG, "max_length")):
+        path = directory / name
+        config = read_json(path) if path.exists() else {}
+        limit = config.get(field)
+        if isinstance(limit, int) and limit < max_length:
+            config[field] = max_length
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            changes.append(f"{name}: {field}: {limit} -> {max_length}")
+    return changes
 
 
 def config_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

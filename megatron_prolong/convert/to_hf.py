@@ -12,7 +12,7 @@ from megatron_prolong.convert.sidecar import (
     config_changes,
     copy_sidecar,
     exported_config,
-    raise_tokenizer_limit,
+    raise_limits,
     write_config,
 )
 from megatron_prolong.convert.staging import staged_directory
@@ -45,7 +45,8 @@ def to_hf(
         workers: shards written at once, each by a thread with its own chunk.
 
     Returns:
-        What changed in config.json and tokenizer_config.json against the source's, one line per field.
+        What changed in config.json and in the limits of tokenizer and generation against the source's, one line
+        per field.
 
     Raises:
         UserError: not such a checkpoint, damaged files, contradiction, `out` exists, disk full.
@@ -101,4 +102,4 @@ def _write_sidecar(directory: Path, sidecar: Path | None, shape: ModelShape, dty
     config = exported_config(shape, source, dtype)
     write_config(directory, config)
     changes = config_changes(source, config) if source is not None else []
-    return [f"config.json: {line}" for line in changes] + raise_tokenizer_limit(directory, shape.max_length)
+    return [f"config.json: {line}" for line in changes] + raise_limits(directory, shape.max_length)

@@ -156,6 +156,15 @@ class TestRope:
         assert loaded.rope_parameters["rope_theta"] == 1.28e8
         assert ModelShape.from_hf(config, "exported").rope_base == 1.28e8
 
+    def test_generate_accepts_the_length(self, trained: Path, tmp_path: Path) -> None:
+        """Llama-3-8B-Instruct ships max_length 4096: generate refused any longer prompt."""
+        path = trained / "hf" / "generation_config.json"
+        shipped = {**json.loads(path.read_text()), "max_length": 64}
+        path.write_text(json.dumps(shipped))
+        assert "generation_config.json: max_length: 64 -> 4096" in to_hf(trained, tmp_path / "exported")
+        written = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+        assert written == {**shipped, "max_length": 4096}
+
     def test_a_contradiction_is_refused_unless_meant(self, trained: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             to_hf(trained, tmp_path / "exported", rope_base=5e5, max_length=8192)
