@@ -7,15 +7,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from megatron_prolong.convert.names import Rows
-from megatron_prolong.convert.sidecar import TOKENIZER_CONFIG, copy_sidecar, exported_config, write_config
+from megatron_prolong.convert.sidecar import copy_sidecar, exported_config, special_tokens, write_config
 from megatron_prolong.convert.to_megatron import write_checkpoint
 from megatron_prolong.recipe.inputs import tokenizer_file, vocabulary_size
 from megatron_prolong.recipe.schema import InitSpec
-from megatron_prolong.recipe.shape import ModelShape, read_json
+from megatron_prolong.recipe.shape import ModelShape
 
 
 class RandomWeights:
@@ -61,21 +60,8 @@ def write_initial(init: InitSpec, tokenizer: Path, out: Path, seed: int) -> None
         sidecar = Path(directory)
         copy_sidecar(path.parent, sidecar)
         config = exported_config(shape, None, "float32")
-        write_config(sidecar, {**config, **_special_tokens(sidecar, Tokenizer.from_file(str(path)))})
+        write_config(sidecar, {**config, **special_tokens(sidecar)})
         write_checkpoint(out, shape, RandomWeights(shape, seed), torch.float32, sidecar)
-
-
-def _special_tokens(sidecar: Path, tokenizer: Tokenizer) -> dict[str, int]:
-    """bos_token_id and eos_token_id, from the names in tokenizer_config.json."""
-    path = sidecar / TOKENIZER_CONFIG
-    names = read_json(path) if path.exists() else {}
-    ids = {}
-    for role in ("bos_token", "eos_token"):
-        name = names.get(role)
-        token = name.get("content") if isinstance(name, dict) else name
-        if token is not None and (number := tokenizer.token_to_id(token)) is not None:
-            ids[f"{role}_id"] = number
-    return ids
 
 
 def _stable_hash(text: str) -> int:

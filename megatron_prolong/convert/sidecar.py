@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from megatron_prolong.recipe.shape import ModelShape, read_json, to_hf_config
 
 _MODEL = ("config.json",)
@@ -44,6 +46,20 @@ def copy_sidecar(source: Path, target: Path, tokenizer: Path | None = None) -> N
 def exported_config(shape: ModelShape, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
     """config.json of an export, readable by transformers 4 (torch_dtype) and 5 (dtype)."""
     return {**to_hf_config(shape, source), "torch_dtype": dtype, "dtype": dtype}
+
+
+def special_tokens(directory: Path) -> dict[str, int]:
+    """bos_token_id and eos_token_id of the tokenizer there, from the names in tokenizer_config.json."""
+    path, names = directory / "tokenizer.json", directory / TOKENIZER_CONFIG
+    if not path.exists() or not names.exists():
+        return {}
+    tokenizer, config, ids = Tokenizer.from_file(str(path)), read_json(names), {}
+    for role in ("bos_token", "eos_token"):
+        name = config.get(role)
+        token = name.get("content") if isinstance(name, dict) else name
+        if token is not None and (number := tokenizer.token_to_id(token)) is not None:
+            ids[f"{role}_id"] = number
+    return ids
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:

@@ -13,12 +13,13 @@ from megatron_prolong.convert.sidecar import (
     copy_sidecar,
     exported_config,
     raise_limits,
+    special_tokens,
     write_config,
 )
 from megatron_prolong.convert.staging import staged_directory
 from megatron_prolong.convert.transfer import WORKERS, output_dtype
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import ModelShape, read_json
+from megatron_prolong.recipe.shape import HF_DIR, ModelShape, read_json
 
 
 def to_hf(
@@ -41,7 +42,8 @@ def to_hf(
         max_length: max_position_embeddings to write, in tokens; by default the checkpoint's.
         dtype: "bf16", "fp16" or "fp32"; as stored by default.
         contradict: write `rope_base` and `max_length` even where they differ from what was trained.
-        sidecar: Hugging Face directory to take config and tokenizer from instead of the checkpoint's hf/.
+        sidecar: Hugging Face directory to take tokenizer and, where it has one, config from, instead of the
+            checkpoint's hf/.
         workers: shards written at once, each by a thread with its own chunk.
 
     Returns:
@@ -61,7 +63,7 @@ def to_hf(
         tensors = [(tensor, output_dtype(tensor, weights, target_dtype)) for tensor in hf_tensors(shape)]
         num_bytes = sum(tensor.numel * stored.itemsize for tensor, stored in tensors)
         with staged_directory(Path(out), num_bytes) as partial:
-            changes = _write_sidecar(partial, opened.sidecar, shape, dtype_name(tensors[0][1]))
+            changes = _write_sidecar(partial, opened, shape, dtype_name(tensors[0][1]))
             write_safetensors(partial, tensors, weights, workers)
     finally:
         weights.close()
@@ -92,14 +94,20 @@ def _exported_shape(
     )
 
 
-def _write_sidecar(directory: Path, sidecar: Path | None, shape: ModelShape, dtype: str) -> list[str]:
-    """config.json, generation config, tokenizer; returns what differs from the source's."""
+def _write_sidecar(
+    directory: Path, checkpoint: MegatronCheckpoint, shape: ModelShape, dtype: str
+) -> list[str]:
+    """config.json, generation config, tokenizer; returns what differs from the source's.
+
+    Where the sidecar is a tokenizer alone, the checkpoint's own config.json is the source; where there is none, the
+    tokenizer says at which tokens a text begins and ends.
+    """
     source = None
-    if sidecar is not None:
-        copy_sidecar(sidecar, directory)
-        if (sidecar / "config.json").exists():
-            source = read_json(sidecar / "config.json")
+    if checkpoint.sidecar is not None:
+        copy_sidecar(checkpoint.sidecar, directory)
+        configs = [path / "config.json" for path in (checkpoint.sidecar, checkpoint.directory / HF_DIR)]
+        source = next((read_json(path) for path in configs if path.exists()), None)
     config = exported_config(shape, source, dtype)
-    write_config(directory, config)
+    write_config(directory, config if source is not None else {**config, **special_tokens(directory)})
     changes = config_changes(source, config) if source is not None else []
     return [f"config.json: {line}" for line in changes] + raise_limits(directory, shape.max_length)

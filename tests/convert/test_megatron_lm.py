@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, save_family
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.convert import app
@@ -105,6 +106,22 @@ def test_config_and_tokenizer_come_from_a_hugging_face_directory(checkpoint: Pat
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert config["vocab_size"] == 259 and config["eos_token_id"] == [2, 5]
     assert (tmp_path / "exported" / "chat_template.jinja").exists()
+
+
+def test_a_tokenizer_alone_leaves_the_end_of_a_text_known(checkpoint: Path, tmp_path: Path) -> None:
+    """From the checkpoint's own config.json where it has one, else the tokenizer: transformers assumed 1 and 2."""
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    Tokenizer(models.WordLevel({"<s>": 7, "</s>": 9}, "<s>")).save(str(tokenizer / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(special))
+    to_megatron(tmp_path / "original", tmp_path / "ours")
+    for source, expected in ((checkpoint, (7, 9)), (tmp_path / "ours", (1, [2, 5]))):
+        out = tmp_path / f"exported-{source.name}"
+        to_hf(source, out, sidecar=tokenizer)
+        config = json.loads((out / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == expected
+        assert (out / "tokenizer.json").exists()
 
 
 def test_the_pointer_names_a_release_or_an_iteration(checkpoint: Path, tmp_path: Path) -> None:
