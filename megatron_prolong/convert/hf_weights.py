@@ -147,11 +147,13 @@ class HFWeights:
 
 
 def _shards(directory: Path) -> list[Path]:
-    """The weight files, all of which exist."""
+    """The weight files, all of which exist; one file before an index, as transformers takes them."""
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
+        if (directory / single).exists():
+            return [directory / single]
         if (directory / index).exists():
             weight_map = read_json(directory / index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(
@@ -163,8 +165,6 @@ def _shards(directory: Path) -> list[Path]:
             if missing:
                 raise UserError.many(f"{directory}: shards named in {index} are missing:", missing)
             return paths
-        if (directory / single).exists():
-            return [directory / single]
     raise UserError(f"{directory}: no weights; expected model.safetensors, or its shards with their index")
 
 

@@ -92,6 +92,16 @@ def test_dtype_is_converted_as_torch_does(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
+def test_an_index_that_an_earlier_save_left_is_not_read(tmp_path: Path) -> None:
+    """transformers takes model.safetensors first."""
+    original = save_family("llama3", tmp_path / "original")
+    left = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (original / "model.safetensors.index.json").write_text(json.dumps(left))
+    to_megatron(original, tmp_path / "megatron")
+    to_hf(tmp_path / "megatron", tmp_path / "exported")
+    _assert_same_weights(_load(tmp_path / "exported"), _load(original))
+
+
 def test_legacy_bin_is_loaded_as_weights_only(tmp_path: Path) -> None:
     original = save_family("llama2", tmp_path / "original")
     tensors = _load(original)
