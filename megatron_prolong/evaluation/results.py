@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,9 @@ WITHOUT_JUDGE = "rougeL_f1"
 MEAN = "mean"
 # Over which lengths nearly every table of ProLong's ablations averages.
 DEVELOPMENT = (32 << 10, 64 << 10)
+# Settings of a run, by their names in `args`: what makes its questions, and how they were answered.
+ASKED = ("seed", "generated", "haystack", "documents_cut_by")
+ANSWERED = ("use_chat_template", "stop_newline", "too_long")
 Key = tuple[int, str, str]
 """Length, category and name: one model has one result of each. Categories may share a task of RULER's."""
 
@@ -39,6 +42,7 @@ class Result:
             could not be read.
         questions: which question each row asks.
         truncated: rows whose context was cut.
+        settings: ASKED and ANSWERED; None where the task's questions do not depend on it.
     """
 
     path: Path
@@ -53,11 +57,17 @@ class Result:
     values: tuple[float, ...]
     questions: tuple[Hashable, ...]
     truncated: int
+    settings: Mapping[str, Any]
 
     @property
     def key(self) -> Key:
         """Which task at which length."""
         return self.length, self.category, self.name
+
+    @property
+    def asked(self) -> tuple[object, ...]:
+        """The questions and how they were made: RULER's are known by the row alone, whatever the seed."""
+        return self.questions, *(self.settings[name] for name in ASKED)
 
     @property
     def counted(self) -> list[float]:
@@ -129,7 +139,17 @@ def _result(path: Path, content: dict[str, Any]) -> Result:
         values=tuple(_row_value(item, names[0] if names[0] in averages else WITHOUT_JUDGE) for item in items),
         questions=tuple(_question(item, arguments["question_field"], row) for row, item in enumerate(items)),
         truncated=sum(item["removed_tokens"] > 0 for item in items),
+        settings=_settings(arguments),
     )
+
+
+def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: arguments.get(name) for name in (*ASKED, *ANSWERED)}
+    if not arguments["generated"]:
+        found["haystack"] = None
+    if arguments["category"] not in ("longqa", "summ"):
+        found["documents_cut_by"] = None
+    return found
 
 
 def read_results(directory: Path) -> list[Result]:

@@ -13,6 +13,8 @@ from megatron_prolong.evaluation.bootstrap import Interval, difference_interval
 from megatron_prolong.evaluation.published import published
 from megatron_prolong.evaluation.report import heatmap, new_figure, save_figure
 from megatron_prolong.evaluation.results import (
+    ANSWERED,
+    ASKED,
     DEVELOPMENT,
     MEAN,
     Average,
@@ -44,18 +46,21 @@ class Change:
 
 def changes(models: Models) -> list[Change]:
     """Every other model against the first, task by task, paired by row."""
-    (_, baseline), *others = models.items()
-    known = {result.key: result for result in baseline}
     return [
-        Change(label, one.category, one.name, one.length, _difference(known[one.key], one))
-        for label, results in others
-        for one in results
-        if one.key in known
+        Change(label, one.category, one.name, one.length, _difference(before, one))
+        for label, before, one in _pairs(models)
     ]
 
 
+def _pairs(models: Models) -> list[tuple[str, Result, Result]]:
+    """Every other model's label and result, the first model's in the middle, of tasks that both have."""
+    (_, baseline), *others = models.items()
+    known = {result.key: result for result in baseline}
+    return [(label, known[one.key], one) for label, results in others for one in results if one.key in known]
+
+
 def _difference(before: Result, after: Result) -> Interval | None:
-    if (before.questions, before.missing) != (after.questions, after.missing):  # judged beside not judged
+    if (before.asked, before.missing) != (after.asked, after.missing):  # judged beside not judged
         return None
     found = difference_interval(before.values, after.values, before.questions)
     return found and Interval(100 * found.mean, 100 * found.low, 100 * found.high)
@@ -92,7 +97,7 @@ def notes(models: Models, suite: str | None) -> list[str]:
     for label, results in models.items():
         lines = (_cut(results), _generated(results), _missing(results) if suite == "prolong" else "")
         found += [f"{label}: {line}" for line in lines if line]
-    return found
+    return [*found, *_unlike(models)]
 
 
 def _cut(results: Sequence[Result]) -> str:
@@ -112,6 +117,21 @@ def _missing(results: Sequence[Result]) -> str:
     missing = missing_of_development(results) if development(results) else []
     tasks = [f"{name} ({format_count(length)})" for length, _, name in missing]
     return f"no mean over 32K+64K for want of {', '.join(tasks)}" if tasks else ""
+
+
+def _unlike(models: Models) -> list[str]:
+    """In which settings a run differs from the first model's, and for which tasks."""
+    tasks: dict[str, dict[str, None]] = {}
+    for label, before, after in _pairs(models):
+        unlike = [name for name in (*ASKED, *ANSWERED) if before.settings[name] != after.settings[name]]
+        if unlike:
+            said = ", ".join(
+                f"{name} {after.settings[name]} (not {before.settings[name]})" for name in unlike
+            )
+            change = ", so no change is given" if {*unlike}.intersection(ASKED) else ""
+            line = f"{label} against {next(iter(models))}: {said}{change}"
+            tasks.setdefault(line, {})[after.name] = None
+    return [f"{line}: {', '.join(names)}" for line, names in tasks.items()]
 
 
 def print_suite(models: Models, suite: str | None) -> None:
@@ -236,7 +256,7 @@ def summary(models: Models) -> dict[str, Any]:
                     "rows": len(result.values),
                     "questions": len(set(result.questions)),
                     "truncated": result.truncated,
-                    "generated": result.generated,
+                    **result.settings,
                 }
                 for result in results
             ]

@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.results import Average, Result, averages, read_results
+from megatron_prolong.evaluation.results import ASKED, Average, Result, averages, read_results
 from megatron_prolong.evaluation.suite_report import _short, changes, grids, notes, print_suite, summary
 from megatron_prolong.evaluation.suites import prolong
+
+SETTINGS = {
+    **dict.fromkeys(ASKED),
+    "seed": 42,
+    "use_chat_template": False,
+    "stop_newline": False,
+    "too_long": "",
+}
 
 
 def result(name: str, category: str, values: list[float], **changed: Any) -> Result:
@@ -20,6 +28,7 @@ def result(name: str, category: str, values: list[float], **changed: Any) -> Res
         "path": Path(name), "name": name, "category": category, "length": 32768, "model": "m", "generated": False,
         "scores": {"f1": 100 * sum(values) / len(values)}, "missing": (), "stand_in": None,
         "values": tuple(values), "questions": tuple(range(len(values))), "truncated": 0,
+        "settings": SETTINGS,
     }  # fmt: skip
     return Result(**{**known, **changed})
 
@@ -55,6 +64,28 @@ def test_a_change_is_after_minus_before_in_points_and_of_what_both_have() -> Non
     cells = {row[2]: row[3:] for row in table.rows}
     assert cells["a"] == ["2", "25.0 [0, 50]", "50.0 [25, 75] +25.0 [+25, +25]"]
     assert cells["only"] == ["1", "100.0 [100, 100]", ""]
+
+
+def test_runs_of_other_questions_are_not_paired_and_those_answered_otherwise_are_so_with_a_word() -> None:
+    """RULER's questions are known by the row's number alone, the same for every seed."""
+    models = {
+        label: [result(name, "ruler", [0.5], settings=SETTINGS | changed) for name in ("vt", "cwe")]
+        for label, changed in {"a": {}, "b": {"seed": 43}, "c": {"stop_newline": True}}.items()
+    }
+    assert [(one.model, one.interval is None) for one in changes(models)][::2] == [("b", True), ("c", False)]
+    assert notes(models, None) == [
+        "b against a: seed 43 (not 42), so no change is given: vt, cwe",
+        "c against a: stop_newline True (not False): vt, cwe",
+    ]
+
+
+def test_settings_that_a_tasks_questions_do_not_depend_on_do_not_tell_its_runs_apart(tmp_path: Path) -> None:
+    item, settings = {"f1": 0.5, "removed_tokens": 0}, {"haystack": "noise", "documents_cut_by": "Llama-2's"}
+    for category in ("summ", "rag"):
+        path = tmp_path / f"{category}_in8192_shots2.json"
+        write_result(path, [item], {"f1": 50.0}, ["f1"], category, category=category, **settings)
+    rag, summ = (one.settings for one in read_results(tmp_path))
+    assert (rag["haystack"], rag["documents_cut_by"], summ["documents_cut_by"]) == (None, None, "Llama-2's")
 
 
 def test_a_task_of_two_categories_is_shown_in_both() -> None:
@@ -231,14 +262,19 @@ def test_a_directory_of_several_models_results_names_them(tmp_path: Path) -> Non
 
 
 def write_result(
-    path: Path, items: list[Any], averaged: dict[str, float], metrics: list[str], name: str = "x"
+    path: Path,
+    items: list[Any],
+    averaged: dict[str, float],
+    metrics: list[str],
+    name: str = "x",
+    **changed: str,
 ) -> None:
     """A result file of 8K."""
     arguments = {
         "datasets": name, "category": "summ", "input_max_length": 8192, "model_name_or_path": "m",
         "generated": False, "metric_names": metrics, "question_field": "question",
     }  # fmt: skip
-    path.write_text(json.dumps({"args": arguments, "data": items, "averaged_metrics": averaged}))
+    path.write_text(json.dumps({"args": arguments | changed, "data": items, "averaged_metrics": averaged}))
 
 
 def test_a_tasks_name_is_one_at_all_lengths() -> None:
