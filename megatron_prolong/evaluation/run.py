@@ -229,6 +229,8 @@ def _arguments(
 ) -> dict[str, Any]:
     """HELMET's argument names, then ours."""
     from_file = not task.missing(inputs.data)
+    haystack = f"prose {sample_key(inputs.haystack)[:8]}" if inputs.haystack else "noise"
+    cut_by = "Llama-2's tokenizer" if has_llama2(inputs) else "the model's tokenizer"
     return {
         "tag": settings.tag,
         "model_name_or_path": backend.model,
@@ -254,6 +256,7 @@ def _arguments(
         "question_field": task.question,
         "too_long": settings.too_long,
         "generated": not from_file,
-        "haystack": f"prose {sample_key(inputs.haystack)[:8]}" if inputs.haystack else "noise",
-        "documents_cut_by": "Llama-2's tokenizer" if has_llama2(inputs) else "the model's tokenizer",
+        # Of a task that uses neither, another haystack or tokenizer makes no other result.
+        "haystack": haystack if task.prose and not from_file else "",
+        "documents_cut_by": cut_by if task.document_tokens else "",
     }

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from stand_ins import Parrot
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.suite import refuse_another_model
+from megatron_prolong.evaluation.run import Settings
+from megatron_prolong.evaluation.suite import refuse_another_model, run_suite
+from megatron_prolong.evaluation.suites import select
+from megatron_prolong.evaluation.task import Inputs
 
 
 @pytest.mark.parametrize(
@@ -27,3 +33,15 @@ def test_a_folder_holds_the_results_of_one_model(
     else:
         with pytest.raises(UserError, match="another model, A/64k; name this one"):
             refuse_another_model(tmp_path, model, identity)
+
+
+def test_what_a_task_does_not_use_makes_no_new_result(tokenizer: Any, tmp_path: Path) -> None:
+    tasks = select("ruler", [2048], ["niah_s_1", "niah_s_2", "niah_mk_2"])
+    parrot, inputs = Parrot(tokenizer), Inputs(None, tokenizer, max_samples=1)
+    run_suite(tasks, parrot, inputs, Settings(), tmp_path / "out")
+    assert len(parrot.seen) == 3
+    tokenizer.save_pretrained(tmp_path / "llama2_tokenizer")
+    run_suite(tasks, parrot, replace(inputs, data=tmp_path), Settings(), tmp_path / "out")
+    assert len(parrot.seen) == 3, "none cuts a document"
+    run_suite(tasks, parrot, replace(inputs, haystack="An essay. Another."), Settings(), tmp_path / "out")
+    assert len(parrot.seen) == 4, "only niah_s_2 hides its needle in prose"

@@ -71,6 +71,7 @@ def ruler_task(short_name: str, length: int, category: str = "ruler") -> Task:
     template, answer_prefix = TEMPLATES.get(short_name, ONE_NEEDLE)
     test_file = f"ruler/{FOLDERS[short_name]}/validation_{length}.jsonl"
     asks_documents = short_name in QA_SOURCES
+    needle = needles.KINDS.get(short_name)
     return Task(
         name=f"ruler_{short_name}",
         category=category,
@@ -86,6 +87,7 @@ def ruler_task(short_name: str, length: int, category: str = "ruler") -> Task:
         needs=(test_file,),
         instead=QA_SOURCES.get(short_name, ""),
         generated=not asks_documents,
+        prose=needle is not None and needle.haystack == "prose",
         question="index",
     )
 
