@@ -37,16 +37,16 @@ _INT32_CODE = 4
 
 
 class IndexedWriter:
-    """Writes PREFIX.bin and PREFIX.idx; both appear only when the block ends without an exception.
+    """Writes PREFIX.bin and PREFIX.idx; both appear only when the block ends without an exception, the index last.
 
-    Raises UserError when either exists already.
+    Raises UserError when there is an index already. A .bin without one is what a kill between the two left; it is
+    replaced.
     """
 
     def __init__(self, prefix: Path) -> None:
         self._paths = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
-        for path in self._paths:
-            if path.exists():
-                raise UserError(f"{path} exists already; remove it or choose another prefix")
+        if self._paths[1].exists():
+            raise UserError(f"{self._paths[1]} exists already; remove it or choose another prefix")
         self._paths[0].parent.mkdir(parents=True, exist_ok=True)
         self._temporary = [temporary_name(path) for path in self._paths]
         self._file = self._temporary[0].open("wb")

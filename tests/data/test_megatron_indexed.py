@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packs import write_packs
 
+from megatron_prolong.data import megatron_indexed
 from megatron_prolong.data.mds import MDSReader, MDSWriter
 from megatron_prolong.data.megatron_indexed import IndexedReader, IndexedWriter, from_megatron, to_megatron
 from megatron_prolong.errors import UserError
@@ -115,6 +116,25 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"out\.idx exists already"):
         IndexedWriter(tmp_path / "out")
     assert (tmp_path / "out.idx").read_bytes() == b"precious"
+
+
+def test_what_a_kill_between_the_two_files_left_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repeat was refused, and named a file that nothing could read."""
+    source, published = write_packs(tmp_path / "mds", PACKS), megatron_indexed.publish
+
+    def killed(partial: Path, final: Path) -> None:
+        if final.suffix == ".idx":
+            raise KeyboardInterrupt
+        published(partial, final)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(megatron_indexed, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            to_megatron(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.bin"]
+    assert to_megatron(source, tmp_path / "out") == len(PACKS) == len(IndexedReader(tmp_path / "out"))
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
