@@ -1,4 +1,4 @@
-"""Which weights a directory holds, and which data a task reads, without reading them."""
+"""Which model a directory holds, and which data a task reads, without reading what is large."""
 
 from __future__ import annotations
 
@@ -7,14 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_prolong.evaluation.task import Task
-from megatron_prolong.recipe.shape import MANIFEST
+from megatron_prolong.recipe.shape import HF_DIR, MANIFEST
 
-WEIGHTS = ("*.safetensors", "*.distcp", "config.json", MANIFEST)
+WEIGHTS = ("*.safetensors", "*.distcp", MANIFEST)
+WORDS = (  # how prompts are written and where answers end; small, and hand-edited
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
 
 
 def model_identity(directory: Path) -> str:
-    """Changes when the weights in the directory are written anew: names, sizes and times of the files."""
-    return _identity({file.name: file for pattern in WEIGHTS for file in directory.glob(pattern)})
+    """Changes when weights are written anew (names, sizes, times) or tokenizer, template or stop ids change."""
+    weights = _identity({file.name: file for pattern in WEIGHTS for file in directory.glob(pattern)})
+    source = directory / HF_DIR if (directory / MANIFEST).exists() else directory
+    words = sorted({file for pattern in WORDS for file in source.glob(pattern) if file.is_file()})
+    contents = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in words]
+    return hashlib.sha256("\n".join([weights, *contents]).encode("utf-8")).hexdigest()[:16]
 
 
 def data_identity(task: Task, data: Path | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from stand_ins import Parrot
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.identity import model_identity
 from megatron_prolong.evaluation.run import Settings
 from megatron_prolong.evaluation.suite import refuse_another_model, run_suite
 from megatron_prolong.evaluation.suites import select
@@ -45,3 +47,18 @@ def test_what_a_task_does_not_use_makes_no_new_result(tokenizer: Any, tmp_path: 
     assert len(parrot.seen) == 3, "none cuts a document"
     run_suite(tasks, parrot, replace(inputs, haystack="An essay. Another."), Settings(), tmp_path / "out")
     assert len(parrot.seen) == 4, "only niah_s_2 hides its needle in prose"
+
+
+def test_a_mended_template_or_stop_token_makes_another_model(
+    hf_directory: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    for source, words in ((hf_directory, "."), (checkpoint, "hf")):
+        model = shutil.copytree(source, tmp_path / words / "model")
+        seen = {model_identity(model)}
+        for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+            file = model / words / name
+            before = file.read_text()
+            file.write_text(before + " ")
+            seen.add(model_identity(model))
+            file.write_text(before)
+        assert len(seen) == 5 and model_identity(model) in seen, "by content, not by time"
