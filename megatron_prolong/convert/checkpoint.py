@@ -34,6 +34,7 @@ _LLAMA_ARGUMENTS: tuple[tuple[str, Any, Any], ...] = (
     ("rotary_interleaved", False, False),
     ("num_experts", None, None),
     ("apply_layernorm_1p", False, False),
+    ("layernorm_zero_centered_gamma", False, False),  # what newer versions call it
     ("multi_latent_attention", False, False),
     ("rotary_seq_len_interpolation_factor", None, None),
     # These change what is computed, not which tensors there are.
@@ -41,6 +42,9 @@ _LLAMA_ARGUMENTS: tuple[tuple[str, Any, Any], ...] = (
     ("no_rope_freq", None, None),
     ("qk_l2_norm", False, False),
     ("softmax_type", "vanilla", "vanilla"),
+    ("use_mup", False, False),
+    ("apply_residual_connection_post_layernorm", False, False),
+    ("glu_linear_offset", 0, 0),
 )
 
 

@@ -138,19 +138,21 @@ def test_the_pointer_names_a_release_or_an_iteration(checkpoint: Path, tmp_path:
 
 
 def test_what_is_not_a_llama_is_refused_with_every_reason(checkpoint: Path, tmp_path: Path) -> None:
-    _write(
-        checkpoint,
-        _args("llama3.2-tied", swiglu=False, normalization="LayerNorm", num_experts=8, window_size=(64, 0)),
-    )
+    changes = {
+        "swiglu": False,
+        "normalization": "LayerNorm",
+        "num_experts": 8,
+        "window_size": (64, 0),
+        "layernorm_zero_centered_gamma": True,
+        "use_mup": True,
+        "apply_residual_connection_post_layernorm": True,
+        "glu_linear_offset": 1.0,
+    }
+    _write(checkpoint, _args("llama3.2-tied", **changes))
     with pytest.raises(UserError) as error:
         to_hf(checkpoint, tmp_path / "exported")
-    for reason in (
-        "swiglu is False",
-        "normalization is 'LayerNorm'",
-        "num_experts is 8",
-        "window_size is (64, 0)",
-    ):
-        assert reason in str(error.value)
+    for name, value in changes.items():
+        assert f"{name} is {value!r}" in str(error.value)
 
 
 def test_arguments_that_cannot_be_read_are_named(checkpoint: Path, tmp_path: Path) -> None:
