@@ -87,10 +87,16 @@ def run(
 ) -> None:
     """Run a suite; `prolong eval MODEL --suite …` is the same. A stopped run goes on with the same command."""
     from megatron_prolong.errors import UserError
+    from megatron_prolong.evaluation.backend import declared_length
     from megatron_prolong.evaluation.documents import read_text
     from megatron_prolong.evaluation.nli import load_nli
     from megatron_prolong.evaluation.run import Settings
-    from megatron_prolong.evaluation.suite import refuse_another_model, run_suite, runnable
+    from megatron_prolong.evaluation.suite import (
+        refuse_another_model,
+        refuse_lengths_beyond,
+        run_suite,
+        runnable,
+    )
     from megatron_prolong.evaluation.suites import select
     from megatron_prolong.evaluation.task import Inputs
 
@@ -106,9 +112,12 @@ def run(
             chosen = runnable(chosen, data, skip_missing)
         if backend != "openai":
             check_models([path for _, path in models], backend, cp)
-        if is_main(world) and not overwrite:
-            for label, path in models:
-                refuse_another_model(out / label, *_name_and_identity(path, backend))
+        for label, path in models if is_main(world) else ():
+            name, identity = _name_and_identity(path, backend)
+            if not overwrite:
+                refuse_another_model(out / label, name, identity)
+            if backend != "openai" and (declared := declared_length(Path(name))) is not None:
+                refuse_lengths_beyond(chosen, name, declared, too_long)
         text = read_text(haystack) if haystack else ""
         return models, chosen, text, load_nli(nli) if nli and is_main(world) else None
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import MANIFEST, model_directory, stages_hint
+from megatron_prolong.recipe.shape import MANIFEST, model_directory, read_json, read_shape, stages_hint
 from megatron_prolong.runtime.rendezvous import read_rendezvous
 
 if TYPE_CHECKING:
@@ -196,6 +196,15 @@ def open_backend(
         from megatron_prolong.evaluation.hf import HuggingFaceBackend
 
         yield HuggingFaceBackend.open(directory, batch_size=batch_size)
+
+
+def declared_length(directory: Path) -> int | None:
+    """Tokens a model in a directory declares it can take; None where only opening it tells."""
+    if (directory / MANIFEST).exists():
+        return read_shape(directory).max_length
+    config = directory / "config.json"
+    length = read_json(config).get("max_position_embeddings") if config.exists() else None
+    return length if isinstance(length, int) else None
 
 
 def load_tokenizer(directory: Path) -> Any:

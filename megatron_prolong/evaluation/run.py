@@ -66,7 +66,7 @@ def run_task(
     Raises:
         UserError: prompts that are too long for the model (with too_long "refuse"), missing data.
     """
-    max_length = _max_length(task, backend, settings)
+    max_length = length_limit(task, backend.model, backend.max_length, settings.too_long)
     chat = _use_chat(task, backend, settings)
     path = out / file_name(task, inputs, settings, chat)
     arguments = _arguments(task, backend, inputs, settings, chat)
@@ -142,14 +142,19 @@ def _is_of(path: Path, arguments: dict[str, Any]) -> bool:
     return known == arguments
 
 
-def _max_length(task: Task, backend: Backend, settings: Settings) -> int:
-    if task.length <= backend.max_length or settings.too_long == "allow":
+def length_limit(task: Task, model: str, declared: int, too_long: str) -> int:
+    """Tokens that prompt and answer may take together.
+
+    Raises:
+        UserError: the task's length is beyond what the model declares (with too_long "refuse").
+    """
+    if task.length <= declared or too_long == "allow":
         return task.length
-    if settings.too_long == "truncate":
-        return backend.max_length
+    if too_long == "truncate":
+        return declared
     raise UserError(
-        f"{task.name} at {format_count(task.length)}: {backend.model} declares at most "
-        f"{backend.max_length:,} tokens (max_position_embeddings); leave this length out, or say "
+        f"{task.name} at {format_count(task.length)}: {model} declares at most "
+        f"{declared:,} tokens (max_position_embeddings); leave this length out, or say "
         "`--too-long allow` to measure beyond it, `--too-long truncate` to cut the contexts"
     )
 

@@ -11,7 +11,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Backend
 from megatron_prolong.evaluation.data_check import how_to_get
 from megatron_prolong.evaluation.results import Result
-from megatron_prolong.evaluation.run import Settings, run_task
+from megatron_prolong.evaluation.run import Settings, length_limit, run_task
 from megatron_prolong.evaluation.task import Entails, Inputs, Task
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.recipe.shape import read_json
@@ -68,6 +68,12 @@ def runnable(tasks: Sequence[Task], data: Path | None, skip_missing: bool) -> li
     )
 
 
+def refuse_lengths_beyond(tasks: Sequence[Task], model: str, declared: int, too_long: str) -> None:
+    """Raises UserError when one of the tasks is longer than the model declares (see `length_limit`)."""
+    for task in tasks:
+        length_limit(task, model, declared, too_long)
+
+
 def run_suite(
     tasks: Sequence[Task],
     backend: Backend,
@@ -76,5 +82,10 @@ def run_suite(
     out: Path,
     entails: Entails | None = None,
 ) -> list[Result]:
-    """All results, in the order of the tasks; finished ones are read, not run again."""
+    """All results, in the order of the tasks; finished ones are read, not run again.
+
+    Raises:
+        UserError: see `run_task`; a length beyond the model's before the first task is run.
+    """
+    refuse_lengths_beyond(tasks, backend.model, backend.max_length, settings.too_long)
     return [run_task(task, backend, inputs, settings, out, entails) for task in tasks]

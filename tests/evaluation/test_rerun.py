@@ -1,4 +1,4 @@
-"""What a second run into the same place does with the results of the first."""
+"""What is found before the first prompt: the results of an earlier run, and lengths that do not fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from stand_ins import Parrot
+from typer.testing import CliRunner
 
+from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.identity import model_identity
 from megatron_prolong.evaluation.run import Settings
@@ -62,3 +64,22 @@ def test_a_mended_template_or_stop_token_makes_another_model(
             seen.add(model_identity(model))
             file.write_text(before)
         assert len(seen) == 5 and model_identity(model) in seen, "by content, not by time"
+
+
+def test_lengths_beyond_a_model_are_refused_before_the_first_is_measured(
+    hf_directory: Path, checkpoint: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second model declares 1K; of a served one only opening it tells."""
+    parrot = Parrot(tokenizer, max_length=1024)
+    with pytest.raises(UserError, match="at 2K: parrot declares at most 1,024"):
+        run_suite(select("synthetic", [512, 2048]), parrot, Inputs(None, tokenizer), Settings(), tmp_path)
+    assert not parrot.seen
+    longer = shutil.copytree(hf_directory, tmp_path / "longer")
+    config = json.loads((longer / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    monkeypatch.setattr("megatron_prolong.evaluation.backend.open_backend", pytest.fail)
+    for second in (hf_directory, checkpoint):
+        arguments = ["eval", "run", str(longer), "--compare", str(second), "--out", str(tmp_path / "out")]
+        found = CliRunner().invoke(app, [*arguments, "--suite", "synthetic", "--lengths", "512,2K"])
+        assert isinstance(found.exception, UserError), found.output
+        assert f"at 2K: {second} declares at most 1,024" in str(found.exception)
