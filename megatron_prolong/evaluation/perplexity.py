@@ -8,6 +8,7 @@ that double.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,8 +44,15 @@ class BucketLoss:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What `measure` finds for one model."""
+    """What `measure` finds for one model.
 
+    Attributes:
+        tokens: a digest of the passages' tokens: losses per token compare only where these are the same.
+        tokenizer: the model's, as a reader may know it.
+    """
+
+    tokens: str
+    tokenizer: str
     window: int
     by_context: tuple[ContextLoss, ...]
     by_position: tuple[BucketLoss, ...]
@@ -63,7 +71,10 @@ def measure(backend: ScoringBackend, passages: Sequence[Passage], lengths: Seque
     total = sum(length for _, length in work)
     for passage, length in track(work, total, "perplexity", amount=lambda item: item[1]):
         losses[length].append(-backend.token_logprobs(passage.tokens[-length:].tolist()))
+    tokenizer = backend.tokenizer
     return Perplexity(
+        tokens=hashlib.sha256(np.stack([passage.tokens for passage in passages]).tobytes()).hexdigest(),
+        tokenizer=f"{tokenizer.name_or_path} of {len(tokenizer):,} tokens",
         window=window,
         by_context=tuple(_at_context(length, losses[length], window) for length in lengths),
         by_position=tuple(_buckets(np.stack(losses[lengths[-1]]))),

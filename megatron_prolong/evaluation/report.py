@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def print_perplexity(results: dict[str, Perplexity]) -> None:
-    """Two tables, models by row: loss of the same last tokens by context, and loss by position."""
+    """Two tables, models by row: loss of the same last tokens by context, and loss by position.
+
+    With a warning where the models' tokens are not the same.
+    """
     any_result = next(iter(results.values()))
     contexts = Table(
         title=f"Loss of the same last {any_result.window} tokens, by context given (nats per token)"
@@ -40,6 +44,13 @@ def print_perplexity(results: dict[str, Perplexity]) -> None:
         positions.add_row(label, *(f"{bucket.loss:.3f}" for bucket in result.by_position))
     print_table(contexts)
     print_table(positions)
+    if len({result.tokens for result in results.values()}) > 1:
+        named = ", ".join(f"{label}: {result.tokenizer}" for label, result in results.items())
+        print(
+            f"warning: the models' tokenizers differ ({named}), so their tokens are not the same text: compare a "
+            "model's losses with its own at other lengths, not with another model's",
+            file=sys.stderr,
+        )
 
 
 def plot_perplexity(results: dict[str, Perplexity], path: Path) -> None:

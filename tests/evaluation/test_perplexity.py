@@ -15,18 +15,24 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import ScoringBackend
 from megatron_prolong.evaluation.documents import Passage, read_passages
 from megatron_prolong.evaluation.perplexity import measure
+from megatron_prolong.evaluation.report import print_perplexity
 
 
 class Known:
     """The loss of a token is its number, and one nat more for each token of context."""
 
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
     def token_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
         return -(np.array(ids[1:], dtype=np.float32) + len(ids))
 
 
-def test_losses_by_context_are_of_the_same_tokens_and_by_position_of_the_longest() -> None:
+def test_losses_by_context_are_of_the_same_tokens_and_by_position_of_the_longest(
+    tokenizer: Any,
+) -> None:
     passages = [Passage(str(first), np.arange(first, first + 1024)) for first in (0, 1000)]
-    found = measure(cast(ScoringBackend, Known()), passages, [1024, 256, 1024])
+    found = measure(cast(ScoringBackend, Known(tokenizer)), passages, [1024, 256, 1024])
     assert found.window == 128
     last = 1023 - 127 / 2  # mean of the last 128 tokens of the first passage
     assert [(at.context, at.loss) for at in found.by_context] == [
@@ -41,11 +47,27 @@ def test_losses_by_context_are_of_the_same_tokens_and_by_position_of_the_longest
         assert bucket.loss == pytest.approx(mean + 500)
 
 
-def test_the_window_is_never_more_than_256_tokens() -> None:
+def test_the_window_is_never_more_than_256_tokens(tokenizer: Any) -> None:
     passages = [Passage("", np.arange(2000))]
-    found = measure(cast(ScoringBackend, Known()), passages, [2000, 1500])
+    found = measure(cast(ScoringBackend, Known(tokenizer)), passages, [2000, 1500])
     assert found.window == 256
     assert [(bucket.start, bucket.end) for bucket in found.by_position][-1] == (1024, 2000)
+
+
+def test_losses_of_unlike_tokens_are_shown_with_a_warning(
+    tokenizer: Any, byte_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A larger vocabulary puts more text into a token, whose loss is then the larger one."""
+    (tmp_path / "a.txt").write_text("The special magic number is mentioned in the text. " * 20)
+    found = {}
+    for label, own in {"a": tokenizer, "b": tokenizer, "c": byte_tokenizer}.items():
+        passages = read_passages([tmp_path], own, 64, 1, seed=1)
+        found[label] = measure(cast(ScoringBackend, Known(own)), passages, [32, 64])
+    print_perplexity({label: found[label] for label in "ab"})
+    assert not capsys.readouterr().err
+    print_perplexity(found)
+    assert f"c: {found['c'].tokenizer}" in capsys.readouterr().err
+    assert found["c"].tokenizer.endswith(" tokens") and found["c"].tokenizer != found["a"].tokenizer
 
 
 def test_passages_begin_documents_that_are_long_enough(tmp_path: Path, tokenizer: Any) -> None:
