@@ -81,8 +81,13 @@ class Result:
         return _mean(self.counted)
 
     @property
+    def metric(self) -> str:
+        """The first, or its stand-in: what `values` are."""
+        return next(iter(self.scores), WITHOUT_JUDGE)
+
+    @property
     def interval(self) -> Interval:
-        """The first metric with its 95% interval, 0 to 100."""
+        """This metric with its 95% interval, 0 to 100."""
         found = mean_interval(self.values, self.questions)
         return Interval(100 * found.mean, 100 * found.low, 100 * found.high)
 

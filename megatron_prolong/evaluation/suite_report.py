@@ -233,7 +233,9 @@ def _tasks(models: Models) -> Grid:
 
 def _task_cell(result: Result, change: Interval | None) -> str:
     interval = result.interval
-    text = f"{interval.mean:.1f} [{interval.low:.0f}, {interval.high:.0f}]"
+    several = len(result.scores) + len(result.missing) > 1  # and the category counts all of them
+    text = f"{result.metric} " if several else ""
+    text += f"{interval.mean:.1f} [{interval.low:.0f}, {interval.high:.0f}]"
     if change is not None:
         text += f" {change.mean:+.1f} [{change.low:+.0f}, {change.high:+.0f}]"
     return text
@@ -252,6 +254,7 @@ def summary(models: Models) -> dict[str, Any]:
                     "length": result.length,
                     "scores": result.scores,
                     "missing": result.missing,
+                    "metric": result.metric,
                     "interval": result.interval,
                     "rows": len(result.values),
                     "questions": len(set(result.questions)),
@@ -274,7 +277,7 @@ def plot_suite(models: Models, path: Path) -> None:
     for place, category in enumerate(categories):
         _lines(axes[place], models, category)
     for place, (label, results) in enumerate(models.items()):
-        scores = {((one.category, _short(one.name)), one.length): one.interval.mean for one in results}
+        scores = {((one.category, _short(one.name)), one.length): one.score for one in results}
         tasks = sorted({task for task, _ in scores})
         heatmap(axes[columns + place], scores, {task: task[1] for task in tasks})
         axes[columns + place].set(title=label, xlabel="length (tokens)")

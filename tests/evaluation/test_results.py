@@ -9,8 +9,17 @@ from typing import Any
 import pytest
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation import suite_report
 from megatron_prolong.evaluation.results import ASKED, Average, Result, averages, read_results
-from megatron_prolong.evaluation.suite_report import _short, changes, grids, notes, print_suite, summary
+from megatron_prolong.evaluation.suite_report import (
+    _short,
+    changes,
+    grids,
+    notes,
+    plot_suite,
+    print_suite,
+    summary,
+)
 from megatron_prolong.evaluation.suites import prolong
 
 SETTINGS = {
@@ -86,6 +95,21 @@ def test_settings_that_a_tasks_questions_do_not_depend_on_do_not_tell_its_runs_a
         write_result(path, [item], {"f1": 50.0}, ["f1"], category, category=category, **settings)
     rag, summ = (one.settings for one in read_results(tmp_path))
     assert (rag["haystack"], rag["documents_cut_by"], summ["documents_cut_by"]) == (None, None, "Llama-2's")
+
+
+def test_of_several_metrics_the_one_in_a_cell_is_named_and_the_heatmap_shows_what_the_category_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {"str_em": 40.0, "citation_rec": 2.0, "citation_prec": 3.0}
+    cited = result("alce_asqa", "cite", [0.4], scores=scores)
+    answered = result("alce_asqa", "cite", [0.3], scores={"str_em": 30.0}, missing=("citation_rec",))
+    averaged, tasks = grids({"m": [cited], "without nli": [answered]}, None)
+    assert averaged.rows[0][2:] == ["15.0", "30.0*"]
+    assert tasks.rows[0][4:] == ["str_em 40.0 [40, 40]", "str_em 30.0 [30, 30]"]
+    drawn: list[Any] = []
+    monkeypatch.setattr(suite_report, "heatmap", lambda axes, scores, rows: drawn.extend(scores.values()))
+    plot_suite({"m": [cited]}, tmp_path / "suite.png")
+    assert drawn == [15.0]
 
 
 def test_a_task_of_two_categories_is_shown_in_both() -> None:
