@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from megatron_prolong.recipe.shape import ModelShape, read_json, to_hf_config
 
-_MODEL = ("config.json",)
 _GENERATION_CONFIG = "generation_config.json"
+_MODEL = ("config.json", _GENERATION_CONFIG)
 _TOKENIZER = (
     _GENERATION_CONFIG,  # at which tokens an answer ends
     "tokenizer*",
@@ -29,15 +29,17 @@ def copy_sidecar(source: Path, target: Path, tokenizer: Path | None = None) -> N
     """Copy what travels along from a Hugging Face directory (links are followed); missing files are fine.
 
     Args:
-        tokenizer: directory that the tokenizer's files are taken from; `source` by default.
+        tokenizer: directory that the tokenizer's files are taken from; `source` by default, and for the generation
+            config where it has none.
 
     Raises:
         UserError: a JSON file is none; whoever reads the copy could not say where it came from.
     """
     target.mkdir(parents=True, exist_ok=True)
     parts = ((source, _MODEL), (tokenizer or source, _TOKENIZER))
-    found = {path for origin, patterns in parts for pattern in patterns for path in origin.glob(pattern)}
-    for path in sorted(path for path in found if path.is_file()):
+    paths = [path for origin, patterns in parts for pattern in patterns for path in origin.glob(pattern)]
+    found = {path.name: path for path in paths if path.is_file()}
+    for _, path in sorted(found.items()):
         if path.suffix == ".json":
             read_json(path)
         shutil.copyfile(path, target / path.name)

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from megatron_prolong.convert.initial import write_initial
+from megatron_prolong.convert.sidecar import copy_sidecar
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import InitSpec
 from megatron_prolong.recipe.shape import HF_DIR, read_shape
@@ -26,3 +27,21 @@ def test_a_checkpoint_lends_its_tokenizer(tmp_path: Path) -> None:
         assert (first / HF_DIR / name).read_bytes() == (second / HF_DIR / name).read_bytes()
     with pytest.raises(UserError, match=r"absent: no tokenizer\.json"):
         write_initial(INIT, tmp_path / "absent", tmp_path / "third", seed=1)
+
+
+def test_another_tokenizer_leaves_the_models_own_stop_tokens(tmp_path: Path) -> None:
+    """Unless it comes with its own: at which an answer ends, a tokenizer alone does not say."""
+    model, tokenizer = tmp_path / "model", tmp_path / "tokenizer"
+    for directory, file in (
+        (model, "generation_config.json"),
+        (model, "tokenizer.json"),
+        (tokenizer, "tokenizer.json"),
+    ):
+        directory.mkdir(exist_ok=True)
+        (directory / file).write_text(f'{{"of": "{directory.name}"}}')
+    copy_sidecar(model, tmp_path / "first", tokenizer)
+    assert "model" in (tmp_path / "first" / "generation_config.json").read_text()
+    assert "tokenizer" in (tmp_path / "first" / "tokenizer.json").read_text()
+    (tokenizer / "generation_config.json").write_text('{"of": "tokenizer"}')
+    copy_sidecar(model, tmp_path / "second", tokenizer)
+    assert "tokenizer" in (tmp_path / "second" / "generation_config.json").read_text()
