@@ -1,4 +1,4 @@
-"""Opening a Megatron checkpoint: one of ours (prolong.json) or plain Megatron-LM's (args in common.pt)."""
+"""Opening a Megatron checkpoint: one of ours (prolong.json) or plain Megatron-LM's (args in its common state)."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ class MegatronCheckpoint:
             return cls._open_ours(directory, sidecar)
         if (pointer := directory / _ITERATION_POINTER).exists():
             directory = _newest(pointer)
-        if (directory / "common.pt").exists():
-            return cls._open_megatron_lm(directory, sidecar)
+        if (common := load_common(directory)) is not None:
+            return cls._open_megatron_lm(directory, common, sidecar)
         raise UserError(
-            f"{directory}: not a Megatron torch_dist checkpoint (neither {MANIFEST} nor common.pt is there)"
-            + stages_hint(directory)
+            f"{directory}: not a Megatron torch_dist checkpoint (neither {MANIFEST} nor Megatron's common "
+            "state is there)" + stages_hint(directory)
         )
 
     @classmethod
@@ -100,11 +100,12 @@ class MegatronCheckpoint:
         return cls(directory, shape, about["kind"], sidecar or (own if own.is_dir() else None), about)
 
     @classmethod
-    def _open_megatron_lm(cls, directory: Path, sidecar: Path | None) -> MegatronCheckpoint:
-        common = load_common(directory / "common.pt")
+    def _open_megatron_lm(
+        cls, directory: Path, common: dict[str, Any], sidecar: Path | None
+    ) -> MegatronCheckpoint:
         args = common.get("args")
         if not isinstance(args, argparse.Namespace):
-            raise UserError(f"{directory / 'common.pt'}: holds no args, so the model's shape is unknown")
+            raise UserError(f"{directory}: its common state holds no args, so the model's shape is unknown")
         vocab_size = None
         if sidecar is not None and (sidecar / "config.json").exists():
             vocab_size = read_json(sidecar / "config.json").get("vocab_size")

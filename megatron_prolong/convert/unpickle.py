@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -39,6 +40,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): argparse.Namespace,
     ("builtins", "set"): set,
 }
+# Megatron's ShardedObject("common_state", …).unique_key
+_COMMON_STATE = metadata.MetadataIndex("common_state/shard_0_1")
 
 
 class Inert:
@@ -90,15 +93,28 @@ def load_metadata(path: Path) -> metadata.Metadata:
     return content
 
 
-def load_common(path: Path) -> dict[str, Any]:
-    """The plain values of Megatron's common.pt; tensors and unknown classes are inert stand-ins.
+def load_common(directory: Path) -> dict[str, Any] | None:
+    """The plain values that Megatron keeps beside the tensors; tensors and unknown classes are inert stand-ins.
+
+    They are common.pt; newer versions save them as one more object in the tensors' files. None where neither is.
 
     Raises:
         UserError: the file is truncated or holds no dict.
     """
+    path, offset, length = directory / "common.pt", 0, -1
+    if not path.exists():
+        table = directory / ".metadata"
+        info = load_metadata(table).storage_data.get(_COMMON_STATE) if table.exists() else None
+        if info is None:
+            return None
+        path, offset, length = directory / info.relative_path, info.offset, info.length
     try:
-        with zipfile.ZipFile(path) as archive:
-            content = SafeUnpickler(_entry(archive, "data.pkl")).load()
+        with path.open("rb") as file:
+            file.seek(offset)
+            with zipfile.ZipFile(io.BytesIO(file.read(length))) as archive:
+                content = SafeUnpickler(_entry(archive, "data.pkl")).load()
+        if path.name != "common.pt":  # objects lie in a list
+            (content,) = content
     except Exception as error:  # a damaged pickle can fail in any way
         raise UserError(f"{path}: damaged, cannot be read ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):

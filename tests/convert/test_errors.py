@@ -358,7 +358,8 @@ def test_pickles_run_nothing(tmp_path: Path) -> None:
             return (os.mkdir, (str(tmp_path / "ran"),))
 
     torch.save({"iteration": 3, "args": Exploit(), "list": [Exploit()]}, tmp_path / "common.pt")
-    assert load_common(tmp_path / "common.pt")["iteration"] == 3
+    common = load_common(tmp_path)
+    assert common is not None and common["iteration"] == 3
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Exploit()))
     with pytest.raises(UserError, match="not the metadata"):
         load_metadata(tmp_path / ".metadata")

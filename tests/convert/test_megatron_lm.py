@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import enum
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from families import FAMILIES, save_family
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.convert import app
@@ -137,6 +140,25 @@ def test_the_pointer_names_a_release_or_an_iteration(checkpoint: Path, tmp_path:
         to_hf(checkpoint, tmp_path / "again")
 
 
+def test_newer_versions_keep_the_args_among_the_tensors(checkpoint: Path, tmp_path: Path) -> None:
+    """As the object common_state, and without common.pt."""
+    directory = checkpoint / "iter_0000120"
+    (directory / "common.pt").unlink()
+    with pytest.raises(UserError, match=r"neither prolong\.json nor Megatron's common state"):
+        to_hf(checkpoint, tmp_path / "exported")
+    data, index = directory / "__0_1.distcp", MetadataIndex("common_state/shard_0_1")
+    torch.save([{"args": _args("llama3.2-tied"), "iteration": 120}], data)
+    contents = pickle.loads((directory / ".metadata").read_bytes())
+    contents.state_dict_metadata[index.fqn] = BytesStorageMetadata()
+    contents.storage_data[index] = _StorageInfo(data.name, 0, data.stat().st_size)
+    (directory / ".metadata").write_bytes(pickle.dumps(contents))
+    to_hf(checkpoint, tmp_path / "exported")
+    assert "step: 120" in "\n".join(describe(checkpoint))
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"__0_1\.distcp: damaged, cannot be read"):
+        to_hf(checkpoint, tmp_path / "again")
+
+
 def test_what_is_not_a_llama_is_refused_with_every_reason(checkpoint: Path, tmp_path: Path) -> None:
     changes = {
         "swiglu": False,
@@ -158,9 +180,12 @@ def test_what_is_not_a_llama_is_refused_with_every_reason(checkpoint: Path, tmp_
 def test_arguments_that_cannot_be_read_are_named(checkpoint: Path, tmp_path: Path) -> None:
     common = checkpoint / "iter_0000120" / "common.pt"
     content = common.read_bytes()
-    for saved, said in (({"iteration": 120}, "holds no args"), ([120], "expected a dict, found list")):
+    for saved, said in (
+        ({"iteration": 120}, "its common state holds no args"),
+        ([120], r"common\.pt: expected a dict, found list"),
+    ):
         torch.save(saved, common)
-        with pytest.raises(UserError, match=rf"common\.pt: {said}"):
+        with pytest.raises(UserError, match=said):
             to_hf(checkpoint, tmp_path / "exported")
     common.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"common\.pt: damaged, cannot be read"):
