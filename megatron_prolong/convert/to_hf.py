@@ -99,14 +99,16 @@ def _write_sidecar(
 ) -> list[str]:
     """config.json, generation config, tokenizer; returns what differs from the source's.
 
-    Where the sidecar is a tokenizer alone, the checkpoint's own config.json is the source; where there is none, the
+    Where the sidecar is a tokenizer alone, the checkpoint's own configs are the source; where there are none, the
     tokenizer says at which tokens a text begins and ends.
     """
     source = None
-    if checkpoint.sidecar is not None:
-        copy_sidecar(checkpoint.sidecar, directory)
-        configs = [path / "config.json" for path in (checkpoint.sidecar, checkpoint.directory / HF_DIR)]
-        source = next((read_json(path) for path in configs if path.exists()), None)
+    if (tokenizer := checkpoint.sidecar) is not None:
+        models = (tokenizer, checkpoint.directory / HF_DIR)
+        model = next((path for path in models if (path / "config.json").exists()), tokenizer)
+        copy_sidecar(model, directory, tokenizer)
+        if (directory / "config.json").exists():
+            source = read_json(directory / "config.json")
     config = exported_config(shape, source, dtype)
     write_config(directory, config if source is not None else {**config, **special_tokens(directory)})
     changes = config_changes(source, config) if source is not None else []

@@ -125,6 +125,7 @@ def test_a_tokenizer_alone_leaves_the_end_of_a_text_known(checkpoint: Path, tmp_
         config = json.loads((out / "config.json").read_text())
         assert (config["bos_token_id"], config["eos_token_id"]) == expected
         assert (out / "tokenizer.json").exists()
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 5]
 
 
 def test_the_pointer_names_a_release_or_an_iteration(checkpoint: Path, tmp_path: Path) -> None:
