@@ -42,7 +42,7 @@ class Result:
             could not be read.
         questions: which question each row asks.
         truncated: rows whose context was cut.
-        settings: ASKED and ANSWERED; None where the task's questions do not depend on it.
+        settings: ASKED and ANSWERED.
     """
 
     path: Path
@@ -144,17 +144,8 @@ def _result(path: Path, content: dict[str, Any]) -> Result:
         values=tuple(_row_value(item, names[0] if names[0] in averages else WITHOUT_JUDGE) for item in items),
         questions=tuple(_question(item, arguments["question_field"], row) for row, item in enumerate(items)),
         truncated=sum(item["removed_tokens"] > 0 for item in items),
-        settings=_settings(arguments),
+        settings={name: arguments.get(name) for name in (*ASKED, *ANSWERED)},
     )
-
-
-def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    found = {name: arguments.get(name) for name in (*ASKED, *ANSWERED)}
-    if not arguments["generated"]:
-        found["haystack"] = None
-    if arguments["category"] not in ("longqa", "summ"):
-        found["documents_cut_by"] = None
-    return found
 
 
 def read_results(directory: Path) -> list[Result]:

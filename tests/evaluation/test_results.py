@@ -88,15 +88,6 @@ def test_runs_of_other_questions_are_not_paired_and_those_answered_otherwise_are
     ]
 
 
-def test_settings_that_a_tasks_questions_do_not_depend_on_do_not_tell_its_runs_apart(tmp_path: Path) -> None:
-    item, settings = {"f1": 0.5, "removed_tokens": 0}, {"haystack": "noise", "documents_cut_by": "Llama-2's"}
-    for category in ("summ", "rag"):
-        path = tmp_path / f"{category}_in8192_shots2.json"
-        write_result(path, [item], {"f1": 50.0}, ["f1"], category, category=category, **settings)
-    rag, summ = (one.settings for one in read_results(tmp_path))
-    assert (rag["haystack"], rag["documents_cut_by"], summ["documents_cut_by"]) == (None, None, "Llama-2's")
-
-
 def test_of_several_metrics_the_one_in_a_cell_is_named_and_the_heatmap_shows_what_the_category_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,14 +282,13 @@ def write_result(
     averaged: dict[str, float],
     metrics: list[str],
     name: str = "x",
-    **changed: str,
 ) -> None:
     """A result file of 8K."""
     arguments = {
         "datasets": name, "category": "summ", "input_max_length": 8192, "model_name_or_path": "m",
         "generated": False, "metric_names": metrics, "question_field": "question",
     }  # fmt: skip
-    path.write_text(json.dumps({"args": arguments | changed, "data": items, "averaged_metrics": averaged}))
+    path.write_text(json.dumps({"args": arguments, "data": items, "averaged_metrics": averaged}))
 
 
 def test_a_tasks_name_is_one_at_all_lengths() -> None:
