@@ -74,7 +74,7 @@ def kv_repeats(exchange: str, cp: int, kv_heads: int) -> int:
 def te_exchanges(exchange: str, cp: int, kv_heads: int) -> bool:
     """Whether Transformer Engine itself exchanges packed documents so; else our own exchange does.
 
-    TE 2.9 asserts qkv_format != "thd" in all_gather and a2a+p2p, and repeats no key/value heads
+    TE 2.12 asserts qkv_format != "thd" in all_gather and a2a+p2p, and repeats no key/value heads
     (context_parallel.py).
     """
     return exchange in ("p2p", "a2a") and kv_repeats(exchange, cp, kv_heads) == 1
