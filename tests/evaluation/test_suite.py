@@ -17,6 +17,7 @@ from stand_ins import Parrot, short_documents
 from typer.testing import CliRunner
 
 from megatron_prolong.cli import eval_suite
+from megatron_prolong.cli.eval import models_of
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, encode
@@ -426,3 +427,9 @@ def test_a_place_that_cannot_be_written_is_met_before_measuring(
     more = ["--data", str(file)] if command == "perplexity" else []
     found = CliRunner().invoke(app, ["eval", command, str(hf_directory), "--out", str(file / "out"), *more])
     assert isinstance(found.exception, NotADirectoryError)
+
+
+def test_a_directory_with_an_equals_sign_in_its_name_is_a_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1e-5/64k").mkdir(parents=True)
+    assert models_of("lr=1e-5/64k", ["base=hf"]) == [("64k", "lr=1e-5/64k"), ("base", "hf")]
