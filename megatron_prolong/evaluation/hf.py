@@ -1,7 +1,8 @@
 """The Hugging Face backend: transformers on CPU or one GPU, with chunked prefill.
 
 Contexts are fed in chunks against a key/value cache, so logits exist for one chunk at a time and memory grows
-with the cache only. This is the reference the megatron backend is tested against.
+with the cache only. RoPE that depends on the length ("longrope", "dynamic") wants them whole. This is the
+reference the megatron backend is tested against.
 """
 
 from __future__ import annotations
@@ -132,8 +133,7 @@ class HuggingFaceBackend:
 
     def _prefill(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: Any) -> Tensor:
         """Feed the prompts chunk by chunk; returns the most likely next token of each, [B]."""
-        for start in range(0, ids_BT.shape[1], PREFILL_CHUNK_TOKENS):
-            end = min(start + PREFILL_CHUNK_TOKENS, ids_BT.shape[1])
+        for start, end in self._chunks(ids_BT.shape[1], PREFILL_CHUNK_TOKENS):
             seen = None if mask_BT is None else mask_BT[:, :end]
             following = self._forward(ids_BT[:, start:end], seen, cache)
         return following
@@ -162,13 +162,21 @@ class HuggingFaceBackend:
         """Log-probabilities of tokens 1..T−1, float32 [T−1]; the last token is not fed."""
         targets_T = ids_1T[0, 1:]
         pieces = []
-        for start in range(0, len(targets_T), SCORE_CHUNK_TOKENS):
-            chunk = slice(start, min(start + SCORE_CHUNK_TOKENS, len(targets_T)))
+        for start, end in self._chunks(len(targets_T), SCORE_CHUNK_TOKENS):
+            chunk = slice(start, end)
             logits_1TV = self.module(ids_1T[:, chunk], use_cache=True, **{self._cache_argument: cache}).logits
             logits_TV = logits_1TV[0].float()
             chosen_T = logits_TV.gather(-1, targets_T[chunk, None])[:, 0]
             pieces.append(chosen_T - logits_TV.logsumexp(-1))
         return torch.cat(pieces)
+
+    def _chunks(self, length: int, size: int) -> list[tuple[int, int]]:
+        """[start, end) of each; one for all where the whole length decides how positions are rotated."""
+        config = self.module.config  # transformers 5 and 4
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+            size = max(length, 1)
+        return [(start, min(start + size, length)) for start in range(0, length, size)]
 
     def _tensor(self, rows: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(rows, device=self.module.device)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation import hf
-from megatron_prolong.evaluation.backend import Prompt, encode, open_backend
+from megatron_prolong.evaluation.backend import Prompt, encode, load_tokenizer, open_backend
 from megatron_prolong.evaluation.documents import read_text
 from megatron_prolong.evaluation.megatron import inference_layout
 from megatron_prolong.mcore import inference
@@ -50,6 +50,30 @@ def test_hf_logprobs_in_chunks_are_those_of_one_pass(
     assert whole[1] == pytest.approx(expected[59:69].sum(), abs=1e-3)
     assert whole[2] == pytest.approx(float(logprobs[59, 5]), abs=1e-3)
     assert after_one_token == pytest.approx([expected[:10].sum(), expected[:2].sum()], abs=1e-3)
+
+
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_rotation_by_the_length_is_not_of_a_chunks(
+    rope: str, hf_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SCORE_CHUNK_TOKENS", "PREFILL_CHUNK_TOKENS"):
+        monkeypatch.setattr(hf, name, 40)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+    config = AutoConfig.from_pretrained(hf_directory)
+    config.max_position_embeddings = 64
+    config.rope_parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 2.0}
+    config.rope_parameters |= factors if rope == "longrope" else {}
+    models = [AutoModelForCausalLM.from_pretrained(hf_directory, config=config).eval() for _ in range(3)]
+    backends = [
+        hf.HuggingFaceBackend(model, load_tokenizer(hf_directory), "x", 1024, frozenset()) for model in models
+    ]
+    ids = torch.arange(2, 122).tolist()
+    with torch.no_grad():
+        logprobs = models[0](torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+        answer = models[1].generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=1)
+    expected = logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+    assert np.abs(backends[0].token_logprobs(ids) - expected).max() < LOGPROB_TOLERANCE
+    assert backends[2]._generate_batch([ids], 8) == [answer[0, len(ids) :].tolist()]
 
 
 def test_hf_batches_and_chunks_generate_what_transformers_generates(
