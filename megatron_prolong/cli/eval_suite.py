@@ -122,7 +122,15 @@ def run(
         return models, chosen, text, load_nli(nli) if nli and is_main(world) else None
 
     if suite == "short":
-        _run_short(models_of(model, compare), out, samples)
+        unused: dict[str, Any] = {
+            "--backend": backend != "auto",
+            "--chat": chat != "auto",
+            "--stop-newline": stop_newline,
+        }
+        unused |= {"--haystack": haystack, "--nli": nli, "--data": data}
+        if given := [option for option, value in unused.items() if value]:
+            raise UserError(f"--suite short has no use for {', '.join(given)}; leave it out")
+        _run_short(models_of(model, compare), out, samples, tasks, overwrite)
         return
     results = {}
     with ranks() as world:
@@ -242,10 +250,16 @@ def _open(
     return nullcontext(OpenAIBackend.connect(Client(server), path, load_tokenizer(tokenizer)))
 
 
-def _run_short(models: list[tuple[str, str]], out: Path, samples: int | None) -> None:
-    from megatron_prolong.evaluation.short import print_short, run_short
+def _run_short(
+    models: list[tuple[str, str]], out: Path, samples: int | None, names: str, overwrite: bool
+) -> None:
+    from megatron_prolong.evaluation.short import print_short, run_short, select_short
 
-    results = {label: run_short(Path(path), out / label, samples) for label, path in models}
+    tasks = select_short([name for name in names.split(",") if name])
+    results = {
+        label: run_short(Path(path), out / label, samples, tasks, overwrite=overwrite)
+        for label, path in models
+    }
     print_short(results)
 
 

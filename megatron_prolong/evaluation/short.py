@@ -6,7 +6,7 @@ with; the paper itself does not state them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,21 @@ TASKS = (
 )
 
 
+def select_short(names: Sequence[str]) -> tuple[ShortTask, ...]:
+    """All tasks, or those of these names. Raises UserError for a name that none has."""
+    known = {task.name: task for task in TASKS}
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"suite short has no task {', '.join(unknown)}; it has {', '.join(known)}")
+    return tuple(known[name] for name in names) or TASKS
+
+
 def run_short(
     model: Path,
     out: Path,
     samples: int | None = None,
     tasks: tuple[ShortTask, ...] = TASKS,
     task_directory: Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, float]:
     """Scores, 0 to 100, by task; finished ones are kept in OUT/short.json and not run again.
 
@@ -53,6 +62,7 @@ def run_short(
         model: a Hugging Face directory (convert a checkpoint first).
         samples: questions per task; None asks all.
         task_directory: further task definitions (YAML), e.g. an offline one.
+        overwrite: run finished tasks again.
     """
     evaluate, manager = _harness(task_directory)
     if not (model / "config.json").exists():
@@ -62,7 +72,7 @@ def run_short(
     about = {"model": str(model), "model_identity": model_identity(model), "samples": samples}
     scores = _finished(out / "short.json", about)
     for task in tasks:
-        if task.name in scores:
+        if task.name in scores and not overwrite:
             continue
         found = evaluate(
             model="hf",

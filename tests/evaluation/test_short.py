@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from megatron_prolong.cli.main import app
 from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation import short
@@ -103,3 +105,21 @@ def test_a_checkpoint_must_be_exported_first(
     monkeypatch.setattr(short, "_harness", lambda directory: (None, None))
     with pytest.raises(UserError, match="to-hf"):
         run_short(checkpoint, tmp_path)
+
+
+def test_the_command_runs_the_tasks_asked_for_and_refuses_what_it_cannot_use(
+    hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def evaluate(**options: Any) -> dict[str, Any]:
+        asked.extend(options["tasks"])
+        return {"results": {"gsm8k": {"exact_match,strict-match": 0.5}}}
+
+    monkeypatch.setattr(short, "_harness", lambda directory: (evaluate, None))
+    command = ["eval", "run", str(hf_directory), "--suite", "short", "--out", str(tmp_path)]
+    for more in ([], [], ["--overwrite"]):
+        assert CliRunner().invoke(app, [*command, "--tasks", "gsm8k", *more]).exit_code == 0
+    assert asked == ["gsm8k", "gsm8k"]
+    for refused, why in (("--chat=always", "no use for --chat"), ("--tasks=x", "no task x")):
+        assert why in str(CliRunner().invoke(app, [*command, refused]).exception)
