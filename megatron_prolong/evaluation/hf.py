@@ -8,6 +8,7 @@ reference the megatron backend is tested against.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,6 +67,12 @@ class HuggingFaceBackend:
             raise UserError.many(
                 f"{directory}: weights are missing, which transformers would make up at random; copy it again:",
                 sorted(found["missing_keys"]),
+            )
+        if (penalty := module.generation_config.repetition_penalty) not in (None, 1.0):
+            print(
+                f"warning: {directory}: generation_config.json asks for repetition_penalty {penalty}, which HELMET "
+                "applies and this greedy choice does not",
+                file=sys.stderr,
             )
         backend = cls(
             module=module.to(device).eval(),

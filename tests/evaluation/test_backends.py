@@ -200,3 +200,13 @@ def test_an_empty_haystack_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(UserError, match="empty; a haystack needs text"):
         read_text(tmp_path)
+
+
+def test_a_penalty_that_is_not_applied_is_warned_of(
+    hf_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(hf_directory, tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": 1, "repetition_penalty": 1.05}')
+    for directory, warned in ((hf_directory, False), (model, True)):
+        with open_backend(directory):
+            assert ("repetition_penalty 1.05" in capsys.readouterr().err) == warned
