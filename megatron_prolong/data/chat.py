@@ -19,6 +19,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from megatron_prolong.errors import UserError
@@ -99,7 +100,7 @@ def find_problem(messages: Any, control: re.Pattern[str]) -> str | None:
 def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, where: str = "chat") -> Rendered:
     """The template's text of a chat and the [start, end) characters of every assistant turn in it.
 
-    Raises UserError when the tokenizer has no chat template, or one that rewrites earlier turns.
+    Raises UserError when the tokenizer has no chat template, or one that rewrites earlier turns or refuses them.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -108,14 +109,17 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, wher
         )
 
     def text_of(count: int, open_turn: bool = False) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages[:count]),
-                tokenize=False,
-                add_generation_prompt=open_turn,
-                **_TEMPLATE_VARIABLES,
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    list(messages[:count]),
+                    tokenize=False,
+                    add_generation_prompt=open_turn,
+                    **_TEMPLATE_VARIABLES,
+                )
             )
-        )
+        except TemplateError as error:
+            raise UserError(f"{where}: the tokenizer's chat template refuses it: {error}") from error
 
     text = text_of(len(messages))
     spans = []
@@ -148,10 +152,11 @@ def encode_batch(
             raise UserError(f"{name}: {problem}")
         rendered.append(render(messages, tokenizer, name))
     encoded: list[EncodedChat] = []
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a fine-tune may have left lengths in tokenizer.json
+    backend.no_padding()
     for batch in _batches(rendered):
-        encodings = tokenizer.backend_tokenizer.encode_batch(
-            [text for text, _ in batch], add_special_tokens=False
-        )
+        encodings = backend.encode_batch([text for text, _ in batch], add_special_tokens=False)
         encoded += [_mask(encoding, spans) for encoding, (_, spans) in zip(encodings, batch, strict=True)]
     return encoded
 

@@ -166,6 +166,15 @@ def test_a_chat_too_long_is_cut_after_the_last_whole_answer() -> None:
     assert chat.cut(first - 1) is None
 
 
+def test_lengths_that_a_fine_tune_left_in_the_tokenizer_neither_cut_nor_fill() -> None:
+    tokenizer = llama3_tokenizer()
+    expected, _ = encode(CHAT, tokenizer)
+    tokenizer.backend_tokenizer.enable_truncation(16)
+    assert encode(CHAT, tokenizer)[0].tolist() == expected.tolist()
+    tokenizer.backend_tokenizer.enable_padding(length=500)
+    assert encode(CHAT, tokenizer)[0].tolist() == expected.tolist()
+
+
 def test_batches_equal_single_chats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_prolong.data.chat._BATCH_CHARACTERS", 500)
     other = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -222,6 +231,14 @@ def test_templates_that_cannot_tell_the_spans_are_refused() -> None:
             encode(CHAT, llama3_tokenizer(template=template))
     with pytest.raises(UserError, match="no chat template"):
         encode(CHAT, llama3_tokenizer(template=""))
+
+
+def test_a_template_that_refuses_a_chat_is_one_message() -> None:
+    strict = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(
+        UserError, match="chats, line 7: the tokenizer's chat template refuses it: roles must"
+    ):
+        encode_batch([CHAT], llama3_tokenizer(template=strict), ["chats, line 7"])
 
 
 def test_masks_that_say_nothing_are_refused() -> None:
