@@ -67,6 +67,12 @@ class FilterOptions:
                 "nothing to filter by; give a length, duplicates, evaluation files or a predicate"
             )
 
+    def length_problem(self, domain: str, length: int) -> str | None:
+        """Why a document of so many tokens is dropped, if it is."""
+        if length < _limit(self.min_length, domain, 0):
+            return "too short"
+        return "too long" if length > _limit(self.max_length, domain, length) else None
+
 
 @dataclass
 class FilterReport:
@@ -159,7 +165,7 @@ def filter_documents(
     job = Job(Path(out), _settings(names, options))
     if not job.is_finished:
         with job.open():
-            duplicates = _duplicates(job, data) if options.duplicates else None
+            duplicates = _duplicates(job, data, options) if options.duplicates else None
             tasks = _tasks(names)
             work = _Work(names, options, duplicates)
             if not job.run(tasks, work, executor or LocalProcesses(1), slurm):
@@ -200,13 +206,17 @@ def _tasks(inputs: Sequence[str]) -> dict[str, tuple[int, int]]:
     return {f"{number:05}": each for number, each in enumerate(ranges)}
 
 
-def _duplicates(job: Job, data: TokenizedInputs) -> Path:
+def _duplicates(job: Job, data: TokenizedInputs, options: FilterOptions) -> Path:
     """The file that says of every sample whether it repeats an earlier one; made once per job."""
     path = job.directory / "duplicates"
     if not path.exists():
         numbers = track(range(len(data)), len(data), "finding duplicates")
         with disk_full_is_users(job.out), whole_file(path) as temporary:
-            repeats = find_duplicates(data.read(number)["input_ids"] for number in numbers)
+            # One that its domain's length drops takes no copy in another domain along.
+            repeats = find_duplicates(
+                None if options.length_problem(sample.get("domain", ""), len(tokens)) else tokens
+                for sample, tokens in ((sample, sample["input_ids"]) for sample in map(data.read, numbers))
+            )
             temporary.write_bytes(repeats.tobytes())
     return path
 
@@ -279,11 +289,8 @@ class _Judge:
 
     def reason(self, candidate: Candidate, repeats: bool, report: FilterReport) -> str | None:
         """Why the document is dropped; None if it is kept."""
-        length = len(candidate.tokens)
-        if length < _limit(self._options.min_length, candidate.domain, 0):
-            return "too short"
-        if length > _limit(self._options.max_length, candidate.domain, length):
-            return "too long"
+        if problem := self._options.length_problem(candidate.domain, len(candidate.tokens)):
+            return problem
         if repeats:
             return "duplicate"
         if self._ngrams is not None and len(found := self._ngrams.find(candidate.text)) >= self._options.hits:

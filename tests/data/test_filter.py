@@ -73,6 +73,14 @@ def test_duplicates_across_inputs_keep_the_first(tmp_path: Path) -> None:
     ]
 
 
+def test_a_document_that_its_length_drops_takes_no_copy_along(tmp_path: Path) -> None:
+    a = write_documents(tmp_path / "a", [5, 6], domain="a")
+    b = write_documents(tmp_path / "b", [5, 6], domain="b")
+    report = run([a, b], tmp_path / "out", duplicates=True, min_length={"a": 6})
+    assert report.dropped == {"too short": [1, 5], "duplicate": [1, 6]}
+    assert [(s["domain"], s["length"]) for s in MDSReader(tmp_path / "out")] == [("a", 6), ("b", 5)]
+
+
 def test_result_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filter_module, "TASK_BYTES", 2000)
     lengths = [*range(10, 60), *range(10, 60)]
