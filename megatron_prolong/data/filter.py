@@ -187,6 +187,10 @@ def _settings(inputs: Sequence[str], options: FilterOptions) -> dict[str, Any]:
     }
     if options.tokenizer:
         settings["tokenizer"] = digest(tokenizer_file(options.tokenizer))
+    if options.predicate:
+        load_predicate(options.predicate)
+        if rules := sys.modules[options.predicate.partition(":")[0]].__file__:
+            settings["predicate"] = [options.predicate, digest(Path(rules))]
     return settings
 
 
