@@ -15,6 +15,7 @@ from megatron_prolong.data.mds import MDSReader, Shard
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.progress import track
+from megatron_prolong.runtime.publish import is_temporary
 
 _SHOWN_PER_SHARD = 3
 
@@ -50,7 +51,11 @@ def verify(directory: Path, vocab_size: int | None = None) -> Verdict:
 def _unlisted(directory: Path, shards: list[Shard]) -> list[str]:
     """Shard files the index does not know: their samples would silently be missing."""
     known = {path for shard in shards for path in (shard.path, shard.delivered[0])}
-    files = sorted(path for path in Path(directory).rglob("shard.*.mds*") if path not in known)
+    files = sorted(
+        path
+        for path in Path(directory).rglob("shard.*.mds*")
+        if path not in known and not is_temporary(path, Path(directory))
+    )
     return [f"{path}: not named by {directory}/index.json, so its samples are never read" for path in files]
 
 

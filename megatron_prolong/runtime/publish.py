@@ -28,6 +28,12 @@ def wanted_name(path: str) -> str:
     return re.sub(r"\.tmp-[^/]+-\d+(?=/|$)", "", path)
 
 
+def is_temporary(path: Path, root: Path) -> bool:
+    """Whether `path` is, or lies in, what is in the making below `root`, or was when a process was killed."""
+    below = path.relative_to(root).as_posix()
+    return wanted_name(below) != below
+
+
 def publish(partial: Path, final: Path) -> None:
     """Push `partial`, a file or a directory, to the disk and name it `final`: a file or an empty directory of that
     name is replaced. A power cut at any moment leaves all of it, or nothing under that name.

@@ -123,6 +123,7 @@ def test_shards_the_index_does_not_know_are_found(tmp_path: Path) -> None:
     index = json.loads((directory / "index.json").read_text())
     index["shards"].pop(3)
     (directory / "index.json").write_text(json.dumps(index))
+    (directory / "shard.00001.mds.tmp-host-17").write_bytes(b"a process was killed while unpacking")
     (problem,) = verify(directory).problems
     assert "shard.00003.mds: not named by" in problem
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_prolong.data.mds.index import INDEX, common_tokenizer, index_text, read_index
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import write_durably
+from megatron_prolong.runtime.publish import is_temporary, write_durably
 
 
 def merge_indexes(directories: Sequence[Path], out: Path) -> int:
@@ -51,9 +51,9 @@ def merge_tree(root: Path) -> int:
     An index that is itself a merger of directories below it is not counted twice: only directories that
     hold shard files are taken. Returns the sample count. Raises UserError when there is none.
     """
+    indexes = [path for path in Path(root).rglob(INDEX) if not is_temporary(path, Path(root))]
     holders = sorted(
-        {path.parent for path in Path(root).rglob(INDEX) if any(path.parent.glob("shard.*.mds*"))}
-        - {Path(root)}
+        {path.parent for path in indexes if any(path.parent.glob("shard.*.mds*"))} - {Path(root)}
     )
     if not holders:
         raise UserError(f"{root}: no data set in its subdirectories (no {INDEX} beside shard files)")
