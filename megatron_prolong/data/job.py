@@ -150,6 +150,7 @@ class Job:
                 with disk_full_is_users(self.out):
                     self._assemble(tasks, account)
                 self.directory.replace(self.out)
+                (self.out / LOCK).unlink(missing_ok=True)  # of a process that came since
         except FileNotFoundError:
             if not self.is_finished:
                 raise

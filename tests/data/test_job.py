@@ -60,6 +60,23 @@ def test_other_settings_are_refused_while_a_process_is_at_work(tmp_path: Path) -
     assert first.is_finished and not (first.out / ".lock").exists()
 
 
+def test_who_comes_as_a_job_is_finished_leaves_no_lock_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes would depend on how many processes there were."""
+    job, write_json = Job(tmp_path / "out", {"step": "test"}), job_module.write_json
+
+    def then_another_comes(path: Path, value: dict[str, int]) -> None:
+        write_json(path, value)
+        (path.parent / ".lock").touch()
+
+    with job.open():
+        write(job.directory / "00000", 1)
+        monkeypatch.setattr(job_module, "write_json", then_another_comes)
+        job.finish(["00000"], lambda: {"tokens": 3})
+    assert job.is_finished and not (job.out / ".lock").exists()
+
+
 def test_what_a_killed_process_began_gives_way_to_other_settings(tmp_path: Path) -> None:
     killed, job = (Job(tmp_path / "out", {"length": length}) for length in (8, 16))
     with killed.open():
