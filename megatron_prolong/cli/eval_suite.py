@@ -107,7 +107,7 @@ def run(
         if "/" in tag:
             raise UserError(f"--tag {tag}: becomes a part of file names, so it cannot hold a /")
         models = models_of(model, compare)
-        chosen = select(suite, lengths, [name for name in tasks.split(",") if name])
+        chosen = select(suite, lengths, _names(tasks))
         if is_main(world):
             chosen = runnable(chosen, data, skip_missing)
         if backend != "openai":
@@ -199,7 +199,7 @@ def data_check(
     if suite == "short":
         print("suite short: lm-evaluation-harness fetches its data itself")
         return
-    chosen = select(suite, lengths, [name for name in tasks.split(",") if name])
+    chosen = select(suite, lengths, _names(tasks))
     table = Table(title=f"{suite} in {data or 'no directory (give --data)'}")
     for heading in ("file", "state", "tasks"):
         table.add_column(heading, overflow="fold")  # a name that is cut cannot be looked for
@@ -214,6 +214,11 @@ def data_check(
         print("To get what is missing:\n" + "\n".join(commands))
     if hint := llama2_hint(chosen, data):
         print(hint)
+
+
+def _names(text: str) -> list[str]:
+    """Those with commas between them, of --tasks."""
+    return [name for name in text.split(",") if name]
 
 
 def _name_and_identity(path: str, backend: str) -> tuple[str, str]:
@@ -255,7 +260,7 @@ def _run_short(
 ) -> None:
     from megatron_prolong.evaluation.short import print_short, run_short, select_short
 
-    tasks = select_short([name for name in names.split(",") if name])
+    tasks = select_short(_names(names))
     results = {
         label: run_short(Path(path), out / label, samples, tasks, overwrite=overwrite)
         for label, path in models

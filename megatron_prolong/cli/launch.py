@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_prolong.cli.recipe import Overrides, RecipePath
+from megatron_prolong.cli.recipe import Overrides, RecipePath, warn
 
 
 def launch(
@@ -32,8 +32,7 @@ def launch(
     findings = find_problems(loaded, nodes * gpus_per_node)
     if findings.errors and submit:
         raise problems_error(str(recipe), findings.errors)
-    for problem in [*findings.errors, *findings.warnings]:
-        print(f"warning: {problem}", file=sys.stderr)
+    warn([*findings.errors, *findings.warnings])
     script = render_script(
         loaded,
         recipe,

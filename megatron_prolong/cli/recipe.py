@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -37,8 +38,7 @@ def check(
 
     loaded = load_recipe(recipe, overrides or ())
     findings = find_problems(loaded, world_size, on_cpu=cpu)
-    for warning in findings.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    warn(findings.warnings)
     if findings.errors:
         raise problems_error(str(recipe), findings.errors)
     for stage in loaded.stages:
@@ -47,6 +47,12 @@ def check(
             f"tokens ({stage.num_tokens:,} in all), lr {stage.lr:g} → {stage.min_lr:g}"
         )
     print(f"{recipe}: nothing wrong")
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Tell what is no error, a line each."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 @app.command()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_prolong.cli.recipe import Overrides, RecipePath
+from megatron_prolong.cli.recipe import Overrides, RecipePath, warn
 from megatron_prolong.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _check(recipe: Recipe, path: Path, world_size: int) -> None:
     from megatron_prolong.recipe.validate import check, tokenizer_of
     from megatron_prolong.training.changes import changes_since_start
 
-    _warn(check(recipe, world_size))
+    warn(check(recipe, world_size))
     check_room(recipe)
     if recipe.evaluation:
         from megatron_prolong.evaluation.in_training import check_lengths, tasks_of
@@ -92,11 +92,6 @@ def _check(recipe: Recipe, path: Path, world_size: int) -> None:
     for change in changes_since_start(recipe):
         print(f"changed since the last start: {change}")
     print(f"{path}: ready for {world_size} rank(s), {len(recipe.stages)} stage(s)")
-
-
-def _warn(warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _start(processes: int, machine: Rendezvous) -> None:
@@ -155,7 +150,7 @@ def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
 
     warnings = check(recipe, world.size, on_cpu=world.device.type == "cpu")
     if world.is_main:
-        _warn(warnings)
+        warn(warnings)
     check_room(recipe)
     spec = recipe.evaluation
     if spec is None:

@@ -9,19 +9,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from megatron_prolong.recipe.shape import ModelShape, read_json, to_hf_config
+from megatron_prolong.recipe.shape import TOKENIZER_FILES, ModelShape, read_json, to_hf_config
 
 _GENERATION_CONFIG = "generation_config.json"
 _MODEL = ("config.json", _GENERATION_CONFIG)
-_TOKENIZER = (
-    _GENERATION_CONFIG,  # at which tokens an answer ends
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-)
+_TOKENIZER = (_GENERATION_CONFIG, *TOKENIZER_FILES)  # it says at which tokens an answer ends
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 

@@ -7,19 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_prolong.evaluation.task import Task
-from megatron_prolong.recipe.shape import HF_DIR, MANIFEST
+from megatron_prolong.recipe.shape import HF_DIR, MANIFEST, TOKENIZER_FILES
 
 WEIGHTS = ("*.safetensors", "*.distcp", MANIFEST)
-WORDS = (  # how prompts are written and where answers end; small, and hand-edited
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-)
+# How prompts are written and where answers end; small, and hand-edited.
+WORDS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 def model_identity(directory: Path) -> str:

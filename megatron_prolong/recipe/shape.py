@@ -21,6 +21,15 @@ MANIFEST = "prolong.json"
 """What a checkpoint of ours says about itself; its absence tells a Hugging Face directory."""
 HF_DIR = "hf"
 """Where a checkpoint of ours keeps the tokenizer and configs of the model it came from."""
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+"""Patterns of the files of a Hugging Face directory that say how text becomes tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
