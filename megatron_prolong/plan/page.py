@@ -55,9 +55,7 @@ def _stage(plan: StagePlan, gpu: Gpu) -> Iterator[str]:
     )
     edge = {id(candidate) for candidate in frontier(plan.candidates)}
     points = [
-        Point(c.needed_bytes / 1e9, c.throughput, f"{c.name}: {c.throughput:,.0f} tok/s/GPU", id(c) in edge)
-        for c in plan.candidates
-        if c.runs
+        Point(c.needed_bytes / 1e9, c.throughput, c.name, id(c) in edge) for c in plan.candidates if c.runs
     ]
     yield figure(
         scatter(points, "GB per GPU", "tokens/s/GPU"),
