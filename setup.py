@@ -26,6 +26,7 @@ CORE = [
     "xxhash>=3.4,<5",
     "nltk>=3.9,<4",
     "rouge-score>=0.1.2,<0.2",
+    "openai>=2,<4",  # models behind a server, and HELMET's judge
     "wonderwords>=3,<4",  # the word lists of RULER's synthetic tasks
 ]
 EXTRAS = {

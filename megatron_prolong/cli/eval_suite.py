@@ -174,7 +174,7 @@ def judge(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
 ) -> None:
     """Let a model judge long answers and summaries (HELMET's procedure); cached, resumable."""
-    from megatron_prolong.evaluation.http import Client
+    from megatron_prolong.evaluation.client import Client
     from megatron_prolong.evaluation.judge import Judge, judge_results
 
     client = Client(server, concurrency=concurrency)
@@ -243,7 +243,7 @@ def _open(
 ) -> AbstractContextManager[Backend | None]:
     from megatron_prolong.errors import UserError
     from megatron_prolong.evaluation.backend import load_tokenizer, open_backend
-    from megatron_prolong.evaluation.http import Client
+    from megatron_prolong.evaluation.client import Client
     from megatron_prolong.evaluation.openai import OpenAIBackend
 
     if backend != "openai":

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.http import Client
+from megatron_prolong.evaluation.client import Client
 from megatron_prolong.evaluation.partial import sample_key
 from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.results import JUDGED, judged_path, whole_result

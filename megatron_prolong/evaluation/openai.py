@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode
-from megatron_prolong.evaluation.http import Client
+from megatron_prolong.evaluation.client import Client
 
 UNKNOWN_LENGTH = 1 << 62
 

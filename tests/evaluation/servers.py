@@ -7,7 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from megatron_prolong.evaluation.http import Client
+from megatron_prolong.evaluation.client import Client
 
 
 class Server(ThreadingHTTPServer):
@@ -55,6 +55,8 @@ class _Handler(BaseHTTPRequestHandler):
         whole = self.server.whole_answer
         payload = json.dumps(content if whole is None else whole).encode()
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Retry-After-Ms", "10")
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
         self.wfile.write(payload)
@@ -64,5 +66,4 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def client(server: Server, **options: Any) -> Client:
-    options = {"first_wait_seconds": 0.01, "timeout_seconds": 20.0, **options}
-    return Client(f"http://127.0.0.1:{server.server_port}/v1", **options)
+    return Client(f"http://127.0.0.1:{server.server_port}/v1", timeout_seconds=20.0, **options)

@@ -18,7 +18,7 @@ from helmet_checkout import HELMET, needs_helmet
 from strings import sentence
 
 from megatron_prolong.evaluation import alce
-from megatron_prolong.evaluation.http import Client
+from megatron_prolong.evaluation.client import Client
 from megatron_prolong.evaluation.judge import Judge, judge_results
 
 HELMETS = {

@@ -14,7 +14,7 @@ from servers import Server, client
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, encode
-from megatron_prolong.evaluation.http import Client, asked_wait
+from megatron_prolong.evaluation.client import Client
 from megatron_prolong.evaluation.judge import Judge, judge_results, last_object, summary_scores
 from megatron_prolong.evaluation.openai import UNKNOWN_LENGTH, OpenAIBackend
 from megatron_prolong.evaluation.prompts import prepare
@@ -118,7 +118,7 @@ def test_an_answer_without_text_is_shown(
     server: Server, tokenizer: Any, tmp_path: Path, answer: object
 ) -> None:
     server.whole_answer = answer
-    refused = client(server, attempts=2)
+    refused = client(server, retries=1)
     with pytest.raises(UserError, match=r"/completions: .*" + re.escape(json.dumps(answer))):
         list(OpenAIBackend(refused, "tiny", tokenizer, 512).generate([Prompt("a")], 4))
     with pytest.raises(UserError, match=r"/chat/completions: .*" + re.escape(json.dumps(answer))):
@@ -135,20 +135,9 @@ def test_half_an_emoji_is_a_question_mark(server: Server, tokenizer: Any) -> Non
     assert list(OpenAIBackend(client(server), "tiny", tokenizer, 512).generate([Prompt("a")], 4)) == ["? x"]
 
 
-def test_a_wait_that_is_none_is_not_waited() -> None:
-    assert [asked_wait(header, 7.0) for header in (None, "3", "-5", "nan", "inf", "Sun")] == [
-        7,
-        3,
-        7,
-        7,
-        7,
-        7,
-    ]
-
-
 def test_a_server_that_stays_away_is_named(tokenizer: Any) -> None:
-    nobody = Client("http://127.0.0.1:9/v1", attempts=2, first_wait_seconds=0.01)
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
+    nobody = Client("http://127.0.0.1:9/v1", retries=1)
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/v1/models: .*refused"):
         OpenAIBackend.connect(nobody, "tiny", tokenizer)
 
 
