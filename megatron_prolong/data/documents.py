@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.data.mds import MDSReader, common_tokenizer
-from megatron_prolong.data.packed import Identity, read_boundaries, read_mask
+from megatron_prolong.data.packed import Identity, check_tokens, open_tokens, read_boundaries, read_mask
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.progress import track
 
@@ -57,8 +57,9 @@ class TokenizedInputs:
         views of the file."""
         reader, number = self._find(sample)
         values = reader[number]
+        identity = Identity.of(reader, number)
+        check_tokens(values["input_ids"], identity)
         if self.has_mask:
-            identity = Identity.of(reader, number)
             values["mask"] = read_mask(values["mask"], len(values["input_ids"]), identity)
         return values
 
@@ -109,14 +110,14 @@ class TokenizedInputs:
 
 
 def _open(directory: str) -> MDSReader:
-    columns = MDSReader(directory).columns
-    if columns.get("input_ids") not in ("ndarray:uint32", "ndarray"):
+    reader = open_tokens(directory, "mask", "domain")
+    kind = reader.columns.get("input_ids", "of no samples")
+    if kind != "ndarray" and kind.split(":")[:2] != ["ndarray", "uint32"]:
         raise UserError(
-            f"{directory}: no column input_ids of uint32 (columns: {', '.join(columns) or 'none'}); "
+            f"{directory}: its input_ids are {kind}, not arrays of uint32; "
             "expected tokenized data, as `prolong data tokenize` writes"
         )
-    wanted = ("input_ids", "indices", "mask", "domain")
-    return MDSReader(directory, columns=[name for name in wanted if name in columns])
+    return reader
 
 
 def _is_plain(reader: MDSReader) -> bool:

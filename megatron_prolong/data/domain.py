@@ -9,8 +9,7 @@ from typing import Protocol
 import numpy as np
 from pydantic import JsonValue
 
-from megatron_prolong.data.mds import MDSReader
-from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.data.packed import Identity, PackedSequence, open_tokens
 from megatron_prolong.data.permutation import mix
 from megatron_prolong.errors import UserError
 
@@ -42,7 +41,7 @@ class ShardedDomain:
         self._sequence_length = sequence_length
         self._vocab_size = vocab_size
         self._loss_mask = loss_mask
-        self._reader = MDSReader(directory)
+        self._reader = open_tokens(directory, *(["mask"] if loss_mask else []))
         self.tokenizer = self._reader.tokenizer
         if not len(self._reader):
             raise UserError(f"{directory}: no samples; pack a source into it, or leave it out of the mixture")

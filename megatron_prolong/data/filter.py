@@ -25,7 +25,7 @@ from megatron_prolong.data.documents import TokenizedInputs, read_table
 from megatron_prolong.data.duplicates import find_duplicates
 from megatron_prolong.data.executors import Executor, LocalProcesses
 from megatron_prolong.data.job import REPORT, Job
-from megatron_prolong.data.mds import INDEX, MDSReader, MDSWriter, common_tokenizer
+from megatron_prolong.data.mds import INDEX, MDSWriter, common_tokenizer, read_index
 from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.ngrams import DEFAULT_N, NgramIndex, evaluation_texts
 from megatron_prolong.errors import UserError
@@ -199,7 +199,7 @@ def _tasks(inputs: Sequence[str]) -> dict[str, tuple[int, int]]:
     ranges: list[tuple[int, int]] = []
     first = at = num_bytes = 0
     for directory in inputs:
-        for shard in MDSReader(directory).shards:
+        for shard in read_index(Path(directory)).shards:
             at += shard.num_samples
             num_bytes += shard.raw.num_bytes
             if num_bytes >= TASK_BYTES:

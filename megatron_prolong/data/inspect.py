@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_prolong.data.mds import MDSReader
 from megatron_prolong.data.mixture import Mixture
-from megatron_prolong.data.packed import Identity, PackedSequence, Piece, read_boundaries
+from megatron_prolong.data.packed import Identity, PackedSequence, Piece, open_tokens, read_boundaries
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.runtime.progress import track
@@ -72,13 +72,9 @@ def survey(directory: Path) -> list[DomainSurvey]:
 
     Raises UserError for data without tokens, without samples, or with a sample that is wrong.
     """
-    reader = MDSReader(directory)
+    reader = open_tokens(directory, "mask", "domain")
     if not len(reader):
         raise UserError(f"{directory}: no samples")
-    if "input_ids" not in reader.columns:
-        raise UserError(
-            f"{directory}: no column input_ids, only {', '.join(reader.columns)}; tokenize it first"
-        )
     has_mask = "mask" in reader.columns
     domains: dict[str, DomainSurvey] = {}
     for number in track(range(len(reader)), len(reader), f"{directory}: samples"):
@@ -201,7 +197,7 @@ def preview(
     """
     from rich.text import Text
 
-    reader = MDSReader(directory)
+    reader = open_tokens(directory, "mask", "domain")
     if not 0 <= index < len(reader):
         raise UserError(f"{directory}: no sample {index}; it has {len(reader)}, counted from 0")
     sample = reader[index]

@@ -23,9 +23,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.mds import MDSReader, MDSWriter
+from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.data.mds.writer import disk_full_is_users
-from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.data.packed import Identity, PackedSequence, open_tokens
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.progress import track
 from megatron_prolong.runtime.publish import publish, temporary_name
@@ -167,7 +167,7 @@ def to_megatron(directory: Path, prefix: Path) -> int:
 
     Raises UserError for data without tokens, with a mask column, or with tokens beyond 31 bits.
     """
-    reader = MDSReader(directory)
+    reader = open_tokens(directory, "mask")
     if "mask" in reader.columns:
         raise UserError(
             f"{directory} has a mask column, which Megatron's format cannot hold; "

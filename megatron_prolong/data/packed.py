@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prolong.data.mds import MDSReader
 from megatron_prolong.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_prolong.data.mds import MDSReader
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,26 @@ class Identity:
 
     def __str__(self) -> str:
         return f"{self.domain}, shard {self.shard}, sample {self.index}"
+
+
+def open_tokens(directory: Path | str, *columns: str) -> MDSReader:
+    """A data set's `input_ids` and, where they are there, `indices` and `columns`; others are passed over.
+
+    Raises UserError when it has samples without tokens.
+    """
+    reader = MDSReader(directory, columns=("input_ids", "indices", *columns))
+    if reader.shards and "input_ids" not in reader.columns:
+        known = ", ".join(reader.shards[0].columns)
+        raise UserError(f"{directory}: no column input_ids, only {known}; tokenize it first")
+    return reader
+
+
+def check_tokens(tokens: NDArray[Any], identity: Identity) -> None:
+    """Raises UserError when these are no uint32 [S]."""
+    if tokens.ndim != 1 or tokens.dtype != np.uint32:
+        raise UserError(
+            f"{identity}: input_ids must be uint32 [S], found {tokens.dtype} {list(tokens.shape)}"
+        )
 
 
 class Piece(NamedTuple):
@@ -63,17 +82,13 @@ class PackedSequence:
     identity: Identity
 
     def __post_init__(self) -> None:
-        if self.tokens.ndim != 1 or self.tokens.dtype != np.uint32:
-            self._refuse(f"input_ids must be uint32 [S], found {self.tokens.dtype} {list(self.tokens.shape)}")
+        check_tokens(self.tokens, self.identity)
         if not len(self.tokens):
-            self._refuse("input_ids is empty; pack the data set again")
+            raise UserError(f"{self.identity}: input_ids is empty; pack the data set again")
         edges = self.boundaries  # those of a file were judged by read_boundaries, its mask by read_mask
         assert edges.dtype == np.int64 and edges[0] == 0 and edges[-1] == len(self.tokens)
         assert (np.diff(edges) > 0).all()
         assert self.mask is None or (self.mask.dtype == np.uint8 and self.mask.shape == self.tokens.shape)
-
-    def _refuse(self, problem: str) -> None:
-        raise UserError(f"{self.identity}: {problem}")
 
     @classmethod
     def from_sample(
@@ -84,10 +99,6 @@ class PackedSequence:
         loss_mask: read the `mask` column, which must then be there; otherwise it is ignored.
         Raises UserError naming directory, shard and sample.
         """
-        if "input_ids" not in sample:
-            raise UserError(
-                f"{identity}: no column input_ids, only {', '.join(sorted(sample))}; tokenize it first"
-            )
         if loss_mask and "mask" not in sample:
             raise UserError(
                 f"{identity}: no column mask, but the stage has `loss_mask: true`; "

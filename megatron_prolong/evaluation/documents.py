@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.data.mds import MDSReader, common_tokenizer, read_index
-from megatron_prolong.data.packed import Identity, PackedSequence, read_boundaries
+from megatron_prolong.data.packed import Identity, PackedSequence, open_tokens, read_boundaries
 from megatron_prolong.data.sources import jsonl
 from megatron_prolong.data.sources.files import COMPRESSED
 from megatron_prolong.errors import UserError
@@ -104,11 +104,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _packed_documents(directory: Path) -> Iterator[_Document]:
-    reader = MDSReader(directory)
-    if "input_ids" not in reader.columns:
-        raise UserError(
-            f"{directory}: no column input_ids, only {', '.join(reader.columns)}; tokenize it first"
-        )
+    reader = open_tokens(directory)
     for number, sample in enumerate(reader):
         identity = Identity.of(reader, number)
         edges = read_boundaries(sample.get("indices"), len(sample["input_ids"]), identity).tolist()

@@ -1,12 +1,13 @@
 """Small packed data sets for the tests of this room."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from megatron_prolong.data.mds import MDSWriter
+from megatron_prolong.data.mds import MDSReader, MDSWriter
 
 COLUMNS = {"input_ids": "ndarray:uint32", "indices": "ndarray:uint32", "domain": "str", "length": "int"}
 
@@ -40,6 +41,23 @@ def write_packs(
                 sample["mask"] = np.array([bit for mask in masks[number] for bit in mask], np.uint8)
             writer.write(sample)
     return directory
+
+
+def add_foreign_columns(directory: Path) -> None:
+    """As other writers leave it: beside the tokens an object in a pickle, and a price."""
+    reader = MDSReader(directory)
+    others = {"extra": "bytes", "price": "str"}
+    with MDSWriter(directory.with_suffix(".new"), {**reader.columns, **others}) as writer:
+        for sample in reader:
+            writer.write({**sample, "extra": b"\x80\x04N.", "price": "0.5"})
+    shutil.rmtree(directory)
+    directory.with_suffix(".new").rename(directory)
+    index = directory / "index.json"
+    content = json.loads(index.read_text())
+    for shard in content["shards"]:
+        types = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+        shard["column_encodings"] = list((types | {"extra": "pkl", "price": "str_decimal"}).values())
+    index.write_text(json.dumps(content))
 
 
 def record_tokenizer(directory: Path, fingerprint: str = "0123456789abcdef") -> None:

@@ -73,15 +73,25 @@ def test_a_reader_of_many_shards_holds_few_files_open(tmp_path: Path) -> None:
     np.testing.assert_array_equal(kept, arrays[7])  # a view outlives its map's place in the reader
 
 
-def test_columns_can_be_chosen_and_unreadable_ones_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["pkl", "str_decimal", "of_tomorrow"])
+def test_columns_can_be_chosen_and_others_are_passed_over(tmp_path: Path, kind: str) -> None:
     write(tmp_path / "data", [3, 4])
     index = tmp_path / "data" / "index.json"
-    index.write_text(index.read_text().replace('"ndarray:uint32"', '"pkl"'))
-    with pytest.raises(UserError, match=r"column input_ids: columns of type pkl are not read"):
-        MDSReader(tmp_path / "data")
-    assert MDSReader(tmp_path / "data", columns=["length", "domain"])[1] == {"length": 4, "domain": "d1"}
-    with pytest.raises(UserError, match="no column text, only domain, input_ids, length"):
-        MDSReader(tmp_path / "data", columns=["text"])
+    index.write_text(index.read_text().replace('"ndarray:uint32"', f'"{kind}"'))
+    assert MDSReader(tmp_path / "data", columns=["length", "text"])[1] == {"length": 4}
+    with pytest.raises(UserError, match=rf"data, column input_ids: .*{kind}"):
+        MDSReader(tmp_path / "data", columns=["length", "input_ids"])
+
+
+def test_a_column_of_unknown_type_is_read_as_the_bytes_that_are_stored(tmp_path: Path) -> None:
+    with MDSWriter(tmp_path / "data", {"a": "ndarray:uint8:3", "b": "str"}) as writer:
+        writer.write({"a": np.array([7, 8, 9], np.uint8), "b": "x"})
+    index = tmp_path / "data" / "index.json"
+    index.write_text(
+        index.read_text().replace('"ndarray:uint8:3"', '"of_tomorrow"').replace('"str"', '"pkl"')
+    )
+    assert list(MDSReader(tmp_path / "data")) == [{"a": b"\x07\x08\t", "b": b"x"}]
+    assert MDSReader(tmp_path / "data").columns == {"a": "of_tomorrow", "b": "pkl"}
 
 
 def test_merge_keeps_order_and_reads_nested_directories(tmp_path: Path) -> None:

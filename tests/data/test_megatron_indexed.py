@@ -106,7 +106,7 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
         to_megatron(write_packs(tmp_path / "big", [[[2**31]]]), tmp_path / "out")
     with MDSWriter(tmp_path / "text", {"text": "str"}) as writer:
         writer.write({"text": "x"})
-    with pytest.raises(UserError, match="sample 0: no column input_ids, only text; tokenize it first"):
+    with pytest.raises(UserError, match="text: no column input_ids, only text; tokenize it first"):
         to_megatron(tmp_path / "text", tmp_path / "out")
     assert not list(tmp_path.glob("out*")), "nothing half-written is left"
 

@@ -178,7 +178,7 @@ def test_every_domain_that_cannot_be_used_is_named(tmp_path: Path, sources: Path
         [
             ("absent", "no such directory"),
             ("empty", "no samples"),
-            ("text", "shard shard.00000.mds, sample 0: no column input_ids"),
+            ("text", "no column input_ids, only text; tokenize it first"),
             ("long", "sample 0: 16 tokens, but the stage's sequence_length is 8"),
             ("short", "4 tokens, not even half of the stage's sequence_length 8"),
             ("other_tokenizer", "token 99999 at position 2 is not in the vocabulary of 50000"),

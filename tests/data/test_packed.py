@@ -1,9 +1,21 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
+from documents import write_documents
 from hypothesis import given
 from hypothesis import strategies as st
+from packs import add_foreign_columns, numbered_packs, write_packs
 
+from megatron_prolong.data.filter import FilterOptions, filter_documents
+from megatron_prolong.data.inspect import survey
+from megatron_prolong.data.mds import MDSWriter
+from megatron_prolong.data.megatron_indexed import to_megatron
+from megatron_prolong.data.mixture import Mixture, SampleRef
+from megatron_prolong.data.pack import PackOptions, pack
 from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.data.sources import Record, source_of
+from megatron_prolong.data.verify import verify
 from megatron_prolong.errors import UserError
 
 HERE = Identity("data/books", "shard.00002.mds", 17)
@@ -63,7 +75,6 @@ def test_arrays_do_not_refer_to_the_file() -> None:
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ({"tokens": np.zeros(3, np.uint32)}, "no column input_ids, only tokens"),
         ({"input_ids": np.zeros(3, np.int64)}, r"must be uint32 \[S\], found int64 \[3\]"),
         ({"input_ids": np.zeros((3, 1), np.uint32)}, r"found uint32 \[3, 1\]"),
         (sample(0, indices=np.zeros((0, 2), np.uint32)), "input_ids is empty"),
@@ -83,3 +94,34 @@ def test_what_is_wrong_names_the_sample(raw: dict[str, object], said: str) -> No
     with pytest.raises(UserError, match=said) as error:
         PackedSequence.from_sample(raw, HERE, loss_mask="mask" in raw or "mask" in said)
     assert str(error.value).startswith("data/books, shard shard.00002.mds, sample 17: ")
+
+
+def test_columns_that_nobody_needs_may_be_of_any_type(tmp_path: Path) -> None:
+    """Each of these refused the whole data set."""
+    packs = write_packs(tmp_path / "packs", numbered_packs(4))
+    plain = write_documents(tmp_path / "plain", [10, 12])
+    text = tmp_path / "text"
+    with MDSWriter(text, {"text": "str"}) as writer:
+        writer.write({"text": "hello"})
+    for directory in (packs, plain, text):
+        add_foreign_columns(directory)
+    mixture = Mixture({packs: 1.0}, sequence_length=8, batch_sequences=2, seed=0, num_steps=2)
+    assert mixture.read(mixture.batch(0)[0]).num_tokens == 8
+    assert [domain.num_tokens for domain in survey(packs)] == [32]
+    assert verify(packs).problems == [] and to_megatron(packs, tmp_path / "indexed") == 4
+    report = pack([plain], tmp_path / "packed", PackOptions(11, "concat"))
+    assert report is not None and report.packed == 22
+    kept = filter_documents([plain], tmp_path / "kept", FilterOptions(min_length={"": 11}))
+    assert kept is not None and kept.kept_tokens == 12
+    (record,) = [found for part in source_of("mds").parts(str(text)) for found in source_of("mds").read(part)]
+    assert isinstance(record, Record) and record.fields["text"] == "hello"
+
+
+def test_a_mask_that_the_stage_does_not_read_may_be_of_any_type(tmp_path: Path) -> None:
+    packs = write_packs(tmp_path / "packs", [[[1, 2, 3, 4]]], masks=[[[1, 0, 1, 1]]])
+    index = packs / "index.json"
+    index.write_text(index.read_text().replace('"ndarray:uint8"', '"pkl"'))
+    run = {"sequence_length": 4, "batch_sequences": 1, "seed": 0, "num_steps": 1}
+    assert Mixture({packs: 1.0}, **run).read(SampleRef(0, 0, 0)).num_tokens == 4
+    with pytest.raises(UserError, match="packs, column mask: columns of type pkl are not read"):
+        Mixture({packs: 1.0}, loss_mask=True, **run)

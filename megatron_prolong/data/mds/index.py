@@ -31,12 +31,14 @@ class Shard:
     """One shard: its file as it is read (raw) and, if compressed, as it was delivered (packed).
 
     first: number of its first sample in the data set. columns: name to encoding, in the order of the file.
+    sizes: bytes of every value of these columns, None where they vary.
     """
 
     directory: Path
     first: int
     num_samples: int
     columns: Mapping[str, str]
+    sizes: Mapping[str, int | None]
     compression: str | None
     raw: File
     packed: File | None
@@ -143,6 +145,7 @@ def _parse(directory: Path, first: int, entry: Mapping[str, Any]) -> Shard:
         first=first,
         num_samples=int(entry["samples"]),
         columns=dict(zip(entry["column_names"], entry["column_encodings"], strict=True)),
+        sizes=dict(zip(entry["column_names"], entry["column_sizes"], strict=True)),
         compression=entry["compression"],
         raw=raw,
         packed=_file(packed) if packed else None,

@@ -14,7 +14,8 @@ import struct
 import tempfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,9 +37,11 @@ _MAX_MAPS = 64  # of every reader: 1,024 open files are a common limit, and a mi
 class MDSReader(Sequence[dict[str, Any]]):
     """`reader[i]` is sample i as {column: value}; arrays are read-only views, copy them to keep or change.
 
-    path: directory with index.json. columns: read only these (default all). Hashes are compared when a compressed
-    shard is unpacked, and by `verify`.
-    Raises UserError naming file, sample and column for a missing or damaged file.
+    path: directory with index.json. columns: read only these, as far as they are there (default all, and of a type
+    that is not known here the bytes that are stored). Hashes are compared when a compressed shard is unpacked, and
+    by `verify`.
+    Raises UserError naming file, sample and column for a missing or damaged file, and for one of `columns` whose
+    type is not known.
     """
 
     def __init__(self, path: Path | str, *, columns: Iterable[str] | None = None) -> None:
@@ -50,29 +53,23 @@ class MDSReader(Sequence[dict[str, Any]]):
         self._length = sum(shard.num_samples for shard in self.shards)
         self._maps: dict[int, mmap.mmap] = {}  # oldest first
         self._unnamed: dict[int, mmap.mmap] = {}
-        stored = dict(self.shards[0].columns) if self.shards else {}
-        wanted = sorted(stored if columns is None else columns)
-        if self.shards and (absent := [name for name in wanted if name not in stored]):
-            raise UserError(f"{self.path}: no column {', '.join(absent)}, only {', '.join(stored)}")
-        self.columns: dict[str, str] = {name: stored[name] for name in wanted if name in stored}
-        self._layout = self._plan(stored)
+        stored = self.shards[0].columns if self.shards else {}
+        wanted = stored.keys() if columns is None else set(columns)
+        self.columns = {name: kind for name, kind in stored.items() if name in wanted}
+        self._layout = self._plan(must_decode=columns is not None)
         self._sizes = struct.Struct(f"<{sum(size is None for _, size, _ in self._layout)}I")
         self._fixed_bytes = self._sizes.size + sum(size or 0 for _, size, _ in self._layout)
 
-    def _plan(self, stored: Mapping[str, str]) -> list[tuple[str, int | None, Decode | None]]:
+    def _plan(self, must_decode: bool) -> list[tuple[str, int | None, Decode | None]]:
         """(name, fixed size, decoder or None to skip) of every stored column, in the order of the file."""
         layout: list[tuple[str, int | None, Decode | None]] = []
-        for name, kind in stored.items():
+        for name, kind in self.shards[0].columns.items() if self.shards else ():
             try:
                 known = encoding(kind)
             except UserError as error:
-                if name in self.columns:
-                    others = [other for other in stored if other != name]
-                    raise UserError(
-                        f"{self.path}, column {name}: {error} (other columns: {others})"
-                    ) from None
-                layout.append((name, None, None))
-                continue
+                if must_decode and name in self.columns:
+                    raise UserError(f"{self.path}, column {name}: {error}") from None
+                known = replace(encoding("bytes"), size=self.shards[0].sizes[name])
             layout.append((name, known.size, known.decode if name in self.columns else None))
         return layout
 
