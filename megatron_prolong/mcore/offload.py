@@ -18,11 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 MIN_BYTES = 2**20  # smaller ones are not worth a transfer
 AHEAD_BYTES = 2**30  # on their way back before the backward asks: a fraction of a layer at 512K tokens
-
-
-LEAVING_BYTES = (
-    2**32
-)  # on their way to the host: a tenth of a second over PCIe, in which the GPU has work enough
+LEAVING_BYTES = 2**32  # on their way to the host: 0.1 s over PCIe, in which the GPU has work enough
 
 
 @dataclass

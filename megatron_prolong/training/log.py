@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.run_files import METRICS, TENSORBOARD
 from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.runtime.strict_json import dumps
+
+# Documents differ in length, and so do steps in time. rich's own estimate forgets what is 30 s old: a step here.
+_ETA_STEPS = 20
 
 
 @dataclass
@@ -30,6 +35,7 @@ class RunLog:
     wandb: Any = None  # a wandb.Run, where the recipe asks for one
     progress: Progress | None = None
     task: TaskID | None = None
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_ETA_STEPS))
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""
@@ -42,12 +48,13 @@ class RunLog:
     @contextmanager
     def stage(self, name: str, first_step: int, num_steps: int) -> Iterator[None]:
         """Show the progress of one stage."""
+        self.step_seconds.clear()
         if not self.console.is_terminal:
             yield
             return
         columns = (
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"), TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
         )  # fmt: skip
         with Progress(*columns, console=self.console) as progress:
             self.progress = progress
@@ -61,15 +68,16 @@ class RunLog:
         self._scalars(
             stage, step, {key: value for key, value in facts.items() if isinstance(value, int | float)}
         )
+        self.step_seconds.append(facts["step_seconds"])
+        remaining = (num_steps - step) * statistics.median(self.step_seconds)
         status = (
             f"loss {facts['loss']:.4f}  lr {facts['lr']:.2e}  grad {facts['grad_norm']:.2f}  "
-            f"{facts['tokens_per_second']:,.0f} tok/s"
+            f"{facts['tokens_per_second']:,.0f} tok/s  ETA {_duration(remaining)}"
         )
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=step, status=status)
         elif show:
-            remaining = (num_steps - step) * facts["step_seconds"]
-            self.say(f"{stage} {step}/{num_steps}  {status}  ETA {_duration(remaining)}")
+            self.say(f"{stage} {step}/{num_steps}  {status}")
 
     def evaluation(self, stage: str, step: int, scores: Mapping[str, float]) -> None:
         """Record what a checkpoint scored, 0 to 100 by task and length."""

@@ -113,7 +113,7 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
             writer.finish()  # saved before the damage
             raise JointError(str(error), said_here=session.world.is_main) from error
         if log:
-            facts = _facts(run, state, metrics, sequences, time.perf_counter() - started)
+            facts = _facts(run, before, state, metrics, sequences, time.perf_counter() - started)
             show = last or state.step % run.recipe.logging.every == 0
             log.step(stage.name, state.step, stage.num_steps, facts, show=show)
         stopping = session.stop_requested()
@@ -129,12 +129,15 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
 
 
 def _facts(
-    run: StageRun, state: TrainState, metrics: StepMetrics, sequences: list[PackedSequence], seconds: float
+    run: StageRun,
+    before: TrainState,
+    state: TrainState,
+    metrics: StepMetrics,
+    sequences: list[PackedSequence],
+    seconds: float,
 ) -> dict[str, Any]:
     """One line of metrics.jsonl."""
-    tokens = sum(
-        sequence.num_tokens for sequence in sequences
-    )  # fewer than batch_tokens, if packs are not full
+    tokens = state.tokens - before.tokens  # fewer than batch_tokens, if packs are not full
     pairs = sum(float(np.square(np.diff(sequence.boundaries)).sum()) for sequence in sequences)
     flops = model_flops(run.model.shape, tokens, pairs)
     return {

@@ -57,7 +57,7 @@ class TrainState:
         return dataclasses.replace(
             self,
             step=self.step + 1,
-            tokens=self.tokens + sum(sequence.num_tokens for sequence in sequences),
+            tokens=domains.total(),
             skipped=self.skipped + (not metrics.updated),
             skipped_in_a_row=0 if metrics.updated else self.skipped_in_a_row + 1,
             recent_losses=[*self.recent_losses, *[metrics.loss] * metrics.updated][-LOSS_WINDOW:],

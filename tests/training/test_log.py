@@ -66,3 +66,23 @@ def test_a_terminal_has_a_bar_in_place_of_lines() -> None:
     assert "3/50 loss 2.5000" in shown.getvalue() and "64k 3/50" not in shown.getvalue()
     log.step("64k", 4, 50, FACTS, show=True)
     assert "64k 4/50  loss" in shown.getvalue(), "the bar has gone"
+
+
+def test_the_time_left_is_told_of_steps_that_take_minutes_on_a_terminal_too() -> None:
+    shown = io.StringIO()
+    log = RunLog(
+        Console(file=shown, force_terminal=True, color_system=None, width=120), io.StringIO(), Mock()
+    )
+    with log.stage("512k", 0, 50):
+        for step in (1, 2):
+            log.step("512k", step, 50, FACTS, show=True)
+    assert "ETA 1:12:00" in shown.getvalue()
+
+
+def test_one_odd_step_does_not_move_the_time_left() -> None:
+    shown = io.StringIO()
+    log = RunLog(Console(file=shown), io.StringIO(), Mock())
+    with log.stage("512k", 0, 10):
+        for step, seconds in enumerate([60.0, 60.0, 600.0, 6.0], 1):
+            log.step("512k", step, 10, FACTS | {"step_seconds": seconds}, show=step > 2)
+    assert [line.split("ETA ")[1] for line in shown.getvalue().splitlines()] == ["0:07:00", "0:06:00"]
