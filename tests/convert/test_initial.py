@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from megatron_prolong.convert.initial import write_initial
 from megatron_prolong.convert.sidecar import copy_sidecar
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import InitSpec
-from megatron_prolong.recipe.shape import HF_DIR, read_shape
+from megatron_prolong.recipe.shape import HF_DIR, read_json, read_shape
 
 INIT = InitSpec(num_layers=1, hidden_size=8, num_heads=2, num_kv_heads=1, ffn_hidden_size=16)
 
@@ -27,6 +29,40 @@ def test_a_checkpoint_lends_its_tokenizer(tmp_path: Path) -> None:
         assert (first / HF_DIR / name).read_bytes() == (second / HF_DIR / name).read_bytes()
     with pytest.raises(UserError, match=r"absent: no tokenizer\.json"):
         write_initial(INIT, tmp_path / "absent", tmp_path / "third", seed=1)
+
+
+CHAT = (
+    "{% for message in messages %}<begin>{{ message['role'] }} {{ message['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<begin>assistant {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "own", "stops"),
+    [
+        (CHAT, None, [1, 3]),
+        (CHAT.replace("<end>", "<eos>"), None, [1]),
+        (CHAT, {"eos_token_id": 1}, 1),
+        (CHAT.replace("<end>", ""), None, None),
+        ("{{ raise_exception('no chats') }}", None, None),
+        (None, None, None),
+    ],
+)
+def test_answers_of_a_chat_end_with_their_turn(
+    template: str | None, own: dict[str, int] | None, stops: object, tmp_path: Path
+) -> None:
+    """At the tokenizer's eos alone a model fine-tuned from nothing would go on to the user's next question."""
+    words = {"<bos>": 0, "<eos>": 1, "<begin>": 2, "<end>": 3, "word": 4}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "word")),
+        bos_token="<bos>", eos_token="<eos>", extra_special_tokens=["<begin>", "<end>"], chat_template=template,
+    )  # fmt: skip
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    if own is not None:
+        (tmp_path / "tokenizer" / "generation_config.json").write_text(json.dumps(own))
+    write_initial(INIT, tmp_path / "tokenizer", tmp_path / "model", seed=1)
+    generation = tmp_path / "model" / HF_DIR / "generation_config.json"
+    assert (read_json(generation)["eos_token_id"] if generation.exists() else None) == stops
 
 
 def test_another_tokenizer_leaves_the_models_own_stop_tokens(tmp_path: Path) -> None:
