@@ -179,7 +179,7 @@ def _scatter_sum(whole_2SGD: Tensor, chunk_tokens: tuple[int, ...], group: dist.
     return mine.transpose(0, 1)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)  # a pack's layers ask one after another; each is 4 MB of the GPU at 512K tokens
 def _order(chunk_tokens: tuple[int, ...], num_ranks: int, device: torch.device) -> Tensor:
     return zigzag_order(chunk_tokens, num_ranks).to(device)
 

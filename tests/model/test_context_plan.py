@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import accumulate
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_prolong.model.context_parallel import _order
 from megatron_prolong.model.context_plan import ContextPlan, zigzag_order
 from tests.model.dense import gather
 
@@ -101,6 +103,12 @@ def test_neighbours_slices_are_a_zigzag_slice_of_longer_chunks():
         assert torch.equal(ordered, coarse.take(tokens, outer, -1))
     everyone = torch.cat([plan.take(tokens, rank, -1) for rank in range(4)])
     assert torch.equal(everyone[zigzag_order(plan.chunk_tokens, 4)], tokens)
+
+
+def test_the_orders_of_past_packs_are_let_go():
+    """On a GPU each is 8 bytes for every token of the whole pack."""
+    orders = [weakref.ref(_order((tokens,), 2, torch.device("cpu"))) for tokens in range(1, 20)]
+    assert sum(order() is not None for order in orders) < 8
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16])
