@@ -103,6 +103,7 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
     for step, sequences in writer.reading(stream(run.mixture, state.step)):
         metrics = run.update(step, sequences)
         gc.collect()  # all ranks are here at the same time
+        seconds = time.perf_counter() - started
         before, state = state, state.after(stage, sequences, metrics)
         last = state.step == until
         watchdog.feed(state.step + 1)
@@ -113,7 +114,7 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
             writer.finish()  # saved before the damage
             raise JointError(str(error), said_here=session.world.is_main) from error
         if log:
-            facts = _facts(run, before, state, metrics, sequences, time.perf_counter() - started)
+            facts = _facts(run, before, state, metrics, sequences, seconds)
             show = last or state.step % run.recipe.logging.every == 0
             log.step(stage.name, state.step, stage.num_steps, facts, show=show)
         stopping = session.stop_requested()
