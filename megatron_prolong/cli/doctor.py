@@ -30,9 +30,10 @@ def doctor(
     import json
 
     from megatron_prolong.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ()) if recipe is not None else None  # before torch is imported
     from megatron_prolong.runtime.doctor import examine
 
-    loaded = load_recipe(recipe, overrides or ()) if recipe is not None else None
     findings = examine(loaded.run_dir if loaded else Path.cwd(), quick=quick)
     if loaded is not None:
         findings += recipe_findings(loaded, gpus)

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.run_files import RESOLVED_RECIPE
+from megatron_prolong.recipe.schema import Stage
 from megatron_prolong.recipe.shape import (
     HF_DIR,
     MANIFEST,
@@ -39,20 +40,33 @@ def model_problems(path: Path) -> list[str]:
 
 def unfinished_stage(path: Path) -> str | None:
     """That `path` is a checkpoint from the middle of a stage, as its own recipe tells; None when it is not."""
+    directory, stages = model_directory(path), stages_behind(path)
+    if not stages or (step := read_manifest(directory)["step"]) >= stages[-1].num_steps:
+        return None
+    of = f"{stages[-1].num_steps} of stage {stages[-1].name}"
+    return f"{directory} is step {step} of the {of}: finish that first, unless this is meant"
+
+
+def stages_behind(path: Path) -> list[Stage]:
+    """What a checkpoint of ours went through since its run began, as its own recipe tells; its stage is the last.
+
+    Nothing where `path` is something else, or the recipe another version's.
+    """
     from megatron_prolong.recipe.load import load_recipe  # which reads a recipe with the help of this file
 
     directory = model_directory(path)
     if not (directory / MANIFEST).exists() or not (directory / RESOLVED_RECIPE).exists():
-        return None
-    saved = read_manifest(directory)
+        return []
     try:
-        steps = {stage.name: stage.num_steps for stage in load_recipe(directory / RESOLVED_RECIPE).stages}
-    except UserError:  # another version's
-        return None
-    name, step = str(saved.get("stage")), saved["step"]
-    if step >= (of := steps.get(name, 0)):
-        return None
-    return f"{directory} is step {step} of the {of} of stage {name}: finish that first, unless this is meant"
+        name, recipe = read_manifest(directory)["stage"], load_recipe(directory / RESOLVED_RECIPE)
+    except UserError:
+        return []
+    stages: list[Stage] = []
+    for stage in recipe.stages:
+        stages = [*(stages if stage.carry.weights else []), stage]
+        if stage.name == name:
+            return stages
+    return []
 
 
 def tokenizer_problems(path: Path) -> list[str]:

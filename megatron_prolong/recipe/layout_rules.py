@@ -10,9 +10,9 @@ The planner asks the same function why a layout is impossible.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_prolong.recipe.schema import Layout, Precision
 from megatron_prolong.recipe.shape import ModelShape
@@ -47,13 +47,24 @@ class OptimizerForm(NamedTuple):
     sharded: bool
     precision: Precision
 
+    @classmethod
+    def saved_in(cls, manifest: Mapping[str, Any]) -> OptimizerForm | None:
+        """That of a checkpoint, from what it says about itself; None where it is of weights alone."""
+        if manifest["kind"] != "training":
+            return None
+        precision: Precision = "fp32" if manifest["dtype"] == "float32" else "bf16"
+        return cls(manifest["layout"]["distributed_optimizer"], precision)
 
-def carry_problem(saved: OptimizerForm, own: OptimizerForm) -> str | None:
-    """How an optimizer's state cannot be continued, if this is it; any other change of layout is fine.
+
+def carry_problem(saved: OptimizerForm | None, own: OptimizerForm) -> str | None:
+    """How an optimizer's state, if there is one, cannot be continued, if this is it; any other change of layout is
+    fine.
 
     Megatron's sharded and unsharded optimizers have files of their own. Unsharded, the optimizer of fp32 weights
     (FP32Optimizer) has no main weights, and that of bf16 ones (Float16OptimizerWithFloat16Params) needs them.
     """
+    if saved is None:
+        return None
     if saved.sharded != own.sharded:
         before, here = str(saved.sharded).lower(), str(own.sharded).lower()
         return f"saved with layout.distributed_optimizer: {before} and continued with {here}"

@@ -13,9 +13,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_prolong.recipe.findings import problems_error
+from megatron_prolong.recipe.rules import broken_rules
 from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.source import Key, Source, key_text, read_source, stage_label
-from megatron_prolong.recipe.validate import find_problems, problems_error
+from megatron_prolong.recipe.validate import find_problems
 
 _RULES = {
     "missing": "required, but not given",
@@ -36,14 +38,14 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     Only what the text itself can show is judged here: no model or data is touched, so `show` works anywhere.
 
     Raises:
-        UserError: the file is missing or not YAML; or unknown keys, wrong types and impossible values, all of
-            them at once, together with what `check` finds in the parts that could be read.
+        UserError: the file is missing or not YAML; or unknown keys, wrong types, impossible and contradictory
+            values, all of them at once, together with what `check` finds in the parts that could be read.
     """
     source = read_source(path, overrides)
     recipe, problems, doubtful = parse(source)
+    if recipe is not None and (problems or any(broken_rules(recipe))):
+        problems += find_problems(recipe, doubtful=doubtful).errors
     if problems:
-        if recipe is not None:
-            problems += find_problems(recipe, doubtful=doubtful).errors
         raise problems_error(source.origin.file, problems)
     assert recipe is not None, "no problem, so there is a recipe"
     return recipe

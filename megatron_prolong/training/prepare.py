@@ -14,10 +14,8 @@ from megatron_prolong.mcore.checkpoint import load_weights, load_weights_and_opt
 from megatron_prolong.mcore.groups import ParallelGroups
 from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.recipe import fp8
-from megatron_prolong.recipe.layout_rules import OptimizerForm, carry_problem
 from megatron_prolong.recipe.schema import (
     Layout,
-    Precision,
     Recipe,
     Stage,
     offload_of,
@@ -106,7 +104,6 @@ def prepare_stage(
     )
     verify_checkpoint(start.checkpoint.directory)
     if start.optimizer:
-        _refuse_other_optimizer(start.checkpoint, layout, precision_of(recipe, stage))
         optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
         load_weights_and_optimizer(start.checkpoint.directory, model, optimizer)
     else:
@@ -123,19 +120,6 @@ def _refuse_other_data(stage: Stage, main: str, own: str) -> None:
         raise UserError(
             f"stage {stage.name}: its data here is not rank 0's (other samples behind the same recipe); copy it "
             "to this node again, or read it from a shared disk"
-        )
-
-
-def _refuse_other_optimizer(checkpoint: Checkpoint, layout: Layout, precision: Precision) -> None:
-    """A recipe is refused for this before it starts; here it is another run's checkpoint, or a changed layout."""
-    saved = OptimizerForm(
-        sharded=checkpoint.manifest["layout"]["distributed_optimizer"],
-        precision="fp32" if checkpoint.manifest["dtype"] == "float32" else "bf16",
-    )
-    if problem := carry_problem(saved, OptimizerForm(layout.distributed_optimizer, precision)):
-        raise UserError(
-            f"{checkpoint.directory}: its optimizer cannot be {problem}; change that, or start the stage with "
-            "carry.optimizer: false"
         )
 
 

@@ -29,7 +29,16 @@ ENCODINGS = {"input_ids": "ndarray:uint32", "indices": "ndarray:uint32", "mask":
 
 def describe_checkpoint(directory: Path, kind: str, shape: ModelShape, **fields: object) -> None:
     """Write the description of a checkpoint into a directory that is there."""
-    manifest = {"format": 1, "kind": kind, "shape": shape.to_dict(), "step": 0, **fields}
+    manifest = {
+        "format": 1,
+        "kind": kind,
+        "shape": shape.to_dict(),
+        "dtype": "bfloat16",
+        "stage": None,
+        "step": 0,
+        "layout": {"distributed_optimizer": True},
+        **fields,
+    }
     (directory / "prolong.json").write_text(json.dumps(manifest))
 
 

@@ -77,10 +77,11 @@ def test_overrides(write: Write, recipe_data: dict[str, Any]) -> None:
         "optimizer.clip=0.5",
         "run_dir=/tmp/elsewhere",
         "stage.one.layout.cp=2",
-        "stage.one.mixture.books=0.5",
+        "stage.one.mixture.code=0.25",
         "stage.one.mixture.data/v1.5/code=0.5",
         "stage.two.mixture=mock",
         "model.init={num_layers: 2, hidden_size: 8, num_heads: 2, num_kv_heads: 1, ffn_hidden_size: 16}",
+        "model.tokenizer=model",
     ]
     recipe = load_recipe(write(recipe_data), overrides)
     one, two = recipe.stages
@@ -88,7 +89,7 @@ def test_overrides(write: Write, recipe_data: dict[str, Any]) -> None:
     assert (two.steps, two.tokens, two.num_steps) == (7, None, 7)
     assert (recipe.layout.tp, recipe.optimizer.clip, recipe.run_dir) == (2, 0.5, Path("/tmp/elsewhere"))
     assert layout_of(recipe, one).cp == 2
-    assert one.mixture == {Path("books"): 0.5, Path("code"): 0.75, Path("data/v1.5/code"): 0.5}
+    assert one.mixture == {Path("books"): 0.25, Path("code"): 0.25, Path("data/v1.5/code"): 0.5}
     assert two.mixture == "mock"
     assert recipe.model.path is None
     assert recipe.model.init is not None and recipe.model.init.num_layers == 2
@@ -142,16 +143,39 @@ def test_bases_merge_deeply_and_stages_by_name(write: Write, recipe_data: dict[s
 def test_a_stage_copied_and_not_renamed_stays_there_twice(write: Write, recipe_data: dict[str, Any]) -> None:
     write(recipe_data, "base.yaml")
     child = {"base": "base.yaml", "stages": [{"name": "two", "lr": 1e-5}, {"name": "two", "lr": 2e-5}]}
-    stages = load_recipe(
-        write(child)
-    ).stages  # both whole: the check of the recipe says that the name is there twice
-    assert [(stage.name, stage.lr) for stage in stages[1:]] == [("two", 1e-5), ("two", 2e-5)]
+    with pytest.raises(UserError, match=r"has 1 problem:\n.*2 stages have this name"):  # both are whole
+        load_recipe(write(child))
+
+
+@pytest.mark.parametrize("command", ["plan", "status", "doctor", "launch", "recipe show"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage.one.steps=null", "stages.one: found neither of steps and tokens; give one"),
+        ("stage.one.batch_tokens=1000", "stages.one.batch_tokens: found 1000; must be a multiple"),
+        ("stage.one.mixture={gone-128: 0.5}", "stages.one.mixture: the proportions sum to 0.5"),
+        ("model.path=null", "model: found neither of path and init; give one"),
+        ("model.init={num_layers: 4, hidden_size: 64, num_heads: 7, num_kv_heads: 7, ffn_hidden_size: 8}",
+         "model.init.num_heads: found 7; must divide hidden_size, 64"),
+    ],
+)  # fmt: skip
+def test_no_command_works_with_a_contradictory_recipe(
+    prolong: Callable[..., tuple],
+    write: Write,
+    recipe_data: dict[str, Any],
+    command: str,
+    override: str,
+    message: str,
+) -> None:
+    code, _, err = prolong(*command.split(), write(recipe_data), override)
+    assert code == 2
+    assert message in err
 
 
 def test_an_init_replaces_the_path_of_the_base(write: Write, recipe_data: dict[str, Any]) -> None:
     write(recipe_data, "base.yaml")
     sizes = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 96}
-    recipe = load_recipe(write({"base": "base.yaml", "model": {"init": sizes}}))
+    recipe = load_recipe(write({"base": "base.yaml", "model": {"init": sizes, "tokenizer": "model"}}))
     assert recipe.model.path is None and recipe.model.init is not None
     shape = recipe.model.init.shape(vocab_size=500)
     assert (shape.head_dim, shape.vocab_size, shape.rope_base) == (16, 500, 5e5)

@@ -154,6 +154,60 @@ def test_an_optimizer_that_can_continue_is_carried(write: Write, recipe_data: di
     assert problems_of(path, [unsharded, to_fp32, "stage.two.carry.optimizer=false"]) == []
 
 
+@pytest.mark.parametrize(
+    ("layout", "dtype", "overrides", "problem"),
+    [
+        (True, "bfloat16", [], None),
+        (True, "float32", [], None),
+        (True, "bfloat16", ["layout.distributed_optimizer=false"],
+         "saved with layout.distributed_optimizer: true and continued with false"),
+        (False, "bfloat16", ["stage.one.layout.distributed_optimizer=true"],
+         "saved with layout.distributed_optimizer: false and continued with true"),
+        (False, "float32", ["layout.distributed_optimizer=false"],
+         "saved in fp32 and continued in bf16 without layout.distributed_optimizer"),
+        (False, "bfloat16", ["layout.distributed_optimizer=false", "stage.one.precision=fp8"], None),
+    ],
+)  # fmt: skip
+def test_the_optimizer_of_another_run_is_judged_before_it_is_needed(
+    write: Write,
+    recipe_data: dict[str, Any],
+    layout: bool,
+    dtype: str,
+    overrides: list[str],
+    problem: str | None,
+) -> None:
+    theirs = Path("runs/earlier/64k/step_00000125")
+    write_checkpoint(theirs)
+    form = {"dtype": dtype, "layout": {"distributed_optimizer": layout}}
+    describe_checkpoint(theirs, "training", SHAPE, **form)
+    path, overrides = write(recipe_data), ["model.path=runs/earlier/64k", *overrides]
+    expected = (
+        f"stages.one.carry.optimizer: found true; that of {theirs} cannot be {problem}: change that, or set"
+    )
+    assert [one.startswith(expected) for one in problems_of(path, overrides)] == [True] * bool(problem)
+    alone = [*overrides, "stage.one.carry.optimizer=false"]
+    assert problems_of(path, alone) == []
+    describe_checkpoint(theirs, "weights", SHAPE, **form | {"layout": None})
+    assert problems_of(path, overrides) == []
+
+
+def test_the_optimizer_of_what_the_run_has_saved_itself_counts(
+    write: Write, recipe_data: dict[str, Any]
+) -> None:
+    """Its recipe may have changed since."""
+    path, unsharded = write(recipe_data), "layout.distributed_optimizer=false"
+    write_checkpoint(Path("runs/tiny/one/step_00000004"))
+    (problem,) = problems_of(path, [unsharded])
+    said = "cannot be saved with layout.distributed_optimizer: true and continued with false"
+    assert problem == f"stages.one: the optimizer of runs/tiny/one/step_00000004 {said}: undo that"
+    write_checkpoint(Path("runs/tiny/one/step_00000010"))  # done
+    (problem,) = problems_of(path, [unsharded])
+    assert problem.startswith(
+        f"stages.two.carry.optimizer: found true; that of runs/tiny/one/step_00000010 {said}"
+    )
+    assert problems_of(path, [unsharded, "stage.two.layout.distributed_optimizer=true"]) == []
+
+
 def test_both_steps_and_tokens(write: Write, recipe_data: dict[str, Any]) -> None:
     recipe_data["stages"][0]["tokens"] = "8K"
     assert problems_of(write(recipe_data), []) == ["stages.one: found both of steps and tokens; give one"]
@@ -277,6 +331,33 @@ def test_the_same_data_again_should_have_another_seed(write: Write, recipe_data:
         assert find_problems(load_recipe(path, [other])).warnings == []
     write_checkpoint(Path("runs/tiny/two/step_00000001"))
     assert find_problems(load_recipe(path)).warnings == []
+
+
+def test_samples_that_another_run_has_trained_on_should_be_drawn_with_another_seed(
+    write: Write, recipe_data: dict[str, Any]
+) -> None:
+    first, second = recipe_data["stages"]
+    one, three = {**first, "steps": 2}, {**second, "name": "three", "mixture": {"code": 1.0}}
+    theirs = Path("runs/earlier/two/step_00000032")
+    write_checkpoint(theirs)
+    describe_checkpoint(theirs, "training", SHAPE, stage="two", step=32)
+    earlier = {**recipe_data, "stages": [one, second, three]}
+    (theirs / "recipe.yaml").write_text(dump_recipe(load_recipe(write(earlier, "earlier.yaml"))))
+    path = write(recipe_data | {"model": {"path": "runs/earlier/two"}, "stages": [second, first, three]})
+
+    def warnings(*overrides: str) -> list[str]:
+        return find_problems(load_recipe(path, overrides)).warnings
+
+    again, as_well = warnings()  # three was not trained yet
+    assert "stages.two.seed: found 42, as in stage two of runs/earlier/two, whose samples it draws" in again
+    assert "stages.one.seed: found 42, as in stage one of runs/earlier/two, whose" in as_well
+    assert warnings("stage.two.seed=7", "stage.one.seed=7") == []
+    anew = "stage.one.carry={weights: false, optimizer: false}"  # from the same model again
+    assert warnings(anew) == [again, as_well]
+    (theirs / "recipe.yaml").write_text(
+        dump_recipe(load_recipe(Path("earlier.yaml"), ["stage.two.carry={weights: false, optimizer: false}"]))
+    )
+    assert warnings() == [again]
 
 
 def test_a_stage_of_another_run_is_a_model(write: Write, recipe_data: dict[str, Any]) -> None:
