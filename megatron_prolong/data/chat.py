@@ -97,10 +97,18 @@ def find_problem(messages: Any, control: re.Pattern[str]) -> str | None:
     return None if "assistant" in turns else "no message of this chat is the assistant's"
 
 
-def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, where: str = "chat") -> Rendered:
+class ChatError(UserError):
+    """A chat that the tokenizer's template does not take. reason: for a count."""
+
+    def __init__(self, reason: str, problem: str) -> None:
+        super().__init__(problem)
+        self.reason = reason
+
+
+def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> Rendered:
     """The template's text of a chat and the [start, end) characters of every assistant turn in it.
 
-    Raises UserError when the tokenizer has no chat template, or one that rewrites earlier turns or refuses them.
+    Raises ChatError when the template rewrites earlier turns or refuses the chat, UserError when there is none.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -119,7 +127,9 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, wher
                 )
             )
         except TemplateError as error:
-            raise UserError(f"{where}: the tokenizer's chat template refuses it: {error}") from error
+            raise ChatError(
+                "refused by the chat template", f"the tokenizer's chat template refuses it: {error}"
+            ) from error
 
     text = text_of(len(messages))
     spans = []
@@ -128,29 +138,18 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, wher
             continue
         before, after = text_of(number, open_turn=True), text_of(number + 1)
         if not (after.startswith(before) and text.startswith(after)):
-            raise UserError(
-                f"{where}, message {number}: the chat template does not keep earlier turns as they were, "
+            raise ChatError(
+                "rewritten by the chat template",
+                f"message {number}: the chat template does not keep earlier turns as they were, "
                 "so what the assistant wrote cannot be told apart; use a template in the manner of Llama-3's "
-                "current one (tokenizer_config.json, key chat_template)"
+                "current one (tokenizer_config.json, key chat_template)",
             )
         spans.append((len(before), len(after)))
     return text, spans
 
 
-def encode_batch(
-    chats: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerFast, where: Sequence[str] = ()
-) -> list[EncodedChat]:
-    """Tokens and masks of many chats, tokenized together by the Rust tokenizer.
-
-    where: names of the chats for messages. Raises UserError as find_problem and render say.
-    """
-    names = where or [f"chat {number}" for number in range(len(chats))]
-    control = control_tokens(tokenizer)
-    rendered: list[Rendered] = []
-    for messages, name in zip(chats, names, strict=True):
-        if problem := find_problem(messages, control):
-            raise UserError(f"{name}: {problem}")
-        rendered.append(render(messages, tokenizer, name))
+def encode_batch(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerFast) -> list[EncodedChat]:
+    """Tokens and masks of many chats, tokenized together by the Rust tokenizer."""
     encoded: list[EncodedChat] = []
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # a fine-tune may have left lengths in tokenizer.json

@@ -19,6 +19,16 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prolong.data.chat import (
+    ChatError,
+    EncodedChat,
+    Rendered,
+    control_tokens,
+    encode_batch,
+    find_problem,
+    refuse_empty_masks,
+    render,
+)
 from megatron_prolong.data.encoder import TextEncoder
 from megatron_prolong.data.executors import Executor, LocalProcesses
 from megatron_prolong.data.job import REPORT, Job
@@ -147,8 +157,6 @@ def _sum(job: Job, tasks: Iterable[str], options: TokenizeOptions) -> TokenizeRe
     for report in job.task_reports(tasks):
         total.add(report)
     if options.chat:
-        from megatron_prolong.data.chat import refuse_empty_masks
-
         refuse_empty_masks(total.tokens, total.targets, str(job.out))
     if not total.documents:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(total.left_out.items()))
@@ -162,10 +170,12 @@ def _read_report(out: Path) -> TokenizeReport:
     return report
 
 
-class Tokens(Protocol):
-    """Token ids and, for chats, the loss mask; None for a chat that cannot be cut to the limit."""
+Encoded = tuple[NDArray[np.uint32], NDArray[np.uint8] | None]
+"""Token ids and, for chats, the loss mask."""
 
-    def __call__(self, records: Sequence[Record]) -> list[tuple[NDArray[np.uint32], Any] | None]: ...
+
+class Encode(Protocol):
+    def __call__(self, records: Sequence[Record]) -> list[Encoded | Bad]: ...
 
 
 @dataclass(frozen=True)
@@ -177,39 +187,42 @@ class _Work:
 
     def __call__(self, directory: Path, parts: list[tuple[str, Part]]) -> None:
         report = TokenizeReport()
-        chats = _Chats(self.tokenizer, self.options) if self.options.chat else None
         encoder = TextEncoder(self.tokenizer)
-        encode: Tokens = chats or partial(_encode_texts, encoder, self.options.text_field)
+        encode: Encode = partial(_encode_texts, encoder, self.options.text_field)
         columns = {"input_ids": "ndarray:uint32", "length": "int", "domain": "str"}
         if self.options.chat:
+            encode = _Chats(self.tokenizer, self.options)
             columns["mask"] = "ndarray:uint8"
         with MDSWriter(directory, columns, tokenizer=encoder.fingerprint) as writer:
-            for batch in _batches(self._records(parts, report, chats)):
+            for batch in _batches(self._records(parts, report)):
                 for record, encoded in zip(batch, encode(batch), strict=True):
-                    self._write(writer, record, encoded, report)
+                    if isinstance(encoded, Bad):
+                        self._leave_out(encoded, report)
+                    else:
+                        self._write(writer, record, encoded, report)
             report.forced_cuts = encoder.forced_cuts
             writer.attach_json(REPORT, vars(report))
 
-    def _records(
-        self, parts: Sequence[tuple[str, Part]], report: TokenizeReport, chats: _Chats | None
-    ) -> Iterator[Record]:
+    def _records(self, parts: Sequence[tuple[str, Part]], report: TokenizeReport) -> Iterator[Record]:
         """The usable records; the others are counted, or stop the job."""
         for kind, part in parts:
             for found in source_of(kind).read(part):
-                bad = found if isinstance(found, Bad) else self._problem(found, chats)
+                bad = found if isinstance(found, Bad) else self._problem(found)
                 if isinstance(found, Record):
                     report.left_out.update(found.left_out)
-                if bad is not None and bad.problem and self.options.on_bad_input == "stop":
-                    raise UserError(
-                        f"{bad.name}: {bad.problem}; correct it, or leave such records out with "
-                        "--on-bad-input skip"
-                    )
                 if bad is not None:
-                    report.left_out[f"document: {bad.reason}"] += 1
+                    self._leave_out(bad, report)
                 elif isinstance(found, Record):
                     yield found
 
-    def _problem(self, record: Record, chats: _Chats | None) -> Bad | None:
+    def _leave_out(self, bad: Bad, report: TokenizeReport) -> None:
+        if bad.problem and self.options.on_bad_input == "stop":
+            raise UserError(
+                f"{bad.name}: {bad.problem}; correct it, or leave such records out with --on-bad-input skip"
+            )
+        report.left_out[f"document: {bad.reason}"] += 1
+
+    def _problem(self, record: Record) -> Bad | None:
         name = self.options.messages_field if self.options.chat else self.options.text_field
         value = _get(record.fields, name)
         if value is None:
@@ -217,9 +230,8 @@ class _Work:
             return Bad(
                 record.name, f"field {name!r} is missing or null (fields: {known})", f"no field {name}"
             )
-        if chats is not None:
-            problem = chats.find_problem(value)
-            return Bad(record.name, problem, "not a chat") if problem else None
+        if self.options.chat:
+            return None
         if not isinstance(value, str):
             return Bad(record.name, f"field {name!r} is {type(value).__name__}, not text", "not text")
         if not value:
@@ -230,11 +242,7 @@ class _Work:
             return Bad(record.name, f"has half a surrogate pair at character {error.start}", "not UTF-8")
         return None
 
-    def _write(self, writer: MDSWriter, record: Record, encoded: Any, report: TokenizeReport) -> None:
-        if encoded is None or not len(encoded[0]):
-            reason = "empty" if encoded else "no assistant turn fits into the limit"
-            report.left_out[f"document: {reason}"] += 1
-            return
+    def _write(self, writer: MDSWriter, record: Record, encoded: Encoded, report: TokenizeReport) -> None:
         tokens, mask = encoded
         domain = self.options.domain
         if self.options.domain_field:
@@ -283,10 +291,12 @@ def _num_characters(value: Any) -> int:
     return sum(map(_num_characters, value)) if isinstance(value, list) else 0
 
 
-def _encode_texts(
-    encoder: TextEncoder, name: str, records: Sequence[Record]
-) -> list[tuple[NDArray[np.uint32], Any] | None]:
-    return [(tokens, None) for tokens in encoder.encode([_get(record.fields, name) for record in records])]
+def _encode_texts(encoder: TextEncoder, name: str, records: Sequence[Record]) -> list[Encoded | Bad]:
+    encoded = encoder.encode([_get(record.fields, name) for record in records])
+    return [
+        (tokens, None) if len(tokens) else Bad(record.name, "", "empty")
+        for record, tokens in zip(records, encoded, strict=True)
+    ]
 
 
 class _Chats:
@@ -295,25 +305,31 @@ class _Chats:
     def __init__(self, directory: str, options: TokenizeOptions) -> None:
         from transformers import AutoTokenizer
 
-        from megatron_prolong.data.chat import control_tokens
-
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_file(directory).parent)
         self._control = control_tokens(self._tokenizer)
         self._options = options
 
-    def find_problem(self, messages: Any) -> str | None:
-        """Why this is not a chat to train on, or None."""
-        from megatron_prolong.data.chat import find_problem
+    def __call__(self, records: Sequence[Record]) -> list[Encoded | Bad]:
+        rendered = [self._render(record) for record in records]
+        texts = [each for each in rendered if not isinstance(each, Bad)]
+        encoded = iter(encode_batch(texts, self._tokenizer))
+        return [
+            each if isinstance(each, Bad) else self._cut(next(encoded), record)
+            for each, record in zip(rendered, records, strict=True)
+        ]
 
-        return find_problem(messages, self._control)
+    def _render(self, record: Record) -> Rendered | Bad:
+        messages = _get(record.fields, self._options.messages_field)
+        if problem := find_problem(messages, self._control):
+            return Bad(record.name, problem, "not a chat")
+        try:
+            return render(messages, self._tokenizer)
+        except ChatError as error:
+            return Bad(record.name, str(error), error.reason)
 
-    def __call__(self, records: Sequence[Record]) -> list[tuple[NDArray[np.uint32], Any] | None]:
-        from megatron_prolong.data.chat import encode_batch
-
-        chats = [_get(record.fields, self._options.messages_field) for record in records]
+    def _cut(self, chat: EncodedChat, record: Record) -> Encoded | Bad:
         limit = self._options.max_chat_tokens
-        result: list[tuple[NDArray[np.uint32], Any] | None] = []
-        for chat in encode_batch(chats, self._tokenizer, [record.name for record in records]):
-            kept = chat if limit is None else chat.cut(limit)
-            result.append((kept.tokens, kept.mask) if kept else None)
-        return result
+        kept = chat if limit is None else chat.cut(limit)
+        if kept is None:
+            return Bad(record.name, "", "no assistant turn fits into the limit")
+        return kept.tokens, kept.mask

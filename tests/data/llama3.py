@@ -1,12 +1,13 @@
 """A tokenizer in the manner of Llama-3's, small enough to train inside a test."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_prolong.data.chat import encode_batch
+from megatron_prolong.data.chat import EncodedChat, encode_batch, render
 
 SPECIAL = [
     "<|begin_of_text|>",
@@ -66,9 +67,15 @@ def llama3_tokenizer(
     )
 
 
+def encode_chats(
+    chats: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerFast
+) -> list[EncodedChat]:
+    return encode_batch([render(messages, tokenizer) for messages in chats], tokenizer)
+
+
 def encode(
     messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and mask of one chat."""
-    (chat,) = encode_batch([messages], tokenizer)
+    (chat,) = encode_chats([messages], tokenizer)
     return chat.tokens, chat.mask

@@ -5,13 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from llama3 import TEMPLATE, encode, llama3_tokenizer
+from llama3 import TEMPLATE, encode, encode_chats, llama3_tokenizer
 
 from megatron_prolong.data.batch import NO_LABEL, PackedBatch, collate_pieces
 from megatron_prolong.data.chat import (
+    ChatError,
     EncodedChat,
     control_tokens,
-    encode_batch,
     find_problem,
     refuse_empty_masks,
 )
@@ -153,7 +153,7 @@ def test_the_date_of_the_day_does_not_change_the_tokens() -> None:
 
 
 def test_a_chat_too_long_is_cut_after_the_last_whole_answer() -> None:
-    chat = encode_batch([CHAT], llama3_tokenizer())[0]
+    chat = encode_chats([CHAT], llama3_tokenizer())[0]
     first, second = chat.turn_ends.tolist()
     assert second == len(chat.tokens)
     assert chat.cut(second) is chat
@@ -179,7 +179,7 @@ def test_batches_equal_single_chats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_prolong.data.chat._BATCH_CHARACTERS", 500)
     other = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     for chat, messages in zip(
-        encode_batch([CHAT, other, other, CHAT], llama3_tokenizer()), [CHAT, other, other, CHAT], strict=True
+        encode_chats([CHAT, other, other, CHAT], llama3_tokenizer()), [CHAT, other, other, CHAT], strict=True
     ):
         tokens, mask = encode(messages, llama3_tokenizer())
         assert np.array_equal(chat.tokens, tokens) and np.array_equal(chat.mask, mask)
@@ -208,9 +208,6 @@ def test_what_is_no_chat_is_refused(messages: list, said: str) -> None:
     tokenizer = llama3_tokenizer()
     problem = find_problem(messages, control_tokens(tokenizer))
     assert problem is not None and problem.startswith(said)
-    with pytest.raises(UserError) as error:
-        encode_batch([CHAT, messages], tokenizer, ["chats, line 6", "chats, line 7"])
-    assert str(error.value) == f"chats, line 7: {problem}"
 
 
 def test_what_is_a_chat_has_no_problem() -> None:
@@ -227,18 +224,10 @@ def test_templates_that_cannot_tell_the_spans_are_refused() -> None:
     other_opening = TEMPLATE.replace("{% endif %}", "<think>{% endif %}")
     assert other_opening.count("<think>") == 2
     for template in (always_open, forgetful, other_opening):
-        with pytest.raises(UserError, match="does not keep earlier turns"):
+        with pytest.raises(ChatError, match="message 2: the chat template does not keep earlier turns"):
             encode(CHAT, llama3_tokenizer(template=template))
     with pytest.raises(UserError, match="no chat template"):
         encode(CHAT, llama3_tokenizer(template=""))
-
-
-def test_a_template_that_refuses_a_chat_is_one_message() -> None:
-    strict = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(
-        UserError, match="chats, line 7: the tokenizer's chat template refuses it: roles must"
-    ):
-        encode_batch([CHAT], llama3_tokenizer(template=strict), ["chats, line 7"])
 
 
 def test_masks_that_say_nothing_are_refused() -> None:
@@ -275,7 +264,7 @@ def test_packed_and_unpacked_losses_are_equal() -> None:
         )
     ).double()  # fmt: skip
     conversations = [CHAT, CHAT[1:3], CHAT[:4], CHAT[:3]]
-    encoded: list[EncodedChat] = encode_batch(conversations, tokenizer)
+    encoded: list[EncodedChat] = encode_chats(conversations, tokenizer)
 
     alone, num_targets = torch.zeros((), dtype=torch.double), 0
     for chat in encoded:

@@ -71,6 +71,7 @@ def test_repositories(tmp_path: Path) -> None:
         },
     )
     (tree / "beta" / "link.py").symlink_to(tree / "alpha" / "main.c")
+    (tree / "beta" / "linked").symlink_to(tree / "alpha")
     loose, alpha, beta = read("repositories", tree)
     assert loose == Bad(str(tree / "loose.py"), "", "a file beside the repositories")
     assert isinstance(alpha, Record) and isinstance(beta, Record)
@@ -84,8 +85,59 @@ def test_repositories(tmp_path: Path) -> None:
         "file: line over 1000 bytes": 1,
         "file: empty": 1,
         "file: over 1 MiB": 1,
-        "file: link": 1,
+        "link": 2,
     }
+
+
+def test_names_that_are_no_text_are_left_out_and_counted(tmp_path: Path) -> None:
+    """Written into the document they stopped the whole job."""
+    write_tree(tmp_path, {"a/1.py": "one\n"})
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/a/caf\xe9.py")).write_text("two\n")
+    os.mkfifo(tmp_path / "a" / "pipe")
+    (found,) = read("repositories", tmp_path)
+    assert isinstance(found, Record) and found.fields["text"] == "### 1.py\none\n\n"
+    assert found.left_out == {"file: name not UTF-8": 1, "file: pipe, socket or device": 1}
+
+
+def refuse_below(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Files and directories of these names cannot be read, as root could."""
+    scandir, read_bytes = os.scandir, Path.read_bytes
+
+    def refuse(path: object) -> None:
+        if Path(os.fspath(path)).name in names:  # type: ignore[call-overload]
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", lambda path: (refuse(path), scandir(path))[1])
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (refuse(path), read_bytes(path))[1])
+
+
+def test_what_cannot_be_read_in_a_repository_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directories were missing without a word, and files ended the job with a traceback."""
+    write_tree(tmp_path, {"a/1.py": "1", "a/b/2.py": "2", "a/3.py": "3"})
+    refuse_below(monkeypatch, "b", "3.py")
+    *bad, kept = read("repositories", tmp_path)
+    assert isinstance(kept, Record) and kept.fields["text"] == "### 1.py\n1\n\n"
+    assert bad == [
+        Bad(str(tmp_path / "a" / name), "cannot be read (Permission denied)", "a part of it cannot be read")
+        for name in ("3.py", "b")
+    ]
+
+
+@pytest.mark.parametrize("kind", ["repositories", "text"])
+def test_a_source_that_cannot_be_listed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    write_tree(tmp_path, {"all/a.txt": "1", "all/sub/b.txt": "2"})
+    refuse_below(monkeypatch, "all" if kind == "repositories" else "sub")
+    with pytest.raises(UserError, match=r"/all(/sub)?: cannot be read \(Permission denied\)"):
+        read(kind, tmp_path / "all")
+
+
+def test_a_linked_directory_of_texts_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path, {"all/a.txt": "1", "more/b.txt": "2"})
+    (tmp_path / "all" / "more").symlink_to(tmp_path / "more")
+    assert len(read("text", tmp_path / "all")) == 1
+    assert f"warning: {tmp_path}/all/more: a link to a directory is not followed" in capsys.readouterr().err
 
 
 def test_repository_of_nothing_gives_an_empty_text(tmp_path: Path) -> None:

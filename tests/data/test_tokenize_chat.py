@@ -89,6 +89,37 @@ def test_what_is_no_chat_stops_or_is_skipped(tmp_path: Path, tokenizer: Path) ->
     assert dict(report.left_out) == {"document: not a chat": 2}
 
 
+REFUSING = "{% if messages[0]['content'] == 'x' %}{{ raise_exception('no x here') }}{% endif %}" + TEMPLATE
+REWRITING = "{% if messages | length > 2 %}{{ messages | length }} messages{% endif %}" + TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "reason", "kept"),
+    [
+        (
+            REFUSING,
+            "the tokenizer's chat template refuses it: no x here",
+            "refused by the chat template",
+            [0, 1],
+        ),
+        (REWRITING, "message 1: the chat template does not keep", "rewritten by the chat template", [0, 2]),
+    ],
+)
+def test_a_chat_that_the_template_does_not_take_stops_or_is_skipped(
+    tmp_path: Path, template: str, said: str, reason: str, kept: list[int]
+) -> None:
+    """It could not be skipped."""
+    llama3_tokenizer(template=template).save_pretrained(tmp_path / "tokenizer")
+    source = write(tmp_path / "chats.jsonl", [{"messages": messages} for messages in CHATS])
+    with pytest.raises(UserError, match=rf"chats\.jsonl, line at byte \d+: {said}.*--on-bad-input skip"):
+        tokenize([source], tmp_path / "tokenizer", tmp_path / "out", TokenizeOptions(kind="chat"))
+    options = TokenizeOptions(kind="chat", on_bad_input="skip")
+    report = tokenize([source], tmp_path / "tokenizer", tmp_path / "out", options)
+    assert report is not None and dict(report.left_out) == {f"document: {reason}": 1}
+    for sample, number in zip(MDSReader(tmp_path / "out"), kept, strict=True):
+        assert sample["input_ids"].tolist() == encode(CHATS[number], llama3_tokenizer())[0].tolist()
+
+
 def test_a_data_set_whose_masks_say_nothing_is_refused(tmp_path: Path) -> None:
     """A template without headers, whose every token is the assistant's."""
     template = (

@@ -5,11 +5,13 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import os
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import zstandard
 
@@ -44,11 +46,24 @@ def _list_local(path: str) -> list[tuple[str, int]]:
         return [(path, root.stat().st_size)]
     if not root.is_dir():
         raise UserError(f"{path}: no such file or directory")
-    return [
-        (str(file), file.stat().st_size)
-        for file in root.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
-    ]
+    found: list[tuple[str, int]] = []
+    for directory, names, files in os.walk(path, onerror=refuse_unreadable):
+        names[:] = [name for name in names if not name.startswith(".")]
+        for link in filter(Path.is_symlink, (Path(directory, name) for name in names)):
+            print(
+                f"warning: {link}: a link to a directory is not followed; name it beside {path}",
+                file=sys.stderr,
+            )
+        paths = (Path(directory, name) for name in files if not name.startswith("."))
+        found += [(str(file), file.stat().st_size) for file in paths if file.is_file()]
+    return found
+
+
+def refuse_unreadable(error: OSError) -> NoReturn:
+    """What os.walk would pass over in silence."""
+    raise UserError(
+        f"{error.filename}: cannot be read ({error.strerror}); let it be read, or move it away"
+    ) from None
 
 
 def _list_remote(path: str) -> list[tuple[str, int]]:

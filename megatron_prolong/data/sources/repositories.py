@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prolong.data.sources.base import MAX_RECORD_BYTES, Bad, Part, Record
-from megatron_prolong.data.sources.files import is_remote
+from megatron_prolong.data.sources.files import is_remote, refuse_unreadable
 from megatron_prolong.errors import UserError
 
 _VERSION_CONTROL = {".git", ".hg", ".svn"}
@@ -44,25 +45,31 @@ class Repositories:
             raise UserError(f"{path}: source trees are read from a disk only; copy it to one first")
         if not root.is_dir():
             raise UserError(f"{path}: no such directory; expected one whose subdirectories are source trees")
-        repositories = sorted(entry for entry in root.iterdir() if entry.is_dir() and entry.name not in _SKIP)
+        _, trees, loose = next(os.walk(path, onerror=refuse_unreadable))
+        repositories = [root / name for name in sorted(trees) if name not in _SKIP]
         if not repositories:
             raise UserError(f"{path} has no subdirectories; every subdirectory is one repository")
-        sizes = [sum(file.stat().st_size for file in _files(tree, Counter())) for tree in repositories]
-        loose = [Part(str(entry), 0, 0, 0) for entry in sorted(root.iterdir()) if entry.is_file()]
-        return loose + [
-            Part(str(tree), 0, size, size) for tree, size in zip(repositories, sizes, strict=True)
-        ]
+        parts = [Part(str(root / name), 0, 0, 0) for name in sorted(loose)]
+        for tree in repositories:
+            size = sum(file.stat().st_size for file in _files(tree, Counter(), []))
+            parts.append(Part(str(tree), 0, size, size))
+        return parts
 
     def read(self, part: Part) -> Iterator[Record | Bad]:
-        if Path(part.path).is_file():
+        root, left_out = Path(part.path), Counter[str]()
+        if not root.is_dir():
             yield Bad(part.path, "", "a file beside the repositories")
             return
-        root, left_out = Path(part.path), Counter[str]()
         texts: list[str] = []
         length = 0
-        for file in _files(root, left_out):
+        unreadable: list[Bad] = []
+        for file in _files(root, left_out, unreadable):
             name = file.relative_to(root).as_posix()
-            text, reason = _read_file(file, name)
+            try:
+                text, reason = _read_file(file, name)
+            except OSError as error:
+                unreadable.append(_unreadable(file, error))
+                continue
             if text is None:
                 left_out[f"file: {reason}"] += 1
             elif length + len(text) > MAX_RECORD_BYTES:
@@ -70,29 +77,42 @@ class Repositories:
             else:
                 texts.append(f"### {name}\n{text}\n" if text.endswith("\n") else f"### {name}\n{text}\n\n")
                 length += len(texts[-1])
+        yield from unreadable
         yield Record(part.path, {"text": "".join(texts)}, left_out)
 
 
 _SKIP = _VERSION_CONTROL | _VENDORED
 
 
-def _files(root: Path, left_out: Counter[str]) -> Iterator[Path]:
+def _files(root: Path, left_out: Counter[str], unreadable: list[Bad]) -> Iterator[Path]:
     """All regular files below root, by path; links are not followed (they repeat, or lead elsewhere)."""
-    for directory, names, files in os.walk(root):
-        left_out["directory: vendored"] += sum(name in _VENDORED for name in names)
-        names[:] = sorted(name for name in names if name not in _SKIP)
-        for name in sorted(files):
-            path = Path(directory) / name
-            if path.is_symlink():
-                left_out["file: link"] += 1
-            elif path.is_file():
+    for directory, names, files in os.walk(
+        root, onerror=lambda error: unreadable.append(_unreadable(error.filename, error))
+    ):
+        left_out.update("directory: vendored" for name in names if name in _VENDORED)
+        names[:] = sorted({*names} - _SKIP)
+        for path in (Path(directory, name) for name in [*names, *sorted(files)]):
+            try:
+                mode = path.lstat().st_mode
+            except OSError as error:
+                unreadable.append(_unreadable(path, error))
+                continue
+            if stat.S_ISREG(mode):
                 yield path
-    if not left_out["directory: vendored"]:
-        del left_out["directory: vendored"]
+            elif not stat.S_ISDIR(mode):
+                left_out["link" if stat.S_ISLNK(mode) else "file: pipe, socket or device"] += 1
+
+
+def _unreadable(path: Path | str, error: OSError) -> Bad:
+    return Bad(str(path), f"cannot be read ({error.strerror})", "a part of it cannot be read")
 
 
 def _read_file(path: Path, name: str) -> tuple[str | None, str]:
     """The file's text, or None and why it is left out."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return None, "name not UTF-8"
     if _GENERATED_NAMES.search(name):
         return None, "generated"
     if path.stat().st_size > MAX_FILE_BYTES:
