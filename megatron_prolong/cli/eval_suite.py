@@ -50,10 +50,12 @@ SuiteLengths = Annotated[
 SUITE_LENGTHS: Any = "8k,16k,32k,64k,128k"  # typer parses defaults too
 Data = Annotated[Path | None, typer.Option(help="HELMET's data directory (json_kv/, ruler/, kilt/ …, hf/).")]
 Tasks = Annotated[str, typer.Option(help="Only these tasks or categories, e.g. recall,kilt_nq.")]
+_OF_SHORT = {"model", "out", "suite", "compare", "tasks", "samples", "overwrite"}
 Server = Annotated[str | None, typer.Option(help="OpenAI-compatible server, e.g. http://localhost:8000/v1.")]
 
 
 def run(
+    ctx: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory for results, one folder per model.")],
     suite: Suite = "helmet",
@@ -122,14 +124,7 @@ def run(
         return models, chosen, text, load_nli(nli) if nli and is_main(world) else None
 
     if suite == "short":
-        unused: dict[str, Any] = {
-            "--backend": backend != "auto",
-            "--chat": chat != "auto",
-            "--stop-newline": stop_newline,
-        }
-        unused |= {"--haystack": haystack, "--nli": nli, "--data": data}
-        if given := [option for option, value in unused.items() if value]:
-            raise UserError(f"--suite short has no use for {', '.join(given)}; leave it out")
+        _refuse_given(ctx, "short", but=_OF_SHORT)
         _run_short(models_of(model, compare), out, samples, tasks, overwrite)
         return
     results = {}
@@ -258,14 +253,28 @@ def _open(
 def _run_short(
     models: list[tuple[str, str]], out: Path, samples: int | None, names: str, overwrite: bool
 ) -> None:
-    from megatron_prolong.evaluation.short import print_short, run_short, select_short
+    from megatron_prolong.evaluation.short import SCORES, print_short, run_short, select_short
+    from megatron_prolong.evaluation.suite import refuse_another_model
 
     tasks = select_short(_names(names))
+    check_models([path for _, path in models], kind="hf")
+    for label, path in models:
+        if not overwrite:
+            refuse_another_model(out / label, *_name_and_identity(path, "hf"), SCORES)
     results = {
         label: run_short(Path(path), out / label, samples, tasks, overwrite=overwrite)
         for label, path in models
     }
     print_short(results)
+
+
+def _refuse_given(ctx: typer.Context, suite: str, but: set[str]) -> None:
+    """Options that would be silently ignored."""
+    from megatron_prolong.errors import UserError
+
+    given = [name for name in ctx.params if "COMMANDLINE" in str(ctx.get_parameter_source(name))]
+    if unused := [f"--{name.replace('_', '-')}" for name in given if name not in but]:
+        raise UserError(f"--suite {suite} has no use for {', '.join(unused)}; leave it out")
 
 
 def _report(results: Models, suite: str | None, out: Path | None, name: str = "suite") -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from megatron_prolong.convert.names import Rows
@@ -20,8 +21,7 @@ from megatron_prolong.convert.sidecar import (
     write_config,
 )
 from megatron_prolong.convert.to_megatron import write_checkpoint
-from megatron_prolong.data.chat import control_tokens, render
-from megatron_prolong.errors import UserError
+from megatron_prolong.data.chat import control_tokens
 from megatron_prolong.recipe.inputs import tokenizer_file, vocabulary_size
 from megatron_prolong.recipe.schema import InitSpec
 from megatron_prolong.recipe.shape import ModelShape
@@ -78,7 +78,7 @@ def write_initial(init: InitSpec, tokenizer: Path, out: Path, seed: int) -> None
 def _write_stop_tokens(sidecar: Path, special: dict[str, int]) -> None:
     """A generation config by which answers end with a turn too, as Meta's Instruct models have it."""
     path = sidecar / "generation_config.json"
-    if path.exists() or (end_of_turn := _end_of_turn(sidecar)) is None:  # it came along, or there are no turns
+    if path.exists() or (end_of_turn := _end_of_turn(sidecar)) is None:  # it came along
         return
     stops = sorted({special.get("eos_token_id", end_of_turn), end_of_turn})
     path.write_text(json.dumps({**special, "eos_token_id": stops}, indent=2) + "\n")
@@ -91,11 +91,12 @@ def _end_of_turn(sidecar: Path) -> int | None:
     if not (sidecar / TOKENIZER_CONFIG).exists():
         return None
     tokenizer = AutoTokenizer.from_pretrained(sidecar, local_files_only=True)
-    with suppress(UserError):  # no template, or one that no chat can be trained with
-        text, [(start, end)] = render(
-            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}], tokenizer
-        )
-        if found := control_tokens(tokenizer).search(text, start, end):
+    if not tokenizer.chat_template:
+        return None
+    chat = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}]
+    with suppress(TemplateError):  # a template that no chat can be trained with
+        ending = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Well.")[2]
+        if found := control_tokens(tokenizer).search(ending):
             return int(tokenizer.convert_tokens_to_ids(found[0]))
     return None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.recipe.shape import read_json
 
 JUDGED = "-gpt4eval_o.json"
+# `args` are the first field of what we write, and some forty lines; all the rest may be hundreds of megabytes.
+_FRONT_CHARACTERS = 1 << 16
+_ARGUMENTS = re.compile(r'\{\s*"args":\s*')
 # How HELMET puts scores on a 0 to 100 scale; averaged_metrics holds the others so already.
 SCALE = {"gpt-4-score": 100 / 3, "gpt-4-f1": 100}
 # Shown in place of a judge's score while there is none.
@@ -100,6 +105,16 @@ def key_of(task: Task) -> Key:
 def judged_path(path: Path) -> Path:
     """Where HELMET's scripts put the judged form of a result."""
     return path.with_name(path.name.removesuffix(".json") + JUDGED)
+
+
+def read_arguments(path: Path) -> Any:
+    """The `args` of a result, without reading the rest where they stand at its front; None of another JSON file."""
+    with path.open(encoding="utf-8") as file:
+        front = file.read(_FRONT_CHARACTERS)
+    if begin := _ARGUMENTS.match(front):
+        with suppress(ValueError):
+            return json.JSONDecoder().raw_decode(front, begin.end())[0]
+    return read_json(path).get("args")
 
 
 def read_result(path: Path) -> Result:

@@ -20,7 +20,7 @@ from megatron_prolong.evaluation.identity import data_identity
 from megatron_prolong.evaluation.partial import Generated, PartialOutputs, sample_key
 from megatron_prolong.evaluation.prompts import Prepared, prepare, render
 from megatron_prolong.evaluation.report import write_json
-from megatron_prolong.evaluation.results import Result, judged_path, read_result
+from megatron_prolong.evaluation.results import Result, judged_path, read_arguments, read_result
 from megatron_prolong.evaluation.task import Entails, Inputs, Row, Task
 from megatron_prolong.evaluation.tasks.long_documents import has_llama2
 from megatron_prolong.recipe.numbers import format_count
@@ -70,7 +70,7 @@ def run_task(
     chat = _use_chat(task, backend, settings)
     path = out / file_name(task, inputs, settings, chat)
     arguments = _arguments(task, backend, inputs, settings, chat)
-    if path.exists() and not settings.overwrite and _is_of(path, arguments):
+    if path.exists() and not settings.overwrite and is_of(path, arguments):
         result = read_result(path)
         if not (result.missing and task.summarise and entails):
             return result
@@ -96,8 +96,7 @@ def run_task(
         samples = [partial.done[key] for key in keys]
         seconds = time.monotonic() - started
         with _data_of(task, inputs):
-            content = _score(task, rows, samples, entails, chat)
-        content["args"] = arguments
+            content = {"args": arguments, **_score(task, rows, samples, entails, chat)}
         content["throughput"] = len(pending) / seconds if pending else 0.0
         judged_path(path).unlink(missing_ok=True)  # its answers are no longer these
         _write(path, content)
@@ -134,9 +133,9 @@ def file_name(task: Task, inputs: Inputs, settings: Settings, chat: bool) -> str
     )
 
 
-def _is_of(path: Path, arguments: dict[str, Any]) -> bool:
+def is_of(path: Path, arguments: dict[str, Any]) -> bool:
     """Whether a result was made with these arguments; a model that has moved is known by its identity."""
-    known = read_json(path).get("args")
+    known = read_arguments(path)
     if isinstance(known, dict) and arguments["model_identity"]:
         known["model_name_or_path"] = arguments["model_name_or_path"]
     return known == arguments

@@ -1,13 +1,15 @@
 """What extension cost on short tasks: ProLong's five, through lm-evaluation-harness (extra `eval`).
 
 Shot counts are those of the old Open LLM Leaderboard, which the paper's numbers for Llama-3-8B-Instruct agree
-with; the paper itself does not state them.
+with; the paper itself does not state them. Neither does it say whether texts begin with BOS: the leaderboard's and
+every harness of that time left it out, and later ones (0.4.9.2) add it where the tokenizer does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,12 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.identity import model_identity
 from megatron_prolong.evaluation.published import published
 from megatron_prolong.evaluation.report import write_json
+from megatron_prolong.evaluation.run import is_of
 from megatron_prolong.recipe.shape import read_json
 from megatron_prolong.runtime.terminal import print_table
+
+ADD_BOS = False
+SCORES = "short.json"
 
 
 @dataclass(frozen=True)
@@ -56,27 +62,31 @@ def run_short(
     task_directory: Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, float]:
-    """Scores, 0 to 100, by task; finished ones are kept in OUT/short.json and not run again.
+    """Scores, 0 to 100, by task; finished ones are kept in OUT/short.json, and not run again with these settings.
 
     Args:
-        model: a Hugging Face directory (convert a checkpoint first).
+        model: a Hugging Face directory.
         samples: questions per task; None asks all.
         task_directory: further task definitions (YAML), e.g. an offline one.
         overwrite: run finished tasks again.
     """
-    evaluate, manager = _harness(task_directory)
-    if not (model / "config.json").exists():
-        raise UserError(
-            f"{model}: the short suite wants a Hugging Face directory; `prolong convert to-hf` makes one"
-        )
-    about = {"model": str(model), "model_identity": model_identity(model), "samples": samples}
-    scores = _finished(out / "short.json", about)
+    evaluate, manager, harness_version = _harness(task_directory)
+    path = out / SCORES
+    arguments = {
+        "model_name_or_path": str(model),
+        "model_identity": model_identity(model),
+        "max_test_samples": samples,
+        "add_bos_token": ADD_BOS,
+        "lm_eval": harness_version,
+        "tasks": [asdict(task) for task in TASKS],
+    }
+    scores = dict(read_json(path)["scores"]) if path.exists() and is_of(path, arguments) else {}
     for task in tasks:
         if task.name in scores and not overwrite:
             continue
         found = evaluate(
             model="hf",
-            model_args={"pretrained": str(model)},
+            model_args={"pretrained": str(model), "add_bos_token": ADD_BOS},
             tasks=[task.name],
             num_fewshot=task.shots,
             limit=samples,
@@ -85,16 +95,8 @@ def run_short(
             bootstrap_iters=0,
         )
         scores[task.name] = 100 * float(found["results"][task.name][task.metric])
-        write_json(out / "short.json", {**about, "scores": scores})
+        write_json(path, {"args": arguments, "scores": scores})
     return scores
-
-
-def _finished(path: Path, about: Mapping[str, object]) -> dict[str, float]:
-    """The scores in the file if they are of the same model and samples."""
-    if not path.exists():
-        return {}
-    content = read_json(path)
-    return dict(content["scores"]) if about.items() <= content.items() else {}
 
 
 def print_short(results: Mapping[str, Mapping[str, float]]) -> None:
@@ -109,7 +111,8 @@ def print_short(results: Mapping[str, Mapping[str, float]]) -> None:
     print_table(table)
 
 
-def _harness(task_directory: Path | None) -> tuple[Any, Any]:
+def _harness(task_directory: Path | None) -> tuple[Any, Any, str]:
+    """The harness's function, its tasks, and its version."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -117,4 +120,5 @@ def _harness(task_directory: Path | None) -> tuple[Any, Any]:
         raise UserError(
             "the short suite needs lm-evaluation-harness: pip install 'megatron-prolong[eval]'"
         ) from error
-    return simple_evaluate, TaskManager(include_path=str(task_directory) if task_directory else None)
+    manager = TaskManager(include_path=str(task_directory) if task_directory else None)
+    return simple_evaluate, manager, version("lm_eval")

@@ -10,21 +10,23 @@ from textwrap import indent
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Backend
 from megatron_prolong.evaluation.data_check import how_to_get
-from megatron_prolong.evaluation.results import Result
+from megatron_prolong.evaluation.results import Result, read_arguments
 from megatron_prolong.evaluation.run import Settings, length_limit, run_task
 from megatron_prolong.evaluation.task import Entails, Inputs, Task
 from megatron_prolong.recipe.numbers import format_count
-from megatron_prolong.recipe.shape import read_json
 
 
-def refuse_another_model(out: Path, model: str, identity: str) -> None:
+def refuse_another_model(out: Path, model: str, identity: str, files: str = "*_shots*.json") -> None:
     """A folder holds the results of one model, which may be trained further or moved, but not both at once.
+
+    Args:
+        files: which of the results there; those of the short suite may be of a checkpoint's export.
 
     Raises:
         UserError: a result there is of a model in another place with other weights.
     """
-    for path in sorted(out.glob("*.json")):
-        known = read_json(path).get("args")
+    for path in sorted(out.glob(files)):
+        known = read_arguments(path)
         if not isinstance(known, dict) or known.get("model_name_or_path", model) == model:
             continue
         if not identity or known.get("model_identity") != identity:

@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation import results, run, suite
 from megatron_prolong.evaluation.identity import model_identity
-from megatron_prolong.evaluation.run import Settings
+from megatron_prolong.evaluation.results import read_arguments
+from megatron_prolong.evaluation.run import Settings, run_task
 from megatron_prolong.evaluation.suite import refuse_another_model, run_suite
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.task import Inputs
@@ -29,14 +31,37 @@ def test_a_folder_holds_the_results_of_one_model(
     model: str, identity: str, taken: bool, tmp_path: Path
 ) -> None:
     """Both may be called 64k, after the last part of their paths."""
-    (tmp_path / "short.json").write_text("{}")
+    exported = {"args": {"model_name_or_path": "A/64k exported", "model_identity": "z"}}
+    (tmp_path / "short.json").write_text(json.dumps(exported))
     arguments = {"model_name_or_path": "A/64k", "model_identity": "x"}
-    (tmp_path / "json_kv.json").write_text(json.dumps({"args": arguments}))
+    (tmp_path / "json_kv_in8192_shots2.json").write_text(json.dumps({"args": arguments}))
     if taken:
         refuse_another_model(tmp_path, model, identity)
     else:
         with pytest.raises(UserError, match="another model, A/64k; name this one"):
             refuse_another_model(tmp_path, model, identity)
+
+
+def test_the_settings_of_a_result_are_read_without_its_answers(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of RAG at 128K take hundreds of megabytes, and every start looks at all files of the folder."""
+    (task,) = select("synthetic", [1024], ["json_kv"])
+    inputs, settings = Inputs(None, tokenizer, max_samples=1), Settings(model_identity="x")
+    path = run_task(task, Parrot(tokenizer), inputs, settings, tmp_path).path
+    older = json.loads(path.read_text())
+    older["args"] = older.pop("args")
+    (tmp_path / "older_shots2.json").write_text(
+        json.dumps(older)
+    )  # as versions before wrote them, settings last
+    for file in (path, tmp_path / "older_shots2.json"):
+        assert read_arguments(file)["datasets"] == "json_kv"
+    (tmp_path / "older_shots2.json").unlink()
+    for module in (results, suite, run):
+        monkeypatch.setattr(module, "read_json", pytest.fail, raising=False)
+    refuse_another_model(tmp_path, "parrot", "y")
+    with pytest.raises(UserError, match="another model"):
+        refuse_another_model(tmp_path, "other", "y")
 
 
 def test_what_a_task_does_not_use_makes_no_new_result(tokenizer: Any, tmp_path: Path) -> None:

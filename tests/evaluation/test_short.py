@@ -45,7 +45,7 @@ TINY = ShortTask("tiny_choice", 0, "acc,none")
 def test_the_harness_scores_an_exported_checkpoint(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("lm_eval", reason="pip install megatron-prolong[eval]")
+    lm_eval = pytest.importorskip("lm_eval", reason="pip install megatron-prolong[eval]")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     (tmp_path / "tiny.yaml").write_text(TASK.format(file=tmp_path / "questions.jsonl"))
@@ -54,7 +54,9 @@ def test_the_harness_scores_an_exported_checkpoint(
     scores = run_short(exported, tmp_path / "out", tasks=(TINY,), task_directory=tmp_path)
     assert scores == {"tiny_choice": pytest.approx(100 * accuracy(checkpoint))}
     assert 0 < scores["tiny_choice"] < 100, "a task that is all right or all wrong would prove nothing"
-    monkeypatch.setattr(short, "_harness", lambda directory: (None, None))
+    written = json.loads((tmp_path / "out" / "short.json").read_text())["args"]
+    assert written["lm_eval"] == lm_eval.__version__ and not written["add_bos_token"]
+    monkeypatch.setattr(short, "_harness", lambda directory: (None, None, lm_eval.__version__))
     assert run_short(exported, tmp_path / "out", tasks=(TINY,)) == scores, "a finished task is not run again"
 
 
@@ -68,7 +70,7 @@ def accuracy(checkpoint: Path) -> float:
                 backend.tokenizer(text, add_special_tokens=False)["input_ids"]
                 for text in (row["question"], *(f" {choice}" for choice in row["choices"]))
             )
-            found = backend.continuation_logprobs([backend.tokenizer.bos_token_id, *prompt], choices)
+            found = backend.continuation_logprobs(prompt, choices)  # without BOS
             right += found.index(max(found)) == row["label"]
     return right / len(QUESTIONS)
 
@@ -80,15 +82,18 @@ def test_what_is_scored_already_is_not_asked_again_unless_it_was_of_something_el
 
     def evaluate(**options: Any) -> dict[str, Any]:
         asked.append((options["tasks"], options["num_fewshot"], options["limit"]))
+        assert options["model_args"]["add_bos_token"] is False, "as in the published scores"
         return {"results": {"tiny_choice": {"acc,none": len(asked) / 8}}}
 
-    monkeypatch.setattr(short, "_harness", lambda directory: (evaluate, None))
+    monkeypatch.setattr(short, "_harness", lambda directory: (evaluate, None, "0.4.9"))
     ask = partial(run_short, hf_directory, tmp_path, tasks=(ShortTask("tiny_choice", 3, "acc,none"),))
     assert ask(samples=9) == ask(samples=9) == {"tiny_choice": 12.5}
     assert ask() == {"tiny_choice": 25.0}
     (tmp_path / "short.json").write_text("{}")  # as another version may have left it
     assert ask() == {"tiny_choice": 37.5}
-    assert asked == [(["tiny_choice"], 3, limit) for limit in (9, None, None)]
+    monkeypatch.setattr(short, "_harness", lambda directory: (evaluate, None, "0.4.13"))
+    assert ask() == {"tiny_choice": 50.0}, "another version may ask otherwise"
+    assert asked == [(["tiny_choice"], 3, limit) for limit in (9, None, None, None)]
 
 
 def test_models_stand_beside_the_published_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,12 +104,31 @@ def test_models_stand_beside_the_published_ones(capsys: pytest.CaptureFixture[st
     assert rows["tiny_choice"] == ["12.5"]
 
 
-def test_a_checkpoint_must_be_exported_first(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_all_models_are_looked_at_before_the_first_is_measured(
+    hf_directory: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(short, "_harness", lambda directory: (None, None))
-    with pytest.raises(UserError, match="to-hf"):
-        run_short(checkpoint, tmp_path)
+    """One that is not exported, more ranks than lm-eval is asked on, and another model's scores in its folder."""
+    monkeypatch.setattr(short, "run_short", lambda *_, **__: pytest.fail())
+    (tmp_path / "tiny").mkdir()
+    arguments = {"model_name_or_path": "other/tiny", "model_identity": "x"}
+    (tmp_path / "tiny" / "short.json").write_text(json.dumps({"args": arguments, "scores": {"mmlu": 1.0}}))
+
+    def refusal(*models: object) -> str:
+        command = ["eval", "run", *map(str, models), "--suite", "short", "--out", str(tmp_path)]
+        found = CliRunner().invoke(app, command).exception
+        assert isinstance(found, UserError)
+        return str(found)
+
+    assert "not a Hugging Face model" in refusal(f"one={hf_directory}", "--compare", f"two={checkpoint}")
+    assert "holds results of another model" in refusal(f"one={hf_directory}", "--compare", hf_directory)
+    for name, value in (
+        ("WORLD_SIZE", "2"),
+        ("RANK", "0"),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "1"),
+    ):
+        monkeypatch.setenv(name, value)
+    assert "runs in one process" in refusal(f"one={hf_directory}")
 
 
 def test_the_command_runs_the_tasks_asked_for_and_refuses_what_it_cannot_use(
@@ -116,10 +140,14 @@ def test_the_command_runs_the_tasks_asked_for_and_refuses_what_it_cannot_use(
         asked.extend(options["tasks"])
         return {"results": {"gsm8k": {"exact_match,strict-match": 0.5}}}
 
-    monkeypatch.setattr(short, "_harness", lambda directory: (evaluate, None))
+    monkeypatch.setattr(short, "_harness", lambda directory: (evaluate, None, "0.4.13"))
     command = ["eval", "run", str(hf_directory), "--suite", "short", "--out", str(tmp_path)]
     for more in ([], [], ["--overwrite"]):
         assert CliRunner().invoke(app, [*command, "--tasks", "gsm8k", *more]).exit_code == 0
     assert asked == ["gsm8k", "gsm8k"]
-    for refused, why in (("--chat=always", "no use for --chat"), ("--tasks=x", "no task x")):
+    for refused, why in (
+        ("--chat=auto", "no use for --chat"),
+        ("--batch-size=4", "no use for --batch-size"),
+        ("--tasks=x", "no task x"),
+    ):
         assert why in str(CliRunner().invoke(app, [*command, refused]).exception)
