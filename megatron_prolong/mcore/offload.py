@@ -29,12 +29,15 @@ class Parked:
         device: where it belongs.
         before: what the same forward pass parked before it, which the backward needs next.
         back: the tensor on its device again, as soon as it is on its way.
+        fetched: the backward has asked for it. A node asks for what it saved from first to last: the one before may
+            have come already.
     """
 
     host: Tensor
     device: torch.device
     before: Parked | None
     back: Tensor | None = None
+    fetched: bool = False
     arrived: torch.cuda.Event | None = None
 
 
@@ -86,10 +89,13 @@ class HostOffload(saved_tensors_hooks):
         if isinstance(parked, Tensor):
             return parked
         self._bring(parked)
+        parked.fetched = True
         ahead, next_one = 0, parked.before
         while next_one is not None and ahead < AHEAD_BYTES:
-            self._bring(next_one)
-            ahead, next_one = ahead + next_one.host.nbytes, next_one.before
+            if not next_one.fetched:
+                self._bring(next_one)
+                ahead += next_one.host.nbytes
+            next_one = next_one.before
         if parked.arrived is not None:
             torch.cuda.current_stream().wait_event(parked.arrived)
         tensor, parked.back = parked.back, None

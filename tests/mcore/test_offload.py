@@ -4,6 +4,7 @@ import torch
 
 from megatron_prolong.mcore import offload
 from megatron_prolong.mcore.offload import HostOffload, Parked
+from megatron_prolong.model.attention import packed_attention
 
 
 def test_the_backward_finds_what_it_needs_next_on_its_way(monkeypatch):
@@ -34,3 +35,16 @@ def test_passes_are_apart_and_weights_and_small_tensors_stay():
         output.backward()
         expected = torch.autograd.grad((layer(value) ** 2).sum(), value)[0]
         torch.testing.assert_close(value.grad, expected)
+
+
+def test_what_a_node_has_asked_for_is_not_brought_again(monkeypatch):
+    """A node asks for what it saved in the order it saved it: the ones before the last have come, and a second copy
+    that nobody waits for would be written into memory that has another use by then."""
+    park = HostOffload([], min_bytes=1)
+    qkv = [torch.randn(24, 4, 8, requires_grad=True) for _ in range(3)]
+    with park:
+        out = packed_attention(*qkv, torch.tensor([0, 7, 24]))
+    brought = []
+    monkeypatch.setattr(park, "_copy", lambda source, target: brought.append(target.copy_(source).nbytes))
+    out.sum().backward()
+    assert sum(brought) == park.num_parked_bytes > 0
