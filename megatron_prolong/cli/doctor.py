@@ -102,6 +102,7 @@ def _memory_findings(recipe: Recipe, shape: ModelShape, world: int | None) -> li
     from megatron_prolong.plan.hardware import load_hardware
     from megatron_prolong.plan.job import job_of
     from megatron_prolong.plan.memory import peak_memory
+    from megatron_prolong.recipe.layout_rules import layout_problems
     from megatron_prolong.recipe.schema import layout_of
     from megatron_prolong.runtime.doctor import Finding, version_of
 
@@ -109,7 +110,10 @@ def _memory_findings(recipe: Recipe, shape: ModelShape, world: int | None) -> li
     any_gpu = next(iter(load_hardware().values()))  # what is kept free is the same on all
     findings = []
     for stage in recipe.stages:
-        ranks = layout_of(recipe, stage).model_ranks
+        layout = layout_of(recipe, stage)
+        if layout_problems(layout, shape, None):
+            continue  # they are among the recipe's problems already
+        ranks = layout.model_ranks
         job = job_of(recipe, stage, shape, max(world or ranks, ranks), transformer_engine=with_te)
         memory = peak_memory(job)
         name, detail = f"memory of stage {stage.name}", f"{amount(memory.total / 1e9)} GB per rank predicted"

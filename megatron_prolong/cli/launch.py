@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_prolong.cli.recipe import Overrides, RecipePath, warn
+from megatron_prolong.cli.train import check_start
 
 
 def launch(
@@ -26,13 +27,15 @@ def launch(
     """
     from megatron_prolong.plan.launch import render_script, submit_script, write_script
     from megatron_prolong.recipe.load import load_recipe
-    from megatron_prolong.recipe.validate import find_problems, problems_error
+    from megatron_prolong.recipe.validate import find_problems
 
     loaded = load_recipe(recipe, overrides or ())
-    findings = find_problems(loaded, nodes * gpus_per_node)
-    if findings.errors and submit:
-        raise problems_error(str(recipe), findings.errors)
-    warn([*findings.errors, *findings.warnings])
+    if submit:
+        for change in check_start(loaded, nodes * gpus_per_node):
+            print(change, file=sys.stderr)
+    else:
+        findings = find_problems(loaded, nodes * gpus_per_node)
+        warn([*findings.errors, *findings.warnings])
     script = render_script(
         loaded,
         recipe,

@@ -85,16 +85,8 @@ def plan(
 
 
 def _print(plan: StagePlan, gpu: Gpu, top: int, steps_between_checkpoints: int) -> None:
-    from dataclasses import asdict
-
-    from rich.table import Table
-
     from megatron_prolong.page.amount import amount
-    from megatron_prolong.plan.figures import figures
-    from megatron_prolong.plan.memory import parked_bytes
     from megatron_prolong.plan.report import KERNELS
-    from megatron_prolong.plan.volume import step_volume
-    from megatron_prolong.runtime.terminal import print_table
 
     stage, world = plan.stage, plan.written.job.world_size
     print(
@@ -116,38 +108,56 @@ def _print(plan: StagePlan, gpu: Gpu, top: int, steps_between_checkpoints: int) 
     if plan.best is None:
         print("  no layout runs.")
     else:
-        table = Table(
-            "layout", f"GB of {gpu.memory_bytes / 1e9:.1f}", "s/step", "tok/s/GPU", "MFU", "GPU-hours", "USD"
-        )
-        for candidate in plan.ranked(top):
-            table.add_row(candidate.name, *figures(candidate, gpu, stage.num_steps))
-        print_table(table)
-        if note := plan.head_room(top):
-            print(f"  {note}")
-        memory, time = plan.best.memory, plan.best.time
-        assert memory is not None and time is not None
-        print("  best, GB: " + ", ".join(f"{k} {amount(v / 1e9)}" for k, v in memory.parts().items()))
-        if parked := max(parked_bytes(plan.best.job, rank) for rank in range(plan.best.job.layout.pp)):
-            print(f"  best, GB in host memory: {amount(parked / 1e9, 0)} for each GPU")
-        sent = asdict(step_volume(plan.best.job, pp_rank=0))
+        _print_layouts(plan, gpu, top)
+        _print_best(plan.best)
+    if (played := plan.simulation) is not None:
+        spread = ", ".join(f"{name} {amount(seconds)}" for name, seconds in played.percentiles().items())
         print(
-            "  best, GB sent per step, all documents split: "
-            + ", ".join(f"{k} {amount(v / 1e9)}" for k, v in sent.items())
-        )
-        print("  best, seconds: " + ", ".join(f"{k} {amount(v, 2)}" for k, v in time.parts().items()))
-    if plan.simulation is not None:
-        spread = ", ".join(
-            f"{name} {amount(seconds)}" for name, seconds in plan.simulation.percentiles().items()
-        )
-        print(
-            f"  {len(plan.simulation.seconds)} steps played: {spread} s; ranks busy "
-            f"{plan.simulation.utilisation:.0%}, dealt out as drawn {plan.simulation.utilisation_as_drawn:.0%}"
+            f"  {len(played.seconds)} steps played: {spread} s; ranks busy {played.utilisation:.0%}, dealt out as "
+            f"drawn {played.utilisation_as_drawn:.0%}"
         )
     _print_reasons(plan)
 
 
+def _print_layouts(plan: StagePlan, gpu: Gpu, top: int) -> None:
+    """The table of the fastest."""
+    from rich.table import Table
+
+    from megatron_prolong.plan.figures import figures
+    from megatron_prolong.runtime.terminal import print_table
+
+    memory = f"GB of {gpu.memory_bytes / 1e9:.1f}"
+    table = Table("layout", memory, "s/step", "tok/s/GPU", "MFU", "GPU-hours", "USD")
+    for candidate in plan.ranked(top):
+        table.add_row(candidate.name, *figures(candidate, gpu, plan.stage.num_steps))
+    print_table(table)
+    if note := plan.head_room(top):
+        print(f"  {note}")
+
+
+def _print_best(best: Candidate) -> None:
+    """What its memory, traffic and time are made of."""
+    from dataclasses import asdict
+
+    from megatron_prolong.page.amount import amount
+    from megatron_prolong.plan.memory import parked_bytes
+    from megatron_prolong.plan.volume import step_volume
+
+    assert best.memory is not None and best.time is not None
+    print("  best, GB: " + ", ".join(f"{k} {amount(v / 1e9)}" for k, v in best.memory.parts().items()))
+    if parked := max(parked_bytes(best.job, rank) for rank in range(best.job.layout.pp)):
+        print(f"  best, GB in host memory: {amount(parked / 1e9, 0)} for each GPU")
+    sent = asdict(step_volume(best.job, pp_rank=0))
+    print(
+        "  best, GB sent per step, all documents split: "
+        + ", ".join(f"{k} {amount(v / 1e9)}" for k, v in sent.items())
+    )
+    print("  best, seconds: " + ", ".join(f"{k} {amount(v, 2)}" for k, v in best.time.parts().items()))
+
+
 def _print_reasons(plan: StagePlan) -> None:
-    reasons = plan.reasons()
+    if not (reasons := plan.reasons()):
+        return
     print(f"  {sum(count for _, count in reasons)} of {len(plan.candidates)} layouts do not run:")
     for reason, count in reasons:
         print(f"    {count:5d}  {reason}")

@@ -59,7 +59,10 @@ def train(
     load = cache(partial(load_recipe, recipe, overrides or []))
     if check:
         asked = read_number(os.environ, "WORLD_SIZE", 0) if processes == 1 else 0
-        _check(load(), recipe, asked or processes * read_rendezvous(os.environ).size)
+        world_size = asked or processes * read_rendezvous(os.environ).size
+        for change in check_start(load(), world_size):
+            print(change)
+        print(f"{recipe}: ready for {world_size} rank(s), {len(load().stages)} stage(s)")
         return
     machine = read_rendezvous(os.environ)
     if processes > 1:
@@ -74,8 +77,12 @@ def train(
         _replay(load, replay, trace)
 
 
-def _check(recipe: Recipe, path: Path, world_size: int) -> None:
-    """Everything that a start refuses, but for the checkpoints' contents, in seconds."""
+def check_start(recipe: Recipe, world_size: int) -> list[str]:
+    """Everything that a start refuses, but for the checkpoints' contents, in seconds.
+
+    Returns:
+        What has changed since the last start.
+    """
     from megatron_prolong.plan.disk import check_room
     from megatron_prolong.recipe.validate import check, tokenizer_of
     from megatron_prolong.training.changes import changes_since_start
@@ -89,9 +96,7 @@ def _check(recipe: Recipe, path: Path, world_size: int) -> None:
         tokenizer = tokenizer_of(recipe)
         assert tokenizer is not None, "check() refuses a model without path and tokenizer"
         check_lengths(recipe.evaluation, tasks_of(recipe.evaluation), tokenizer_file(tokenizer).parent)
-    for change in changes_since_start(recipe):
-        print(f"changed since the last start: {change}")
-    print(f"{path}: ready for {world_size} rank(s), {len(recipe.stages)} stage(s)")
+    return [f"changed since the last start: {change}" for change in changes_since_start(recipe)]
 
 
 def _start(processes: int, machine: Rendezvous) -> None:

@@ -102,6 +102,6 @@ def _find(path: Path, sequence_length: int) -> DomainLengths | None:
     """
     by_length = sorted(_KNOWN, key=lambda mixture: mixture.sequence_length != sequence_length)
     known = next((d for mixture in by_length for d in mixture.domains if d.name == path.name), None)
-    if known is None and (suffix := re.search(r"-(\d{3,})$", path.name)):
+    if known is None and (suffix := re.search(r"-([1-9]\d{2,})$", path.name)):
         return DomainLengths(path.name, 1.0, document_tokens=int(suffix[1]))
     return known

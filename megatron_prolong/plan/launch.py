@@ -26,14 +26,9 @@ def render_script(
 
     Args:
         recipe_path: where the script finds the recipe, from the directory it is started in.
-        overrides: `key.path=value` changes that the script applies unless OVERRIDES is set.
+        overrides: `key.path=value` changes that the script applies before those in its OVERRIDES.
         file: the script's own name, for the usage lines at its top.
-
-    Raises:
-        UserError: an override holds white space, which the script could not pass on.
     """
-    if spaced := [override for override in overrides if override.split() != [override]]:
-        raise UserError(f"override {spaced[0]!r} holds white space; write it into a recipe with `base:`")
     values = {
         "RECIPE": shlex.quote(str(recipe_path)),
         "STAGES": ", ".join(stage.name for stage in recipe.stages),
@@ -41,8 +36,8 @@ def render_script(
         "NAME": recipe.name,
         "NODES": str(nodes),
         "GPUS": str(gpus_per_node),
-        "OVERRIDES": " ".join(_inside_double_quotes(override) for override in overrides),
-        "FILE": file,
+        "OVERRIDES": f'\nOVERRIDES=({shlex.join(overrides)} "${{OVERRIDES[@]}}")' if overrides else "",
+        "FILE": shlex.quote(file),
     }
     script = resources.files(__package__).joinpath("batch_script.txt").read_text(encoding="utf-8")
     for name, value in values.items():
@@ -72,8 +67,3 @@ def submit_script(script: str) -> str:
     if result.returncode:
         raise UserError(f"sbatch refused the job: {result.stderr.strip()}")
     return result.stdout.strip().partition(";")[0]
-
-
-def _inside_double_quotes(text: str) -> str:
-    """`text` as it must stand within double quotes and ${…:-…} in bash."""
-    return "".join(f"\\{character}" if character in '\\"`$}' else character for character in text)

@@ -88,6 +88,13 @@ def test_what_a_recipe_lacks(recipe: Path) -> None:
     assert any("3 ranks cannot be divided" in line for line in missing)
 
 
+def test_a_layout_that_cannot_be_has_no_memory_to_tell_of(recipe: Path) -> None:
+    for override in ("layout.pp=3", "layout.tp=3"):
+        code, found = findings(str(recipe), override)
+        assert code == 1
+        assert "memory of stage s" not in found
+
+
 def test_checkpoints_that_do_not_fit_on_the_disk(recipe: Path) -> None:
     overrides = ("checkpoint.keep_every=1", "checkpoint.every=1", "stage.s.steps=1B")
     code, found = findings(str(recipe), *overrides)

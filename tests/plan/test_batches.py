@@ -66,6 +66,7 @@ def test_a_name_may_say_the_length_and_the_unknown_is_assumed_dearest() -> None:
     lengths = {tuple(pack.tolist()) for step in found.lengths for pack in step}
     assert lengths == {(8192,) * 8, (65_536,)}
     assert "one document per sequence assumed for novels" in found.source
+    assert "assumed for part-000" in stage_batches(stage({"data/part-000": 1.0}), 1).source
     assert "mock" in stage_batches(stage("mock"), 1).source
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prolong.cli import main
 from megatron_prolong.errors import UserError
 from megatron_prolong.plan.launch import render_script, submit_script, write_script
 from megatron_prolong.recipe.load import load_recipe
+from tests.recipe.conftest import write_model
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """\
@@ -49,11 +51,14 @@ def test_the_shipped_scripts_are_what_is_rendered(name: str, monkeypatch: pytest
 def test_nodes_and_overrides_are_written_into_the_script(tmp_path: Path) -> None:
     recipe = tmp_path / "my recipe.yaml"
     recipe.write_text(RECIPE)
-    script = render(recipe, "stage.one.lr=2e-5", "run_dir=$HOME/runs", "model.path=a}b", nodes=4)
+    overrides = [
+        "stage.one.lr=2e-5", "run_dir=$HOME/it's", "model.path=a}b`c`", "stage.one.mixture={a: 0.5, b c: 0.5}"
+    ]  # fmt: skip
+    script = render(recipe, *overrides, nodes=4, file="my script.sh")
     assert "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=1\n#SBATCH --gres=gpu:8\n" in script
     assert f"RECIPE='{recipe}'\n" in script
     assert '# OVERRIDES="stage.one.lr=2e-5 layout.cp=4"' in script, "an example that this recipe takes"
-    lines = [line for line in script.splitlines() if line.startswith(("RECIPE=", "read -ra"))]
+    lines = [line for line in script.splitlines() if line.startswith(("RECIPE=", "read -ra", "OVERRIDES="))]
     show = 'printf "%s\\n" "$RECIPE" "${OVERRIDES[@]}"'
     result = subprocess.run(
         ["bash", "-euc", "\n".join([*lines, show])],
@@ -62,19 +67,8 @@ def test_nodes_and_overrides_are_written_into_the_script(tmp_path: Path) -> None
         text=True,
         check=True,
     )
-    assert result.stdout.splitlines() == [
-        str(recipe),
-        "stage.one.lr=2e-5",
-        "run_dir=$HOME/runs",
-        "model.path=a}b",
-    ]
-
-
-def test_an_override_with_a_space_is_refused(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE)
-    with pytest.raises(UserError, match="white space"):
-        render(recipe, "stage.one.mixture={a: 1}")
+    assert result.stdout.splitlines() == [str(recipe), *overrides]
+    assert "#   sbatch 'my script.sh'\n" in script
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -127,10 +121,13 @@ def test_without_slurm_it_checks_and_trains_on_this_machine(commands: Path) -> N
     assert train == "prolong train recipe.yaml stage.one.steps=3 --processes 2 WORLD_SIZE="
 
 
-def test_the_environment_overrides_the_overrides(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overrides_of_the_environment_follow_the_scripts_own(
+    commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OVERRIDES", "stage.one.lr=1e-4 layout.tp=2")
     subprocess.run(["bash", "script.sh"], check=True, capture_output=True, timeout=30)
-    assert "prolong train recipe.yaml stage.one.lr=1e-4 layout.tp=2 --check" in commands.read_text()
+    expected = "prolong train recipe.yaml stage.one.steps=3 stage.one.lr=1e-4 layout.tp=2 --check"
+    assert expected in commands.read_text()
 
 
 def test_a_failed_check_ends_the_job_before_training(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +189,37 @@ def test_a_job_that_got_on_goes_back_into_the_queue(
     assert result.returncode == code, result.stderr
     asked = commands.exists() and "scontrol requeue 42" in commands.read_text()
     assert asked == requeued
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("evaluation={tasks: [nothing]}", "nothing"),
+        ("checkpoint.keep=1000000", "no room for the checkpoints"),
+        ("layout.tp=3", "8 ranks cannot be divided"),
+    ],
+)
+def test_nothing_is_submitted_that_would_not_start(
+    commands: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    problem: str,
+) -> None:
+    write_model(Path("model"))
+    arguments = [
+        "launch",
+        "recipe.yaml",
+        "stage.one.steps=1000000",
+        "checkpoint.every=1",
+        "--submit",
+        override,
+    ]
+    monkeypatch.setattr("sys.argv", ["prolong", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main.run()
+    assert stop.value.code == 2 and problem in capsys.readouterr().err
+    assert not commands.exists()
 
 
 def test_submit_hands_the_script_to_sbatch(commands: Path) -> None:
