@@ -73,9 +73,9 @@ class Job:
 
     def _begin(self, lock: IO[str]) -> None:
         """Write the settings, or find the same. All that are at work share the lock; who has it alone may clear."""
-        alone = _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) is not False
+        alone = lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) is not False
         if not alone:
-            _lock(lock, fcntl.LOCK_SH)
+            lock_file(lock, fcntl.LOCK_SH)
         begun = _read(self.directory / SETTINGS)
         if begun is not None and begun != dict(self.settings):
             if not alone:
@@ -88,7 +88,7 @@ class Job:
         if begun is None:  # once, as it is the file that `finish` locks
             with disk_full_is_users(self.out):
                 write_json(self.directory / SETTINGS, dict(self.settings))
-        _lock(lock, fcntl.LOCK_SH)
+        lock_file(lock, fcntl.LOCK_SH)
 
     def _content(self, *but: str) -> list[Path]:
         return [path for path in self.directory.iterdir() if path.name not in but]
@@ -137,7 +137,7 @@ class Job:
         """
         try:
             with (self.directory / SETTINGS).open("r+") as lock:  # NFS locks only what may be written
-                if _lock(lock, fcntl.LOCK_EX) is None:
+                if lock_file(lock, fcntl.LOCK_EX) is None:
                     warning = f"warning: {lock.name}: no locks on this file system; finishing without"
                     print(warning, file=sys.stderr)
                 if not self.directory.exists():
@@ -176,7 +176,7 @@ def _delete(path: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _lock(file: IO[str], operation: int) -> bool | None:
+def lock_file(file: IO[Any], operation: int) -> bool | None:
     """Take a lock; False if it is held and not to be waited for. None on file systems without any (Lustre without
     -o flock): two jobs that finish at the same moment may there get into each other's way, so that one ends with an
     error, but they write the same.

@@ -14,15 +14,19 @@ and is refused; the domain is given by the user on the way back.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import struct
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prolong.data.job import lock_file
 from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.packed import Identity, PackedSequence, open_tokens
@@ -40,7 +44,7 @@ class IndexedWriter:
     """Writes PREFIX.bin and PREFIX.idx; both appear only when the block ends without an exception, the index last.
 
     Raises UserError when there is an index already. A .bin without one is what a kill between the two left; it is
-    replaced.
+    replaced. What a kill before that left in the making is removed: the lock on it went with its process.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -48,26 +52,26 @@ class IndexedWriter:
         if self._paths[1].exists():
             raise UserError(f"{self._paths[1]} exists already; remove it or choose another prefix")
         self._paths[0].parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = [temporary_name(path) for path in self._paths]
-        self._file = self._temporary[0].open("wb")
-        self._lengths: list[NDArray[np.int32]] = []
-        self._sequences_of_documents: list[int] = []
+        for path in self._paths:
+            _remove_abandoned(path)
+        self._files = [_open_locked(temporary_name(path)) for path in self._paths]
+        self._lengths = array("i")
+        self._sequences_of_documents = array("i")
 
     def write(self, tokens: NDArray[np.uint32], sequence_lengths: NDArray[np.int64]) -> None:
         """One document of tokens [S], uint32 below 2**31, made of sequences of the given lengths."""
         assert sequence_lengths.sum() == len(tokens)
-        self._file.write(tokens.astype("<i4").tobytes())
-        self._lengths.append(sequence_lengths.astype("<i4"))
+        self._files[0].write(tokens.astype("<i4").tobytes())
+        self._lengths.frombytes(sequence_lengths.astype("<i4").tobytes())
         self._sequences_of_documents.append(len(sequence_lengths))
 
     def _write_index(self) -> None:
-        lengths = np.concatenate([np.zeros(0, "<i4"), *self._lengths])
+        lengths = np.array(self._lengths, "<i4")
         offsets = np.cumsum(lengths, dtype="<i8") * 4 - lengths.astype("<i8") * 4
-        documents = np.cumsum([0, *self._sequences_of_documents], dtype="<i8")
-        with self._temporary[1].open("wb") as file:
-            file.write(_MAGIC + _HEADER.pack(1, _INT32_CODE, len(lengths), len(documents)))
-            for column in (lengths, offsets, documents):
-                file.write(column.tobytes())
+        documents = np.concatenate([[0], np.cumsum(self._sequences_of_documents)]).astype("<i8")
+        self._files[1].write(_MAGIC + _HEADER.pack(1, _INT32_CODE, len(lengths), len(documents)))
+        for column in (lengths, offsets, documents):
+            self._files[1].write(column.tobytes())
 
     def __enter__(self) -> Self:
         return self
@@ -76,14 +80,29 @@ class IndexedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._file.close()
             if kind is None:
                 self._write_index()
-                for temporary, path in zip(self._temporary, self._paths, strict=True):
-                    publish(temporary, path)
+                for file, path in zip(self._files, self._paths, strict=True):
+                    file.flush()
+                    publish(Path(file.name), path)
         finally:
-            for temporary in self._temporary:
-                temporary.unlink(missing_ok=True)
+            for file in self._files:
+                Path(file.name).unlink(missing_ok=True)
+            for file in self._files:  # last, as it may raise on a full disk
+                file.close()
+
+
+def _open_locked(path: Path) -> IO[bytes]:
+    file = path.open("wb")
+    lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def _remove_abandoned(final: Path) -> None:
+    for path in final.parent.glob(f"{glob.escape(final.name)}.tmp-*"):
+        with path.open("ab") as file:
+            if lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                path.unlink(missing_ok=True)
 
 
 class IndexedReader:

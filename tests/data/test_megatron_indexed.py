@@ -1,3 +1,7 @@
+import fcntl
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +139,25 @@ def test_what_a_kill_between_the_two_files_left_is_replaced(
             to_megatron(source, tmp_path / "out")
     assert [path.name for path in tmp_path.glob("out*")] == ["out.bin"]
     assert to_megatron(source, tmp_path / "out") == len(PACKS) == len(IndexedReader(tmp_path / "out"))
+
+
+def test_what_a_kill_left_in_the_making_goes_with_the_next_attempt(tmp_path: Path) -> None:
+    source = write_packs(tmp_path / "mds", PACKS)
+    program = (
+        "import os, signal\n"
+        "from megatron_prolong.data import megatron_indexed\n"
+        "megatron_indexed.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"megatron_indexed.to_megatron({str(source)!r}, {str(tmp_path / 'out')!r})\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program])
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob("out.*.tmp-*"))) == 2
+    (tmp_path / "outer.bin.tmp-host-1").touch()  # of another prefix
+    with (tmp_path / "out.bin.tmp-elsewhere-7").open("wb") as file:  # as of a process of another machine
+        fcntl.flock(file, fcntl.LOCK_EX)
+        to_megatron(source, tmp_path / "out")
+        left = {path.name for path in tmp_path.glob("out*")}
+        assert left == {"out.bin", "out.idx", "outer.bin.tmp-host-1", "out.bin.tmp-elsewhere-7"}
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
