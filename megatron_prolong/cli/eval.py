@@ -204,14 +204,21 @@ def models_of(model: str, compare: list[str] | None) -> list[tuple[str, str]]:
     return pairs
 
 
+def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises UserError for another value."""
+    from megatron_prolong.errors import UserError
+
+    if value not in allowed:
+        raise UserError(f"{option} {value}: must be one of {', '.join(allowed)}")
+
+
 def _warn_of_lengths_beyond(backend: Backend, lengths: Sequence[int]) -> None:
     """What `run` refuses unless told otherwise is here a fair question: does the model hold beyond its length?"""
+    from megatron_prolong.evaluation.backend import declares
+
     if max(lengths) > backend.max_length:
-        print(
-            f"warning: {backend.model} declares at most {backend.max_length:,} tokens (max_position_embeddings); "
-            "longer --lengths measure beyond it",
-            file=sys.stderr,
-        )
+        said = declares(backend.model, backend.max_length)
+        print(f"warning: {said}; longer --lengths measure beyond it", file=sys.stderr)
 
 
 def _depths(text: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""`prolong eval run`, `compare`, `judge` and `data check`: the long-context suites."""
+"""`prolong eval run` and `data check`: the long-context suites."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from megatron_prolong.cli.eval import (
     is_main,
     models_of,
     on_all_ranks,
+    one_of,
     ranks,
 )
+from megatron_prolong.cli.eval_results import compare as compare_results
+from megatron_prolong.cli.eval_results import judge, report
 
 if TYPE_CHECKING:
     from megatron_prolong.evaluation.backend import Backend
-    from megatron_prolong.evaluation.suite_report import Models
     from megatron_prolong.evaluation.task import Entails, Task
     from megatron_prolong.runtime.launch import World
 
@@ -33,7 +35,7 @@ data_app = typer.Typer(help="The suites' data.", no_args_is_help=True, rich_mark
 def register(app: typer.Typer) -> None:
     """Add these commands to `prolong eval`."""
     app.command()(run)
-    app.command()(compare)
+    app.command("compare")(compare_results)
     app.command()(judge)
     app.add_typer(data_app, name="data")
 
@@ -102,26 +104,27 @@ def run(
     from megatron_prolong.evaluation.suites import select
     from megatron_prolong.evaluation.task import Inputs
 
-    def prepare() -> tuple[list[tuple[str, str]], list[Task], str, Entails | None]:
-        _one_of("--chat", chat, ("auto", "always", "never"))
-        _one_of("--too-long", too_long, ("refuse", "truncate", "allow"))
-        _one_of("--backend", backend, ("auto", "hf", "megatron", "openai"))
+    def prepare() -> tuple[list[tuple[str, str, str]], list[Task], str, Entails | None]:
+        one_of("--chat", chat, ("auto", "always", "never"))
+        one_of("--too-long", too_long, ("refuse", "truncate", "allow"))
+        one_of("--backend", backend, ("auto", "hf", "megatron", "openai"))
         if "/" in tag:
             raise UserError(f"--tag {tag}: becomes a part of file names, so it cannot hold a /")
-        models = models_of(model, compare)
-        chosen = select(suite, lengths, _names(tasks))
+        pairs, chosen = models_of(model, compare), select(suite, lengths, _names(tasks))
+        text = read_text(haystack) if haystack else ""
         if is_main(world):
             chosen = runnable(chosen, data, skip_missing)
         if backend != "openai":
-            check_models([path for _, path in models], backend, cp)
-        for label, path in models if is_main(world) else ():
-            name, identity = _name_and_identity(path, backend)
+            check_models([path for _, path in pairs], backend, cp)
+        models = [(label, *_name_and_identity(path, backend)) for label, path in pairs]
+        if not is_main(world):
+            return models, chosen, text, None
+        for label, name, identity in models:
             if not overwrite:
                 refuse_another_model(out / label, name, identity)
             if backend != "openai" and (declared := declared_length(Path(name))) is not None:
                 refuse_lengths_beyond(chosen, name, declared, too_long)
-        text = read_text(haystack) if haystack else ""
-        return models, chosen, text, load_nli(nli) if nli and is_main(world) else None
+        return models, chosen, text, load_nli(nli) if nli else None
 
     if suite == "short":
         _refuse_given(ctx, "short", but=_OF_SHORT)
@@ -130,51 +133,15 @@ def run(
     results = {}
     with ranks() as world:
         models, chosen, text, entails = on_all_ranks(world, prepare)
-        for label, path in models:
-            _, identity = _name_and_identity(path, backend)
+        for label, name, identity in models:
             settings = Settings(tag, chat, too_long, stop_newline, overwrite, identity)
-            with _open(path, backend, server, tokenizer, batch_size, cp, world) as loaded:
+            with _open(name, backend, server, tokenizer, batch_size, cp, world) as loaded:
                 if loaded is not None:  # None: a rank that only lent its part of the model
                     inputs = Inputs(data, loaded.tokenizer, seed, samples, text)
                     results[label] = run_suite(chosen, loaded, inputs, settings, out / label, entails)
             del loaded  # the next model needs the memory
     if is_main(world):
-        _report(results, suite, out)
-
-
-def compare(
-    directories: Annotated[
-        list[str], typer.Argument(metavar="[LABEL=]RESULTS...", help="Folders of results.")
-    ],
-    out: Annotated[Path | None, typer.Option(help="Write compare.json, .png and .html here.")] = None,
-    suite: Annotated[str | None, typer.Option(help="Show published scores of this suite.")] = None,
-) -> None:
-    """Results side by side: the table base → 64K → 512K → SFT with changes and confidence intervals."""
-    from megatron_prolong.evaluation.results import read_results
-    from megatron_prolong.evaluation.suites import SUITES
-
-    if suite is not None:
-        _one_of("--suite", suite, (*SUITES, "short"))
-    results = {label: read_results(Path(path)) for label, path in models_of(directories[0], directories[1:])}
-    _report(results, suite, out, name="compare")
-
-
-def judge(
-    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="Folder of one model's results.")],
-    server: Annotated[str, typer.Option(help="OpenAI-compatible server.")],
-    helmet: Annotated[
-        Path, typer.Option(help="Checkout of princeton-nlp/HELMET, for the judge's instructions.")
-    ],
-    model: Annotated[str, typer.Option(help="Judging model.")] = "gpt-4o-2024-05-13",
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
-) -> None:
-    """Let a model judge long answers and summaries (HELMET's procedure); cached, resumable."""
-    from megatron_prolong.evaluation.client import Client
-    from megatron_prolong.evaluation.judge import Judge, judge_results
-
-    client = Client(server, concurrency=concurrency)
-    written = judge_results(results, Judge(client, model, results / "judge_cache.jsonl"), helmet)
-    print("\n".join(f"wrote {path}" for path in written) or "nothing to judge")
+        report(results, suite, out)
 
 
 @data_app.command("check")
@@ -275,25 +242,3 @@ def _refuse_given(ctx: typer.Context, suite: str, but: set[str]) -> None:
     given = [name for name in ctx.params if "COMMANDLINE" in str(ctx.get_parameter_source(name))]
     if unused := [f"--{name.replace('_', '-')}" for name in given if name not in but]:
         raise UserError(f"--suite {suite} has no use for {', '.join(unused)}; leave it out")
-
-
-def _report(results: Models, suite: str | None, out: Path | None, name: str = "suite") -> None:
-    from megatron_prolong.evaluation.report import write_json
-    from megatron_prolong.evaluation.suite_page import suite_page
-    from megatron_prolong.evaluation.suite_report import plot_suite, print_suite, summary
-    from megatron_prolong.runtime.publish import write_durably
-
-    print_suite(results, suite)
-    if out is not None:
-        data, plot, page = (out / f"{name}.{suffix}" for suffix in ("json", "png", "html"))
-        write_json(data, summary(results))
-        plot_suite(results, plot)
-        write_durably(page, suite_page(results, suite, plot))
-        print(f"wrote {data}, {plot} and {page}")
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    from megatron_prolong.errors import UserError
-
-    if value not in allowed:
-        raise UserError(f"{option} {value}: must be one of {', '.join(allowed)}")

@@ -207,6 +207,11 @@ def declared_length(directory: Path) -> int | None:
     return length if isinstance(length, int) else None
 
 
+def declares(model: str, length: int) -> str:
+    """In the words of messages."""
+    return f"{model} declares at most {length:,} tokens (max_position_embeddings)"
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer stored in a model directory, read without the network."""
     from transformers import AutoTokenizer

@@ -12,7 +12,6 @@ from typing import Any
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.bootstrap import Interval, mean_interval
-from megatron_prolong.evaluation.suites import CATEGORIES, is_of_prolong, prolong
 from megatron_prolong.evaluation.task import Task
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.recipe.shape import read_json
@@ -25,9 +24,6 @@ _ARGUMENTS = re.compile(r'\{\s*"args":\s*')
 SCALE = {"gpt-4-score": 100 / 3, "gpt-4-f1": 100}
 # Shown in place of a judge's score while there is none.
 WITHOUT_JUDGE = "rougeL_f1"
-MEAN = "mean"
-# Over which lengths nearly every table of ProLong's ablations averages.
-DEVELOPMENT = (32 << 10, 64 << 10)
 # Settings of a run, by their names in `args`: what makes its questions, and how they were answered.
 ASKED = ("seed", "generated", "haystack", "documents_cut_by")
 ANSWERED = ("use_chat_template", "stop_newline", "too_long")
@@ -47,7 +43,9 @@ class Result:
             could not be read.
         questions: which question each row asks.
         truncated: rows whose context was cut.
-        settings: ASKED and ANSWERED.
+        settings: ASKED, ANSWERED and the judge's model.
+        identity: of the model's weights; empty of a served one.
+        prompts: a digest of all of them, without a chat template; empty in results of versions that kept none.
     """
 
     path: Path
@@ -63,16 +61,20 @@ class Result:
     questions: tuple[Hashable, ...]
     truncated: int
     settings: Mapping[str, Any]
+    identity: str = ""
+    prompts: str = ""
 
     @property
     def key(self) -> Key:
         """Which task at which length."""
         return self.length, self.category, self.name
 
-    @property
-    def asked(self) -> tuple[object, ...]:
-        """The questions and how they were made: RULER's are known by the row alone, whatever the seed."""
-        return self.questions, *(self.settings[name] for name in ASKED)
+    def asks_as(self, other: Result) -> bool:
+        """Whether both asked the same: generated tasks, for one, are sized with each model's own tokenizer."""
+        if self.prompts and other.prompts:
+            return self.prompts == other.prompts
+        mine, others = ((one.questions, *(one.settings[name] for name in ASKED)) for one in (self, other))
+        return mine == others
 
     @property
     def counted(self) -> list[float]:
@@ -83,7 +85,7 @@ class Result:
     @property
     def score(self) -> float:
         """The task's score: the mean of what is counted, 0 to 100; NaN without any."""
-        return _mean(self.counted)
+        return mean(self.counted)
 
     @property
     def metric(self) -> str:
@@ -95,6 +97,15 @@ class Result:
         """This metric with its 95% interval, 0 to 100."""
         found = mean_interval(self.values, self.questions)
         return Interval(100 * found.mean, 100 * found.low, 100 * found.high)
+
+
+Models = Mapping[str, Sequence[Result]]
+"""Results by the model's label, in the order of the table."""
+
+
+def mean(scores: Sequence[float]) -> float:
+    """NaN of none."""
+    return sum(scores) / len(scores) if scores else float("nan")
 
 
 def key_of(task: Task) -> Key:
@@ -159,7 +170,12 @@ def _result(path: Path, content: dict[str, Any]) -> Result:
         values=tuple(_row_value(item, names[0] if names[0] in averages else WITHOUT_JUDGE) for item in items),
         questions=tuple(_question(item, arguments["question_field"], row) for row, item in enumerate(items)),
         truncated=sum(item["removed_tokens"] > 0 for item in items),
-        settings={name: arguments.get(name) for name in (*ASKED, *ANSWERED)},
+        settings={
+            **{name: arguments.get(name) for name in (*ASKED, *ANSWERED)},
+            "judge": content.get("judge", {}).get("model"),
+        },
+        identity=arguments.get("model_identity", ""),
+        prompts=content.get("prompts", ""),
     )
 
 
@@ -223,76 +239,3 @@ def _row_value(item: dict[str, Any], metric: str) -> float:
 def _question(item: dict[str, Any], field: str, row: int) -> Hashable:
     value = item.get(field)
     return value if isinstance(value, Hashable) and value not in (None, "") else row
-
-
-@dataclass(frozen=True)
-class Average:
-    """A category at one length, or MEAN of HELMET's. partial: some of its scores are missing or stand-ins.
-
-    length: 0 of those over DEVELOPMENT.
-    """
-
-    category: str
-    length: int
-    score: float
-    partial: bool
-    tasks: tuple[Key, ...]
-
-
-def averages(results: Iterable[Result]) -> list[Average]:
-    """Mean of every category's scores at every length (metrics weigh equally, as in HELMET's Cite), then of these.
-
-    The last is HELMET's and ProLong's overall score: every category weighs the same, and RULER is none of them.
-    """
-    groups: dict[int, dict[str, list[Result]]] = {}
-    for result in results:
-        groups.setdefault(result.length, {}).setdefault(result.category, []).append(result)
-    found = []
-    for length, categories in sorted(groups.items()):
-        own = [_average(category, length, members) for category, members in sorted(categories.items())]
-        found += own
-        counted = [one for one in own if one.category in CATEGORIES]
-        if len(counted) > 1:
-            score = sum(one.score for one in counted) / len(counted)
-            found.append(Average(MEAN, length, score, any(one.partial for one in counted), _tasks(counted)))
-    return found
-
-
-def development(results: Iterable[Result]) -> list[Average]:
-    """What ProLong was developed by (paper, §2.2): the averages of its subset of HELMET over 32K and 64K together.
-
-    Of every category that both lengths have, and the MEAN of all six if nothing is missing.
-    """
-    counted = [result for result in results if is_of_prolong(result.name)]
-    found = averages(counted)
-    short, long = ({one.category: one for one in found if one.length == length} for length in DEVELOPMENT)
-    shared = [category for category in short if category in long]
-    if missing_of_development(counted):
-        shared = [category for category in shared if category != MEAN]
-    return [_over_lengths([short[category], long[category]]) for category in shared]
-
-
-def missing_of_development(results: Iterable[Result]) -> list[Key]:
-    """The tasks without which there is no MEAN over DEVELOPMENT."""
-    there = {result.key for result in results}
-    wanted = [key_of(task) for length in DEVELOPMENT for task in prolong(length)]
-    return [key for key in wanted if key not in there]
-
-
-def _over_lengths(members: Sequence[Average]) -> Average:
-    score = _mean([one.score for one in members])
-    return Average(members[0].category, 0, score, any(one.partial for one in members), _tasks(members))
-
-
-def _tasks(members: Iterable[Average]) -> tuple[Key, ...]:
-    return tuple(key for one in members for key in one.tasks)
-
-
-def _average(category: str, length: int, members: Sequence[Result]) -> Average:
-    mean = _mean([score for result in members for score in result.counted])
-    tasks = tuple(result.key for result in members)
-    return Average(category, length, mean, any(result.missing for result in members), tasks)
-
-
-def _mean(scores: Sequence[float]) -> float:
-    return sum(scores) / len(scores) if scores else float("nan")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import Backend
+from megatron_prolong.evaluation.backend import Backend, declares
 from megatron_prolong.evaluation.identity import data_identity
 from megatron_prolong.evaluation.partial import Generated, PartialOutputs, sample_key
 from megatron_prolong.evaluation.prompts import Prepared, prepare, render
@@ -97,6 +97,7 @@ def run_task(
         seconds = time.monotonic() - started
         with _data_of(task, inputs):
             content = {"args": arguments, **_score(task, rows, samples, entails, chat)}
+        content["prompts"] = sample_key(*(sample_key(render(task, row, chat=False).text) for row in rows))
         content["throughput"] = len(pending) / seconds if pending else 0.0
         judged_path(path).unlink(missing_ok=True)  # its answers are no longer these
         _write(path, content)
@@ -152,8 +153,7 @@ def length_limit(task: Task, model: str, declared: int, too_long: str) -> int:
     if too_long == "truncate":
         return declared
     raise UserError(
-        f"{task.name} at {format_count(task.length)}: {model} declares at most "
-        f"{declared:,} tokens (max_position_embeddings); leave this length out, or say "
+        f"{task.name} at {format_count(task.length)}: {declares(model, declared)}; leave this length out, or say "
         "`--too-long allow` to measure beyond it, `--too-long truncate` to cut the contexts"
     )
 
@@ -232,7 +232,7 @@ def _arguments(
     task: Task, backend: Backend, inputs: Inputs, settings: Settings, chat: bool
 ) -> dict[str, Any]:
     """HELMET's argument names, then ours."""
-    from_file = not task.missing(inputs.data)
+    from_file = inputs.data is not None and all((inputs.data / name).exists() for name in task.needs)
     haystack = f"prose {sample_key(inputs.haystack)[:8]}" if inputs.haystack else "noise"
     cut_by = "Llama-2's tokenizer" if has_llama2(inputs) else "the model's tokenizer"
     return {

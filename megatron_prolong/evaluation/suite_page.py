@@ -6,7 +6,8 @@ import base64
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_prolong.evaluation.suite_report import Models, grids, notes
+from megatron_prolong.evaluation.results import Models
+from megatron_prolong.evaluation.suite_report import grids, notes
 from megatron_prolong.page.html import figure, heading, note, page, table
 
 

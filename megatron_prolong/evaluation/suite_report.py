@@ -1,69 +1,29 @@
-"""Tables and plots of suite results, for one model or several side by side."""
+"""Tables of suite results, for one model or several side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from megatron_prolong.evaluation.bootstrap import Interval, difference_interval
-from megatron_prolong.evaluation.published import published
-from megatron_prolong.evaluation.report import heatmap, new_figure, save_figure
-from megatron_prolong.evaluation.results import (
-    ANSWERED,
-    ASKED,
+from megatron_prolong.evaluation.averages import (
     DEVELOPMENT,
     MEAN,
     Average,
-    Key,
-    Result,
     averages,
     development,
-    key_of,
     missing_of_development,
+    of_suite,
 )
-from megatron_prolong.evaluation.suites import CATEGORIES, SUITES, is_of_prolong
+from megatron_prolong.evaluation.bootstrap import Interval
+from megatron_prolong.evaluation.changes import changes, unlike
+from megatron_prolong.evaluation.published import published
+from megatron_prolong.evaluation.results import Key, Models, Result, key_of
+from megatron_prolong.evaluation.suites import CATEGORIES, SUITES
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.runtime.terminal import print_table
-
-Models = Mapping[str, Sequence[Result]]
-"""Results by the model's label, in the order of the table."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """A task's difference from the first model, 0 to 100, paired by row; None where rows or scores differ."""
-
-    model: str
-    category: str
-    task: str
-    length: int
-    interval: Interval | None
-
-
-def changes(models: Models) -> list[Change]:
-    """Every other model against the first, task by task, paired by row."""
-    return [
-        Change(label, one.category, one.name, one.length, _difference(before, one))
-        for label, before, one in _pairs(models)
-    ]
-
-
-def _pairs(models: Models) -> list[tuple[str, Result, Result]]:
-    """Every other model's label and result, the first model's in the middle, of tasks that both have."""
-    (_, baseline), *others = models.items()
-    known = {result.key: result for result in baseline}
-    return [(label, known[one.key], one) for label, results in others for one in results if one.key in known]
-
-
-def _difference(before: Result, after: Result) -> Interval | None:
-    if (before.asked, before.missing) != (after.asked, after.missing):  # judged beside not judged
-        return None
-    found = difference_interval(before.values, after.values, before.questions)
-    return found and Interval(100 * found.mean, 100 * found.low, 100 * found.high)
 
 
 @dataclass(frozen=True)
@@ -77,27 +37,35 @@ class Grid:
 
 def grids(models: Models, suite: str | None) -> list[Grid]:
     """Averages by category and length with published scores, then every task with its interval and change."""
-    counted = _of_suite(models, suite)
+    counted = of_suite(models, suite)
     found = [_averages({label: averages(results) for label, results in counted.items()}, suite)]
     if suite == "prolong":
         found.append(_averages({label: development(results) for label, results in models.items()}, suite))
     return [*(grid for grid in found if grid.rows), _tasks(models)]
 
 
-def _of_suite(models: Models, suite: str | None) -> Models:
-    """ProLong's published scores are of a part of HELMET's tasks; so must be what stands beside them."""
-    if suite != "prolong":
-        return models
-    return {label: [one for one in results if is_of_prolong(one.name)] for label, results in models.items()}
-
-
 def notes(models: Models, suite: str | None) -> list[str]:
     """What a reader of the tables has to know, per model."""
     found = []
     for label, results in models.items():
-        lines = (_cut(results), _generated(results), _missing(results) if suite == "prolong" else "")
+        missing = _missing(results) if suite == "prolong" else ""
+        lines = (_other_weights(results), _cut(results), _generated(results), missing)
         found += [f"{label}: {line}" for line in lines if line]
-    return [*found, *_unlike(models)]
+    return [*found, *unlike(models)]
+
+
+def _other_weights(results: Sequence[Result]) -> str:
+    """Which results are not of the model of most: after a training that went on only some tasks were run again."""
+    by_model: dict[str, list[str]] = {}
+    for one in results:
+        task = f"{one.name} ({format_count(one.length)})"
+        by_model.setdefault(one.identity or one.model, []).append(task)
+    names = [name for found in sorted(by_model.values(), key=len)[:-1] for name in found]
+    return (
+        f"of other weights than the rest, so its averages are of no one model: {', '.join(names)}"
+        if names
+        else ""
+    )
 
 
 def _cut(results: Sequence[Result]) -> str:
@@ -117,21 +85,6 @@ def _missing(results: Sequence[Result]) -> str:
     missing = missing_of_development(results) if development(results) else []
     tasks = [f"{name} ({format_count(length)})" for length, _, name in missing]
     return f"no mean over 32K+64K for want of {', '.join(tasks)}" if tasks else ""
-
-
-def _unlike(models: Models) -> list[str]:
-    """In which settings a run differs from the first model's, and for which tasks."""
-    tasks: dict[str, dict[str, None]] = {}
-    for label, before, after in _pairs(models):
-        unlike = [name for name in (*ASKED, *ANSWERED) if before.settings[name] != after.settings[name]]
-        if unlike:
-            said = ", ".join(
-                f"{name} {after.settings[name]} (not {before.settings[name]})" for name in unlike
-            )
-            change = ", so no change is given" if {*unlike}.intersection(ASKED) else ""
-            line = f"{label} against {next(iter(models))}: {said}{change}"
-            tasks.setdefault(line, {})[after.name] = None
-    return [f"{line}: {', '.join(names)}" for line, names in tasks.items()]
 
 
 def print_suite(models: Models, suite: str | None) -> None:
@@ -241,10 +194,10 @@ def _task_cell(result: Result, change: Interval | None) -> str:
     return text
 
 
-def summary(models: Models) -> dict[str, Any]:
-    """Everything the tables show, as JSON values."""
+def summary(models: Models, suite: str | None) -> dict[str, Any]:
+    """Everything the tables show, as JSON values; of all tasks only those of the suite are averaged."""
     return {
-        "averages": {label: averages(results) for label, results in models.items()},
+        "averages": {label: averages(results) for label, results in of_suite(models, suite).items()},
         "development": {label: development(results) for label, results in models.items()},
         "tasks": {
             label: [
@@ -267,35 +220,3 @@ def summary(models: Models) -> dict[str, Any]:
         },
         "changes": changes(models) if len(models) > 1 else [],
     }
-
-
-def plot_suite(models: Models, path: Path) -> None:
-    """Above, every category's average by length, one line per model; below, a heatmap of tasks per model."""
-    categories = sorted({result.category for results in models.values() for result in results})
-    columns = max(len(categories), len(models))
-    figure, axes = new_figure(columns, rows=2)
-    for place, category in enumerate(categories):
-        _lines(axes[place], models, category)
-    for place, (label, results) in enumerate(models.items()):
-        scores = {((one.category, _short(one.name)), one.length): one.score for one in results}
-        tasks = sorted({task for task, _ in scores})
-        heatmap(axes[columns + place], scores, {task: task[1] for task in tasks})
-        axes[columns + place].set(title=label, xlabel="length (tokens)")
-    for unused in [*axes[len(categories) : columns], *axes[columns + len(models) :]]:
-        unused.set_visible(False)
-    save_figure(figure, path)
-
-
-def _lines(axes: Any, models: Models, category: str) -> None:
-    for label, results in models.items():
-        line = [one for one in averages(results) if one.category == category]
-        axes.plot([one.length for one in line], [one.score for one in line], marker="o", label=label)
-    axes.set_xscale("log", base=2)
-    axes.set(title=category, xlabel="length (tokens)", ylabel="score", ylim=(-3, 103))
-    axes.grid(alpha=0.3)
-    axes.legend()
-
-
-def _short(name: str) -> str:
-    """The task's name without the number that changes with the length."""
-    return "_".join(part for part in name.split("_") if not part.rstrip("shot").isdigit() or len(part) == 1)

@@ -18,8 +18,9 @@ from samples import write_data
 from servers import Server, client
 from stand_ins import Parrot, short_documents
 
+from megatron_prolong.evaluation.averages import averages
 from megatron_prolong.evaluation.judge import Judge, judge_results
-from megatron_prolong.evaluation.results import averages, read_results
+from megatron_prolong.evaluation.results import read_results
 from megatron_prolong.evaluation.run import Settings
 from megatron_prolong.evaluation.suite import run_suite
 from megatron_prolong.evaluation.suites import select

@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation import results, run, suite
+from megatron_prolong.evaluation.changes import changes
 from megatron_prolong.evaluation.identity import model_identity
 from megatron_prolong.evaluation.results import read_arguments
 from megatron_prolong.evaluation.run import Settings, run_task
 from megatron_prolong.evaluation.suite import refuse_another_model, run_suite
+from megatron_prolong.evaluation.suite_report import notes
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.task import Inputs
 
@@ -62,6 +64,20 @@ def test_the_settings_of_a_result_are_read_without_its_answers(
     refuse_another_model(tmp_path, "parrot", "y")
     with pytest.raises(UserError, match="another model"):
         refuse_another_model(tmp_path, "other", "y")
+
+
+def test_questions_made_for_another_tokenizer_are_not_paired(
+    tokenizer: Any, byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    """RULER's go by their number, 0, 1, …, whatever text they are hidden in."""
+    tasks, models = select("ruler", [2048], ["niah_s_1"]), {}
+    for label, own in (("a", tokenizer), ("b", tokenizer), ("c", byte_tokenizer)):
+        inputs = Inputs(None, own, max_samples=2)
+        models[label] = run_suite(tasks, Parrot(own), inputs, Settings(), tmp_path / label)
+    assert [one.interval is None for one in changes(models)] == [False, True]
+    assert [line for line in notes(models, None) if "against" in line] == [
+        "c against a: other prompts, so no change is given: ruler_niah_s_1"
+    ]
 
 
 def test_what_a_task_does_not_use_makes_no_new_result(tokenizer: Any, tmp_path: Path) -> None:

@@ -9,17 +9,12 @@ from typing import Any
 import pytest
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation import suite_report
-from megatron_prolong.evaluation.results import ASKED, Average, Result, averages, read_results
-from megatron_prolong.evaluation.suite_report import (
-    _short,
-    changes,
-    grids,
-    notes,
-    plot_suite,
-    print_suite,
-    summary,
-)
+from megatron_prolong.evaluation import suite_plot
+from megatron_prolong.evaluation.averages import Average, averages
+from megatron_prolong.evaluation.changes import changes
+from megatron_prolong.evaluation.results import ASKED, Result, read_results
+from megatron_prolong.evaluation.suite_plot import _short, plot_suite
+from megatron_prolong.evaluation.suite_report import grids, notes, print_suite, summary
 from megatron_prolong.evaluation.suites import prolong
 
 SETTINGS = {
@@ -28,6 +23,7 @@ SETTINGS = {
     "use_chat_template": False,
     "stop_newline": False,
     "too_long": "",
+    "judge": None,
 }
 
 
@@ -98,8 +94,8 @@ def test_of_several_metrics_the_one_in_a_cell_is_named_and_the_heatmap_shows_wha
     assert averaged.rows[0][2:] == ["15.0", "30.0*"]
     assert tasks.rows[0][4:] == ["str_em 40.0 [40, 40]", "str_em 30.0 [30, 30]"]
     drawn: list[Any] = []
-    monkeypatch.setattr(suite_report, "heatmap", lambda axes, scores, rows: drawn.extend(scores.values()))
-    plot_suite({"m": [cited]}, tmp_path / "suite.png")
+    monkeypatch.setattr(suite_plot, "heatmap", lambda axes, scores, rows: drawn.extend(scores.values()))
+    plot_suite({"m": [cited]}, None, tmp_path / "suite.png")
     assert drawn == [15.0]
 
 
@@ -155,7 +151,7 @@ def test_prolongs_development_score_is_the_mean_over_32k_and_64k_of_six_categori
         ["32K+64K", "summ", "75.0", "", "40.1", ""],
         ["32K+64K", "mean", "75.0", "", "", "54.6"],
     ]
-    assert {one.category: one.score for one in summary(models)["development"]["m"]}["mean"] == 75.0
+    assert {one.category: one.score for one in summary(models, "prolong")["development"]["m"]}["mean"] == 75.0
     assert len(grids(models, "helmet")) == len(grids({"m": results[:1]}, "prolong")) == 2
 
 
@@ -195,7 +191,7 @@ def test_the_terminal_says_what_was_measured_on_generated_data(capsys: pytest.Ca
     assert capsys.readouterr().out.splitlines()[-1] == "m: on generated data: json_kv"
 
 
-def test_under_prolong_only_its_tasks_are_averaged() -> None:
+def test_under_prolong_only_its_tasks_are_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its recall is JSON-KV's alone, and so is the published score beside it."""
     recall = [result("json_kv", "recall", [1.0]), result("ruler_niah_mk_2", "recall", [0.0])]
     shown = {suite: grids({"m": recall}, suite) for suite in ("helmet", "prolong")}
@@ -204,6 +200,15 @@ def test_under_prolong_only_its_tasks_are_averaged() -> None:
         ["32K", "recall", "100.0"],
     ]
     assert len(shown["prolong"][-1].rows) == 2  # every task is listed still
+    told = {suite: summary({"m": recall}, suite) for suite in ("helmet", "prolong")}
+    assert [told[suite]["averages"]["m"][0].score for suite in told] == [50.0, 100.0]
+    assert len(told["prolong"]["tasks"]["m"]) == 2
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        suite_plot, "_lines", lambda axes, models, category: drawn.append(averages(models["m"]))
+    )
+    plot_suite({"m": recall}, "prolong", tmp_path / "suite.png")
+    assert [one.score for (one,) in drawn] == [100.0]
 
 
 def test_what_was_cut_and_how_much_was_asked_is_said() -> None:
@@ -214,10 +219,19 @@ def test_what_was_cut_and_how_much_was_asked_is_said() -> None:
         ]
     }
     assert notes(models, None) == ["m: contexts cut to fit: a 2/3"]
-    told = summary(models)["tasks"]["m"][0]
-    assert (told["rows"], told["questions"], told["truncated"]) == (3, 2, 2) and summary(models)[
-        "changes"
-    ] == []
+    told = summary(models, None)["tasks"]["m"][0]
+    assert (told["rows"], told["questions"], told["truncated"]) == (3, 2, 2)
+    assert summary(models, None)["changes"] == []
+
+
+def test_a_folder_with_results_of_several_weights_says_so() -> None:
+    """A model trained further in the same place, of which then only some tasks were run again."""
+    old = [result(name, "rag", [0.0], identity="old") for name in ("a", "b")]
+    mixed = {"m": [*old, result("c", "rag", [1.0], identity="new", length=8192)]}
+    assert notes(mixed, None) == [
+        "m: of other weights than the rest, so its averages are of no one model: c (8K)"
+    ]
+    assert notes({"m": old}, None) == notes({"m": []}, None) == []
 
 
 @pytest.mark.parametrize("asked", ["asked", ["no key of a dictionary"], "", None])

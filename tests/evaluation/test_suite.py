@@ -20,14 +20,17 @@ from megatron_prolong.cli import eval_suite
 from megatron_prolong.cli.eval import models_of
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.averages import averages
 from megatron_prolong.evaluation.backend import Prompt, encode
+from megatron_prolong.evaluation.changes import changes
 from megatron_prolong.evaluation.prompts import prepare, render
-from megatron_prolong.evaluation.results import averages, judged_path, read_results
+from megatron_prolong.evaluation.results import judged_path, read_results
 from megatron_prolong.evaluation.rows import read_split
 from megatron_prolong.evaluation.run import Settings, run_task
 from megatron_prolong.evaluation.suite import run_suite, runnable
 from megatron_prolong.evaluation.suite_page import suite_page
-from megatron_prolong.evaluation.suite_report import changes, grids, plot_suite, print_suite, summary
+from megatron_prolong.evaluation.suite_plot import plot_suite
+from megatron_prolong.evaluation.suite_report import grids, notes, print_suite, summary
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.task import Inputs, Task
 
@@ -68,10 +71,10 @@ def test_every_task_of_helmet_runs_and_is_averaged(inputs: Inputs, tmp_path: Pat
     models = {"a": read_results(tmp_path / "a"), "b": results}
     assert all(one.interval is not None and one.interval.mean == 0 for one in changes(models))
     print_suite(models, "helmet")
-    plot_suite(models, tmp_path / "suite.png")
+    plot_suite(models, "helmet", tmp_path / "suite.png")
     page = suite_page(models, "helmet", tmp_path / "suite.png")
     assert all(one.name in page for one in results) and "data:image/png;base64," in page
-    assert json.dumps(summary(models), default=vars)
+    assert json.dumps(summary(models, "helmet"), default=vars)
 
 
 def test_recall_prompt_is_helmets(inputs: Inputs) -> None:
@@ -289,8 +292,13 @@ def test_a_judgement_goes_with_the_answers_it_was_of(inputs: Inputs, tmp_path: P
     assert judged.score == judged.interval.mean == 100.0
     again = run_task(task, Parrot(inputs.tokenizer), inputs, Settings(model_identity="retrained"), tmp_path)
     assert again.missing == ("gpt-4-score",) and not judged_path(path).exists()
-    (change,) = changes({"judged": [judged], "not judged": [again]})
-    assert change.interval is None
+    by_another = replace(judged, settings={**judged.settings, "judge": "another"})
+    for other in (again, by_another):
+        (change,) = changes({"judged": [judged], "other": [other]})
+        assert change.interval is None
+    assert notes({"judged": [judged], "by another": [by_another]}, None)[-1] == (
+        "by another against judged: judge another (not None), so no change is given: narrativeqa_7892"
+    )
 
 
 def test_prompts_beyond_the_model_are_refused_cut_or_allowed(inputs: Inputs, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from stand_ins import Parrot
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.eval import _depths
@@ -25,6 +26,8 @@ from megatron_prolong.evaluation.documents import check_documents, read_passages
 from megatron_prolong.evaluation.needle import NOISE, NeedleCell, _numbers, make_needle, sentences_of
 from megatron_prolong.evaluation.needle import run as run_needle
 from megatron_prolong.evaluation.prompts import render
+from megatron_prolong.evaluation.results import read_arguments
+from megatron_prolong.evaluation.run import Settings, run_task
 from megatron_prolong.evaluation.sentences import split_sentences
 from megatron_prolong.evaluation.suite import runnable
 from megatron_prolong.evaluation.suites import select
@@ -133,6 +136,8 @@ def test_questions_over_documents(tokenizer: Any, tmp_path: Path) -> None:
         assert f" says {row['answer'][0]}." in row["context"]
         assert len(encode(tokenizer, render(task, row, chat=False))) <= 1024 - 128
         assert row["context"].startswith("Document 1:\nParagraph ")
+    arguments = read_arguments(run_task(task, Parrot(tokenizer), inputs, Settings(), tmp_path).path)
+    assert arguments["generated"] and not arguments["test_files"], "made here, of published questions"
 
 
 @pytest.mark.parametrize("limit", [11, 99, 1000, 123457])
