@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_arrays_are_views_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_reader_of_many_shards_holds_few_files_open(tmp_path: Path) -> None:
-    """A map keeps its file open, and a process may have as few as 1,024; ProLong's data has thousands of shards."""
+    """A map keeps its file open, and ProLong's data has thousands of shards."""
     write(tmp_path / "data", [50] * 200, size_limit=1)
     reader = MDSReader(tmp_path / "data")
     assert len(reader.shards) == 200
@@ -71,6 +72,22 @@ def test_a_reader_of_many_shards_holds_few_files_open(tmp_path: Path) -> None:
     assert [int(reader[number]["input_ids"][0]) for number in reversed(range(200))] == [*reversed(range(200))]
     assert len(list(Path("/proc/self/fd").iterdir())) - before <= 65
     np.testing.assert_array_equal(kept, arrays[7])  # a view outlives its map's place in the reader
+
+
+def test_many_data_sets_need_more_open_files_than_a_shell_allows(tmp_path: Path) -> None:
+    """A mixture of twenty domains ended in the middle of a run with "Too many open files"."""
+    for name in "abc":
+        write(tmp_path / name, [50] * 60, size_limit=1)
+    program = (
+        "import resource\n"
+        "from megatron_prolong.data.mds import MDSReader\n"
+        "_, most = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (100, most))\n"
+        f"readers = [MDSReader({str(tmp_path)!r} + '/' + name) for name in 'abc']\n"
+        "print(sum(len(sample['input_ids']) for reader in readers for sample in reader))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "9000\n", done.stderr
 
 
 @pytest.mark.parametrize("kind", ["pkl", "str_decimal", "of_tomorrow"])
@@ -103,6 +120,19 @@ def test_merge_keeps_order_and_reads_nested_directories(tmp_path: Path) -> None:
     # by path this time, and without counting the merged index itself
     assert merge_tree(tmp_path / "all") == merge_tree(tmp_path / "all") == 3
     assert [each["domain"] for each in MDSReader(tmp_path / "all")] == ["d1", "d2", "d0"]
+
+
+def test_merge_refuses_what_would_lose_samples(tmp_path: Path) -> None:
+    """The first lost those of the directory itself, with its index; the second counted half a job."""
+    write(tmp_path / "own", [3, 4])
+    write(tmp_path / "own" / "sub", [5])
+    with pytest.raises(UserError, match=r"own holds shards itself"):
+        merge_tree(tmp_path / "own")
+    assert len(MDSReader(tmp_path / "own")) == 2
+    write(tmp_path / "jobs" / "a", [3])
+    write(tmp_path / "jobs" / "b.partial" / "00000", [4])
+    with pytest.raises(UserError, match=r"b\.partial/00000 is of a job that is not finished"):
+        merge_tree(tmp_path / "jobs")
 
 
 def test_merge_carries_the_tokenizer_and_refuses_another(tmp_path: Path) -> None:

@@ -49,12 +49,17 @@ def merge_tree(root: Path) -> int:
     """Merge all data sets below `root` (at any depth, in the order of their paths) into `root/index.json`.
 
     An index that is itself a merger of directories below it is not counted twice: only directories that
-    hold shard files are taken. Returns the sample count. Raises UserError when there is none.
+    hold shard files are taken. Returns the sample count. Raises UserError when there is none, when `root` holds
+    shards itself, which the new index would not name, and when a job below it is not finished.
     """
-    indexes = [path for path in Path(root).rglob(INDEX) if not is_temporary(path, Path(root))]
-    holders = sorted(
-        {path.parent for path in indexes if any(path.parent.glob("shard.*.mds*"))} - {Path(root)}
-    )
-    if not holders:
+    root = Path(root)
+    indexes = [path for path in root.rglob(INDEX) if not is_temporary(path, root)]
+    holders = sorted({path.parent for path in indexes if any(path.parent.glob("shard.*.mds*"))})
+    if not holders or holders == [root]:
         raise UserError(f"{root}: no data set in its subdirectories (no {INDEX} beside shard files)")
-    return merge_indexes(holders, Path(root))
+    if root in holders:
+        raise UserError(f"{root} holds shards itself; move them with their {INDEX} into a subdirectory first")
+    for holder in holders:
+        if ".partial" in {Path(name).suffix for name in holder.relative_to(root).parts}:
+            raise UserError(f"{holder} is of a job that is not finished; finish it, or move it away")
+    return merge_indexes(holders, root)

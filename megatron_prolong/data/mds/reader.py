@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import operator
+import resource
 import struct
 import tempfile
 import zlib
@@ -31,7 +32,7 @@ from megatron_prolong.runtime.publish import is_disk_full, temporary_name
 
 _PAIR = struct.Struct("<II")
 _CHUNK_BYTES = 1 << 20
-_MAX_MAPS = 64  # of every reader: 1,024 open files are a common limit, and a mixture has many domains
+_MAX_MAPS = 64  # of every reader, as a mixture has many domains
 
 
 class MDSReader(Sequence[dict[str, Any]]):
@@ -45,6 +46,7 @@ class MDSReader(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, path: Path | str, *, columns: Iterable[str] | None = None) -> None:
+        _allow_open_files()
         self.path = Path(path)
         index = read_index(self.path)
         self.shards = index.shards
@@ -185,6 +187,13 @@ class MDSReader(Sequence[dict[str, Any]]):
             self._read(number, sample)
         if shard.packed is not None and shard.path.exists():  # unpacked earlier; this is what gets read
             check_hashes(shard.path, shard.raw.hashes, _parts(shard.path))
+
+
+def _allow_open_files() -> None:
+    """As many as the administrator permits: the common 1,024 are too few for twenty domains, or for all shards of one
+    compressed data set in a read-only place."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _has_size(path: Path, num_bytes: int) -> bool:
