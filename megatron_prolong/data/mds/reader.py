@@ -190,8 +190,8 @@ class MDSReader(Sequence[dict[str, Any]]):
 
 
 def _allow_open_files() -> None:
-    """As many as the administrator permits: the common 1,024 are too few for twenty domains, or for all shards of one
-    compressed data set in a read-only place."""
+    """As many as the administrator permits: the common 1,024 are too few for twenty domains, or for all shards of
+    one compressed data set in a read-only place."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
