@@ -76,10 +76,10 @@ def recipe_findings(recipe: Recipe, world_size: int | None) -> list[Finding]:
 def _precision_findings(recipe: Recipe) -> list[Finding]:
     import torch
 
-    from megatron_prolong.recipe.schema import precision_of
+    from megatron_prolong.recipe.schema import settings_of
     from megatron_prolong.runtime.doctor import Finding, version_of
 
-    stages = [stage.name for stage in recipe.stages if precision_of(recipe, stage) == "fp8"]
+    stages = [stage.name for stage in recipe.stages if settings_of(recipe, stage).precision == "fp8"]
     if not stages or not torch.cuda.is_available():
         return []  # fp8 on CPU is among the recipe's problems already
     name = f"fp8 (stage {', '.join(stages)})"
@@ -103,14 +103,14 @@ def _memory_findings(recipe: Recipe, shape: ModelShape, world: int | None) -> li
     from megatron_prolong.plan.job import job_of
     from megatron_prolong.plan.memory import peak_memory
     from megatron_prolong.recipe.layout_rules import layout_problems
-    from megatron_prolong.recipe.schema import layout_of
+    from megatron_prolong.recipe.schema import settings_of
     from megatron_prolong.runtime.doctor import Finding, version_of
 
     with_te = version_of("transformer-engine") is not None
     any_gpu = next(iter(load_hardware().values()))  # what is kept free is the same on all
     findings = []
     for stage in recipe.stages:
-        layout = layout_of(recipe, stage)
+        layout = settings_of(recipe, stage).layout
         if layout_problems(layout, shape, None):
             continue  # they are among the recipe's problems already
         ranks = layout.model_ranks

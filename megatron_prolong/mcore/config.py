@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.specs import runs_on_transformer_engine
 from megatron_prolong.recipe.fp8 import Fp8Recipe, fp8_problem
-from megatron_prolong.recipe.schema import Layout
+from megatron_prolong.recipe.schema import Layout, recomputes_every_layer
 from megatron_prolong.recipe.shape import ModelShape
 
 
@@ -133,14 +133,12 @@ def _fp8(recipe: Fp8Recipe, parameters: bool, layout: Layout, on_te: bool) -> di
 
 
 def _recompute(mode: str) -> dict[str, object]:
-    if mode in ("full", "all_but_attention") or mode.startswith("block:"):
-        first = mode.removeprefix("block:")
-        method, num_layers = ("block", int(first)) if first != mode else ("uniform", 1)
-        return {
-            "recompute_granularity": "full",
-            "recompute_method": method,
-            "recompute_num_layers": num_layers,
-        }
+    whole = {"recompute_granularity": "full"}
+    if recomputes_every_layer(mode):
+        return {**whole, "recompute_method": "uniform", "recompute_num_layers": 1}
+    if mode.startswith("block:"):
+        num_layers = int(mode.removeprefix("block:"))
+        return {**whole, "recompute_method": "block", "recompute_num_layers": num_layers}
     if mode == "selective":
         # Not "layernorm": TE's norms are part of the linears, and without TE Megatron 0.16.1 cannot (NameError).
         return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}

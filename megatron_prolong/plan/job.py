@@ -13,10 +13,8 @@ from megatron_prolong.recipe.schema import (
     Recipe,
     Recompute,
     Stage,
-    layout_of,
-    offload_of,
-    precision_of,
-    recompute_of,
+    recomputes_every_layer,
+    settings_of,
 )
 from megatron_prolong.recipe.shape import ModelShape
 
@@ -112,7 +110,7 @@ class Job:
 
     def recomputed_layers(self, chunk_layers: int) -> int:
         """How many of a model chunk's layers are recomputed whole."""
-        if self.recompute in ("full", "all_but_attention"):
+        if recomputes_every_layer(self.recompute):
             return chunk_layers
         if self.recompute.startswith("block:"):
             return min(int(self.recompute.removeprefix("block:")), chunk_layers)
@@ -153,16 +151,16 @@ def job_of(
     Args:
         transformer_engine: it is there; fp8 needs it in any case.
     """
-    precision = precision_of(recipe, stage)
+    layout, precision, recompute, offload = settings_of(recipe, stage)
     return Job(
         shape=shape,
-        layout=layout_of(recipe, stage),
+        layout=layout,
         world_size=world_size,
         sequence_length=stage.sequence_length,
         batch_sequences=stage.batch_sequences,
         precision=precision,
-        recompute=recompute_of(recipe, stage),
-        offload=offload_of(recipe, stage),
+        recompute=recompute,
+        offload=offload,
         loss_chunk_tokens=recipe.loss_chunk_tokens,
         micro_batch_tokens=stage.micro_batch_tokens,
         fp8_recipe=recipe.fp8_recipe,

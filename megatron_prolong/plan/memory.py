@@ -24,6 +24,7 @@ from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.weights import buffer_elements, fp8_weights, optimizer_bytes, stage_weights
 from megatron_prolong.recipe.counts import layer_weights
 from megatron_prolong.recipe.layout_rules import kv_repeats
+from megatron_prolong.recipe.schema import recomputes_every_layer
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def kept_attention(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
 
 def kept_by_layer(job: Job, kernels: Kernels = GPU_KERNELS, fp8: bool = False) -> int:
     """Bytes that one layer keeps, for one micro-batch; with block:N, one behind the first N."""
-    if job.recompute in ("full", "all_but_attention"):
+    if recomputes_every_layer(job.recompute):
         return kept_by_recomputed_layer(job, kernels)
     saved = saved_by_layer(job, kernels, fp8)
     if job.recompute == "selective":

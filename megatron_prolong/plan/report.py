@@ -14,7 +14,7 @@ from megatron_prolong.plan.job import Job, job_of
 from megatron_prolong.plan.search import AS_FAST, Candidate, best_of, evaluate, search
 from megatron_prolong.plan.simulate import Simulation, simulate
 from megatron_prolong.plan.volume import step_volume
-from megatron_prolong.recipe.schema import LayoutOverride, Recipe, Stage, layout_of
+from megatron_prolong.recipe.schema import LayoutOverride, Recipe, Stage, settings_of
 from megatron_prolong.recipe.shape import ModelShape
 
 SAMPLED_STEPS = 16
@@ -152,7 +152,7 @@ def with_best_layouts(recipe: Recipe, plans: list[StagePlan]) -> Recipe:
     stages = []
     for stage in recipe.stages:
         choice = best.get(stage.name)
-        layout = layout_of(recipe, stage) if choice is None else choice.job.layout
+        layout = settings_of(recipe, stage).layout if choice is None else choice.job.layout
         recompute = stage.recompute if choice is None else choice.job.recompute
         changed = {"layout": LayoutOverride(**layout.model_dump()), "recompute": recompute}
         stages.append(stage.model_copy(update=changed))

@@ -19,7 +19,7 @@ from megatron_prolong.plan.memory import RankMemory, parked_bytes, peak_memory
 from megatron_prolong.plan.time import StepTime, mfu, step_time, tokens_per_second_per_gpu
 from megatron_prolong.recipe.fp8 import fp8_problem
 from megatron_prolong.recipe.layout_rules import layout_problems
-from megatron_prolong.recipe.schema import CpExchange, Layout, Recompute
+from megatron_prolong.recipe.schema import CpExchange, Recompute
 
 RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "all_but_attention", "full")
 EXCHANGES: tuple[CpExchange, ...] = ("all_gather", "p2p", "a2a")
@@ -108,7 +108,7 @@ def _out_of_memory(memory: RankMemory, needed: float, gpu: Gpu) -> str:
 
 
 def search(job: Job, gpu: Gpu, batches: Sequence[BatchDocuments]) -> list[Candidate]:
-    """Every layout of `job` (its own layout's values do not matter), fastest first, then those that fail.
+    """Every layout of `job` (of its own only what is not searched matters), fastest first, then those that fail.
 
     Of equally fast ones that with the smallest copies of the model is first, and then that of least memory.
     """
@@ -128,12 +128,14 @@ def best_of(ranking: Sequence[Candidate]) -> Candidate | None:
 def layouts(job: Job, gpu: Gpu) -> Iterator[Job]:
     """All points of the search space, valid or not, without those that only differ where it cannot matter."""
     world, num_layers = job.world_size, job.shape.num_layers
+    evenly = {"first_stage_layers": None, "last_stage_layers": None}
     for tp in _powers(min(world, 2 * gpu.gpus_per_node)):
         for pp in _powers(min(world // tp, num_layers)):
             for cp in _powers(world // (tp * pp)):
                 exchanges = EXCHANGES if cp > 1 else ONLY_RANK
                 for virtual_pp, exchange in product(_chunkings(num_layers, pp), exchanges):
-                    layout = Layout(tp=tp, pp=pp, virtual_pp=virtual_pp, cp=cp, cp_exchange=exchange)
+                    point = {"tp": tp, "pp": pp, "virtual_pp": virtual_pp, "cp": cp, "cp_exchange": exchange}
+                    layout = job.layout.model_copy(update={**evenly, **point})
                     for mode in RECOMPUTE_MODES:
                         yield replace(job, layout=layout, recompute=mode)
 

@@ -16,8 +16,7 @@ from megatron_prolong.recipe.schema import (
     ModelSpec,
     Recipe,
     Stage,
-    layout_of,
-    precision_of,
+    settings_of,
 )
 from megatron_prolong.recipe.source import Key
 
@@ -83,12 +82,13 @@ def _names(recipe: Recipe) -> Iterator[Broken]:
 def _fp8_parameters(recipe: Recipe) -> Iterator[Broken]:
     if not recipe.fp8_parameters:
         return
-    stages = [stage for stage in recipe.stages if precision_of(recipe, stage) == "fp8"]
-    if not stages:
+    every = [settings_of(recipe, stage) for stage in recipe.stages]
+    if not any(settings.precision == "fp8" for settings in every):
         yield Broken(("fp8_parameters",), "found true; needs precision: fp8", (("precision",),))
-    for stage in stages:
-        sharded = layout_of(recipe, stage).distributed_optimizer
-        if problem := fp8_parameters_problem(recipe.fp8_recipe, distributed_optimizer=sharded):
+    for settings in every:
+        sharded = settings.layout.distributed_optimizer
+        problem = fp8_parameters_problem(recipe.fp8_recipe, distributed_optimizer=sharded)
+        if problem and settings.precision == "fp8":
             yield Broken(("fp8_parameters",), f"found true; {problem}")
 
 

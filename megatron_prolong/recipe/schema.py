@@ -11,7 +11,7 @@ import os
 import re
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -71,6 +71,11 @@ def _recompute(mode: str) -> str:
 
 
 Recompute = Annotated[str, AfterValidator(_recompute), Field(examples=["full"])]
+
+
+def recomputes_every_layer(mode: Recompute) -> bool:
+    """Whether all layers are recomputed whole, with their attention or without."""
+    return mode in ("full", "all_but_attention")
 
 
 class _Frozen(BaseModel):
@@ -373,24 +378,24 @@ class Recipe(_Frozen):
         return self._origin
 
 
-def layout_of(recipe: Recipe, stage: Stage) -> Layout:
-    """The layout a stage runs at: the recipe's, with the stage's own fields over it."""
-    return recipe.layout.model_copy(update=stage.layout.model_dump(exclude_none=True))
+class Settings(NamedTuple):
+    """How a stage is computed, whoever says so: the fields of Recipe and of Stage have these names."""
+
+    layout: Layout
+    precision: Precision
+    recompute: Recompute
+    offload_activations: bool
 
 
-def precision_of(recipe: Recipe, stage: Stage) -> Precision:
-    """The precision a stage runs at."""
-    return stage.precision or recipe.precision
-
-
-def recompute_of(recipe: Recipe, stage: Stage) -> Recompute:
-    """What a stage recomputes in its backward pass."""
-    return stage.recompute or recipe.recompute
-
-
-def offload_of(recipe: Recipe, stage: Stage) -> bool:
-    """Whether a stage's activations wait in host memory."""
-    return recipe.offload_activations if stage.offload_activations is None else stage.offload_activations
+def settings_of(recipe: Recipe, stage: Stage) -> Settings:
+    """The recipe's settings, with the stage's own over them."""
+    offload = stage.offload_activations
+    return Settings(
+        layout=recipe.layout.model_copy(update=stage.layout.model_dump(exclude_none=True)),
+        precision=stage.precision or recipe.precision,
+        recompute=stage.recompute or recipe.recompute,
+        offload_activations=recipe.offload_activations if offload is None else offload,
+    )
 
 
 def json_schema() -> dict[str, Any]:

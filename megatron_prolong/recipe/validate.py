@@ -23,7 +23,7 @@ from megatron_prolong.recipe.inputs import (
 from megatron_prolong.recipe.layout_rules import OptimizerForm, carry_problem, layout_problems
 from megatron_prolong.recipe.rules import broken_rules, model_rules
 from megatron_prolong.recipe.run_files import INITIAL, RESOLVED_RECIPE, SIDECAR, complete_checkpoints
-from megatron_prolong.recipe.schema import Recipe, Stage, layout_of, precision_of
+from megatron_prolong.recipe.schema import Recipe, Stage, settings_of
 from megatron_prolong.recipe.shape import MANIFEST, ModelShape, model_directory, read_manifest, read_shape
 from megatron_prolong.recipe.source import Key
 
@@ -66,7 +66,7 @@ def find_problems(
         rope_base = stage.rope_base or rope_base
         _mixture(findings, stage, tokenizer)
         _layout(findings, stage, shape, world_size)
-        if on_cpu and precision_of(recipe, stage) == "fp8":
+        if on_cpu and settings_of(recipe, stage).precision == "fp8":
             key = ("stages", stage.name, "precision") if stage.precision else ("precision",)
             findings.error(key, "found fp8; it needs CUDA, and this machine has none: use bf16 or fp32")
     return findings
@@ -185,7 +185,8 @@ def _optimizers(findings: Findings) -> None:
             saved, whose = _saved_optimizer(newest), f"that of {newest}"
             continue
         uses = [*uses, key]
-        own = OptimizerForm(layout_of(recipe, stage).distributed_optimizer, precision_of(recipe, stage))
+        settings = settings_of(recipe, stage)
+        own = OptimizerForm(settings.layout.distributed_optimizer, settings.precision)
         if newest is not None:
             if problem := carry_problem(_saved_optimizer(newest), own):
                 findings.error(key, f"the optimizer of {newest} cannot be {problem}: undo that", uses)
@@ -251,11 +252,10 @@ def _is_done(recipe: Recipe, stage: Stage) -> bool:
 
 
 def _layout(findings: Findings, stage: Stage, shape: ModelShape | None, world_size: int | None) -> None:
-    recipe = findings.recipe
     own = stage.layout.model_dump(exclude_none=True)
     key = ("stages", stage.name)
-    layout = layout_of(recipe, stage)
-    for problem in layout_problems(layout, shape, world_size, precision_of(recipe, stage)):
+    layout, precision, *_ = settings_of(findings.recipe, stage)
+    for problem in layout_problems(layout, shape, world_size, precision):
         if problem.field == "world_size":
             findings.error((*key, "layout"), problem.rule, uses=[("layout",)])
             continue

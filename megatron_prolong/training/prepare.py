@@ -14,14 +14,7 @@ from megatron_prolong.mcore.checkpoint import load_weights, load_weights_and_opt
 from megatron_prolong.mcore.groups import ParallelGroups
 from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.recipe import fp8
-from megatron_prolong.recipe.schema import (
-    Layout,
-    Recipe,
-    Stage,
-    offload_of,
-    precision_of,
-    recompute_of,
-)
+from megatron_prolong.recipe.schema import Recipe, Settings, Stage, settings_of
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.agreement import against_main
 from megatron_prolong.runtime.launch import World
@@ -62,7 +55,7 @@ class StageRun:
 
     recipe: Recipe
     stage: Stage
-    layout: Layout
+    settings: Settings
     world: World
     groups: ParallelGroups
     model: StageModel
@@ -75,8 +68,8 @@ class StageRun:
         stage, recipe = self.stage, self.recipe
         assignment = share_out(sequences, self.groups, stage.micro_batch_length, self.cost)
         batches = micro_batches(
-            sequences, assignment, self.groups, self.layout, self.world.device,
-            token_multiple=fp8.TOKEN_MULTIPLE if precision_of(recipe, stage) == "fp8" else 1,
+            sequences, assignment, self.groups, self.settings.layout, self.world.device,
+            token_multiple=fp8.TOKEN_MULTIPLE if self.settings.precision == "fp8" else 1,
         )  # fmt: skip
         return train_step(
             self.model, self.optimizer, batches, self.groups,
@@ -85,21 +78,23 @@ class StageRun:
 
 
 def prepare_stage(
-    recipe: Recipe, stage: Stage, start: StageInput, layout: Layout, world: World, groups: ParallelGroups
+    recipe: Recipe, stage: Stage, start: StageInput, world: World, groups: ParallelGroups
 ) -> StageRun:
     """Build model, optimizer and batch stream; load what the stage starts from."""
+    settings = settings_of(recipe, stage)
+    layout = settings.layout
     shape = start.shape(stage)
     mixture = Mixture.of_stage(stage, shape.vocab_size)
     against_main(mixture.fingerprint(), partial(_refuse_other_data, stage))
     model = build_model(
         shape,
         layout,
-        precision=precision_of(recipe, stage),
-        recompute=recompute_of(recipe, stage),
+        precision=settings.precision,
+        recompute=settings.recompute,
         fp8_recipe=recipe.fp8_recipe,
         fp8_parameters=recipe.fp8_parameters,
         loss_chunk_tokens=recipe.loss_chunk_tokens,
-        offload_activations=offload_of(recipe, stage),
+        offload_activations=settings.offload_activations,
         rank_tokens=-(-stage.micro_batch_length // layout.cp),
     )
     verify_checkpoint(start.checkpoint.directory)
@@ -111,7 +106,7 @@ def prepare_stage(
         load_weights(start.checkpoint.directory, model)
         optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
     cost = CostModel.for_shape(shape)
-    return StageRun(recipe, stage, layout, world, groups, model, optimizer, mixture, cost)
+    return StageRun(recipe, stage, settings, world, groups, model, optimizer, mixture, cost)
 
 
 def _refuse_other_data(stage: Stage, main: str, own: str) -> None:

@@ -15,7 +15,7 @@ from megatron_prolong.data.stream import stream
 from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.recipe.run_files import METRICS, RESOLVED_RECIPE
-from megatron_prolong.recipe.schema import Recipe, Stage, layout_of
+from megatron_prolong.recipe.schema import Recipe, Stage, settings_of
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.strict_json import read_lines, with_nan
 from megatron_prolong.training.prepare import StageInput, first_state, prepare_stage
@@ -76,9 +76,8 @@ def replay(
     """
     start = _start(recipe, stage, step)
     recorded = _recorded(recipe.run_dir / METRICS, stage.name)
-    layout = layout_of(recipe, stage)
-    with megatron(layout, stage.seed) as groups:
-        run = prepare_stage(recipe, stage, start, layout, world, groups)
+    with megatron(settings_of(recipe, stage).layout, stage.seed) as groups:
+        run = prepare_stage(recipe, stage, start, world, groups)
         for index, sequences in stream(run.mixture, first_state(run, start).step):
             is_last = index + 1 == step
             with _tracing(

@@ -20,7 +20,7 @@ from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.recipe.load import dump_recipe
-from megatron_prolong.recipe.schema import Recipe, Stage, layout_of
+from megatron_prolong.recipe.schema import Recipe, Stage, settings_of
 from megatron_prolong.runtime.garbage import collected_by_hand
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
@@ -66,7 +66,7 @@ def train_stage(session: Session, stage: Stage, start: StageInput, until: int) -
         UserError: the checkpoint or the data does not fit the recipe.
         RankLost: another rank died.
     """
-    layout, rank, log = layout_of(session.recipe, stage), session.world.rank, session.log
+    layout, rank, log = settings_of(session.recipe, stage).layout, session.world.rank, session.log
     with (
         megatron(layout, stage.seed) as groups,
         Watchdog(rank, HANG_SECONDS) as watchdog,
@@ -74,7 +74,7 @@ def train_stage(session: Session, stage: Stage, start: StageInput, until: int) -
     ):
         if session.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(session.world.device)
-        run = prepare_stage(session.recipe, stage, start, layout, session.world, groups)
+        run = prepare_stage(session.recipe, stage, start, session.world, groups)
         for chunk in run.model.chunks:
             chunk.register_forward_pre_hook(lambda *_: watchdog.feed())
         state = first_state(run, start)
@@ -171,7 +171,7 @@ def _manifest(run: StageRun, state: TrainState) -> dict[str, Any]:
         "stage": run.stage.name,
         "step": state.step,
         "sequence_length": run.stage.sequence_length,
-        "layout": {**run.layout.model_dump(), "dp": run.groups.dp.size},
+        "layout": {**run.settings.layout.model_dump(), "dp": run.groups.dp.size},
         "training": state.to_dict(),
     }
     return manifest(run.model.shape, run.model.config.params_dtype, trained)

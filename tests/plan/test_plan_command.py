@@ -15,7 +15,7 @@ from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.layout_rules import layout_problems
 from megatron_prolong.recipe.load import load_recipe
-from megatron_prolong.recipe.schema import layout_of
+from megatron_prolong.recipe.schema import settings_of
 from megatron_prolong.recipe.shape import to_hf_config
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "prolong_8b.yaml"
@@ -98,7 +98,7 @@ def test_the_written_recipe_is_valid_at_its_best_layouts(outputs: tuple[str, Pat
     recipe, before = load_recipe(path), yaml.safe_load(EXAMPLE.read_text())
     assert [stage.name for stage in recipe.stages] == [stage["name"] for stage in before["stages"]]
     for stage in recipe.stages:
-        assert not layout_problems(layout_of(recipe, stage), LLAMA3_8B, 16)
+        assert not layout_problems(settings_of(recipe, stage).layout, LLAMA3_8B, 16)
         assert f"tp{stage.layout.tp} pp{stage.layout.pp}" in text
 
 
@@ -123,7 +123,7 @@ def test_layers_of_pipeline_stages_stay_with_the_stage_that_is_not_planned(
     path = tmp_path / "best.yaml"
     run(model, "--stage", "64k", "--gpus", "64", *uneven, "--write", str(path))
     recipe = load_recipe(path)
-    planned, other = (layout_of(recipe, stage) for stage in recipe.stages[:2])
+    planned, other = (settings_of(recipe, stage).layout for stage in recipe.stages[:2])
     assert (planned.pp, planned.first_stage_layers) == (1, None)
     assert (other.pp, other.first_stage_layers, other.last_stage_layers) == (4, 7, 7)
     assert not layout_problems(planned, LLAMA3_8B, 64) and not layout_problems(other, LLAMA3_8B, 64)

@@ -13,7 +13,7 @@ from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import PROLONG_SFT, BatchDocuments
 from megatron_prolong.plan.memory import parked_bytes, peak_memory
 from megatron_prolong.plan.report import StagePlan
-from megatron_prolong.plan.search import Candidate, best_of, evaluate, frontier, search
+from megatron_prolong.plan.search import Candidate, best_of, evaluate, frontier, layouts, search
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.schema import Layout
 
@@ -33,6 +33,15 @@ def test_a_tight_layout_gives_way_to_a_roomy_one_that_is_nearly_as_fast() -> Non
     assert best_of([tight, far]) is tight
     assert best_of([tight, replace(near, reason="out of memory")]) is tight
     assert best_of([replace(near, reason="out of memory")]) is None
+
+
+def test_what_is_not_searched_stays_as_the_recipe_has_it() -> None:
+    """Another stage may carry on an optimizer that only an unsharded one can continue."""
+    own = Layout(tp=4, pp=2, first_stage_layers=15, distributed_optimizer=False, sequence_parallel=False)
+    found = [job.layout for job in layouts(replace(JOB, layout=own), H100)]
+    assert {layout.pp for layout in found} == {1, 2, 4, 8}
+    assert {layout.first_stage_layers for layout in found} == {None}
+    assert {(layout.distributed_optimizer, layout.sequence_parallel) for layout in found} == {(False, False)}
 
 
 def test_no_layout_beats_one_of_the_frontier_in_memory_and_speed() -> None:

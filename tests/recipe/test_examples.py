@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prolong.recipe.load import dump_recipe, load_recipe
-from megatron_prolong.recipe.schema import Recipe, layout_of
+from megatron_prolong.recipe.schema import Recipe, settings_of
 from megatron_prolong.recipe.shape import read_shape
 from megatron_prolong.recipe.validate import find_problems
 from tests.recipe.conftest import describe_checkpoint, write_domain, write_tokenizer
@@ -146,7 +146,7 @@ def test_the_stages_alone_are_those_of_the_whole(name: str) -> None:
     alone = load_recipe(EXAMPLES / f"prolong_{name}.yaml")
     (stage,) = alone.stages
     same = next(one for one in whole.stages if one.name == name)
-    assert layout_of(alone, stage) == layout_of(whole, same)
+    assert settings_of(alone, stage).layout == settings_of(whole, same).layout
     fields = stage.model_dump(exclude={"layout"})
     assert fields == same.model_dump(exclude={"layout"})
     assert alone.optimizer == whole.optimizer

@@ -10,7 +10,7 @@ import yaml
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import dump_recipe, load_recipe
-from megatron_prolong.recipe.schema import json_schema, layout_of, offload_of, precision_of, recompute_of
+from megatron_prolong.recipe.schema import json_schema, settings_of
 
 Write = Callable[..., Path]
 
@@ -44,12 +44,10 @@ def test_stage_overrides_of_layout_and_precision(write: Write, recipe_data: dict
     recipe_data["stages"][1]["offload_activations"] = False
     recipe = load_recipe(write(recipe_data))
     one, two = recipe.stages
-    assert layout_of(recipe, one) == recipe.layout
-    merged = layout_of(recipe, two)
+    assert settings_of(recipe, one) == (recipe.layout, "bf16", "full", True)
+    merged, *rest = settings_of(recipe, two)
+    assert rest == ["fp32", "none", False]
     assert (merged.tp, merged.cp, merged.cp_exchange, merged.model_ranks) == (2, 4, "p2p", 8)
-    assert (precision_of(recipe, one), precision_of(recipe, two)) == ("bf16", "fp32")
-    assert (recompute_of(recipe, one), recompute_of(recipe, two)) == ("full", "none")
-    assert (offload_of(recipe, one), offload_of(recipe, two)) == (True, False)
 
 
 def test_domains_are_named_by_the_shortest_ends_of_their_paths(
@@ -88,7 +86,7 @@ def test_overrides(write: Write, recipe_data: dict[str, Any]) -> None:
     assert one.lr == 2e-5
     assert (two.steps, two.tokens, two.num_steps) == (7, None, 7)
     assert (recipe.layout.tp, recipe.optimizer.clip, recipe.run_dir) == (2, 0.5, Path("/tmp/elsewhere"))
-    assert layout_of(recipe, one).cp == 2
+    assert settings_of(recipe, one).layout.cp == 2
     assert one.mixture == {Path("books"): 0.25, Path("code"): 0.25, Path("data/v1.5/code"): 0.5}
     assert two.mixture == "mock"
     assert recipe.model.path is None

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.schema import Carry, Layout, Recipe
+from megatron_prolong.recipe.schema import Carry, LayoutOverride, Recipe
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training import prepare, run
@@ -206,7 +206,8 @@ def test_a_stage_is_built_with_its_own_settings(tmp_path, monkeypatch, one_rank)
     """Of which some only change memory, and would be missed nowhere."""
     own = {"precision": "fp32", "recompute": "selective", "offload_activations": True, "rope_base": 8e6}
     of = recipe(tmp_path)
-    stage = of.stages[0].model_copy(update={**own, "sequence_length": 128, "batch_tokens": 128})
+    other = {"sequence_length": 128, "batch_tokens": 128, "layout": LayoutOverride(cp=2)}
+    stage = of.stages[0].model_copy(update={**own, **other})
     built = {}
 
     def build_model(shape, layout, **options):
@@ -216,7 +217,7 @@ def test_a_stage_is_built_with_its_own_settings(tmp_path, monkeypatch, one_rank)
     monkeypatch.setattr(prepare, "build_model", build_model)
     start = StageInput(Checkpoint(Path("saved"), {"shape": SHAPE.to_dict()}), optimizer=True, resume=False)
     with pytest.raises(UserError, match="enough"):
-        prepare.prepare_stage(of, stage, start, Layout(cp=2), WORLD, None)
+        prepare.prepare_stage(of, stage, start, WORLD, None)
     assert built.items() >= {**own, "max_length": 128, "rank_tokens": 64, "loss_chunk_tokens": 2048}.items()
 
 
