@@ -18,6 +18,7 @@ CORE = [
     "transformers>=4.57,<6",
     "pydantic>=2.10,<3",
     "pyyaml>=6,<7",
+    "packaging>=24,<27",
     "typer>=0.15,<0.30",
     "rich>=13,<16",
     "tensorboard>=2.18,<3",

@@ -22,22 +22,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from packaging.requirements import Requirement
 
 from megatron_prolong.runtime.cores import usable_cores
 
 Status = Literal["ok", "warning", "missing"]
 
-# Needed to train at all; setup.py has the tested ranges.
-CORE_PACKAGES = (
-    "torch",
-    "megatron-core",
-    "numpy",
-    "safetensors",
-    "tokenizers",
-    "transformers",
-    "pydantic",
-    "psutil",
-)
 # Distribution name -> what is lost without it.
 OPTIONAL_PACKAGES = {
     "transformer-engine": "fp8 and Transformer Engine's attention",
@@ -117,16 +107,24 @@ def _shared_memory() -> Finding:
 
 
 def _packages() -> list[Finding]:
-    findings = []
-    for name in CORE_PACKAGES:
-        if version := version_of(name):
-            findings.append(Finding(name, "ok", version))
-        else:
-            findings.append(Finding(name, "missing", "not installed", f"pip install {name} (see setup.py)"))
-    for name, purpose in OPTIONAL_PACKAGES.items():
-        version = version_of(name)
-        findings.append(Finding(name, "ok", version or f"not installed: no {purpose}"))
-    return findings
+    """What setup.py asks for, and what can do without."""
+    wanted = [Requirement(text) for text in importlib.metadata.requires("megatron-prolong") or []]
+    by_name = {requirement.name: requirement for requirement in wanted}
+    needed = [_package(requirement, None) for requirement in wanted if requirement.marker is None]
+    optional = OPTIONAL_PACKAGES.items()
+    return [*needed, *(_package(by_name.get(name, Requirement(name)), lost) for name, lost in optional)]
+
+
+def _package(wanted: Requirement, lost: str | None) -> Finding:
+    """`lost`: what does not work without it; None where nothing does."""
+    version, remedy = version_of(wanted.name), f'pip install "{wanted.name}{wanted.specifier}"'
+    if version is None:
+        if lost is not None:
+            return Finding(wanted.name, "ok", f"not installed: no {lost}")
+        return Finding(wanted.name, "missing", "not installed", remedy)
+    if not wanted.specifier.contains(version, prereleases=True):
+        return Finding(wanted.name, "warning", f"{version}; tested with {wanted.specifier}", remedy)
+    return Finding(wanted.name, "ok", version)
 
 
 def _devices() -> list[Finding]:

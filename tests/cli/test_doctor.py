@@ -48,14 +48,19 @@ def test_a_healthy_cpu_machine(tmp_path: Path) -> None:
     assert found["transformer-engine"]["status"] == "ok"  # optional
 
 
-def test_a_missing_core_package_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "CORE_PACKAGES", ("torch", "no-such-package"))
+def test_packages_are_compared_with_what_setup_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"torch": None, "megatron-core": "0.15.3", "transformer-engine": "2.10.0", "wandb": None}
+    monkeypatch.setattr(doctor, "version_of", lambda name: versions.get(name, "1"))
     code, found = findings()
     assert code == 1
-    assert (
-        found["no-such-package"]["status"] == "missing"
-        and "pip install" in found["no-such-package"]["remedy"]
-    )
+    assert found["torch"]["status"] == "missing"
+    assert found["torch"]["remedy"].startswith('pip install "torch')
+    for name in ("megatron-core", "transformer-engine"):
+        assert (
+            found[name]["status"] == "warning" and f"{versions[name]}; tested with" in found[name]["detail"]
+        )
+    assert found["wandb"]["status"] == found["apex"]["status"] == "ok"
+    assert len({*found} & {"psutil", "einops", "xxhash", "tensorboard"}) == 4
 
 
 def test_the_all_reduce_sums_and_is_timed() -> None:
