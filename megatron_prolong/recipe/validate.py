@@ -201,12 +201,12 @@ def _newest(recipe: Recipe, stage: Stage) -> Path | None:
 
 
 def _saved_optimizer(checkpoint: Path | None) -> OptimizerForm | None:
-    """That of a checkpoint; None where there is none, or none that can be read, which others report."""
+    """That of a checkpoint; None where there is none, or its description is damaged, which loading it will say."""
     if checkpoint is None or not (checkpoint / MANIFEST).exists():
         return None
     try:
         return OptimizerForm.saved_in(read_manifest(checkpoint))
-    except UserError:
+    except (UserError, KeyError, TypeError):
         return None
 
 

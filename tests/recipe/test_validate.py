@@ -187,8 +187,9 @@ def test_the_optimizer_of_another_run_is_judged_before_it_is_needed(
     assert [one.startswith(expected) for one in problems_of(path, overrides)] == [True] * bool(problem)
     alone = [*overrides, "stage.one.carry.optimizer=false"]
     assert problems_of(path, alone) == []
-    describe_checkpoint(theirs, "weights", SHAPE, **form | {"layout": None})
-    assert problems_of(path, overrides) == []
+    for other in ({"kind": "weights"}, {"kind": "training", "layout": None}):  # the second is damaged
+        describe_checkpoint(theirs, shape=SHAPE, **form | other)
+        assert problems_of(path, overrides) == []
 
 
 def test_the_optimizer_of_what_the_run_has_saved_itself_counts(
