@@ -36,8 +36,7 @@ class TextEncoder:
     """
 
     def __init__(self, directory: Path | str) -> None:
-        self.path = tokenizer_file(directory)
-        self._tokenizer = _load(self.path, self.path.stat().st_mtime_ns)
+        self._tokenizer = load_tokenizer(directory)
         content = json.loads(self._tokenizer.to_str())
         self.splits = _may_be_split(content)
         self.fingerprint = fingerprint(content)
@@ -81,6 +80,15 @@ class TextEncoder:
             yield text[start:cut]
             start = cut
         yield text[start:]
+
+
+def load_tokenizer(directory: Path | str) -> Any:
+    """The Rust tokenizer of such a directory; names of special tokens inside a text are text to it.
+
+    Raises UserError for a missing or damaged file.
+    """
+    path = tokenizer_file(directory)
+    return _load(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1)  # measured: of every tokenizer that was loaded, the library keeps 8 MB for ever

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from megatron_prolong.data.documents import TokenizedInputs, read_table
 from megatron_prolong.data.duplicates import find_duplicates
+from megatron_prolong.data.encoder import load_tokenizer
 from megatron_prolong.data.executors import Executor, LocalProcesses
 from megatron_prolong.data.job import REPORT, Job
 from megatron_prolong.data.mds import INDEX, MDSWriter, common_tokenizer, read_index
@@ -77,14 +78,14 @@ class FilterOptions:
 @dataclass
 class FilterReport:
     """tokens == kept_tokens + sum(tokens of dropped). dropped: reason to [documents, tokens].
-    domains: those of all documents, sorted. examples: why documents were found contaminated, the first few."""
+    domains: those of all documents. examples: why documents were found contaminated, the first few."""
 
     documents: int = 0
     tokens: int = 0
     kept_documents: int = 0
     kept_tokens: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
-    domains: list[str] = field(default_factory=list)
+    domains: set[str] = field(default_factory=set)
     examples: list[str] = field(default_factory=list)
 
     def add(self, other: Mapping[str, Any]) -> None:
@@ -92,8 +93,11 @@ class FilterReport:
             setattr(self, name, getattr(self, name) + other[name])
         for reason, (documents, tokens) in other["dropped"].items():
             self._drop(reason, documents, tokens)
-        self.domains = sorted({*self.domains, *other["domains"]})
+        self.domains.update(other["domains"])
         self.examples = (self.examples + other["examples"])[:_MAX_EXAMPLES]
+
+    def as_json(self) -> dict[str, Any]:
+        return vars(self) | {"domains": sorted(self.domains)}
 
     def _drop(self, reason: str, documents: int, tokens: int) -> None:
         counts = self.dropped.setdefault(reason, [0, 0])
@@ -101,8 +105,7 @@ class FilterReport:
         counts[1] += tokens
 
     def count(self, domain: str, num_tokens: int, reason: str | None) -> None:
-        if domain not in self.domains:
-            self.domains = sorted([*self.domains, domain])
+        self.domains.add(domain)
         self.documents += 1
         self.tokens += num_tokens
         if reason is None:
@@ -170,7 +173,7 @@ def filter_documents(
             work = _Work(names, options, duplicates)
             if not job.run(tasks, work, executor or LocalProcesses(1), slurm):
                 return None
-            job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
+            job.finish(tasks, lambda: _sum(job, tasks, options).as_json())
     report = FilterReport()
     report.add(json.loads((Path(out) / REPORT).read_bytes()))
     return report
@@ -232,7 +235,7 @@ def _sum(job: Job, tasks: Iterable[str], options: FilterOptions) -> FilterReport
     if unknown := sorted({*options.min_length, *options.max_length} - {"", *total.domains}):
         raise UserError(
             f"{job.out}: a length is given for {', '.join(unknown)}, but no document is of that domain; "
-            f"there are {', '.join(filter(None, total.domains)) or 'none'}"
+            f"there are {', '.join(sorted(total.domains - {''})) or 'none'}"
         )
     if not total.kept_documents:
         raise UserError.many(
@@ -271,7 +274,7 @@ class _Work:
                 report.count(domain, len(tokens), reason)
                 if reason is None:
                     writer.write({**sample, "domain": domain, "length": len(tokens)})
-            writer.attach_json(REPORT, vars(report))
+            writer.attach_json(REPORT, report.as_json())
 
 
 class _Judge:
@@ -279,16 +282,11 @@ class _Judge:
 
     def __init__(self, options: FilterOptions) -> None:
         self._options = options
-        self.tokenizer: Any = None
-        if options.tokenizer:
-            from tokenizers import Tokenizer
-
-            self.tokenizer = Tokenizer.from_file(str(tokenizer_file(options.tokenizer)))
-        self._ngrams = NgramIndex(evaluation_texts(options.against), options.n) if options.against else None
-        if self._ngrams is not None and not len(self._ngrams):
-            raise UserError(
-                f"{', '.join(options.against)}: no text of at least {options.n} words, so nothing could match"
-            )
+        self.tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+        self._ngrams: NgramIndex | None = None
+        if options.against:
+            modified = [Path(path).stat().st_mtime_ns for path in options.against if Path(path).is_file()]
+            self._ngrams = _ngrams(tuple(options.against), options.n, *modified)
         self._predicate = load_predicate(options.predicate) if options.predicate else None
 
     def reason(self, candidate: Candidate, repeats: bool, report: FilterReport) -> str | None:
@@ -316,6 +314,14 @@ class _Judge:
             raise UserError(
                 f"{candidate.name}: predicate {self._options.predicate} raised {error!r} ({_where(error)})"
             ) from error
+
+
+@lru_cache(maxsize=1)  # reading an evaluation set takes as long as filtering some tasks against it
+def _ngrams(against: tuple[str, ...], n: int, *modified: int) -> NgramIndex:
+    index = NgramIndex(evaluation_texts(against), n)
+    if not len(index):
+        raise UserError(f"{', '.join(against)}: no text of at least {n} words, so nothing could match")
+    return index
 
 
 def _limit(limits: Mapping[str, int], domain: str, default: int) -> int:
