@@ -258,9 +258,9 @@ def _arguments(
         "category": task.category,
         "metric_names": list(task.metrics),
         "question_field": task.question,
-        "too_long": settings.too_long,
         "generated": not from_file,
-        # Of a task that uses neither, another haystack or tokenizer makes no other result.
+        # What a task does not use makes no other result: lengths that fit, another haystack or tokenizer.
+        "too_long": settings.too_long if task.length > backend.max_length else "refuse",
         "haystack": haystack if task.prose and not from_file else "",
         "documents_cut_by": cut_by if task.document_tokens else "",
     }

@@ -88,6 +88,8 @@ def test_what_a_task_does_not_use_makes_no_new_result(tokenizer: Any, tmp_path: 
     tokenizer.save_pretrained(tmp_path / "llama2_tokenizer")
     run_suite(tasks, parrot, replace(inputs, data=tmp_path), Settings(), tmp_path / "out")
     assert len(parrot.seen) == 3, "none cuts a document"
+    run_suite(tasks, parrot, inputs, Settings(too_long="allow"), tmp_path / "out")
+    assert len(parrot.seen) == 3, "none is too long"
     run_suite(tasks, parrot, replace(inputs, haystack="An essay. Another."), Settings(), tmp_path / "out")
     assert len(parrot.seen) == 4, "only niah_s_2 hides its needle in prose"
 

@@ -227,7 +227,7 @@ def test_a_result_of_other_settings_is_not_taken_for_this_one(inputs: Inputs, tm
         Settings(stop_newline=True, model_identity="x"),
         Settings(too_long="allow", model_identity="x"),
     ):
-        parrot = Parrot(inputs.tokenizer)
+        parrot = Parrot(inputs.tokenizer, max_length=8192 if changed.stop_newline else 8000)
         run_task(task, parrot, inputs, changed, tmp_path)
         assert len(parrot.seen) == 4, changed
         assert parrot.stop == (("\n",) if changed.stop_newline else ())
