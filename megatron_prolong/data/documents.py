@@ -40,12 +40,11 @@ class TokenizedInputs:
     def __init__(self, directories: Sequence[str]) -> None:
         self._readers = [_open(directory) for directory in directories]
         self._starts = np.cumsum([0, *map(len, self._readers)]).tolist()
-        masked = [
-            directory for directory, each in zip(directories, self._readers, strict=True) if _masked(each)
-        ]
-        if masked and len(masked) < len(directories):
-            raise UserError(f"{masked[0]} has a column mask, other inputs have none; pack them apart")
-        self.has_mask = bool(masked)
+        masked = ["mask" in each.columns for each in self._readers]
+        self.has_mask = any(masked)
+        if self.has_mask and not all(masked):
+            masked_one = directories[masked.index(True)]
+            raise UserError(f"{masked_one} has a column mask, other inputs have none; pack them apart")
         self.tokenizer = common_tokenizer({str(each.path): each.tokenizer for each in self._readers})
         self.is_packed = any("indices" in each.columns for each in self._readers)
 
@@ -123,10 +122,6 @@ def _open(directory: str) -> MDSReader:
 def _is_plain(reader: MDSReader) -> bool:
     """Every sample is one document, and no more has to be known of it than its length."""
     return reader.columns["input_ids"] == "ndarray:uint32" and not {"mask", "indices"} & reader.columns.keys()
-
-
-def _masked(reader: MDSReader) -> bool:
-    return "mask" in reader.columns
 
 
 def write_table(path: Path, blocks: Iterator[NDArray[np.void]]) -> None:

@@ -141,7 +141,7 @@ class Job:
                     warning = f"warning: {lock.name}: no locks on this file system; finishing without"
                     print(warning, file=sys.stderr)
                 if not self.directory.exists():
-                    return
+                    raise FileNotFoundError(self.directory)
                 try:
                     account = report()
                 except UserError:
@@ -152,8 +152,12 @@ class Job:
                 self.directory.replace(self.out)
                 (self.out / LOCK).unlink(missing_ok=True)  # of a process that came since
         except FileNotFoundError:
-            if not self.is_finished:
+            if self.directory.exists():
                 raise
+            if not self.is_finished:
+                raise UserError(
+                    f"{self.out}: another process of this job refused the result; see why there"
+                ) from None
 
     def _assemble(self, tasks: Iterable[str], report: Mapping[str, Any]) -> None:
         parents = sorted({str(Path(task).parent) for task in tasks})

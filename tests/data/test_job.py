@@ -15,6 +15,7 @@ from megatron_prolong.data.executors import LocalProcesses
 from megatron_prolong.data.job import Job
 from megatron_prolong.data.mds import MDSReader, MDSWriter
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.publish import remove
 
 
 def write(directory: Path, value: int) -> None:
@@ -167,6 +168,20 @@ def test_a_job_that_another_one_finished_is_finished(tmp_path: Path) -> None:
         for job in (first, second):
             job.finish(["00000"], lambda: {"tokens": 3})
     assert second.is_finished and len(MDSReader(tmp_path / "out")) == 1
+
+
+def test_a_result_that_another_one_refused_is_no_traceback(tmp_path: Path) -> None:
+    def refuse() -> dict[str, int]:
+        raise UserError("not one document")
+
+    job = Job(tmp_path / "out", {"step": "test"})
+    for said in ("not one document", "another process of this job refused the result"):
+        with pytest.raises(UserError, match=said), job.open():
+            write(job.directory / "00000", 1)
+            if said != "not one document":
+                remove(job.directory)
+            job.finish(["00000"], refuse)
+    assert not job.directory.exists()
 
 
 def test_a_task_that_another_process_finished_with_the_job_is_no_error(tmp_path: Path) -> None:

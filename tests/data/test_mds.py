@@ -122,6 +122,19 @@ def test_merge_keeps_order_and_reads_nested_directories(tmp_path: Path) -> None:
     assert [each["domain"] for each in MDSReader(tmp_path / "all")] == ["d1", "d2", "d0"]
 
 
+def test_columns_in_another_order_are_not_mixed_up(tmp_path: Path) -> None:
+    """Those of the second shard were read under each other's names."""
+    with MDSWriter(tmp_path / "data", {"input_ids": "ndarray:uint32", "labels": "ndarray:uint32"}) as writer:
+        writer.write({"input_ids": np.full(4, 1, np.uint32), "labels": np.full(4, 2, np.uint32)})
+    index = tmp_path / "data" / "index.json"
+    content = json.loads(index.read_text())
+    (shard,) = content["shards"]
+    content["shards"].append(shard | {"column_names": shard["column_names"][::-1]})
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"has the columns labels \(ndarray:uint32\), input_ids"):
+        MDSReader(tmp_path / "data")
+
+
 def test_merge_refuses_what_would_lose_samples(tmp_path: Path) -> None:
     """The first lost those of the directory itself, with its index; the second counted half a job."""
     write(tmp_path / "own", [3, 4])

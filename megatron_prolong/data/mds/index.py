@@ -86,7 +86,7 @@ def read_index(directory: Path) -> Index:
             shard = _parse(Path(directory), first, entry)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}, shard {number}: {error!r}; fetch or write the index again") from None
-        if shards and shard.columns != shards[0].columns:
+        if shards and list(shard.columns.items()) != list(shards[0].columns.items()):  # in the same order too
             raise UserError(
                 f"{path}: shard {shard.raw.basename} has the columns {_show(shard.columns)}, "
                 f"but {shards[0].raw.basename} has {_show(shards[0].columns)}; keep such data sets apart"
