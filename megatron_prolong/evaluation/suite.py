@@ -40,8 +40,8 @@ def runnable(tasks: Sequence[Task], data: Path | None, skip_missing: bool) -> li
     """The tasks whose data is there or can be generated.
 
     Raises:
-        UserError: a length has no room for a prompt; or some tasks cannot run, with all the reasons and remedies,
-            unless `skip_missing`, which prints them.
+        UserError: a length has no room for a prompt; `data` is given and not there; or some tasks cannot run, with
+            all the reasons and remedies, unless `skip_missing`, which prints them.
     """
     if cramped := [task for task in tasks if task.length <= task.max_new_tokens]:
         task = cramped[0]
@@ -51,20 +51,24 @@ def runnable(tasks: Sequence[Task], data: Path | None, skip_missing: bool) -> li
         )
     able = [task for task in tasks if task.generated or not task.missing(data)]
     unable = [task for task in tasks if task not in able]
-    if not unable:
-        return able
+    names = ", ".join(dict.fromkeys(f"{task.name} ({format_count(task.length)})" for task in unable))
+    if unable and not (skip_missing and able):
+        raise _no_data(unable, names, data)
+    if data is not None and not data.is_dir():
+        raise UserError(f"{data}: no such directory; name the data's, or none to have the tasks generated")
+    if unable:
+        print(f"skipped for want of data: {names}", file=sys.stderr)
+    return able
+
+
+def _no_data(tasks: Sequence[Task], names: str, data: Path | None) -> UserError:
     folder = data or Path("data")
-    paths = dict.fromkeys(path for task in unable for path in task.missing(data))
-    names = list(dict.fromkeys(f"{task.name} ({format_count(task.length)})" for task in unable))
-    if skip_missing and able:
-        print(f"skipped for want of data: {', '.join(names)}", file=sys.stderr)
-        return able
     files: dict[str, list[str]] = {}  # by the remedy, which many share
-    for path in paths:
+    for path in dict.fromkeys(path for task in tasks for path in task.missing(data)):
         files.setdefault(how_to_get(path, folder), []).append(str(folder / path))
     problems = [f"{', '.join(found)}\n{indent(remedy, ' ' * 6)}" for remedy, found in files.items()]
-    raise UserError.many(
-        f"no data for {', '.join(names)}; fetch it and name its directory (--data, in a recipe "
+    return UserError.many(
+        f"no data for {names}; fetch it and name its directory (--data, in a recipe "
         "evaluation.data), or leave these out (--skip-missing, evaluation.tasks):",
         problems,
     )

@@ -336,6 +336,9 @@ def test_missing_data_is_listed_with_commands(tokenizer: Any, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"data\.tar\.gz"):
         runnable(tasks, tmp_path, skip_missing=False)
     assert {task.category for task in runnable(tasks, tmp_path, skip_missing=True)} == {"recall"}
+    for chosen in (tasks, select("synthetic", [8192])):
+        with pytest.raises(UserError, match="mistyped: no such directory"):
+            runnable(chosen, tmp_path / "mistyped", skip_missing=True)  # and not generated instead
 
 
 def test_prolong_is_a_subset_of_helmet() -> None:
