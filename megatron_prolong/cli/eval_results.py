@@ -25,7 +25,7 @@ def compare(
     from megatron_prolong.evaluation.suites import SUITES
 
     if suite is not None:
-        one_of("--suite", suite, (*SUITES, "short"))
+        one_of("--suite", suite, tuple(SUITES))
     results = {label: read_results(Path(path)) for label, path in models_of(directories[0], directories[1:])}
     report(results, suite, out, name="compare")
 

@@ -52,7 +52,6 @@ SuiteLengths = Annotated[
 SUITE_LENGTHS: Any = "8k,16k,32k,64k,128k"  # typer parses defaults too
 Data = Annotated[Path | None, typer.Option(help="HELMET's data directory (json_kv/, ruler/, kilt/ …, hf/).")]
 Tasks = Annotated[str, typer.Option(help="Only these tasks or categories, e.g. recall,kilt_nq.")]
-_OF_SHORT = {"model", "out", "suite", "compare", "tasks", "samples", "overwrite"}
 Server = Annotated[str | None, typer.Option(help="OpenAI-compatible server, e.g. http://localhost:8000/v1.")]
 
 
@@ -108,6 +107,10 @@ def run(
         one_of("--chat", chat, ("auto", "always", "never"))
         one_of("--too-long", too_long, ("refuse", "truncate", "allow"))
         one_of("--backend", backend, ("auto", "hf", "megatron", "openai"))
+        if backend == "openai" and world is not None:
+            raise UserError(
+                "--backend openai: one process asks the server; start it without torchrun or srun"
+            )
         if "/" in tag:
             raise UserError(f"--tag {tag}: becomes a part of file names, so it cannot hold a /")
         pairs, chosen = models_of(model, compare), select(suite, lengths, _names(tasks))
@@ -127,7 +130,7 @@ def run(
         return models, chosen, text, load_nli(nli) if nli else None
 
     if suite == "short":
-        _refuse_given(ctx, "short", but=_OF_SHORT)
+        _refuse_what_short_ignores(ctx)
         _run_short(models_of(model, compare), out, samples, tasks, overwrite)
         return
     results = {}
@@ -235,10 +238,10 @@ def _run_short(
     print_short(results)
 
 
-def _refuse_given(ctx: typer.Context, suite: str, but: set[str]) -> None:
-    """Options that would be silently ignored."""
+def _refuse_what_short_ignores(ctx: typer.Context) -> None:
     from megatron_prolong.errors import UserError
 
-    given = [name for name in ctx.params if "COMMANDLINE" in str(ctx.get_parameter_source(name))]
-    if unused := [f"--{name.replace('_', '-')}" for name in given if name not in but]:
-        raise UserError(f"--suite {suite} has no use for {', '.join(unused)}; leave it out")
+    given = {name for name in ctx.params if "COMMANDLINE" in str(ctx.get_parameter_source(name))}
+    used = {"model", "out", "suite", "compare", "tasks", "samples", "overwrite"}
+    if unused := [f"--{name.replace('_', '-')}" for name in sorted(given - used)]:
+        raise UserError(f"--suite short has no use for {', '.join(unused)}; leave it out")

@@ -277,6 +277,8 @@ def test_only_the_main_rank_loads_the_inference_model(
     monkeypatch.setattr(eval_suite, "ranks", lambda: nullcontext(main))
     refused = CliRunner().invoke(app, [*arguments, "--suite", "synthetic"])
     assert isinstance(refused.exception, UserError) and str(missing) in str(refused.exception)
+    refused = CliRunner().invoke(app, [*arguments, "--backend", "openai"])
+    assert "one process asks the server" in str(refused.exception), "not every rank, for the same files"
 
 
 def test_a_judgement_goes_with_the_answers_it_was_of(inputs: Inputs, tmp_path: Path) -> None:
