@@ -121,11 +121,14 @@ def _join(parts: list[NDArray[np.uint32]]) -> NDArray[np.uint32]:
 
 
 def _may_be_split(tokenizer: dict[str, Any]) -> bool:
-    """Byte-level BPE whose pre-tokenizer splits by regex and adds no blank in front; see the module."""
+    """Byte-level BPE whose pre-tokenizer splits by regex and adds no blank in front, and whose added tokens hold no
+    place to cut; see the module."""
     if tokenizer["model"]["type"] != "BPE":
         return False
     normalizer = tokenizer["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":
+        return False
+    if any(map(_may_be_cut, tokenizer["added_tokens"])):
         return False
     splitter = tokenizer["pre_tokenizer"] or {"type": None}
     steps = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
@@ -139,6 +142,12 @@ def _may_be_split(tokenizer: dict[str, Any]) -> bool:
         return False
     patterns = {step["pattern"].get("Regex") for step in regexes}
     return patterns <= _KNOWN_REGEXES and (bool(patterns) or bool(byte_level[0]["use_regex"]))
+
+
+def _may_be_cut(added: dict[str, Any]) -> bool:
+    """Whether a segment may end inside an added token or a blank that goes with it; special ones are text here."""
+    within = added["lstrip"] or added["rstrip"] or _SAFE_CUT.search(added["content"])
+    return bool(within and not added["special"])
 
 
 _GPT4_STYLE = (

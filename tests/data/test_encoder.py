@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama3 import WORDS, llama3_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from megatron_prolong.data import encoder as encoder_module
 from megatron_prolong.data.encoder import TextEncoder
@@ -119,7 +119,7 @@ def test_truncation_and_padding_of_the_file_are_switched_off(directory: Path, tm
     ]
 
 
-@pytest.mark.parametrize("change", ["prefix", "metaspace", "regex", "unigram"])
+@pytest.mark.parametrize("change", ["prefix", "metaspace", "regex", "unigram", "added", "added_blank"])
 def test_tokenizers_that_may_not_be_split_are_recognised(change: str, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_str(llama3_tokenizer().backend_tokenizer.to_str())
     if change == "prefix":
@@ -127,6 +127,10 @@ def test_tokenizers_that_may_not_be_split_are_recognised(change: str, tmp_path: 
     elif change == "metaspace":
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         tokenizer.decoder = decoders.Metaspace()
+    elif change == "added":  # was cut between its words, into other tokens
+        tokenizer.add_tokens([AddedToken("New York", special=False)])
+    elif change == "added_blank":
+        tokenizer.add_tokens([AddedToken("York", special=False, rstrip=True)])
     elif change == "regex":
         text = tokenizer.to_str().replace(json.dumps(WORDS)[1:-1], r"\\s+")
         assert text != tokenizer.to_str()
