@@ -6,7 +6,6 @@ YAML 1.1 reads `1e-5` (no dot) as text, so plain numbers arrive here as text too
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Annotated
 
@@ -28,7 +27,7 @@ def parse_number(value: object) -> float | int:
             raise ValueError("must be a number, such as 4, 0.1, 1e-5, 64K or 20B (K, M, B are binary)")
         digits, unit = match[1].replace("_", ""), match[2].upper()
         value = int(digits) * _UNITS[unit] if digits.lstrip("+-").isdigit() else float(digits) * _UNITS[unit]
-    if not math.isfinite(value):
+    if not abs(value) < 1e300:  # nor infinite, nor NaN, nor an int that no float can hold
         raise ValueError("must be a finite number")
     return int(value) if value == int(value) else value
 
