@@ -197,7 +197,8 @@ def models_of(model: str, compare: list[str] | None) -> list[tuple[str, str]]:
     for text in [model, *(compare or [])]:
         label, separator, path = text.partition("=")
         named = separator and not Path(text).exists()  # runs/lr=1e-5/64k is a directory
-        pairs.append((label, path) if named else (Path(text).name, text))
+        path_name = Path(text).name if Path(text).name not in ("", "..") else Path(text).resolve().name
+        pairs.append((label, path) if named else (path_name, text))
     labels = [label for label, _ in pairs]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise UserError(f"two models are called {', '.join(twice)}; give them names: NAME=DIRECTORY")

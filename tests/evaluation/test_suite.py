@@ -446,3 +446,10 @@ def test_a_directory_with_an_equals_sign_in_its_name_is_a_directory(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=1e-5/64k").mkdir(parents=True)
     assert models_of("lr=1e-5/64k", ["base=hf"]) == [("64k", "lr=1e-5/64k"), ("base", "hf")]
+
+
+def test_the_directory_one_is_in_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its results went to --out/.. otherwise."""
+    (tmp_path / "64k" / "step").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "64k" / "step")
+    assert models_of(".", [".."]) == [("step", "."), ("64k", "..")]
