@@ -71,13 +71,7 @@ def run_task(
     path = out / file_name(task, inputs, settings, chat)
     arguments = _arguments(task, backend, inputs, settings, chat)
     if path.exists() and not settings.overwrite and is_of(path, arguments):
-        result = read_result(path)
-        if not (result.missing and task.summarise and entails):
-            return result
-        content = read_json(path)
-        content["averaged_metrics"] = task.summarise(content["data"], entails)
-        _write(path, content)
-        return read_result(path)
+        return _finished(path, task, entails)
     fixed = (backend.name, backend.model, settings.model_identity, settings.stop_newline)
     limits = (task.max_new_tokens, max_length)
     with _data_of(task, inputs):
@@ -102,6 +96,17 @@ def run_task(
         judged_path(path).unlink(missing_ok=True)  # its answers are no longer these
         _write(path, content)
         partial.remove()
+    return read_result(path)
+
+
+def _finished(path: Path, task: Task, entails: Entails | None) -> Result:
+    """A result that is there, with the scores that only now have a model for them."""
+    result = read_result(path)
+    if not (result.missing and task.summarise and entails):
+        return result
+    content = read_json(path)
+    content["averaged_metrics"] = task.summarise(content["data"], entails)
+    _write(path, content)
     return read_result(path)
 
 

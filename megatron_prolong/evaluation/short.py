@@ -25,7 +25,7 @@ from megatron_prolong.recipe.shape import read_json
 from megatron_prolong.runtime.terminal import print_table
 
 ADD_BOS = False
-SCORES = "short.json"
+SCORES = "short*.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def run_short(
     task_directory: Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, float]:
-    """Scores, 0 to 100, by task; finished ones are kept in OUT/short.json, and not run again with these settings.
+    """Scores, 0 to 100, by task; finished ones are kept in OUT, and not run again with these settings.
 
     Args:
         model: a Hugging Face directory.
@@ -71,7 +71,7 @@ def run_short(
         overwrite: run finished tasks again.
     """
     evaluate, manager, harness_version = _harness(task_directory)
-    path = out / SCORES
+    path = out / ("short.json" if samples is None else f"short_size{samples}.json")
     arguments = {
         "model_name_or_path": str(model),
         "model_identity": model_identity(model),

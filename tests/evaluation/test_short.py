@@ -89,6 +89,7 @@ def test_what_is_scored_already_is_not_asked_again_unless_it_was_of_something_el
     ask = partial(run_short, hf_directory, tmp_path, tasks=(ShortTask("tiny_choice", 3, "acc,none"),))
     assert ask(samples=9) == ask(samples=9) == {"tiny_choice": 12.5}
     assert ask() == {"tiny_choice": 25.0}
+    assert ask(samples=9) == {"tiny_choice": 12.5}, "a smoke test neither replaces the whole nor is replaced"
     (tmp_path / "short.json").write_text("{}")  # as another version may have left it
     assert ask() == {"tiny_choice": 37.5}
     monkeypatch.setattr(short, "_harness", lambda directory: (evaluate, None, "0.4.13"))
