@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
+
+from jinja2 import TemplateError
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, encode
@@ -23,6 +26,15 @@ def render(task: Task, row: Row, chat: bool) -> Prompt:
     """With a chat template the model gets the question only; without one, the answer's first words as well."""
     template = task.template if chat else task.template + task.separator + task.answer_prefix
     return Prompt(template.format(**row), chat)
+
+
+def chat_tokens(tokenizer: Any) -> int:
+    """What the chat template adds to a message. Generated tasks leave room for it, used or not, and stay the same."""
+    if not getattr(tokenizer, "chat_template", None):
+        return 0
+    with suppress(TemplateError):  # one that refuses a lone message; it is said when a chat is asked for
+        return len(encode(tokenizer, Prompt("x", chat=True))) - len(encode(tokenizer, Prompt("x")))
+    return 0
 
 
 def prepare(task: Task, row: Row, chat: bool, tokenizer: Any, max_length: int) -> Prepared:

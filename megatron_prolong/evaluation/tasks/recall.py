@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_prolong.evaluation.backend import encode
-from megatron_prolong.evaluation.prompts import render
+from megatron_prolong.evaluation.prompts import chat_tokens, render
 from megatron_prolong.evaluation.rows import read_rows
 from megatron_prolong.evaluation.synthetic import json_kv
 from megatron_prolong.evaluation.synthetic.size import largest_fit
@@ -56,7 +56,7 @@ def _generate(task: Task, inputs: Inputs) -> list[Row]:
         row = json_kv.make_rows(num_pairs + json_kv.MAX_SHOTS, 1, inputs.seed)[0]
         return len(encode(inputs.tokenizer, render(task, _with_demos(row, task.shots), chat=False)))
 
-    limit = task.length - task.max_new_tokens
+    limit = task.length - task.max_new_tokens - chat_tokens(inputs.tokenizer)
     pairs = PAIRS.get(task.length)
     if pairs is None or count_tokens(pairs - json_kv.MAX_SHOTS) > limit:
         pairs = largest_fit(count_tokens, limit, start=16) + json_kv.MAX_SHOTS

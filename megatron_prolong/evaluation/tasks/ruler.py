@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from megatron_prolong.evaluation.backend import encode
-from megatron_prolong.evaluation.prompts import render
+from megatron_prolong.evaluation.prompts import chat_tokens, render
 from megatron_prolong.evaluation.rows import read_rows
 from megatron_prolong.evaluation.synthetic import documents_qa, needles, variables, word_counts
 from megatron_prolong.evaluation.task import Inputs, Row, Scored, Task, score_text, shuffled
@@ -108,7 +108,8 @@ def _generate(short_name: str, task: Task, inputs: Inputs) -> list[Row]:
     def count_tokens(row: Row) -> int:
         return len(encode(inputs.tokenizer, render(task, _fill(row), chat=False)))
 
-    limit = task.length - max(task.max_new_tokens, 128)  # RULER reserves 128 tokens for an answer
+    # RULER reserves 128 tokens for an answer.
+    limit = task.length - max(task.max_new_tokens + chat_tokens(inputs.tokenizer), 128)
     count, seed = task.samples(inputs), inputs.seed
     makers: dict[str, Callable[[], list[Row]]] = {
         "vt": lambda: variables.make_rows(count_tokens, limit, count, seed),
