@@ -29,7 +29,7 @@ def render(task: Task, row: Row, chat: bool) -> Prompt:
 
 
 def chat_tokens(tokenizer: Any) -> int:
-    """What the chat template adds to a message. Generated tasks leave room for it, used or not, and stay the same."""
+    """What the chat template adds to a message. Generated tasks leave room for it, whether it is used or not."""
     if not getattr(tokenizer, "chat_template", None):
         return 0
     with suppress(TemplateError):  # one that refuses a lone message; it is said when a chat is asked for
