@@ -27,9 +27,9 @@ class Findings:
         """Note a problem of `key`, unless a value it was derived from, at or in `uses`, is a stand-in."""
         self._note(self.errors, key, message, uses)
 
-    def warn(self, key: Key, message: str, uses: Collection[Key] = ()) -> None:
+    def warn(self, key: Key, message: str) -> None:
         """The same, for something that does not stop the run."""
-        self._note(self.warnings, key, message, uses)
+        self._note(self.warnings, key, message, ())
 
     def _note(self, notes: list[str], key: Key, message: str, uses: Collection[Key]) -> None:
         if self._is_doubtful(key) or any(map(self.has_doubtful_part, uses)):

@@ -129,6 +129,13 @@ def test_layers_of_pipeline_stages_stay_with_the_stage_that_is_not_planned(
     assert not layout_problems(planned, LLAMA3_8B, 64) and not layout_problems(other, LLAMA3_8B, 64)
 
 
+def test_where_every_layout_runs_no_reasons_follow(tmp_path: Path) -> None:
+    small = LLAMA3_8B.replace(num_layers=2, hidden_size=64, ffn_hidden_size=128, head_dim=8, vocab_size=512)
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(small)))
+    text = run(tmp_path, "--stage", "sft", "--gpus", "1", "stage.sft.batch_tokens=64K")
+    assert "best, seconds" in text and "do not run" not in text
+
+
 def test_kernels_are_named_and_those_of_transformer_engine_are_faster(model: Path) -> None:
     texts = [run(model, "--stage", "512k", "--top", "1", option) for option in ("--no-te", "--te")]
     assert "layers and attention: PyTorch's FlashAttention-2" in texts[0]
