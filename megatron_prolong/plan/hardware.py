@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.plan.memory import RankMemory
@@ -14,17 +14,21 @@ from megatron_prolong.plan.memory import RankMemory
 HARDWARE_FILE = Path(__file__).with_name("hardware.yaml")
 
 
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
 class Efficiency(BaseModel):
     """Shares of the peaks that good kernels reach; attention kernels as [forward, backward]."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    matmul: float = Field(gt=0, le=1)
+    matmul: Share
     matmul_fp8: float = Field(ge=0, le=1)
-    flash2: tuple[float, float]
-    te: tuple[float, float]
-    memory: float = Field(gt=0, le=1)
-    network: float = Field(gt=0, le=1)
+    flash2: tuple[Share, Share]
+    te: tuple[Share, Share]
+    memory: Share
+    network: Share
 
 
 class Gpu(BaseModel):
@@ -34,18 +38,28 @@ class Gpu(BaseModel):
 
     name: str
     compute_capability: tuple[int, int]
-    memory_bytes: float = Field(gt=0)
-    memory_bandwidth: float = Field(gt=0)
-    peak_flops: dict[str, float]
+    memory_bytes: Positive
+    memory_bandwidth: Positive
+    peak_flops: dict[str, Positive]
     efficiency: Efficiency
     gpus_per_node: int = Field(gt=0)
-    intra_node_bandwidth: float = Field(gt=0)
-    inter_node_bandwidth: float = Field(gt=0)
-    host_bandwidth: float = Field(gt=0)
-    node_memory_bytes: float = Field(gt=0)
+    intra_node_bandwidth: Positive
+    inter_node_bandwidth: Positive
+    host_bandwidth: Positive
+    node_memory_bytes: Positive
     reserve_bytes: float = Field(ge=0)
     fragmentation: float = Field(ge=0, lt=1)
     price_per_hour: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _knows_every_precision(self) -> Gpu:
+        """fp8 is for compute capability 8.9 and later (recipe/fp8.py)."""
+        has_fp8 = self.compute_capability >= (8, 9)
+        if missing := {"bf16", *(["fp8"] if has_fp8 else [])} - self.peak_flops.keys():
+            raise ValueError(f"peak_flops lacks {' and '.join(sorted(missing))}")
+        if has_fp8 and not self.efficiency.matmul_fp8:
+            raise ValueError("efficiency.matmul_fp8 is 0, on a GPU that has fp8")
+        return self
 
     def matmul_flops(self, precision: str) -> float:
         """FLOP/s that large matrix products reach."""

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
+from megatron_prolong.plan.hardware import HARDWARE_FILE
 from megatron_prolong.recipe.layout_rules import layout_problems
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.schema import settings_of
@@ -208,6 +209,16 @@ def test_what_is_missing_is_named(model: Path, tmp_path: Path) -> None:
     for text in ("", "h100", "h100: 80"):
         (tmp_path / "table.yaml").write_text(text)
         with pytest.raises(UserError, match=r"table\.yaml: a hardware table is GPU names with their numbers"):
+            run(model, "--hardware", str(tmp_path / "table.yaml"))
+    h100 = yaml.safe_load(HARDWARE_FILE.read_text())["h100-80g"]
+    for changed, problem in (
+        ({"peak_flops": {}}, "peak_flops lacks bf16 and fp8"),
+        ({"peak_flops": {"bf16": 9e14}}, "peak_flops lacks fp8"),
+        ({"efficiency": h100["efficiency"] | {"matmul_fp8": 0.0}}, "efficiency.matmul_fp8 is 0"),
+        ({"efficiency": h100["efficiency"] | {"te": [0.5, 0]}}, "greater than 0"),
+    ):
+        (tmp_path / "table.yaml").write_text(yaml.safe_dump({"h100-80g": h100 | changed}))
+        with pytest.raises(UserError, match=rf"table\.yaml: not a hardware table(.|\n)*{problem}"):
             run(model, "--hardware", str(tmp_path / "table.yaml"))
     with pytest.raises(UserError, match=r"--gpu x100: unknown GPU; known are a100-80g, h100-80g"):
         run(model, "--gpu", "x100")
