@@ -113,6 +113,8 @@ class Job:
         tasks: directory below `directory` to description of the task. work must create that directory
         atomically (MDSWriter does). environment: Slurm's variables, to take only this array job's share.
         """
+        if self.is_finished:  # since this process looked, which has begun `directory` anew
+            return True
         share = list(tasks) if environment is None else array_share(list(tasks), environment)
         pending = [(self.directory / name, tasks[name]) for name in share if not self._is_done(name)]
         done = executor.map(partial(_run_once, work), pending)
@@ -142,6 +144,9 @@ class Job:
                     print(warning, file=sys.stderr)
                 if not self.directory.exists():
                     raise FileNotFoundError(self.directory)
+                if self.is_finished:
+                    remove(self.directory)
+                    return
                 try:
                     account = report()
                 except UserError:

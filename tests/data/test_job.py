@@ -170,6 +170,27 @@ def test_a_job_that_another_one_finished_is_finished(tmp_path: Path) -> None:
     assert second.is_finished and len(MDSReader(tmp_path / "out")) == 1
 
 
+def test_who_is_late_does_not_begin_a_finished_job_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It did its share again, and left OUT.partial behind for ever."""
+    job, refuse_existing = Job(tmp_path / "out", {"step": "test"}), job_module.refuse_existing
+
+    def finish_meanwhile(path: Path) -> None:
+        refuse_existing(path)
+        monkeypatch.setattr(job_module, "refuse_existing", refuse_existing)
+        with job.open():
+            write(job.directory / "00000", 1)
+            job.finish(["00000"], lambda: {"tokens": 3})
+
+    monkeypatch.setattr(job_module, "refuse_existing", finish_meanwhile)
+    with job.open():
+        assert job.run({"00000": 2}, write, LocalProcesses(1))
+        job.finish(["00000"], lambda: {"tokens": 3})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert MDSReader(tmp_path / "out")[0]["input_ids"].tolist() == [1, 1, 1]
+
+
 def test_a_result_that_another_one_refused_is_no_traceback(tmp_path: Path) -> None:
     def refuse() -> dict[str, int]:
         raise UserError("not one document")
