@@ -94,7 +94,7 @@ def check_start(recipe: Recipe, world_size: int) -> list[str]:
         from megatron_prolong.recipe.inputs import tokenizer_file
 
         tokenizer = tokenizer_of(recipe)
-        assert tokenizer is not None, "check() refuses a model without path and tokenizer"
+        assert tokenizer is not None, "loading refuses a model without path and tokenizer"
         check_lengths(recipe.evaluation, tasks_of(recipe.evaluation), tokenizer_file(tokenizer).parent)
     return [f"changed since the last start: {change}" for change in changes_since_start(recipe)]
 

@@ -280,7 +280,7 @@ class Stage(_Frozen):
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the stage."""
-        assert (self.steps is None) != (self.tokens is None), "check() refuses a stage with neither or both"
+        assert (self.steps is None) != (self.tokens is None), "loading refuses a stage with neither or both"
         return self.steps if self.steps is not None else -(-(self.tokens or 0) // self.batch_tokens)
 
     @property
