@@ -30,7 +30,7 @@ from megatron_prolong.mcore.optimizer import MegatronOptimizer
 from megatron_prolong.recipe.run_files import RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import CheckpointSpec
 from megatron_prolong.recipe.shape import HF_DIR
-from megatron_prolong.runtime.agreement import against_main, on_main
+from megatron_prolong.runtime.agreement import against_main, on_main, together
 from megatron_prolong.runtime.checksums import CHECKSUMS, Entries, verify_checksums, write_checksums
 from megatron_prolong.runtime.publish import is_disk_full, is_forbidden, publish, remove
 from megatron_prolong.training.run_directory import prune, write_pointer
@@ -201,12 +201,13 @@ def verify_checkpoint(directory: Path) -> None:
     had them) is taken as it is.
 
     Raises:
-        UserError: naming every damaged file.
+        JointError: naming every damaged file.
     """
     sums = directory / CHECKSUMS
     against_main(sums.read_bytes() if sums.exists() else b"", partial(_refuse_other_copy, directory))
     if sums.exists():
-        verify_checksums(directory, slice(dist.get_rank(), None, dist.get_world_size()))
+        share = slice(dist.get_rank(), None, dist.get_world_size())
+        together(lambda: verify_checksums(directory, share))
 
 
 def _refuse_other_copy(directory: Path, main: bytes, own: bytes) -> None:

@@ -16,7 +16,7 @@ from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.recipe import fp8
 from megatron_prolong.recipe.schema import Recipe, Settings, Stage, settings_of
 from megatron_prolong.recipe.shape import ModelShape
-from megatron_prolong.runtime.agreement import against_main
+from megatron_prolong.runtime.agreement import against_main, together
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training.balance import micro_batches, share_out
 from megatron_prolong.training.checkpoint import verify_checkpoint
@@ -84,7 +84,7 @@ def prepare_stage(
     settings = settings_of(recipe, stage)
     layout = settings.layout
     shape = start.shape(stage)
-    mixture = Mixture.of_stage(stage, shape.vocab_size)
+    mixture = together(lambda: Mixture.of_stage(stage, shape.vocab_size))
     against_main(mixture.fingerprint(), partial(_refuse_other_data, stage))
     model = build_model(
         shape,
@@ -119,7 +119,11 @@ def _refuse_other_data(stage: Stage, main: str, own: str) -> None:
 
 
 def first_state(run: StageRun, start: StageInput) -> TrainState:
-    """A fresh state, or the one saved with the stage's own checkpoint if the batch stream is still the same."""
+    """A fresh state, or the one saved with the stage's own checkpoint.
+
+    Raises:
+        UserError: the batch stream is not the same any more, or another version wrote the state.
+    """
     fingerprint = run.mixture.fingerprint()
     if not start.resume:
         return TrainState(stage=run.stage.name, stream=fingerprint)

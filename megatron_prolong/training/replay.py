@@ -16,6 +16,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.recipe.run_files import METRICS, RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import Recipe, Stage, settings_of
+from megatron_prolong.runtime.agreement import together
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.strict_json import read_lines, with_nan
 from megatron_prolong.training.prepare import StageInput, first_state, prepare_stage
@@ -74,11 +75,12 @@ def replay(
     Raises:
         UserError: there is no such checkpoint, or it does not fit the recipe.
     """
-    start = _start(recipe, stage, step)
+    start = together(lambda: _start(recipe, stage, step))
     recorded = _recorded(recipe.run_dir / METRICS, stage.name)
     with megatron(settings_of(recipe, stage).layout, stage.seed) as groups:
         run = prepare_stage(recipe, stage, start, world, groups)
-        for index, sequences in stream(run.mixture, first_state(run, start).step):
+        state = together(lambda: first_state(run, start))
+        for index, sequences in stream(run.mixture, state.step):
             is_last = index + 1 == step
             with _tracing(
                 trace / f"{stage.name}_{step}_rank{world.rank}.json.gz" if trace and is_last else None

@@ -21,6 +21,7 @@ from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.recipe.load import dump_recipe
 from megatron_prolong.recipe.schema import Recipe, Stage, settings_of
+from megatron_prolong.runtime.agreement import together
 from megatron_prolong.runtime.garbage import collected_by_hand
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
@@ -77,7 +78,7 @@ def train_stage(session: Session, stage: Stage, start: StageInput, until: int) -
         run = prepare_stage(session.recipe, stage, start, session.world, groups)
         for chunk in run.model.chunks:
             chunk.register_forward_pre_hook(lambda *_: watchdog.feed())
-        state = first_state(run, start)
+        state = together(lambda: first_state(run, start))
         if log:
             mixture = run.mixture.summary()
             log.event(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,8 +17,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_prolong.errors import JointError, RankLost, UserError
+from megatron_prolong.recipe.shape import MANIFEST
 from megatron_prolong.runtime.agreement import on_main, together
-from megatron_prolong.runtime.checksums import write_checksums
+from megatron_prolong.runtime.checksums import CHECKSUMS, write_checksums
 from megatron_prolong.runtime.launch import distributed
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.runtime.signals import STOP_SIGNALS
@@ -55,6 +58,40 @@ def test_ranks_that_would_train_different_models_do_not_begin(workspace, key, va
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], errors
     assert errors[0].startswith("error: rank 1: ") and said in errors[0] and errors[1] == ""
+
+
+def damage_what_rank_1_reads(checkpoint: Path) -> None:
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    damaged = next(path for path in files[1::2] if path.suffix == ".distcp")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+
+
+def draw_from_another_data_set(checkpoint: Path) -> None:
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["training"]["stream"] = "of another data set"
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    (checkpoint / CHECKSUMS).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (damage_what_rank_1_reads, "rank 1: {checkpoint} is damaged; copy it again"),
+        (draw_from_another_data_set, "stage short cannot continue from {checkpoint}: its data has changed"),
+    ],
+)
+def test_what_a_stage_cannot_start_from_is_told_by_rank_0_alone(workspace, undisturbed, spoil, said) -> None:
+    run = workspace.root / spoil.__name__
+    shutil.copytree(workspace.root / "undisturbed", run)
+    shutil.rmtree(run / "long")
+    shutil.rmtree(run / "short/step_00000006")
+    (run / "short/latest").write_text("step_00000003\n")
+    spoil(run / "short/step_00000003")
+    ranks = workspace.start_ranks(run.name)
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], errors
+    assert errors[0].startswith("error: " + said.format(checkpoint=run / "short/step_00000003"))
+    assert errors[1] == ""
 
 
 def test_local_processes_end_as_a_single_one_would(workspace) -> None:
