@@ -110,7 +110,9 @@ class TokenizedInputs:
 
 def _open(directory: str) -> MDSReader:
     reader = open_tokens(directory, "mask", "domain")
-    kind = reader.columns.get("input_ids", "of no samples")
+    if not reader.shards:
+        raise UserError(f"{directory}: no samples; leave it out")
+    kind = reader.columns["input_ids"]
     if kind != "ndarray" and kind.split(":")[:2] != ["ndarray", "uint32"]:
         raise UserError(
             f"{directory}: its input_ids are {kind}, not arrays of uint32; "

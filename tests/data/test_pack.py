@@ -269,6 +269,9 @@ def test_unsuitable_inputs(tmp_path: Path) -> None:
         writer.write({"text": "x"})
     with pytest.raises(UserError, match="text: no column input_ids, only text"):
         pack([tmp_path / "text"], tmp_path / "packs", PackOptions(8, "concat"))
+    write_documents(tmp_path / "empty", [])
+    with pytest.raises(UserError, match=r"empty: no samples; leave it out"):
+        pack([plain, tmp_path / "empty"], tmp_path / "packs", PackOptions(8, "concat"))
     with MDSWriter(tmp_path / "uneven", {"input_ids": "ndarray:uint32", "mask": "ndarray:uint8"}) as writer:
         writer.write({"input_ids": np.zeros(4, np.uint32), "mask": np.zeros(5, np.uint8)})
     with pytest.raises(

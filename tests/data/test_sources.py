@@ -123,6 +123,15 @@ def test_what_cannot_be_read_in_a_repository_is_told(tmp_path: Path, monkeypatch
     ]
 
 
+def test_a_repository_that_is_gone_meanwhile_is_told(tmp_path: Path) -> None:
+    source = source_of("repositories")
+    (part,) = source.parts(str(write_tree(tmp_path, {"a/1.py": "1"})))
+    (tmp_path / "a").rename(tmp_path / "b")
+    bad, empty = source.read(part)
+    assert isinstance(bad, Bad) and bad.problem == "cannot be read (No such file or directory)"
+    assert isinstance(empty, Record) and not empty.fields["text"]
+
+
 @pytest.mark.parametrize("kind", ["repositories", "text"])
 def test_a_source_that_cannot_be_listed_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -57,7 +57,7 @@ class Repositories:
 
     def read(self, part: Part) -> Iterator[Record | Bad]:
         root, left_out = Path(part.path), Counter[str]()
-        if not root.is_dir():
+        if not root.is_dir() and (root.exists() or root.is_symlink()):
             yield Bad(part.path, "", "a file beside the repositories")
             return
         texts: list[str] = []
