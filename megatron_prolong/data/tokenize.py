@@ -129,13 +129,17 @@ def _settings(
         for name in ("tokenizer_config.json", "chat_template.jinja"):  # where the template may be
             path = file.with_name(name)
             digest.update(path.read_bytes() if path.exists() else b"")
+    settings = asdict(options)
+    del settings[
+        "on_bad_input"
+    ]  # a job that stopped goes on with `skip`: its finished tasks met no bad input
     listing = hashlib.sha256(repr(parts).encode()).hexdigest()
     return {
         "step": "tokenize",
         "sources": list(sources),
         "files": f"{len(parts)} parts, {sum(part.num_bytes for _, part in parts)} bytes, sha256 {listing}",
         "tokenizer": f"sha256 {digest.hexdigest()}",
-        **asdict(options),
+        **settings,
     }
 
 

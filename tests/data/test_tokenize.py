@@ -119,6 +119,23 @@ def test_other_settings_do_not_continue_a_begun_run(
         tokenize(sources, tokenizer, tmp_path / "out", TokenizeOptions(domain="y"))
 
 
+def test_a_job_that_bad_input_stopped_goes_on_with_skip(
+    tokenizer: Path, tmp_path: Path, small_tasks: None
+) -> None:
+    """Its message says so, but the finished tasks had to be thrown away."""
+    sources = [
+        write_jsonl(tmp_path / "a.jsonl", [{"text": "word " * 60}]),
+        write_jsonl(tmp_path / "b.jsonl", [7]),
+    ]
+    with pytest.raises(UserError, match=r"is not a JSON object.*--on-bad-input skip"):
+        run(sources, tokenizer, tmp_path / "out")
+    (done,) = (tmp_path / "out.partial").glob("*/shard.00000.mds")
+    inode = done.stat().st_ino
+    report = run(sources, tokenizer, tmp_path / "out", on_bad_input="skip")
+    assert report.documents == 1 and report.left_out == {"document: not an object": 1}
+    assert (tmp_path / "out" / "00000" / "shard.00000.mds").stat().st_ino == inode
+
+
 @pytest.mark.parametrize(
     ("line", "message", "reason"),
     [
