@@ -5,20 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from samples import write_data
 from stand_ins import Parrot, short_documents
-from typer.testing import CliRunner
 
-from megatron_prolong.cli import eval_suite
-from megatron_prolong.cli.eval import models_of
-from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.averages import averages
 from megatron_prolong.evaluation.backend import Prompt, encode
@@ -256,31 +250,6 @@ def test_citations_are_scored_later_without_asking_again(inputs: Inputs, tmp_pat
     assert later.scores == straight.scores and later.scores["citation_rec"] > 0
 
 
-def test_a_tag_that_is_no_part_of_a_file_name_is_refused(tmp_path: Path) -> None:
-    arguments = ["eval", "run", str(tmp_path), "--out", str(tmp_path), "--tag", "a/b"]
-    refused = CliRunner().invoke(app, arguments).exception
-    assert isinstance(refused, UserError) and "--tag a/b: becomes a part of file names" in str(refused)
-
-
-def test_only_the_main_rank_loads_the_inference_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who is the main one, the ranks know; the environment is not asked again."""
-    main, other = (SimpleNamespace(is_main=is_main) for is_main in (True, False))
-    for name in ("check_models", "_open"):
-        monkeypatch.setattr(eval_suite, name, lambda *_: nullcontext(None))
-    monkeypatch.setattr(eval_suite, "on_all_ranks", lambda world, action: action())
-    monkeypatch.setattr(eval_suite, "ranks", lambda: nullcontext(other))
-    missing = tmp_path / "no model here"
-    arguments = ["eval", "run", str(tmp_path), "--out", str(tmp_path), "--nli", str(missing)]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
-    monkeypatch.setattr(eval_suite, "ranks", lambda: nullcontext(main))
-    refused = CliRunner().invoke(app, [*arguments, "--suite", "synthetic"])
-    assert isinstance(refused.exception, UserError) and str(missing) in str(refused.exception)
-    refused = CliRunner().invoke(app, [*arguments, "--backend", "openai"])
-    assert "one process asks the server" in str(refused.exception), "not every rank, for the same files"
-
-
 def test_a_judgement_goes_with_the_answers_it_was_of(inputs: Inputs, tmp_path: Path) -> None:
     task = only("narrativeqa")
     path = run_task(task, Parrot(inputs.tokenizer), inputs, Settings(), tmp_path).path
@@ -407,49 +376,3 @@ def test_data_that_is_not_helmets_is_named(tokenizer: Any, tmp_path: Path, line:
     with pytest.raises(UserError, match=rf"json_kv: its data is not as HELMET has it .*{file.name}"):
         run_task(task, Parrot(tokenizer), Inputs(tmp_path, tokenizer), Settings(), tmp_path)
     assert len(list(tmp_path.glob("*.partial.jsonl"))) == (1 if "question" in line else 0)
-
-
-@pytest.mark.parametrize(
-    ("command", "measure"), [("perplexity", "perplexity.measure"), ("needle", "needle.run")]
-)
-def test_a_length_beyond_the_models_is_warned_of(
-    command: str, measure: str, hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The model declares 1K. `run` refuses such lengths; here they may be the very question."""
-
-    def measured(*_: object, **__: object) -> None:
-        raise InterruptedError
-
-    monkeypatch.setattr(f"megatron_prolong.evaluation.{measure}", measured)
-    (tmp_path / "text.txt").write_text("It may be asked for on purpose. " * 200)
-    more = ["--data", str(tmp_path / "text.txt")] if command == "perplexity" else []
-    for lengths, warned in (("512,1K", False), ("512,1025", True)):
-        arguments = ["eval", command, str(hf_directory), "--out", str(tmp_path), "--lengths", lengths, *more]
-        found = CliRunner().invoke(app, arguments)
-        assert isinstance(found.exception, InterruptedError)
-        assert ("declares at most 1,024 tokens" in found.stderr) == warned
-
-
-@pytest.mark.parametrize("command", ["perplexity", "needle"])
-def test_a_place_that_cannot_be_written_is_met_before_measuring(
-    command: str, hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megatron_prolong.evaluation.backend.open_backend", pytest.fail)
-    file = tmp_path / "held out.txt"
-    file.write_text("words")
-    more = ["--data", str(file)] if command == "perplexity" else []
-    found = CliRunner().invoke(app, ["eval", command, str(hf_directory), "--out", str(file / "out"), *more])
-    assert isinstance(found.exception, NotADirectoryError)
-
-
-def test_a_directory_with_an_equals_sign_in_its_name_is_a_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "lr=1e-5/64k").mkdir(parents=True)
-    assert models_of("lr=1e-5/64k", ["base=hf"]) == [("64k", "lr=1e-5/64k"), ("base", "hf")]
-
-
-def test_the_directory_one_is_in_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its results went to --out/.. otherwise."""
-    (tmp_path / "64k" / "step").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "64k" / "step")
-    assert models_of(".", [".."]) == [("step", "."), ("64k", "..")]
