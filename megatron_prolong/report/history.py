@@ -1,7 +1,7 @@
 """What a run has done, from its metrics.jsonl and recipe.yaml.
 
-A run that was interrupted repeats the steps after its last checkpoint, so a step may be in the file twice: the
-later line counts. A line that is cut off (the writer died) or damaged is skipped.
+A run that was interrupted, or sent back to an older checkpoint, repeats the steps after it: a line takes the place
+of that step's and of all that followed. A line that is cut off (the writer died) or damaged is skipped.
 """
 
 from __future__ import annotations
@@ -128,18 +128,21 @@ def read_run(directory: Path) -> RunHistory:
         UserError: it is none, or its recipe cannot be read.
     """
     recipe = recipe_of_run(directory)
-    steps: dict[str, dict[int, dict[str, Any]]] = {stage.name: {} for stage in recipe.stages}
+    names = [stage.name for stage in recipe.stages]
+    steps: list[list[dict[str, Any]]] = [[] for _ in names]
     events, updated = [], None
     for record in _records(directory / METRICS):
         updated = record.get("time", updated)
         if "event" in record:
             events.append(record)
-        elif record.get("stage") in steps and "step" in record:
-            steps[record["stage"]][record["step"]] = with_nan(record)
-    stages = [
-        StageHistory(stage, [record for _, record in sorted(steps[stage.name].items())])
-        for stage in recipe.stages
-    ]
+        elif record.get("stage") in names and "step" in record:
+            mine, *later = steps[names.index(record["stage"]) :]
+            while mine and mine[-1]["step"] >= record["step"]:
+                mine.pop()
+            mine.append(with_nan(record))
+            for gone in later:
+                gone.clear()
+    stages = [StageHistory(stage, records) for stage, records in zip(recipe.stages, steps, strict=True)]
     return RunHistory(directory, recipe, stages, events, updated)
 
 

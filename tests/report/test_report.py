@@ -74,6 +74,14 @@ def test_steps_after_a_resume_replace_the_earlier_ones(run: Path) -> None:
     assert (read_run(run).current.stage.name, read_run(run).current.step) == ("short", 6)
 
 
+def test_a_run_that_was_sent_back_stands_where_it_is_now(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + step("short", 4) + "\n" + step("short", 5))
+    history = read_run(run)
+    assert [record["step"] for record in history.stages[0].records] == [1, 2, 3, 4, 5]
+    assert history.current is history.stages[0] and history.stages[1].records == []
+
+
 def test_time_left_is_the_median_step_times_the_steps_left(run: Path) -> None:
     assert read_run(run).remaining_seconds == 7 * 2.0
     with (run / "metrics.jsonl").open("a") as file:
