@@ -234,24 +234,27 @@ class _Work:
             return Bad(
                 record.name, f"field {name!r} is missing or null (fields: {known})", f"no field {name}"
             )
-        if self.options.chat:
-            return None
-        if not isinstance(value, str):
-            return Bad(record.name, f"field {name!r} is {type(value).__name__}, not text", "not text")
-        if not value:
-            return Bad(record.name, "", "empty")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            return Bad(record.name, f"has half a surrogate pair at character {error.start}", "not UTF-8")
+        texts = [self._domain(record)]
+        if not self.options.chat:  # chats are judged as they are rendered
+            if not isinstance(value, str):
+                return Bad(record.name, f"field {name!r} is {type(value).__name__}, not text", "not text")
+            if not value:
+                return Bad(record.name, "", "empty")
+            texts.append(value)
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                return Bad(record.name, f"has half a surrogate pair at character {error.start}", "not UTF-8")
         return None
+
+    def _domain(self, record: Record) -> str:
+        found = _get(record.fields, self.options.domain_field) if self.options.domain_field else None
+        return str(found or self.options.domain)
 
     def _write(self, writer: MDSWriter, record: Record, encoded: Encoded, report: TokenizeReport) -> None:
         tokens, mask = encoded
-        domain = self.options.domain
-        if self.options.domain_field:
-            domain = str(_get(record.fields, self.options.domain_field) or domain)
-        sample = {"input_ids": tokens, "length": len(tokens), "domain": domain}
+        sample = {"input_ids": tokens, "length": len(tokens), "domain": self._domain(record)}
         if mask is not None:
             sample["mask"] = mask
             report.targets += int(mask.sum())

@@ -160,6 +160,16 @@ def test_bad_records_stop_or_are_skipped_and_counted(
     assert report.documents == 1 and report.left_out == {f"document: {reason}": 1}
 
 
+def test_a_domain_that_is_no_text_is_bad_input_like_any_other(tokenizer: Path, tmp_path: Path) -> None:
+    """It stopped the job even with `skip`, and named the sample to be written instead of the record."""
+    records = [{"text": "a", "from": "b"}, {"text": "a", "from": "x\ud83d"}]
+    source = write_jsonl(tmp_path / "in.jsonl", records)
+    with pytest.raises(UserError, match=r"in\.jsonl, line at byte 27: has half a surrogate pair"):
+        run([source], tokenizer, tmp_path / "out", domain_field="from")
+    report = run([source], tokenizer, tmp_path / "out", domain_field="from", on_bad_input="skip")
+    assert report.documents == 1 and report.left_out == {"document: not UTF-8": 1}
+
+
 def test_nothing_at_all(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").touch()
     with pytest.raises(UserError, match="not a single document in the sources; left out: nothing"):
