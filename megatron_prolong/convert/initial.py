@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from megatron_prolong.convert.names import Rows
 from megatron_prolong.convert.sidecar import (
-    TOKENIZER_CONFIG,
     copy_sidecar,
     exported_config,
     special_tokens,
     write_config,
+    write_stop_tokens,
 )
 from megatron_prolong.convert.to_megatron import write_checkpoint
-from megatron_prolong.data.chat import control_tokens
 from megatron_prolong.recipe.inputs import tokenizer_file, vocabulary_size
 from megatron_prolong.recipe.schema import InitSpec
 from megatron_prolong.recipe.shape import ModelShape
@@ -71,34 +67,8 @@ def write_initial(init: InitSpec, tokenizer: Path, out: Path, seed: int) -> None
         copy_sidecar(path.parent, sidecar)
         special = special_tokens(sidecar)
         write_config(sidecar, {**exported_config(shape, None, "float32"), **special})
-        _write_stop_tokens(sidecar, special)
+        write_stop_tokens(sidecar, special)
         write_checkpoint(out, shape, RandomWeights(shape, seed), torch.float32, sidecar)
-
-
-def _write_stop_tokens(sidecar: Path, special: dict[str, int]) -> None:
-    """A generation config by which answers end with a turn too, as Meta's Instruct models have it."""
-    path = sidecar / "generation_config.json"
-    if path.exists() or (end_of_turn := _end_of_turn(sidecar)) is None:  # it came along
-        return
-    stops = sorted({special.get("eos_token_id", end_of_turn), end_of_turn})
-    path.write_text(json.dumps({**special, "eos_token_id": stops}, indent=2) + "\n")
-
-
-def _end_of_turn(sidecar: Path) -> int | None:
-    """The control token that the chat template writes after an answer, such as <|eot_id|>; None without one."""
-    from transformers import AutoTokenizer
-
-    if not (sidecar / TOKENIZER_CONFIG).exists():
-        return None
-    tokenizer = AutoTokenizer.from_pretrained(sidecar, local_files_only=True)
-    if not tokenizer.chat_template:
-        return None
-    chat = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}]
-    with suppress(TemplateError):  # a template that no chat can be trained with
-        ending = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Well.")[2]
-        if found := control_tokens(tokenizer).search(ending):
-            return int(tokenizer.convert_tokens_to_ids(found[0]))
-    return None
 
 
 def _stable_hash(text: str) -> int:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
+from megatron_prolong.data.chat import control_tokens
 from megatron_prolong.recipe.shape import TOKENIZER_FILES, ModelShape, read_json, to_hf_config
 
 _GENERATION_CONFIG = "generation_config.json"
 _MODEL = ("config.json", _GENERATION_CONFIG)
 _TOKENIZER = (_GENERATION_CONFIG, *TOKENIZER_FILES)  # it says at which tokens an answer ends
-TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def copy_sidecar(source: Path, target: Path, tokenizer: Path | None = None) -> None:
@@ -44,7 +47,7 @@ def exported_config(shape: ModelShape, source: dict[str, Any] | None, dtype: str
 
 def special_tokens(directory: Path) -> dict[str, int]:
     """bos_token_id and eos_token_id of the tokenizer there, from the names in tokenizer_config.json."""
-    path, names = directory / "tokenizer.json", directory / TOKENIZER_CONFIG
+    path, names = directory / "tokenizer.json", directory / _TOKENIZER_CONFIG
     if not path.exists() or not names.exists():
         return {}
     tokenizer, config, ids = Tokenizer.from_file(str(path)), read_json(names), {}
@@ -54,6 +57,31 @@ def special_tokens(directory: Path) -> dict[str, int]:
         if token is not None and (number := tokenizer.token_to_id(token)) is not None:
             ids[f"{role}_id"] = number
     return ids
+
+
+def write_stop_tokens(directory: Path, special: dict[str, int]) -> None:
+    """A generation config by which answers end with a turn too, as Meta's Instruct models have it."""
+    path = directory / _GENERATION_CONFIG
+    if path.exists() or (end_of_turn := _end_of_turn(directory)) is None:  # it came along
+        return
+    stops = sorted({special.get("eos_token_id", end_of_turn), end_of_turn})
+    path.write_text(json.dumps({**special, "eos_token_id": stops}, indent=2) + "\n")
+
+
+def _end_of_turn(directory: Path) -> int | None:
+    """The control token that the chat template writes after an answer, such as <|eot_id|>; None without one."""
+    from transformers import AutoTokenizer
+
+    if not (directory / _TOKENIZER_CONFIG).exists():
+        return None
+    chat = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}]
+    # A tokenizer that transformers cannot read, or without a template; a template that no chat can be trained with.
+    with suppress(OSError, KeyError, TypeError, ValueError, TemplateError):
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        ending = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Well.")[2]
+        if found := control_tokens(tokenizer).search(ending):
+            return int(tokenizer.convert_tokens_to_ids(found[0]))
+    return None
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:
@@ -68,7 +96,7 @@ def raise_limits(directory: Path, max_length: int) -> list[str]:
         A line for each, saying so.
     """
     changes = []
-    for name, field in ((TOKENIZER_CONFIG, "model_max_length"), (_GENERATION_CONFIG, "max_length")):
+    for name, field in ((_TOKENIZER_CONFIG, "model_max_length"), (_GENERATION_CONFIG, "max_length")):
         path = directory / name
         config = read_json(path) if path.exists() else {}
         limit = config.get(field)

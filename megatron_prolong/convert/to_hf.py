@@ -15,6 +15,7 @@ from megatron_prolong.convert.sidecar import (
     raise_limits,
     special_tokens,
     write_config,
+    write_stop_tokens,
 )
 from megatron_prolong.convert.staging import staged_directory
 from megatron_prolong.convert.transfer import WORKERS, output_dtype
@@ -110,6 +111,11 @@ def _write_sidecar(
         if (directory / "config.json").exists():
             source = read_json(directory / "config.json")
     config = exported_config(shape, source, dtype)
-    write_config(directory, config if source is not None else {**config, **special_tokens(directory)})
-    changes = config_changes(source, config) if source is not None else []
+    changes = [] if source is None else config_changes(source, config)
+    if source is not None:
+        write_config(directory, config)
+    else:
+        special = special_tokens(directory)
+        write_config(directory, {**config, **special})
+        write_stop_tokens(directory, special)
     return [f"config.json: {line}" for line in changes] + raise_limits(directory, shape.max_length)

@@ -36,7 +36,7 @@ _BATCH_CHARACTERS = 1 << 20  # encoded together; the tokenizer's result holds so
 
 # Llama-3.1 and later write today's date into the system prompt; 26 Jul 2024 is their own default, and a
 # fixed one makes the same chats the same tokens on every day.
-_TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024"}
+TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> R
                     list(messages[:count]),
                     tokenize=False,
                     add_generation_prompt=open_turn,
-                    **_TEMPLATE_VARIABLES,
+                    **TEMPLATE_VARIABLES,
                 )
             )
         except TemplateError as error:

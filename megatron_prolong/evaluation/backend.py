@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_prolong.data.chat import TEMPLATE_VARIABLES
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import MANIFEST, model_directory, read_json, read_shape, stages_hint
 from megatron_prolong.runtime.rendezvous import read_rendezvous
@@ -122,7 +123,9 @@ def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
             "`--chat never`, or export the model with its template"
         )
     messages = [{"role": "user", "content": prompt.text}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **TEMPLATE_VARIABLES
+    )
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -115,17 +115,21 @@ def test_a_tokenizer_alone_leaves_the_end_of_a_text_known(checkpoint: Path, tmp_
     """From the checkpoint's own config.json where it has one, else the tokenizer: transformers assumed 1 and 2."""
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
-    Tokenizer(models.WordLevel({"<s>": 7, "</s>": 9}, "<s>")).save(str(tokenizer / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    words = Tokenizer(models.WordLevel({"<s>": 7, "</s>": 9, "<end>": 11}, "<s>"))
+    words.add_special_tokens(["<s>", "</s>", "<end>"])
+    words.save(str(tokenizer / "tokenizer.json"))
+    template = "{% for message in messages %}{{ message.content }}<end>{% endfor %}"
+    eos = {"__type": "AddedToken", "content": "</s>"}
+    special = {"bos_token": "<s>", "eos_token": eos, "chat_template": template}
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(special))
     to_megatron(tmp_path / "original", tmp_path / "ours")
-    for source, expected in ((checkpoint, (7, 9)), (tmp_path / "ours", (1, [2, 5]))):
+    for source, expected, stops in ((checkpoint, (7, 9), [9, 11]), (tmp_path / "ours", (1, [2, 5]), [2, 5])):
         out = tmp_path / f"exported-{source.name}"
         to_hf(source, out, sidecar=tokenizer)
         config = json.loads((out / "config.json").read_text())
         assert (config["bos_token_id"], config["eos_token_id"]) == expected
         assert (out / "tokenizer.json").exists()
-    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 5]
+        assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == stops
 
 
 def test_the_pointer_names_a_release_or_an_iteration(checkpoint: Path, tmp_path: Path) -> None:

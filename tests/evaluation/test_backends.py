@@ -135,6 +135,16 @@ def test_a_prompt_begins_with_one_bos(chat: bool, tokenizer: Any) -> None:
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
+def test_the_date_of_the_day_does_not_change_a_prompt(tokenizer: Any) -> None:
+    """Llama-3.2's template asks for it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%H %M') %}{% endif %}"
+        "{{ 'Today: ' + date_string }}" + tokenizer.chat_template
+    )
+    assert tokenizer.decode(encode(tokenizer, Prompt("Well?", chat=True))).startswith("Today: 26 Jul 2024")
+
+
 def test_a_prompt_without_any_token_is_refused(tokenizer: Any) -> None:
     with pytest.raises(UserError, match="prompt '' has no token"):
         encode(tokenizer, Prompt(""))
