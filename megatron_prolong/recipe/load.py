@@ -93,12 +93,7 @@ def _describe(detail: ErrorDetails, source: Source) -> str:
     if detail["type"] == "missing":
         return f"{place}: {key_text(key)}: {_RULES['missing']}"
     if detail["type"] == "extra_forbidden":
-        known = sorted(_known_keys(detail["loc"][:-1]))
-        near = get_close_matches(key[-1], known, n=1)
-        hint = (
-            f"did you mean {key_text((*key[:-1], near[0]))}?" if near else f"known keys: {', '.join(known)}"
-        )
-        return f"{place}: {key_text(key)}: unknown key; {hint}"
+        return f"{place}: {key_text(key)}: unknown key; {_hint(key, detail['loc'])}"
     rule = _RULES.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
     rule = rule.replace("Input should be", "must be")
     if detail["type"] in ("model_type", "dict_type", "model_attributes_type"):
@@ -110,6 +105,16 @@ def _describe(detail: ErrorDetails, source: Source) -> str:
         if near := get_close_matches(detail["input"], options, n=1):
             rule += f"; did you mean {near[0]}?"
     return f"{place}: {key_text(key)}: found {detail['input']!r}; {rule}"
+
+
+def _hint(key: Key, location: tuple[int | str, ...]) -> str:
+    """What an unknown key may have been meant to be."""
+    if len(key) == 1 and key[0] in Stage.model_fields:
+        return f"every stage has its own: stage.NAME.{key[0]}=VALUE, or in the file under stages"
+    known = sorted(_known_keys(location[:-1]))
+    if near := get_close_matches(key[-1], known, n=1):
+        return f"did you mean {key_text((*key[:-1], near[0]))}?"
+    return f"known keys: {', '.join(known)}"
 
 
 def _known_options(detail: ErrorDetails) -> list[str]:

@@ -223,9 +223,8 @@ def _same_draws(findings: Findings) -> None:
             seen = dict(before)
         here = f"stage {stage.name}"
         first = seen.setdefault(_draws(stage), here)
-        if (
-            first != here and stage.mixture != "mock" and _newest(recipe, stage) is None
-        ):  # else its seed is fixed
+        begun = _newest(recipe, stage) is not None  # its seed cannot change any more
+        if first != here and stage.mixture != "mock" and not begun:
             found = f"found {stage.seed}, as in {first}, whose samples it draws again in the same order"
             findings.warn(("stages", stage.name, "seed"), f"{found}; set another seed")
 

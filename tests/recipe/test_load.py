@@ -104,6 +104,7 @@ def test_overrides(write: Write, recipe_data: dict[str, Any]) -> None:
         ("base=other.yaml", "a base is named in the recipe file only"),
         ("evaluation.lengths=8K", "evaluation.lengths: found '8K'; must be a list"),
         ("layout.tpp=2", "layout.tpp: unknown key; did you mean layout.tp?"),
+        ("steps=4", "steps: unknown key; every stage has its own: stage.NAME.steps=VALUE"),
         ("stage.one.steps=010", "stages.one.steps: found '010'; must be a number"),
         ("stage.one.lr=fast", "override 'stage.one.lr=fast': stages.one.lr: found 'fast'"),
     ],
