@@ -35,9 +35,8 @@ def _pairs(models: Models) -> list[tuple[str, Result, Result]]:
 
 
 def _comparable(before: Result, after: Result) -> bool:
-    judges = {
-        (one.missing, one.settings["judge"]) for one in (before, after)
-    }  # judged, not judged, by another
+    # Both judged, by the same, or neither.
+    judges = {(one.missing, one.settings["judge"]) for one in (before, after)}
     return len(judges) == 1 and before.asks_as(after)
 
 
