@@ -130,9 +130,8 @@ def _settings(
             path = file.with_name(name)
             digest.update(path.read_bytes() if path.exists() else b"")
     settings = asdict(options)
-    del settings[
-        "on_bad_input"
-    ]  # a job that stopped goes on with `skip`: its finished tasks met no bad input
+    # A job that stopped may go on with `skip`: its finished tasks met no bad input.
+    settings.pop("on_bad_input")
     listing = hashlib.sha256(repr(parts).encode()).hexdigest()
     return {
         "step": "tokenize",

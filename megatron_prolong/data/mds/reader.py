@@ -16,6 +16,7 @@ import tempfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -193,7 +194,8 @@ def _allow_open_files() -> None:
     """As many as the administrator permits: the common 1,024 are too few for twenty domains, or for all shards of
     one compressed data set in a read-only place."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with suppress(OSError):  # the kernel's own limit was lowered below it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _has_size(path: Path, num_bytes: int) -> bool:
