@@ -81,7 +81,7 @@ def _domains(one: StageHistory) -> Iterator[str]:
     largest = max(counts.values())
     scale, unit = next(((s, u) for s, u in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if largest >= s), (1.0, ""))
     bars = [(name, {"tokens": tokens / scale}) for name, tokens in counts.items()]
-    yield figure(stacked_bars(bars, unit), "Tokens read so far.")
+    yield figure(stacked_bars(bars, f"{unit} tokens".lstrip()), "Tokens read so far.")
     rows = [
         (name, f"{tokens:,.0f}", f"{tokens / total:.1%}", f"{asked[name]:.1%}" if name in asked else "–")
         for name, tokens in counts.items()
