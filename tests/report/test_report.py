@@ -164,8 +164,8 @@ def test_the_page_has_everything(run: Path) -> None:
     assert result.exit_code == 0 and "wrote" in result.stdout
     html = (run / "report.html").read_text()
     expectations = """10 / 10|3 / 10|Tokens by domain, stage short|7,000</td><td>70.0%</td><td>75.0%|
-        >7.0 K tokens<|>2.1 K tokens<|json_kv/8192|87.5|short 10|3.0 GB|models.base.0.score|cannot be read|stage_start|
-        sequence_length: 256"""
+        >7.0 K tokens<|>2.1 K tokens<|json_kv/8192|87.5|short 10|3.0 GB|models.base.0.score|cannot be read|
+        stage_start|sequence_length: 256"""
     for expected in map(str.strip, expectations.split("|")):
         assert expected in html, expected
     assert html.count("<svg") == 5 + 1 + 1 + 1  # curves, domains of both stages, memory
