@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_prolong.convert.names import Rows
-from megatron_prolong.convert.sidecar import (
-    copy_sidecar,
-    exported_config,
-    special_tokens,
-    write_config,
-    write_stop_tokens,
-)
+from megatron_prolong.convert.sidecar import copy_sidecar, exported_config, write_tokenizers_config
 from megatron_prolong.convert.to_megatron import write_checkpoint
 from megatron_prolong.recipe.inputs import tokenizer_file, vocabulary_size
 from megatron_prolong.recipe.schema import InitSpec
@@ -65,9 +59,7 @@ def write_initial(init: InitSpec, tokenizer: Path, out: Path, seed: int) -> None
     with tempfile.TemporaryDirectory() as directory:
         sidecar = Path(directory)
         copy_sidecar(path.parent, sidecar)
-        special = special_tokens(sidecar)
-        write_config(sidecar, {**exported_config(shape, None, "float32"), **special})
-        write_stop_tokens(sidecar, special)
+        write_tokenizers_config(sidecar, exported_config(shape, None, "float32"))
         write_checkpoint(out, shape, RandomWeights(shape, seed), torch.float32, sidecar)
 
 

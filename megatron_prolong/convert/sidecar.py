@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
-from megatron_prolong.data.chat import control_tokens
+from megatron_prolong.data.chat import apply_template, control_tokens
 from megatron_prolong.recipe.shape import TOKENIZER_FILES, ModelShape, read_json, to_hf_config
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -45,7 +45,20 @@ def exported_config(shape: ModelShape, source: dict[str, Any] | None, dtype: str
     return {**to_hf_config(shape, source), "torch_dtype": dtype, "dtype": dtype}
 
 
-def special_tokens(directory: Path) -> dict[str, int]:
+def write_tokenizers_config(directory: Path, config: dict[str, Any]) -> None:
+    """config.json of a model that has none: the tokenizer says where texts begin and end.
+
+    Also a generation config, unless one came along, by which answers end with a turn, as Meta's Instruct models
+    have it.
+    """
+    special, generation = _special_tokens(directory), directory / _GENERATION_CONFIG
+    write_config(directory, {**config, **special})
+    if not generation.exists() and (end_of_turn := _end_of_turn(directory)) is not None:
+        stops = sorted({special.get("eos_token_id", end_of_turn), end_of_turn})
+        generation.write_text(json.dumps({**special, "eos_token_id": stops}, indent=2) + "\n")
+
+
+def _special_tokens(directory: Path) -> dict[str, int]:
     """bos_token_id and eos_token_id of the tokenizer there, from the names in tokenizer_config.json."""
     path, names = directory / "tokenizer.json", directory / _TOKENIZER_CONFIG
     if not path.exists() or not names.exists():
@@ -59,15 +72,6 @@ def special_tokens(directory: Path) -> dict[str, int]:
     return ids
 
 
-def write_stop_tokens(directory: Path, special: dict[str, int]) -> None:
-    """A generation config by which answers end with a turn too, as Meta's Instruct models have it."""
-    path = directory / _GENERATION_CONFIG
-    if path.exists() or (end_of_turn := _end_of_turn(directory)) is None:  # it came along
-        return
-    stops = sorted({special.get("eos_token_id", end_of_turn), end_of_turn})
-    path.write_text(json.dumps({**special, "eos_token_id": stops}, indent=2) + "\n")
-
-
 def _end_of_turn(directory: Path) -> int | None:
     """The control token that the chat template writes after an answer, such as <|eot_id|>; None without one."""
     from transformers import AutoTokenizer
@@ -78,7 +82,7 @@ def _end_of_turn(directory: Path) -> int | None:
     # A tokenizer that transformers cannot read, or without a template; a template that no chat can be trained with.
     with suppress(OSError, KeyError, TypeError, ValueError, TemplateError):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        ending = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Well.")[2]
+        ending = apply_template(tokenizer, chat).rpartition("Well.")[2]
         if found := control_tokens(tokenizer).search(ending):
             return int(tokenizer.convert_tokens_to_ids(found[0]))
     return None

@@ -13,9 +13,8 @@ from megatron_prolong.convert.sidecar import (
     copy_sidecar,
     exported_config,
     raise_limits,
-    special_tokens,
     write_config,
-    write_stop_tokens,
+    write_tokenizers_config,
 )
 from megatron_prolong.convert.staging import staged_directory
 from megatron_prolong.convert.transfer import WORKERS, output_dtype
@@ -111,11 +110,10 @@ def _write_sidecar(
         if (directory / "config.json").exists():
             source = read_json(directory / "config.json")
     config = exported_config(shape, source, dtype)
-    changes = [] if source is None else config_changes(source, config)
-    if source is not None:
-        write_config(directory, config)
+    changes = []
+    if source is None:
+        write_tokenizers_config(directory, config)
     else:
-        special = special_tokens(directory)
-        write_config(directory, {**config, **special})
-        write_stop_tokens(directory, special)
+        write_config(directory, config)
+        changes = config_changes(source, config)
     return [f"config.json: {line}" for line in changes] + raise_limits(directory, shape.max_length)

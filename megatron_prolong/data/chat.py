@@ -36,7 +36,7 @@ _BATCH_CHARACTERS = 1 << 20  # encoded together; the tokenizer's result holds so
 
 # Llama-3.1 and later write today's date into the system prompt; 26 Jul 2024 is their own default, and a
 # fixed one makes the same chats the same tokens on every day.
-TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024"}
+_TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +97,18 @@ def find_problem(messages: Any, control: re.Pattern[str]) -> str | None:
     return None if "assistant" in turns else "no message of this chat is the assistant's"
 
 
+def apply_template(tokenizer: Any, messages: Sequence[Message], *, open_turn: bool = False) -> str:
+    """The chat template's text of the messages, the same on every day.
+
+    open_turn: the assistant's next turn is begun. Raises jinja2.TemplateError when the template refuses them.
+    """
+    return str(
+        tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=open_turn, **_TEMPLATE_VARIABLES
+        )
+    )
+
+
 class ChatError(UserError):
     """A chat that the tokenizer's template does not take. reason: for a count."""
 
@@ -118,14 +130,7 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> R
 
     def text_of(count: int, open_turn: bool = False) -> str:
         try:
-            return str(
-                tokenizer.apply_chat_template(
-                    list(messages[:count]),
-                    tokenize=False,
-                    add_generation_prompt=open_turn,
-                    **TEMPLATE_VARIABLES,
-                )
-            )
+            return apply_template(tokenizer, messages[:count], open_turn=open_turn)
         except TemplateError as error:
             raise ChatError(
                 "refused by the chat template", f"the tokenizer's chat template refuses it: {error}"

@@ -41,7 +41,7 @@ def averages(results: Iterable[Result]) -> list[Average]:
         found += own
         counted = [one for one in own if one.category in CATEGORIES]
         if len(counted) > 1:
-            score = sum(one.score for one in counted) / len(counted)
+            score = mean([one.score for one in counted])
             found.append(Average(MEAN, length, score, any(one.partial for one in counted), _tasks(counted)))
     return found
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.chat import TEMPLATE_VARIABLES
+from megatron_prolong.data.chat import apply_template
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import MANIFEST, model_directory, read_json, read_shape, stages_hint
 from megatron_prolong.runtime.rendezvous import read_rendezvous
@@ -122,10 +122,7 @@ def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; evaluate a base model with "
             "`--chat never`, or export the model with its template"
         )
-    messages = [{"role": "user", "content": prompt.text}]
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, **TEMPLATE_VARIABLES
-    )
+    text = apply_template(tokenizer, [{"role": "user", "content": prompt.text}], open_turn=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
