@@ -22,6 +22,7 @@ from megatron_prolong.recipe.shape import MANIFEST, model_directory, read_json, 
 from megatron_prolong.runtime.rendezvous import read_rendezvous
 
 if TYPE_CHECKING:
+    from megatron_prolong.mcore.inference import Question
     from megatron_prolong.runtime.launch import World
 
 
@@ -92,10 +93,8 @@ class ScoringBackend(Backend, Protocol):
         """Log-probability of each token given those before it: float32 [len(ids) − 1]."""
         ...
 
-    def continuation_logprobs(
-        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
-    ) -> list[float]:
-        """Log-probability of each whole continuation after the prompt, which is read once."""
+    def continuation_logprobs(self, questions: Sequence[Question]) -> list[list[float]]:
+        """For each (prompt, continuations): the log-probability of each whole continuation after the prompt."""
         ...
 
 

@@ -6,7 +6,7 @@ others, which make the same call on their parts, so nothing else of the evaluati
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prolong.mcore.groups import Axis
-from megatron_prolong.mcore.inference import InferenceModel
+from megatron_prolong.mcore.inference import InferenceModel, Question
 from megatron_prolong.runtime.launch import World
 
 # The others wait while the main rank prepares or scores a task, which may take long.
@@ -33,7 +33,7 @@ class Crew:
     The methods are those of `InferenceModel`; only the main rank calls them.
 
     Attributes:
-        dp: the axis along which the model is repeated; the replicas share out the prompts of `generate`.
+        dp: the axis along which the model is repeated; the replicas share out prompts and questions.
         group: all ranks; None for a single one.
     """
 
@@ -45,11 +45,9 @@ class Crew:
         """See `InferenceModel`; every replica does the same."""
         return self._together("token_logprobs", ids)
 
-    def continuation_logprobs(
-        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
-    ) -> list[float]:
-        """See `InferenceModel`; every replica does the same."""
-        return self._together("continuation_logprobs", prompt, continuations)
+    def continuation_logprobs(self, questions: Sequence[Question]) -> list[list[float]]:
+        """See `InferenceModel`; question i is answered by replica i mod dp."""
+        return self._together("continuation_logprobs", questions)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
@@ -79,20 +77,22 @@ class Crew:
 
     def _do(self, call: Call) -> Any:
         method, arguments = call
-        if method == "generate":
-            return self._share_out(*arguments)
-        return getattr(self.inference, method)(*arguments)
+        if method == "token_logprobs":
+            return self.inference.token_logprobs(*arguments)
+        return self._share_out(getattr(self.inference, method), *arguments)
 
-    def _share_out(self, prompts: Any, max_new_tokens: int, stop_ids: Any) -> list[list[int]]:
-        mine = self.inference.generate(prompts[self.dp.rank :: self.dp.size], max_new_tokens, stop_ids)
+    def _share_out(
+        self, method: Callable[..., list[Any]], asked: Sequence[Any], *arguments: Any
+    ) -> list[Any]:
+        mine = method(asked[self.dp.rank :: self.dp.size], *arguments)
         if self.dp.size == 1:
             return mine
         everyone: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(everyone, (self.dp.rank, mine), group=self.group)
-        outputs: list[list[int]] = [[] for _ in prompts]
+        answers: list[Any] = [None] * len(asked)
         for replica, some in everyone:
-            outputs[replica :: self.dp.size] = some
-        return outputs
+            answers[replica :: self.dp.size] = some
+        return answers
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode, load_tokenizer, refuse_nan
+
+if TYPE_CHECKING:
+    from megatron_prolong.mcore.inference import Question
 
 # Logits of one chunk: 1024 × 128K vocabulary × 4 bytes = 0.5 GiB.
 SCORE_CHUNK_TOKENS = 1024
@@ -91,10 +94,13 @@ class HuggingFaceBackend:
         return self._logprobs(self._tensor([ids]), _new_cache()).cpu().numpy()
 
     @torch.inference_mode()
-    def continuation_logprobs(
+    def continuation_logprobs(self, questions: Sequence[Question]) -> list[list[float]]:
+        """See `ScoringBackend`: a prompt's keys and values serve all its continuations."""
+        return [self._continuation_logprobs(*question) for question in questions]
+
+    def _continuation_logprobs(
         self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
     ) -> list[float]:
-        """See `ScoringBackend`: the prompt's keys and values serve all continuations."""
         cache = _new_cache()
         if len(prompt) > 1:
             self._prefill(self._tensor([prompt[:-1]]), None, cache)

@@ -23,7 +23,7 @@ from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode, loa
 from megatron_prolong.evaluation.crew import Crew, crew
 from megatron_prolong.evaluation.hf import stop_tokens
 from megatron_prolong.mcore.groups import megatron
-from megatron_prolong.mcore.inference import load_for_inference
+from megatron_prolong.mcore.inference import Question, load_for_inference
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import HF_DIR, ModelShape, read_json, read_shape
 from megatron_prolong.runtime.agreement import together
@@ -46,11 +46,13 @@ class MegatronBackend:
         """See `ScoringBackend`."""
         return self.inference.token_logprobs(ids).numpy()
 
-    def continuation_logprobs(
-        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
-    ) -> list[float]:
-        """See `ScoringBackend`: the prompt's keys and values serve all continuations."""
-        return self.inference.continuation_logprobs(prompt, continuations)
+    def continuation_logprobs(self, questions: Sequence[Question]) -> list[list[float]]:
+        """See `ScoringBackend`: a prompt's keys and values serve all its continuations."""
+        return [
+            answer
+            for start in range(0, len(questions), self.batch_size)
+            for answer in self.inference.continuation_logprobs(questions[start : start + self.batch_size])
+        ]
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
         """See `Backend`."""

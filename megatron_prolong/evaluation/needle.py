@@ -110,7 +110,7 @@ def run(
 def _score(backend: ScoringBackend, needles: Sequence[Needle]) -> NeedleCell:
     outputs = backend.generate([needle.prompt for needle in needles], ANSWER_TOKENS)
     hits = [needle.value in output for needle, output in zip(needles, outputs, strict=True)]
-    margins = [_margin(backend, needle) for needle in needles]
+    margins = _margins(backend, needles)
     return NeedleCell(
         length=needles[0].length,
         depth=needles[0].depth,
@@ -121,11 +121,18 @@ def _score(backend: ScoringBackend, needles: Sequence[Needle]) -> NeedleCell:
     )
 
 
-def _margin(backend: ScoringBackend, needle: Needle) -> float:
-    prompt = encode(backend.tokenizer, needle.prompt)
-    candidates = [_value_ids(backend.tokenizer, value) for value in (needle.value, *needle.distractors)]
-    right, *wrong = backend.continuation_logprobs(prompt, candidates)
-    return right - max(wrong)
+def _margins(backend: ScoringBackend, needles: Sequence[Needle]) -> list[float]:
+    tokenizer = backend.tokenizer
+    answers = backend.continuation_logprobs(
+        [
+            (
+                encode(tokenizer, needle.prompt),
+                [_value_ids(tokenizer, value) for value in (needle.value, *needle.distractors)],
+            )
+            for needle in needles
+        ]
+    )
+    return [right - max(wrong) for right, *wrong in answers]
 
 
 def _numbers(tokenizer: Any, rng: random.Random) -> tuple[str, tuple[str, ...]]:

@@ -7,7 +7,7 @@ Context-parallel ranks share the work of a prefill and the memory of the cache (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,9 @@ from megatron_prolong.mcore.groups import Axis, ParallelGroups
 from megatron_prolong.model.spread_cache import can_slice, gather_slices, slice_of
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import read_shape
+
+Question = tuple[Sequence[int], Sequence[Sequence[int]]]
+"""A prompt and what may follow it, as tokens."""
 
 PREFILL_TOKENS = 4096  # long enough for full matrix products, short enough to keep activations small
 
@@ -42,38 +45,23 @@ class InferenceModel:
     @torch.inference_mode()
     def token_logprobs(self, ids: Sequence[int]) -> Tensor:
         """Log-probability of each token given those before it: fp32 [len(ids) − 1], on CPU."""
-        return self._logprobs(ids, KeyValueCache())
+        return self._logprobs([ids], [KeyValueCache()])[0]
 
     @torch.inference_mode()
-    def continuation_logprobs(
-        self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
-    ) -> list[float]:
-        """Log-probability of each whole continuation after the prompt, which is read only once."""
-        cache = KeyValueCache()
-        self._read(torch.tensor(prompt[:-1], device=self.device), cache)
-        mark = cache.length, cache.position
-        totals = []
-        for continuation in continuations:
-            logprobs = self._logprobs([prompt[-1], *continuation], cache)
-            totals.append(float(logprobs.double().sum()))
-            cache.length, cache.position = mark
+    def continuation_logprobs(self, questions: Sequence[Question]) -> list[list[float]]:
+        """Log-probability of each whole continuation after its prompt; every prompt is read once."""
+        caches = [KeyValueCache() for _ in questions]
+        self._read([prompt[:-1] for prompt, _ in questions], caches)
+        marks = [(cache.length, cache.position) for cache in caches]
+        totals: list[list[float]] = [[] for _ in questions]
+        for turn in range(max((len(continuations) for _, continuations in questions), default=0)):
+            asked = [index for index, (_, continuations) in enumerate(questions) if turn < len(continuations)]
+            sequences = [[questions[index][0][-1], *questions[index][1][turn]] for index in asked]
+            found = self._logprobs(sequences, [caches[index] for index in asked])
+            for index, logprobs in zip(asked, found, strict=True):
+                totals[index].append(float(logprobs.double().sum()))
+                caches[index].length, caches[index].position = marks[index]
         return totals
-
-    def _logprobs(self, ids: Sequence[int], cache: KeyValueCache) -> Tensor:
-        """Log-probabilities of ids[1:] after what the cache holds: fp32 [len(ids) − 1], on CPU."""
-        tokens = torch.tensor(ids, device=self.device)
-        labels = torch.cat([tokens[1:], tokens.new_full((1,), NO_LABEL)])
-        chunks = zip(tokens.split(self._chunk_tokens), labels.split(self._chunk_tokens), strict=True)
-        losses = [self._losses(some, their_labels, cache) for some, their_labels in chunks]
-        return -torch.cat(losses)[:-1].cpu()
-
-    def _losses(self, tokens: Tensor, labels: Tensor, cache: KeyValueCache) -> Tensor:
-        """Losses of one chunk, [T], on every rank."""
-        if not self._slices(len(tokens)):
-            return self._forward([tokens], [cache], labels)[0]
-        mine = slice_of(len(tokens), self.cp.rank, self.cp.size)
-        losses = self._forward([tokens[mine]], [cache], labels[mine], chunk_tokens=len(tokens))[0]
-        return gather_slices(losses, len(tokens), self.cp.group)[: len(tokens)]
 
     @torch.inference_mode()
     def generate(
@@ -81,34 +69,75 @@ class InferenceModel:
     ) -> list[list[int]]:
         """Greedy continuation of every prompt, without the prompt and without the stop token."""
         caches = [KeyValueCache() for _ in prompts]
-        outputs = [[self._prefill(prompt, cache)] for prompt, cache in zip(prompts, caches, strict=True)]
+        self._read([prompt[:-1] for prompt in prompts], caches)
+        latest = [prompt[-1] for prompt in prompts]
+        outputs: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
-        for _ in range(max_new_tokens - 1):
-            active = [index for index in active if outputs[index][-1] not in stop_ids]
+        for _ in range(max_new_tokens):
             if not active:
                 break
-            news = [torch.tensor(outputs[index][-1:], device=self.device) for index in active]
+            news = self._tensors([latest[index : index + 1] for index in active])
             logits_DV = self._forward(news, [caches[index] for index in active])
             for index, token in zip(active, logits_DV.argmax(-1).tolist(), strict=True):
-                outputs[index].append(token)
-        return [output[:-1] if output[-1] in stop_ids else output for output in outputs]
+                latest[index] = token
+            active = [index for index in active if latest[index] not in stop_ids]
+            for index in active:
+                outputs[index].append(latest[index])
+        return outputs
 
-    def _prefill(self, prompt: Sequence[int], cache: KeyValueCache) -> int:
-        """Feed a prompt; returns the most likely next token."""
-        tokens = torch.tensor(prompt, device=self.device)
-        # Slices leave the last token's logits on one rank, so that token goes apart, to all of them.
-        apart = 1 if self.cp.size > 1 else min(len(tokens), PREFILL_TOKENS)
-        self._read(tokens[:-apart], cache)
-        return int(self._forward([tokens[-apart:]], [cache])[-1].argmax())
+    def _logprobs(self, sequences: Sequence[Sequence[int]], caches: Sequence[KeyValueCache]) -> list[Tensor]:
+        """Of each sequence's tokens but the first, after what its cache holds: fp32 [len − 1], on CPU."""
+        tokens = self._tensors(sequences)
+        labels = [torch.cat([ids[1:], ids.new_full((1,), NO_LABEL)]) for ids in tokens]
+        pieces: list[list[Tensor]] = [[] for _ in sequences]
+        for some, part in self._passes(tokens):
+            news = [tokens[index][part] for index in some]
+            losses = self._pass(
+                news, [caches[index] for index in some], [labels[index][part] for index in some]
+            )
+            for index, piece in zip(some, losses.split([len(new) for new in news]), strict=True):
+                pieces[index].append(-piece)
+        return [torch.cat(some)[:-1].cpu() for some in pieces]
 
-    def _read(self, tokens: Tensor, cache: KeyValueCache) -> None:
-        """Feed tokens chunk by chunk."""
-        for chunk in tokens.split(self._chunk_tokens) if len(tokens) else ():
-            if self._slices(len(chunk)):
-                mine = slice_of(len(chunk), self.cp.rank, self.cp.size)
-                self._forward([chunk[mine]], [cache], chunk_tokens=len(chunk))
-            else:
-                self._forward([chunk], [cache])
+    def _read(self, sequences: Sequence[Sequence[int]], caches: Sequence[KeyValueCache]) -> None:
+        """Feed each sequence to its cache."""
+        tokens = self._tensors(sequences)
+        for some, part in self._passes(tokens):
+            self._pass([tokens[index][part] for index in some], [caches[index] for index in some])
+
+    def _passes(self, tokens: Sequence[Tensor]) -> Iterator[tuple[list[int], slice]]:
+        """Which sequences to feed at once, and what of them: short ones whole and together, a long one in chunks.
+
+        Context-parallel ranks take one at a time, to slice it.
+        """
+        group: list[int] = []
+        for index, ids in enumerate(tokens):
+            room = self._chunk_tokens - sum(len(tokens[other]) for other in group)
+            if group and (self.cp.size > 1 or len(ids) > room):
+                yield group, slice(None)
+                group = []
+            if len(ids) <= self._chunk_tokens:
+                group += [index] if len(ids) else []
+                continue
+            for start in range(0, len(ids), self._chunk_tokens):
+                yield [index], slice(start, start + self._chunk_tokens)
+        if group:
+            yield group, slice(None)
+
+    def _pass(
+        self, tokens: Sequence[Tensor], caches: Sequence[KeyValueCache], labels: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Feed these tokens; with labels, their losses one after another, [T], on every rank."""
+        num_tokens = len(tokens[0])
+        if len(tokens) > 1 or not self._slices(num_tokens):
+            return self._forward(tokens, caches, torch.cat(list(labels)) if labels else None)[0]
+        mine = slice_of(num_tokens, self.cp.rank, self.cp.size)
+        own_labels = labels[0][mine] if labels else None
+        output = self._forward([tokens[0][mine]], caches, own_labels, chunk_tokens=num_tokens)[0]
+        return gather_slices(output, num_tokens, self.cp.group)[:num_tokens] if labels else output
+
+    def _tensors(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        return [torch.tensor(sequence, dtype=torch.long, device=self.device) for sequence in sequences]
 
     @property
     def _chunk_tokens(self) -> int:

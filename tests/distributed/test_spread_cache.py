@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ def answers(rank: int, checkpoint: str, layout: dict[str, Any]) -> tuple[Any, ..
         model = inference.load_for_inference(Path(checkpoint), wanted, groups, torch.device("cpu"), "fp32")
         cache = KeyValueCache()
         with torch.inference_mode():
-            model._prefill(IDS, cache)
+            model._read([IDS], [cache])
         return (
             model.token_logprobs(IDS).numpy(),
-            model.continuation_logprobs(IDS[:90], [IDS[90:], IDS[:3]]),
+            list(
+                chain(*model.continuation_logprobs([(IDS[:90], [IDS[90:], IDS[:3]]), (IDS[:2], [IDS[:3]])]))
+            ),
             model.generate(PROMPTS, 9, stop_ids=[]),
             cache.length,
         )

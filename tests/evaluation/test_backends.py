@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ def test_hf_logprobs_in_chunks_are_those_of_one_pass(
     expected = logprobs[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
     with open_backend(hf_directory) as backend:
         assert np.abs(backend.token_logprobs(ids) - expected).max() < LOGPROB_TOLERANCE
-        whole = backend.continuation_logprobs(ids[:60], [ids[60:], ids[60:70], [5]])
-        after_one_token = backend.continuation_logprobs(ids[:1], [ids[1:11], ids[1:3]])
+        whole, after_one_token = backend.continuation_logprobs(
+            [(ids[:60], [ids[60:], ids[60:70], [5]]), (ids[:1], [ids[1:11], ids[1:3]])]
+        )
     assert whole[0] == pytest.approx(expected[59:].sum(), abs=1e-3)
     assert whole[1] == pytest.approx(expected[59:69].sum(), abs=1e-3)
     assert whole[2] == pytest.approx(float(logprobs[59, 5]), abs=1e-3)
@@ -96,23 +98,27 @@ def test_hf_batches_and_chunks_generate_what_transformers_generates(
     assert len(set(expected)) == 3 and cut[0] != answers[0] and cut != [[], [], []]
 
 
-def test_megatron_equals_hf_token_by_token(hf_directory: Path, checkpoint: Path) -> None:
+@pytest.mark.parametrize("chunk_tokens", [16, 4096], ids=["prompts in chunks", "prompts together"])
+def test_megatron_equals_hf_token_by_token(
+    chunk_tokens: int, hf_directory: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "PREFILL_TOKENS", chunk_tokens)
     ids = torch.randint(2, 258, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    questions = [(ids[:200], [ids[200:], ids[:7]]), (ids[:1], [ids[:7]]), (ids[3:9], [ids[:2], [5], ids[:9]])]
     with open_backend(hf_directory, batch_size=3) as reference:
         logprobs = reference.token_logprobs(ids)
-        continuations = reference.continuation_logprobs(ids[:200], [ids[200:], ids[:7]])
-        after_one_token = reference.continuation_logprobs(ids[:1], [ids[:7]])
+        answers = reference.continuation_logprobs(questions)
         texts = reference.generate(PROMPTS, 24)
         stops, length = reference.max_length, encode(reference.tokenizer, PROMPTS[2])
-    with open_backend(checkpoint, batch_size=2) as ours:
-        assert ours.name == "megatron"
-        assert np.abs(ours.token_logprobs(ids) - logprobs).max() < LOGPROB_TOLERANCE
-        assert ours.continuation_logprobs(ids[:200], [ids[200:], ids[:7]]) == pytest.approx(
-            continuations, abs=5e-3
-        )
-        assert ours.continuation_logprobs(ids[:1], [ids[:7]]) == pytest.approx(after_one_token, abs=5e-3)
-        assert ours.generate(PROMPTS, 24) == texts
-        assert ours.max_length == stops and encode(ours.tokenizer, PROMPTS[2]) == length
+    for batch_size in (2, 3):
+        with open_backend(checkpoint, batch_size=batch_size) as ours:
+            assert ours.name == "megatron"
+            assert np.abs(ours.token_logprobs(ids) - logprobs).max() < LOGPROB_TOLERANCE
+            found = ours.continuation_logprobs(questions)
+            assert list(chain(*found)) == pytest.approx(list(chain(*answers)), abs=5e-3)
+            assert list(map(len, found)) == [2, 1, 3]
+            assert ours.generate(PROMPTS, 24) == texts
+            assert ours.max_length == stops and encode(ours.tokenizer, PROMPTS[2]) == length
     assert logprobs.std() > 0.5, "a model that is certain of nothing would prove nothing"
 
 

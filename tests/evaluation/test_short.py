@@ -70,7 +70,7 @@ def accuracy(checkpoint: Path) -> float:
                 backend.tokenizer(text, add_special_tokens=False)["input_ids"]
                 for text in (row["question"], *(f" {choice}" for choice in row["choices"]))
             )
-            found = backend.continuation_logprobs(prompt, choices)  # without BOS
+            (found,) = backend.continuation_logprobs([(prompt, choices)])  # without BOS
             right += found.index(max(found)) == row["label"]
     return right / len(QUESTIONS)
 

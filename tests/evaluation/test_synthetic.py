@@ -212,8 +212,11 @@ class Finder:
         return ["".join(numbers) if index % 2 else "none" for index, numbers in enumerate(found)]
 
     def continuation_logprobs(
-        self, ids: Sequence[int], continuations: Sequence[Sequence[int]]
-    ) -> list[float]:
+        self, questions: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]
+    ) -> list[list[float]]:
+        return [self._one(*question) for question in questions]
+
+    def _one(self, ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
         text = self.tokenizer.decode(ids)
         self.prompts.append(text)
         right, *wrong = (self.tokenizer.decode(each).strip() for each in continuations)
