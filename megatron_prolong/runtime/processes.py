@@ -44,7 +44,10 @@ def start_processes(command: Sequence[str], count: int, machine: Rendezvous) -> 
 
 
 def _pass_on(number: int, _: object) -> None:
-    for child in psutil.Process().children():
+    children = psutil.Process().children()
+    if not children:  # none is started yet: nobody would stop, and nothing is to be saved
+        sys.exit(128 + number)
+    for child in children:
         child.send_signal(number)
 
 

@@ -82,6 +82,20 @@ def test_the_second_signal_ends_a_process_that_hangs_in_a_collective(tmp_path):
             process.communicate()
 
 
+STILL_WAITING_FOR_OTHER_MACHINES = """
+import os, signal
+from megatron_prolong.runtime import processes, rendezvous
+processes.elastic_launch = lambda *_: lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+processes.start_processes([], 2, rendezvous.read_rendezvous({}))
+"""
+
+
+def test_a_signal_before_the_processes_are_started_ends_their_launcher():
+    """It went to no one, and training began."""
+    done = subprocess.run([sys.executable, "-c", STILL_WAITING_FOR_OTHER_MACHINES], timeout=120)
+    assert done.returncode == 128 + signal.SIGTERM
+
+
 def _asked_on_rank_1(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     request = StopRequest()
