@@ -73,6 +73,7 @@ def _to_come(recipe: Recipe) -> int:
 
 
 def _kept(recipe: Recipe, stage: Stage) -> int:
-    spec = recipe.checkpoint
+    spec, pause = recipe.checkpoint, recipe.evaluation and recipe.evaluation.every
     lasting = stage.num_steps // spec.keep_every if spec.keep_every else 0
-    return min(-(-stage.num_steps // spec.every), spec.keep + lasting)
+    saved = -(-stage.num_steps // spec.every) + (stage.num_steps // pause if pause else 0)
+    return min(saved, spec.keep + lasting)

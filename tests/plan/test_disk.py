@@ -36,6 +36,8 @@ def test_every_stage_keeps_two_and_one_more_is_written_before_one_is_deleted(tmp
     assert checkpoints_needed(tmp_path) == 3 * 2 + 1
     assert checkpoints_needed(tmp_path, "checkpoint.keep_every=1000") == (2 + 5) + (2 + 2) + 2 + 1
     assert checkpoints_needed(tmp_path, "checkpoint.every=4000") == 2 + 1 + 1 + 1
+    evaluated = "evaluation={every: 500}"  # each time behind a checkpoint of its own
+    assert checkpoints_needed(tmp_path, "checkpoint.every=4000", evaluated) == 2 + 2 + 1 + 1
 
 
 def test_a_checkpoint_of_fp32_has_16_bytes_per_weight(tmp_path: Path) -> None:
