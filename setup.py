@@ -30,17 +30,21 @@ CORE = [
     "openai>=2,<4",  # models behind a server, and HELMET's judge
     "wonderwords>=3,<4",  # the word lists of RULER's synthetic tasks
 ]
+DATA = ["pyarrow>=21,<27", "datasets>=5.2,<6", "fsspec>=2024.2"]
+EVAL = ["lm-eval[hf]>=0.4.9,<0.5"]
 EXTRAS = {
     # Imported lazily; NVIDIA's PyTorch image brings it, the Dockerfile's 2.12; that and 2.13 were rehearsed
     # (docs/rehearsal.md). Before 2.10, FP8's tensorwise scale came from a norm's output before its rounding to bf16
     # (TE #2355). megatron-core 0.16.1 bounds it only in its development extra (>=2.9.0a0,<2.12).
     "gpu": ["transformer-engine[pytorch]>=2.12,<2.14"],
     # sources that few need: Parquet, saved Hugging Face datasets, remote paths
-    "data": ["pyarrow>=21,<27", "datasets>=5.2,<6", "fsspec>=2024.2"],
+    "data": DATA,
     "ray": ["ray>=2.60,<3"],
     "wandb": ["wandb>=0.19,<0.32"],
-    "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
+    "eval": EVAL,
     "dev": [
+        *DATA,
+        *EVAL,
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",
         "hypothesis>=6.100,<7",

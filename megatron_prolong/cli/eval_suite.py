@@ -26,6 +26,7 @@ from megatron_prolong.cli.eval_results import judge, report
 
 if TYPE_CHECKING:
     from megatron_prolong.evaluation.backend import Backend
+    from megatron_prolong.evaluation.short import ShortTask
     from megatron_prolong.evaluation.task import Entails, Task
     from megatron_prolong.runtime.launch import World
 
@@ -131,7 +132,7 @@ def run(
 
     if suite == "short":
         _refuse_what_short_ignores(ctx)
-        _run_short(models_of(model, compare), out, samples, tasks, overwrite)
+        _run_short(models_of(model, compare), out, samples, tasks, overwrite, batch_size)
         return
     results = {}
     with ranks() as world:
@@ -221,27 +222,46 @@ def _open(
 
 
 def _run_short(
-    models: list[tuple[str, str]], out: Path, samples: int | None, names: str, overwrite: bool
+    models: list[tuple[str, str]],
+    out: Path,
+    samples: int | None,
+    names: str,
+    overwrite: bool,
+    batch_size: int,
 ) -> None:
-    from megatron_prolong.evaluation.short import SCORES, print_short, run_short, select_short
+    from megatron_prolong.evaluation.short import SCORES, check_harness, print_short, run_short, select_short
     from megatron_prolong.evaluation.suite import refuse_another_model
 
-    tasks = select_short(_names(names))
-    check_models([path for _, path in models], kind="hf")
-    for label, path in models:
-        if not overwrite:
-            refuse_another_model(out / label, *_name_and_identity(path, "hf"), SCORES)
-    results = {
-        label: run_short(Path(path), out / label, samples, tasks, overwrite=overwrite)
-        for label, path in models
-    }
-    print_short(results)
+    def prepare() -> tuple[tuple[ShortTask, ...], list[tuple[str, Path]]]:
+        check_harness()
+        tasks = select_short(_names(names))
+        check_models([path for _, path in models])
+        known = [(label, *_name_and_identity(path, "auto")) for label, path in models]
+        for label, name, identity in known if is_main(world) and not overwrite else ():
+            refuse_another_model(out / label, name, identity, SCORES)
+        return tasks, [(label, Path(name)) for label, name, _ in known]
+
+    results = {}
+    with ranks() as world:
+        tasks, found = on_all_ranks(world, prepare)
+        for label, directory in found:
+            results[label] = run_short(
+                directory,
+                out / label,
+                samples,
+                tasks,
+                overwrite=overwrite,
+                batch_size=batch_size,
+                world=world,
+            )
+    if is_main(world):
+        print_short(results)
 
 
 def _refuse_what_short_ignores(ctx: typer.Context) -> None:
     from megatron_prolong.errors import UserError
 
     given = {name for name in ctx.params if "COMMANDLINE" in str(ctx.get_parameter_source(name))}
-    used = {"model", "out", "suite", "compare", "tasks", "samples", "overwrite"}
+    used = {"model", "out", "suite", "compare", "tasks", "samples", "batch_size", "overwrite"}
     if unused := [f"--{name.replace('_', '-')}" for name in sorted(given - used)]:
         raise UserError(f"--suite short has no use for {', '.join(unused)}; leave it out")

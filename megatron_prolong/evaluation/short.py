@@ -7,22 +7,28 @@ every harness of that time left it out, and later ones (0.4.9.2) add it where th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.backend import backend_kind, open_backend
 from megatron_prolong.evaluation.identity import model_identity
 from megatron_prolong.evaluation.published import published
 from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.run import is_of
 from megatron_prolong.recipe.shape import read_json
 from megatron_prolong.runtime.terminal import print_table
+
+if TYPE_CHECKING:
+    from megatron_prolong.runtime.launch import World
 
 ADD_BOS = False
 SCORES = "short*.json"
@@ -61,42 +67,68 @@ def run_short(
     tasks: tuple[ShortTask, ...] = TASKS,
     task_directory: Path | None = None,
     overwrite: bool = False,
+    batch_size: int = 1,
+    world: World | None = None,
 ) -> dict[str, float]:
     """Scores, 0 to 100, by task; finished ones are kept in OUT, and not run again with these settings.
 
     Args:
-        model: a Hugging Face directory.
+        model: a Hugging Face directory, which is asked by the harness's own model of transformers, or a checkpoint
+            directory, which is asked in place by all ranks (the main one gets the scores, the others none).
         samples: questions per task; None asks all.
         task_directory: further task definitions (YAML), e.g. an offline one.
         overwrite: run finished tasks again.
+        batch_size: questions asked together, of a checkpoint by each replica.
+        world: as of `open_backend`.
     """
-    evaluate, manager, harness_version = _harness(task_directory)
-    path = out / ("short.json" if samples is None else f"short_size{samples}.json")
-    arguments = {
-        "model_name_or_path": str(model),
-        "model_identity": model_identity(model),
-        "max_test_samples": samples,
-        "add_bos_token": ADD_BOS,
-        "lm_eval": harness_version,
-        "tasks": [asdict(task) for task in TASKS],
-    }
-    scores = dict(read_json(path)["scores"]) if path.exists() and is_of(path, arguments) else {}
-    for task in tasks:
-        if task.name in scores and not overwrite:
-            continue
-        found = evaluate(
-            model="hf",
-            model_args={"pretrained": str(model), "add_bos_token": ADD_BOS},
-            tasks=[task.name],
-            num_fewshot=task.shots,
-            limit=samples,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            task_manager=manager,
-            bootstrap_iters=0,
-        )
-        scores[task.name] = 100 * float(found["results"][task.name][task.metric])
-        write_json(path, {"args": arguments, "scores": scores})
+    with _open(model, batch_size, world) as asked:
+        if asked is None:
+            return {}
+        evaluate, manager, harness_version = _harness(task_directory)
+        path = out / ("short.json" if samples is None else f"short_size{samples}.json")
+        arguments = {
+            "model_name_or_path": str(model),
+            "model_identity": model_identity(model),
+            "max_test_samples": samples,
+            "add_bos_token": ADD_BOS,
+            "lm_eval": harness_version,
+            "tasks": [asdict(task) for task in TASKS],
+        }
+        scores = dict(read_json(path)["scores"]) if path.exists() and is_of(path, arguments) else {}
+        for task in tasks:
+            if task.name in scores and not overwrite:
+                continue
+            found = evaluate(
+                **asked,
+                tasks=[task.name],
+                num_fewshot=task.shots,
+                limit=samples,
+                task_manager=manager,
+                bootstrap_iters=0,
+            )
+            scores[task.name] = 100 * float(found["results"][task.name][task.metric])
+            write_json(path, {"args": arguments, "scores": scores})
     return scores
+
+
+@contextmanager
+def _open(model: Path, batch_size: int, world: World | None) -> Iterator[dict[str, Any] | None]:
+    """What the harness is told of the model; None on ranks that only lent their part, once it is done."""
+    if backend_kind(model) == "hf":
+        yield {
+            "model": "hf",
+            "model_args": {"pretrained": str(model), "add_bos_token": ADD_BOS},
+            "batch_size": batch_size,
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+        }
+        return
+    with open_backend(model, batch_size=batch_size, world=world) as backend:
+        if backend is None:
+            yield None
+        else:
+            from megatron_prolong.evaluation.harness import HarnessModel
+
+            yield {"model": HarnessModel(backend, add_bos=ADD_BOS)}
 
 
 def print_short(results: Mapping[str, Mapping[str, float]]) -> None:
@@ -111,14 +143,16 @@ def print_short(results: Mapping[str, Mapping[str, float]]) -> None:
     print_table(table)
 
 
+def check_harness() -> None:
+    """Raises UserError when it is not installed."""
+    if find_spec("lm_eval") is None:
+        raise UserError("the short suite needs lm-evaluation-harness: pip install 'megatron-prolong[eval]'")
+
+
 def _harness(task_directory: Path | None) -> tuple[Any, Any, str]:
     """The harness's function, its tasks, and its version."""
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(
-            "the short suite needs lm-evaluation-harness: pip install 'megatron-prolong[eval]'"
-        ) from error
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path=str(task_directory) if task_directory else None)
     return simple_evaluate, manager, version("lm_eval")

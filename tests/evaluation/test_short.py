@@ -4,75 +4,107 @@ from __future__ import annotations
 
 import json
 import re
+from collections import ChainMap
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.main import app
 from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation import short
-from megatron_prolong.evaluation.backend import open_backend
 from megatron_prolong.evaluation.published import published
 from megatron_prolong.evaluation.short import ShortTask, print_short, run_short
 
-TASK = """\
+CHOICE = """\
 task: tiny_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{file}"}}}}
-test_split: test
-fewshot_split: test
 output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
+doc_to_text: "{{question}}"
 doc_to_choice: choices
 doc_to_target: label
-metric_list: [{{metric: acc}}]
+metric_list: [{metric: acc}]
+"""
+ANSWER = """\
+task: tiny_answer
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[label]}}"
+generation_kwargs: {until: ["x"], max_gen_toks: 6, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+TEXT = """\
+task: tiny_text
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{choices | join(' ')}} {{question}}"
+metric_list: [{metric: bits_per_byte}]
+"""
+DATA = """\
+dataset_path: json
+dataset_kwargs: {data_files: {test: "FILE"}}
+test_split: test
+fewshot_split: test
 """
 QUESTIONS = [
     {
-        "question": f"The magic number {n} is",
+        "question": f"The magic number {n} is" if n else "",
         "choices": ["the key", "in text", "a b", "mentioned"],
         "label": n % 4,
     }
     for n in range(24)
 ]
-TINY = ShortTask("tiny_choice", 0, "acc,none")
+TINY = (
+    ShortTask("tiny_choice", 0, "acc,none"),
+    ShortTask("tiny_answer", 1, "exact_match,none"),
+    ShortTask("tiny_text", 0, "bits_per_byte,none"),
+)
 
 
-def test_the_harness_scores_an_exported_checkpoint(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lm_eval = pytest.importorskip("lm_eval", reason="pip install megatron-prolong[eval]")
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of tasks that need no network."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    (tmp_path / "tiny.yaml").write_text(TASK.format(file=tmp_path / "questions.jsonl"))
+    for name, task in (("choice", CHOICE), ("answer", ANSWER), ("text", TEXT)):
+        (tmp_path / f"{name}.yaml").write_text(task + DATA.replace("FILE", str(tmp_path / "questions.jsonl")))
+    return tmp_path
+
+
+def test_a_checkpoint_in_place_answers_as_its_export_does(
+    checkpoint: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The export is asked through the harness's own model of transformers, one question at a time."""
     exported = tmp_path / "exported"
     to_hf(checkpoint, exported)
-    scores = run_short(exported, tmp_path / "out", tasks=(TINY,), task_directory=tmp_path)
-    assert scores == {"tiny_choice": pytest.approx(100 * accuracy(checkpoint))}
+    answers: list[dict[str, Any]] = []
+
+    def keeping(**options: Any) -> Any:
+        found = simple_evaluate(**options)
+        answers.append(found["samples"])
+        return found
+
+    monkeypatch.setattr(
+        short, "_harness", lambda directory: (keeping, TaskManager(include_path=str(tasks)), "1")
+    )
+    scores = run_short(exported, tmp_path / "theirs", tasks=TINY)
+    assert run_short(checkpoint, tmp_path / "ours", tasks=TINY, batch_size=5) == pytest.approx(
+        scores, abs=1e-2
+    )
     assert 0 < scores["tiny_choice"] < 100, "a task that is all right or all wrong would prove nothing"
-    written = json.loads((tmp_path / "out" / "short.json").read_text())["args"]
-    assert written["lm_eval"] == lm_eval.__version__ and not written["add_bos_token"]
-    monkeypatch.setattr(short, "_harness", lambda directory: (None, None, lm_eval.__version__))
-    assert run_short(exported, tmp_path / "out", tasks=(TINY,)) == scores, "a finished task is not run again"
-
-
-def accuracy(checkpoint: Path) -> float:
-    """The same questions, asked of the checkpoint before its export."""
-    right = 0
-    with open_backend(checkpoint) as backend:
-        assert backend is not None
-        for row in QUESTIONS:
-            prompt, *choices = (
-                backend.tokenizer(text, add_special_tokens=False)["input_ids"]
-                for text in (row["question"], *(f" {choice}" for choice in row["choices"]))
-            )
-            (found,) = backend.continuation_logprobs([(prompt, choices)])  # without BOS
-            right += found.index(max(found)) == row["label"]
-    return right / len(QUESTIONS)
+    theirs, ours = ChainMap(*answers[: len(TINY)]), ChainMap(*answers[len(TINY) :])
+    logprobs = [
+        [float(response[0]) for sample in found["tiny_choice"] for response in sample["filtered_resps"]]
+        for found in (theirs, ours)
+    ]
+    assert len(logprobs[0]) == 4 * len(QUESTIONS) and len(set(logprobs[0])) > len(QUESTIONS)
+    assert logprobs[1] == pytest.approx(logprobs[0], abs=1e-3)  # fp32, sums in another order
+    texts = [[sample["resps"] for sample in found["tiny_answer"]] for found in (theirs, ours)]
+    assert texts[1] == texts[0] and len(set(map(str, texts[0]))) > 3
 
 
 def test_what_is_scored_already_is_not_asked_again_unless_it_was_of_something_else(
@@ -106,9 +138,9 @@ def test_models_stand_beside_the_published_ones(capsys: pytest.CaptureFixture[st
 
 
 def test_all_models_are_looked_at_before_the_first_is_measured(
-    hf_directory: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that is not exported, more ranks than lm-eval is asked on, and another model's scores in its folder."""
+    """One that is not there, and another model's scores in its folder."""
     monkeypatch.setattr(short, "run_short", lambda *_, **__: pytest.fail())
     (tmp_path / "tiny").mkdir()
     arguments = {"model_name_or_path": "other/tiny", "model_identity": "x"}
@@ -120,16 +152,8 @@ def test_all_models_are_looked_at_before_the_first_is_measured(
         assert isinstance(found, UserError)
         return str(found)
 
-    assert "not a Hugging Face model" in refusal(f"one={hf_directory}", "--compare", f"two={checkpoint}")
+    assert "not a Hugging Face model" in refusal(f"one={hf_directory}", "--compare", tmp_path / "gone")
     assert "holds results of another model" in refusal(f"one={hf_directory}", "--compare", hf_directory)
-    for name, value in (
-        ("WORLD_SIZE", "2"),
-        ("RANK", "0"),
-        ("MASTER_ADDR", "localhost"),
-        ("MASTER_PORT", "1"),
-    ):
-        monkeypatch.setenv(name, value)
-    assert "runs in one process" in refusal(f"one={hf_directory}")
 
 
 def test_the_command_runs_the_tasks_asked_for_and_refuses_what_it_cannot_use(
@@ -148,7 +172,7 @@ def test_the_command_runs_the_tasks_asked_for_and_refuses_what_it_cannot_use(
     assert asked == ["gsm8k", "gsm8k"]
     for refused, why in (
         ("--chat=auto", "no use for --chat"),
-        ("--batch-size=4", "no use for --batch-size"),
+        ("--cp=2", "no use for --cp"),
         ("--tasks=x", "no task x"),
     ):
         assert why in str(CliRunner().invoke(app, [*command, refused]).exception)

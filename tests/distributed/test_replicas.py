@@ -1,0 +1,44 @@
+"""The replicas of a model share out what an evaluation asks, and the main rank gets every answer in its place."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rank_pool import RankPool
+from small_training import VOCAB_SIZE
+
+from megatron_prolong.recipe.schema import Layout
+
+IDS = torch.randint(0, VOCAB_SIZE, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+QUESTIONS = [(IDS[:40], [IDS[40:43], IDS[:5]]), (IDS[3:4], [IDS[9:10]]), (IDS[50:80], [IDS[80:], IDS[1:2]])]
+PROMPTS = [question[0] for question in QUESTIONS]
+
+
+def answers(rank: int, checkpoint: str) -> tuple[Any, ...] | None:
+    from megatron_prolong.evaluation.crew import crew
+    from megatron_prolong.mcore.groups import megatron
+    from megatron_prolong.mcore.inference import load_for_inference
+    from megatron_prolong.runtime.launch import World
+
+    layout, cpu = Layout(sequence_parallel=False), torch.device("cpu")
+    with megatron(layout, seed=1) as groups:
+        model = load_for_inference(Path(checkpoint), layout, groups, cpu, "fp32")
+        world = World(rank, torch.distributed.get_world_size(), rank, cpu)
+        with crew(model, world, groups.dp) as members:
+            if members is None:
+                return None
+            logprobs = members.continuation_logprobs(QUESTIONS)
+            few = members.continuation_logprobs(QUESTIONS[:1])  # nothing for the second replica
+            return list(chain(*logprobs, *few)), members.generate(PROMPTS, 9, [])
+
+
+def test_replicas_answer_as_one_model(one_rank: RankPool, two_ranks: RankPool, checkpoint: str) -> None:
+    ((logprobs, texts),) = one_rank.run(answers, checkpoint)
+    (found, found_texts), nothing = two_ranks.run(answers, checkpoint)
+    assert nothing is None and len(set(logprobs)) == 5 and len(set(map(tuple, texts))) == 3
+    np.testing.assert_allclose(found, logprobs, atol=1e-4)  # fp32, other products side by side
+    assert found_texts == texts
