@@ -10,11 +10,13 @@ from typing import NoReturn
 
 import psutil  # type: ignore[import-untyped]
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.numa.binding import AffinityMode, NumaOptions
 
+from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.rendezvous import Rendezvous
 from megatron_prolong.runtime.signals import STOP_SIGNALS
 
@@ -31,6 +33,7 @@ def start_processes(command: Sequence[str], count: int, machine: Rendezvous) -> 
 
     Raises:
         SystemExit: with the exit code of the first process that failed, 128 + N for one that signal N ended.
+        UserError: the machines do not find each other.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, _pass_on)
@@ -41,6 +44,11 @@ def start_processes(command: Sequence[str], count: int, machine: Rendezvous) -> 
         _exit(failed)
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
+    except dist.DistError as error:
+        raise UserError(
+            f"node {machine.rank} of {machine.size} could not meet the others at MASTER_ADDR {machine.address}, "
+            f"MASTER_PORT {machine.port}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _pass_on(number: int, _: object) -> None:

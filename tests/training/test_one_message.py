@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -22,6 +23,8 @@ from megatron_prolong.runtime.agreement import on_main, together
 from megatron_prolong.runtime.checksums import CHECKSUMS, write_checksums
 from megatron_prolong.runtime.launch import distributed
 from megatron_prolong.runtime.lock import DirectoryLock
+from megatron_prolong.runtime.processes import start_processes
+from megatron_prolong.runtime.rendezvous import Rendezvous
 from megatron_prolong.runtime.signals import STOP_SIGNALS
 from megatron_prolong.training.checkpoint import verify_checkpoint
 
@@ -132,6 +135,18 @@ def test_a_port_that_is_taken_or_none_is_named(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("MASTER_PORT", port)
         with pytest.raises(UserError, match=f"MASTER_PORT {port}: .*address already in use"), distributed():
             pass
+
+
+def test_so_it_is_where_the_launchers_of_several_nodes_would_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was told in the fifty lines of a traceback."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(logging, "disable", lambda: None)
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        first_of_two = Rendezvous(0, 2, 0, 2, "127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(UserError, match=r"^node 0 of 2 .* MASTER_PORT \d+: .*address already in use$"):
+            start_processes([], 2, first_of_two)
 
 
 def missing_on_rank_1() -> None:
