@@ -35,7 +35,8 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
     HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 fi
 export MASTER_ADDR=${MASTER_ADDR:-$HEAD}
-export MASTER_PORT=$((20000 + ${SLURM_JOB_ID:-$$} % 20000))
+# Below the ports that the kernel lends to connections: one of those may be in use.
+export MASTER_PORT=$((12000 + ${SLURM_JOB_ID:-$$} % 20000))
 
 # on_nodes SRUN_OPTION... -- COMMAND...: through srun, or directly where there is no Slurm
 on_nodes() {

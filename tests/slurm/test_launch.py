@@ -1,6 +1,7 @@
 """The rendered batch scripts: golden files, shellcheck, and the same script run by plain bash without Slurm."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,6 +70,16 @@ def test_nodes_and_overrides_are_written_into_the_script(tmp_path: Path) -> None
     )
     assert result.stdout.splitlines() == [str(recipe), *overrides]
     assert "#   sbatch 'my script.sh'\n" in script
+
+
+@pytest.mark.parametrize("job", ["1", "19999", "4294901760"])
+def test_the_port_is_none_that_the_kernel_lends(job: str, tmp_path: Path) -> None:
+    """Its range begins at 32768 (ip_local_port_range); a connection that has the port would end the job."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (line,) = re.findall("^export MASTER_PORT=.*$", render(tmp_path / "recipe.yaml"), re.MULTILINE)
+    show = ["bash", "-c", f"{line}; echo $MASTER_PORT"]
+    result = subprocess.run(show, env={"SLURM_JOB_ID": job}, capture_output=True, text=True, check=True)
+    assert 10000 < int(result.stdout) < 32768
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
