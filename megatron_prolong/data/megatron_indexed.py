@@ -32,7 +32,7 @@ from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.packed import Identity, PackedSequence, open_tokens
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.progress import track
-from megatron_prolong.runtime.publish import publish, temporary_name
+from megatron_prolong.runtime.publish import publish, remove_leftovers, temporary_name
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")
@@ -207,11 +207,13 @@ def from_megatron(prefix: Path, directory: Path, domain: str) -> tuple[int, int]
 
     Returns the number of samples and that of the empty documents left out.
     The `indices` column is written when documents are made of several sequences. MDS has no empty arrays.
+    What an earlier attempt left that could not clean up (kill -9) is removed first.
     """
     reader = IndexedReader(prefix)
     columns = {"input_ids": "ndarray:uint32", "length": "int", "domain": "str"}
     if reader.is_packed:
         columns["indices"] = "ndarray:uint32"
+    remove_leftovers(directory.parent, glob.escape(directory.name))
     with MDSWriter(directory, columns) as writer:
         for tokens, lengths in track(reader, len(reader), f"{directory}: documents"):
             if len(tokens):

@@ -186,3 +186,18 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "minus.idx").write_bytes(index)
     with pytest.raises(UserError, match=r"minus\.bin, document 0: token -1 is no token id"):
         IndexedReader(tmp_path / "minus")[0]
+
+
+def test_a_killed_import_leaves_nothing_beside_the_next(tmp_path: Path) -> None:
+    to_megatron(write_packs(tmp_path / "mds", PACKS), tmp_path / "theirs")
+    program = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from megatron_prolong.data import megatron_indexed\n"
+        "megatron_indexed.MDSWriter.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"megatron_indexed.from_megatron(Path({str(tmp_path)!r}, 'theirs'), Path({str(tmp_path)!r}, 'out'), 'x')\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program])
+    assert killed.returncode == -signal.SIGKILL and list(tmp_path.glob("out.tmp-*"))
+    from_megatron(tmp_path / "theirs", tmp_path / "out", "x")
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
