@@ -30,8 +30,12 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
     Raises:
         UserError: `final` exists, its parent cannot be written, or the disk is or becomes full.
     """
-    # A link cannot be replaced by a directory, not even one to nothing.
-    if final.is_symlink() or (final.exists() and (not final.is_dir() or any(final.iterdir()))):
+    # A link cannot be replaced by a directory, not even one to nothing; nor can `.`, which has no name.
+    if (
+        final.is_symlink()
+        or not final.name
+        or (final.exists() and (not final.is_dir() or any(final.iterdir())))
+    ):
         raise UserError(f"{final}: already exists; choose another name or remove it")
     partial = temporary_name(final)
     new_parents = [parent for parent in final.parents if not parent.exists()]  # the innermost first

@@ -197,7 +197,9 @@ def test_directories_that_are_something_else(original: Path, converted: Path, tm
     assert "no weights" in _refused(lambda out: to_megatron(original, out), tmp_path)
 
 
-def test_the_target_exists(original: Path, converted: Path, tmp_path: Path) -> None:
+def test_the_target_exists(
+    original: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "precious").write_text("x")
@@ -208,6 +210,10 @@ def test_the_target_exists(original: Path, converted: Path, tmp_path: Path) -> N
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="link: already exists"):
         to_megatron(original, tmp_path / "link")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"^\.: already exists"):  # empty, but it has no name to write beside
+        to_megatron(original, Path())
 
 
 def test_damaged_torch_dist_files(converted: Path, tmp_path: Path) -> None:

@@ -210,7 +210,11 @@ def test_nothing_appears_under_the_name_when_writing_fails(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_existing_data_is_never_overwritten(tmp_path: Path) -> None:
+def test_existing_data_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"^\. exists already"):  # empty, but it has no name to write beside
+        MDSWriter(".", COLUMNS)
     write(tmp_path / "data", [1])
     with pytest.raises(UserError, match="exists already"):
         MDSWriter(tmp_path / "data", COLUMNS)
@@ -364,6 +368,16 @@ def test_damaged_compressed_shard(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"shard.00000.mds.{compression}"):
             MDSReader(path)[0]
         assert [each.name for each in path.iterdir() if "tmp" in each.name] == []
+
+
+def test_a_compression_that_is_not_read_is_told_with_the_file(tmp_path: Path) -> None:
+    write(tmp_path, [500], compression="gz")
+    index = (tmp_path / "index.json").read_text()
+    (tmp_path / "index.json").write_text(index.replace('"gz"', '"snappy"'))
+    with pytest.raises(
+        UserError, match=r"shard.00000.mds.gz: compression 'snappy' is not supported; known: zstd"
+    ):
+        MDSReader(tmp_path)[0]
 
 
 def test_a_compressed_shard_of_another_size(tmp_path: Path) -> None:

@@ -247,7 +247,10 @@ def _unpack(shard: Shard) -> IO[bytes]:
 
 def _decompress(shard: Shard, raw: IO[bytes]) -> None:
     path, _ = shard.delivered
-    algorithm, _ = parse_compression(shard.compression or "")
+    try:
+        algorithm, _ = parse_compression(shard.compression or "")
+    except UserError as error:
+        raise UserError(f"{path}: {error}; write the data set again with one of these") from None
     try:
         with open_compressed(path, algorithm) as stream:
             while part := stream.read(_CHUNK_BYTES):

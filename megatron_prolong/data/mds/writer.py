@@ -214,8 +214,8 @@ def _buffer(num_bytes: int) -> memoryview:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise UserError if `path` is anything but absent or an empty directory."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    """Raise UserError if `path` is anything but absent or an empty directory; `.` has no name to appear under."""
+    if path.exists() and not (path.name and path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists already; remove it or choose another name")
 
 
