@@ -140,12 +140,14 @@ def length_table(domains: list[DomainSurvey]) -> Table:
 
 def usage_table(mixture: Mixture, stage: str) -> Table:
     """What a stage draws from every domain of its mixture, and how often each sample is seen (epochs)."""
+    from rich.text import Text
+
     table = _table(f"Stage {stage}: {mixture.num_steps:,} steps of {mixture.batch_sequences:,} sequences")
     table.add_column("domain", overflow="fold")
     for heading in ("share", "samples", "draws", "epochs"):
         table.add_column(heading, justify="right", no_wrap=True)
     for use in mixture.usage():
-        epochs = f"{use.epochs:.2f}" if use.epochs <= 1 else f"[yellow]{use.epochs:.2f}[/yellow]"
+        epochs = Text(f"{use.epochs:.2f}", "yellow" if use.epochs > 1 else "")
         table.add_row(use.name, f"{use.proportion:.1%}", f"{use.num_samples:,}", f"{use.num_draws:,}", epochs)
     return table
 

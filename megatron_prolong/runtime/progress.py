@@ -34,7 +34,8 @@ def progress(what: str, total: int, *, in_bytes: bool = False) -> Iterator[Calla
     from rich.console import Console
 
     done = (rich.DownloadColumn(), rich.TransferSpeedColumn()) if in_bytes else (rich.TaskProgressColumn(),)
-    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *done, rich.TimeRemainingColumn())
+    name = rich.TextColumn("{task.description}", markup=False)
+    columns = (name, rich.BarColumn(), *done, rich.TimeRemainingColumn())
     with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda amount: bar.advance(task, amount)
