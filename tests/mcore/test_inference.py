@@ -63,8 +63,8 @@ def test_no_token_is_read_in_vain(models, monkeypatch):
         lambda *given, **named: passes.append(1) or forward(*given, **named),
     )
     (answer,) = ours.generate([[1, 2, 3]], 6, stop_ids=[])
-    assert len(answer) == 6 and len(passes) == 6
+    assert len(answer) == 6 and len(passes) == 1 + 6, "the prompt but for its last token in one pass"
     first = answer.index(answer[3])
     passes.clear()
     assert ours.generate([[1, 2, 3]], 6, stop_ids=[answer[3]]) == [answer[:first]]
-    assert len(passes) == first + 1
+    assert len(passes) == 1 + first + 1
