@@ -78,7 +78,7 @@ class MegatronCheckpoint:
         """
         directory = model_directory(directory)
         if not directory.is_dir():
-            raise UserError(f"{directory}: no such directory; expected a checkpoint")
+            raise UserError(f"{directory}: no such directory; expected a checkpoint{stages_hint(directory)}")
         if (directory / MANIFEST).exists():
             return cls._open_ours(directory, sidecar)
         if (pointer := directory / _ITERATION_POINTER).exists():

@@ -15,7 +15,7 @@ from megatron_prolong.convert.sidecar import copy_sidecar
 from megatron_prolong.convert.staging import staged_directory
 from megatron_prolong.convert.transfer import WORKERS, RowSource, output_dtype
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import HF_DIR, ModelShape, read_json
+from megatron_prolong.recipe.shape import HF_DIR, ModelShape, no_model, read_json
 from megatron_prolong.runtime.checksums import write_checksums
 
 
@@ -34,6 +34,8 @@ def to_megatron(
         UserError: not a Llama, missing or damaged files, `out` exists, disk full.
     """
     hf_dir = Path(hf_dir)
+    if not hf_dir.exists():
+        raise no_model(hf_dir)
     if not (hf_dir / "config.json").exists():
         raise UserError(f"{hf_dir}: no config.json; expected a Hugging Face model directory")
     shape = ModelShape.from_hf(read_json(hf_dir / "config.json"), str(hf_dir / "config.json"))

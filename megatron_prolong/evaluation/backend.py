@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from megatron_prolong.data.chat import apply_template
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import MANIFEST, model_directory, read_json, read_shape, stages_hint
+from megatron_prolong.recipe.shape import (
+    MANIFEST,
+    model_directory,
+    no_model,
+    read_json,
+    read_shape,
+    stages_hint,
+)
 from megatron_prolong.runtime.rendezvous import read_rendezvous
 
 if TYPE_CHECKING:
@@ -154,6 +161,8 @@ def backend_kind(path: Path | str, *, kind: str = "auto", cp: int = 1) -> str:
         UserError: the directory is neither, or not of the kind asked for; hf on several ranks or with cp.
     """
     directory = model_directory(path)
+    if not directory.exists():
+        raise no_model(directory)
     if (directory / MANIFEST).exists() and kind != "hf":
         return "megatron"
     if not (directory / "config.json").exists() or kind == "megatron":

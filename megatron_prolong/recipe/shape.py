@@ -121,9 +121,19 @@ def model_directory(path: Path | str) -> Path:
 
 
 def stages_hint(directory: Path) -> str:
-    """What an error adds when somebody gives a run where a checkpoint is wanted."""
-    stages = ", ".join(str(pointer.parent) for pointer in sorted(directory.glob(f"*/{LATEST}")))
-    return f"; this is a run, give one of its stages: {stages}" if stages else ""
+    """What an error adds when somebody gives a run, or a stage that a run has not, where a checkpoint is wanted."""
+    run, subject = (directory, "this") if directory.is_dir() else (directory.parent, directory.parent)
+    stages = ", ".join(str(pointer.parent) for pointer in sorted(run.glob(f"*/{LATEST}")))
+    return f"; {subject} is a run, give one of its stages: {stages}" if stages else ""
+
+
+def no_model(directory: Path) -> UserError:
+    """Of a path where nothing is: most often a stage's name mistyped, or that of a model on the Hub."""
+    hint = stages_hint(directory)
+    if len(directory.parts) == 2 and not directory.parent.exists():
+        local = f"models/{directory.name}"
+        hint = f"; if that is a name on the Hub, fetch it first: hf download {directory} --local-dir {local}"
+    return UserError(f"{directory}: no such directory; expected a Hugging Face model or a checkpoint{hint}")
 
 
 def read_shape(path: Path | str) -> ModelShape:
@@ -135,7 +145,7 @@ def read_shape(path: Path | str) -> ModelShape:
     """
     directory = model_directory(path)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; expected a Hugging Face model or a checkpoint")
+        raise no_model(directory)
     if (directory / MANIFEST).exists():
         return ModelShape.from_dict(read_manifest(directory)["shape"])
     if (theirs := directory / "config.json").exists():

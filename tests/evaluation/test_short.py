@@ -152,7 +152,7 @@ def test_all_models_are_looked_at_before_the_first_is_measured(
         assert isinstance(found, UserError)
         return str(found)
 
-    assert "not a Hugging Face model" in refusal(f"one={hf_directory}", "--compare", tmp_path / "gone")
+    assert "gone: no such directory" in refusal(f"one={hf_directory}", "--compare", tmp_path / "gone")
     assert "holds results of another model" in refusal(f"one={hf_directory}", "--compare", hf_directory)
 
 

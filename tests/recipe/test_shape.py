@@ -134,8 +134,16 @@ def test_read_shape_of_a_checkpoint_and_of_a_stage_directory(tmp_path: Path) -> 
     assert model_directory(tmp_path / "64k") == checkpoint
     for path in (checkpoint, tmp_path / "64k", tmp_path / "64k" / "latest"):
         assert read_shape(path) == SHAPES[1]
-    with pytest.raises(UserError, match=f"this is a run, give one of its stages: {tmp_path}/64k"):
-        read_shape(tmp_path)
+    for path, run in ((tmp_path, "this"), (tmp_path / "65k", str(tmp_path))):
+        with pytest.raises(UserError, match=f"{run} is a run, give one of its stages: {tmp_path}/64k"):
+            read_shape(path)
+
+
+def test_a_name_on_the_hub_is_told_how_to_fetch_it() -> None:
+    with pytest.raises(
+        UserError, match=r"no such directory.*hf download meta-llama/Llama --local-dir models"
+    ):
+        read_shape("meta-llama/Llama")
 
 
 def test_deepspeeds_latest_beside_a_model_is_not_followed(tmp_path: Path) -> None:
