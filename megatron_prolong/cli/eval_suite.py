@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -101,7 +102,7 @@ def run(
         run_suite,
         runnable,
     )
-    from megatron_prolong.evaluation.suites import select
+    from megatron_prolong.evaluation.suites import left_out, select
     from megatron_prolong.evaluation.task import Inputs
 
     def prepare() -> tuple[list[tuple[str, str, str]], list[Task], str, Entails | None]:
@@ -118,6 +119,8 @@ def run(
         text = read_text(haystack) if haystack else ""
         if is_main(world):
             chosen = runnable(chosen, data, skip_missing)
+            for line in left_out(suite, lengths, _names(tasks)):
+                print(f"warning: {line}", file=sys.stderr)
         if backend != "openai":
             check_models([path for _, path in pairs], backend, cp)
         models = [(label, *_name_and_identity(path, backend)) for label, path in pairs]

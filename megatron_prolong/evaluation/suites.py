@@ -18,6 +18,7 @@ from megatron_prolong.recipe.numbers import format_count
 
 CATEGORIES = ("recall", "rag", "rerank", "icl", "longqa", "summ", "cite")
 SYNTHETIC_RULER = ("niah_s_1", "niah_mk_2", "niah_mk_3", "vt", "cwe", "fwe")
+WITH_ALL_DATA = 32 << 10
 PROLONG_LEFT_OUT = ("kilt_triviaqa", "infbench", "ruler", "alce")
 
 
@@ -72,3 +73,18 @@ def select(suite: str, lengths: Sequence[int], names: Iterable[str] = ()) -> lis
             f"it has {', '.join(known) or 'none'}"
         )
     return [task for task in tasks if not wanted or any(task in found for found in named.values())]
+
+
+def left_out(suite: str, lengths: Sequence[int], names: Iterable[str] = ()) -> list[str]:
+    """In words: the categories that `select` leaves out at some lengths, since HELMET has no data for these."""
+    wanted = list(names)
+    everything = {task.category for task in select(suite, [*lengths, WITH_ALL_DATA], wanted)}
+    found = []
+    for length in lengths:
+        here = {task.category for task in SUITES[suite](length)}
+        if lacking := [category for category in CATEGORIES if category in everything - here]:
+            found.append(
+                f"suite {suite} has no {', '.join(lacking)} at {format_count(length)}, where HELMET has no data "
+                "for it; the mean there is of the rest (8K is 8,192)"
+            )
+    return found

@@ -25,7 +25,7 @@ from megatron_prolong.evaluation.suite import run_suite, runnable
 from megatron_prolong.evaluation.suite_page import suite_page
 from megatron_prolong.evaluation.suite_plot import plot_suite
 from megatron_prolong.evaluation.suite_report import grids, notes, print_suite, summary
-from megatron_prolong.evaluation.suites import select
+from megatron_prolong.evaluation.suites import left_out, select
 from megatron_prolong.evaluation.task import Inputs, Task
 
 
@@ -310,6 +310,16 @@ def test_missing_data_is_listed_with_commands(tokenizer: Any, tmp_path: Path) ->
     for chosen in (tasks, select("synthetic", [8192])):
         with pytest.raises(UserError, match="mistyped: no such directory"):
             runnable(chosen, tmp_path / "mistyped", skip_missing=True)  # and not generated instead
+
+
+def test_what_a_length_has_no_data_of_is_told() -> None:
+    assert left_out("helmet", [8192, 131072]) == left_out("synthetic", [8000]) == []
+    (line,) = left_out("helmet", [8000, 8192])
+    assert line.startswith("suite helmet has no rag, rerank, icl, cite at 8000,")
+    assert left_out("helmet", [8000], ["recall", "summ"]) == []
+    assert left_out("helmet", [8000, 8192], ["rag", "recall"])[0].startswith(
+        "suite helmet has no rag at 8000"
+    )
 
 
 def test_prolong_is_a_subset_of_helmet() -> None:
