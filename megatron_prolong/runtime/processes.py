@@ -77,7 +77,9 @@ def _config(count: int, machine: Rendezvous) -> LaunchConfig:
 
 
 def _exit(failed: ChildFailedError) -> NoReturn:
-    rank, failure = failed.get_first_failure()
+    # Of those that failed at about the same time, one that a signal ended is no consequence of another's end.
+    ended = [found for found in failed.failures.items() if found[1].exitcode < 0]
+    rank, failure = ended[0] if ended else failed.get_first_failure()
     if failure.exitcode > 0:
         sys.exit(failure.exitcode)
     print(f"error: rank {rank} was ended by signal {-failure.exitcode}", file=sys.stderr)

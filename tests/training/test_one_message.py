@@ -16,14 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_prolong.errors import JointError, RankLost, UserError
 from megatron_prolong.recipe.shape import MANIFEST
+from megatron_prolong.runtime import processes
 from megatron_prolong.runtime.agreement import on_main, together
 from megatron_prolong.runtime.checksums import CHECKSUMS, write_checksums
 from megatron_prolong.runtime.launch import distributed
 from megatron_prolong.runtime.lock import DirectoryLock
-from megatron_prolong.runtime.processes import start_processes
 from megatron_prolong.runtime.rendezvous import Rendezvous
 from megatron_prolong.runtime.signals import STOP_SIGNALS
 from megatron_prolong.training.checkpoint import verify_checkpoint
@@ -106,6 +107,18 @@ def test_local_processes_end_as_a_single_one_would(workspace) -> None:
     assert "is in use by process" in found.stderr and found.stderr.count("\n") == 1
 
 
+def test_a_killed_process_is_named_though_others_that_lost_it_end_at_the_same_time(capsys) -> None:
+    """torch's launcher looks ten times a second, and of several takes the lowest rank."""
+    codes = {0: 1, 1: -signal.SIGKILL}
+    failures = {
+        rank: ProcessFailure(rank, pid=1, exitcode=code, error_file="") for rank, code in codes.items()
+    }
+    with pytest.raises(SystemExit) as left:
+        processes._exit(ChildFailedError("prolong", failures))
+    assert left.value.code == 128 + signal.SIGKILL
+    assert capsys.readouterr().err == "error: rank 1 was ended by signal 9\n"
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_local_processes_save_and_stop_as_a_single_one_would(workspace, number: signal.Signals) -> None:
     """torchrun would end at SIGUSR1 and leave them to themselves, and at SIGTERM kill them if a save takes long."""
@@ -146,7 +159,7 @@ def test_so_it_is_where_the_launchers_of_several_nodes_would_meet(monkeypatch: p
         taken.listen()
         first_of_two = Rendezvous(0, 2, 0, 2, "127.0.0.1", taken.getsockname()[1])
         with pytest.raises(UserError, match=r"^node 0 of 2 .* MASTER_PORT \d+: .*address already in use$"):
-            start_processes([], 2, first_of_two)
+            processes.start_processes([], 2, first_of_two)
 
 
 def missing_on_rank_1() -> None:
