@@ -7,7 +7,7 @@ every harness of that time left it out, and later ones (0.4.9.2) add it where th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -80,6 +80,9 @@ def run_short(
         overwrite: run finished tasks again.
         batch_size: questions asked together, of a checkpoint by each replica.
         world: as of `open_backend`.
+
+    Raises:
+        UserError: a task's data is not there and cannot be fetched.
     """
     with _open(model, batch_size, world) as asked:
         if asked is None:
@@ -98,17 +101,20 @@ def run_short(
         for task in tasks:
             if task.name in scores and not overwrite:
                 continue
-            found = evaluate(
-                **asked,
-                tasks=[task.name],
-                num_fewshot=task.shots,
-                limit=samples,
-                task_manager=manager,
-                bootstrap_iters=0,
-            )
-            scores[task.name] = 100 * float(found["results"][task.name][task.metric])
+            scores[task.name] = _score(evaluate, task, **asked, limit=samples, task_manager=manager)
             write_json(path, {"args": arguments, "scores": scores})
     return scores
+
+
+def _score(evaluate: Callable[..., Any], task: ShortTask, **how: Any) -> float:
+    try:
+        found = evaluate(tasks=[task.name], num_fewshot=task.shots, bootstrap_iters=0, **how)
+    except OSError as error:
+        raise UserError(
+            f"{task.name}: {error}; lm-evaluation-harness fetches its data from the Hugging Face Hub: run it once "
+            "where that can be reached, with the same HF_HOME (finished tasks are kept)"
+        ) from error
+    return 100 * float(found["results"][task.name][task.metric])
 
 
 @contextmanager

@@ -129,6 +129,20 @@ def test_what_is_scored_already_is_not_asked_again_unless_it_was_of_something_el
     assert asked == [(["tiny_choice"], 3, limit) for limit in (9, None, None, None)]
 
 
+def test_data_that_cannot_be_fetched_is_one_message(
+    hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(**options: Any) -> dict[str, Any]:
+        if options["tasks"] == ["mmlu"]:
+            raise ConnectionError("Couldn't reach 'cais/mmlu' on the Hub")
+        return {"results": {"hellaswag": {"acc_norm,none": 0.25}}}
+
+    monkeypatch.setattr(short, "_harness", lambda directory: (evaluate, None, "0.4.13"))
+    with pytest.raises(UserError, match=r"mmlu: Couldn't reach 'cais/mmlu' .*HF_HOME"):
+        run_short(hf_directory, tmp_path)
+    assert json.loads((tmp_path / "short.json").read_text())["scores"] == {"hellaswag": 25.0}
+
+
 def test_models_stand_beside_the_published_ones(capsys: pytest.CaptureFixture[str]) -> None:
     print_short({"before": {"mmlu": 66.12}, "after": {"mmlu": 64.96, "tiny_choice": 12.5}})
     lines = capsys.readouterr().out.splitlines()
