@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from megatron_prolong.data.chat import apply_template, control_tokens
+from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import TOKENIZER_FILES, ModelShape, read_json, to_hf_config
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -28,11 +29,16 @@ def copy_sidecar(source: Path, target: Path, tokenizer: Path | None = None) -> N
             config where it has none.
 
     Raises:
-        UserError: a JSON file is none; whoever reads the copy could not say where it came from.
+        UserError: a link to nothing, such as of a cache whose download is not complete; a JSON file that is none:
+            whoever reads the copy could not say where it came from.
     """
     target.mkdir(parents=True, exist_ok=True)
     parts = ((source, _MODEL), (tokenizer or source, _TOKENIZER))
-    paths = [path for origin, patterns in parts for pattern in patterns for path in origin.glob(pattern)]
+    paths = [path for origin, names in parts for path in origin.glob("*") if any(map(path.match, names))]
+    if broken := [str(path) for path in paths if path.is_symlink() and not path.exists()]:
+        raise UserError.many(
+            "these links lead nowhere; fetch the model again, or remove them:", sorted(broken)
+        )
     found = {path.name: path for path in paths if path.is_file()}
     for _, path in sorted(found.items()):
         if path.suffix == ".json":

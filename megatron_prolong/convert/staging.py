@@ -44,9 +44,7 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
         remove_leftovers(final.parent, final.name)
         free = shutil.disk_usage(final.parent).free
         if free < needed_bytes:
-            raise UserError(
-                f"{final}: needs {needed_bytes / 2**30:.1f} GiB, but the disk has {free / 2**30:.1f} GiB free"
-            )
+            raise UserError(f"{final}: needs {needed_bytes:,} bytes, but the disk has {free:,} free")
         partial.mkdir()
         yield partial
         publish(partial, final)

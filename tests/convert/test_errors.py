@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -157,6 +158,12 @@ def test_a_broken_file_beside_the_weights(original: Path, converted: Path, tmp_p
         (directory / "tokenizer_config.json").write_text("{")
         message = _refused(partial(convert, source), tmp_path)
         assert message.startswith(f"{directory}/tokenizer_config.json: cannot be read as JSON")
+        names = [f"{directory}/{name}" for name in ("generation_config.json", "tokenizer_config.json")]
+        for path in map(Path, names):
+            path.unlink(missing_ok=True)
+            path.symlink_to("../blobs/not-there")  # of a cache, half downloaded
+        message = _refused(partial(convert, source), tmp_path)
+        assert message.startswith("these links lead nowhere") and all(name in message for name in names)
 
 
 def test_missing_shards(tmp_path: Path) -> None:
@@ -306,7 +313,9 @@ def test_a_real_disk_that_fills_up(
     (small_disk / "precious").write_bytes(bytes(900_000))
     usage = shutil.disk_usage(small_disk)
     for convert in (lambda out: to_megatron(original, out), lambda out: to_hf(converted, out)):
-        assert "GiB free" in _refused(convert, small_disk)
+        assert re.search(
+            r"needs [\d,]{5,} bytes, but the disk has [\d,]+ free", _refused(convert, small_disk)
+        )
         with monkeypatch.context() as patch:
             patch.setattr(staging.shutil, "disk_usage", lambda _: usage._replace(free=10**9))
             assert "the disk is full; nothing was kept" in _refused(convert, small_disk)
