@@ -61,7 +61,9 @@ def write_models(root: Path, layers: int, hidden: int) -> dict[str, Path]:
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     paths = {"hf": root / "hf", "megatron": root / "megatron"}
     LlamaForCausalLM(config).save_pretrained(paths["hf"])
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(paths["hf"])
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{VOCAB_SIZE - 1}").save_pretrained(
+        paths["hf"]
+    )
     to_megatron(paths["hf"], paths["megatron"])
     return paths
 
