@@ -77,9 +77,12 @@ def _config(count: int, machine: Rendezvous) -> LaunchConfig:
 
 
 def _exit(failed: ChildFailedError) -> NoReturn:
-    # Of those that failed at about the same time, one that a signal ended is no consequence of another's end.
-    ended = [found for found in failed.failures.items() if found[1].exitcode < 0]
-    rank, failure = ended[0] if ended else failed.get_first_failure()
+    rank, failure = failed.get_first_failure()
+    for other, found in failed.failures.items():
+        # Seen to fail at the same time: a killed one is why the first lost it. (SIGTERM is the launcher's own.)
+        killed = found.exitcode < 0 and found.exitcode != -signal.SIGTERM
+        if failure.exitcode == 1 and killed and found.timestamp == failure.timestamp:
+            rank, failure = other, found
     if failure.exitcode > 0:
         sys.exit(failure.exitcode)
     print(f"error: rank {rank} was ended by signal {-failure.exitcode}", file=sys.stderr)

@@ -107,16 +107,25 @@ def test_local_processes_end_as_a_single_one_would(workspace) -> None:
     assert "is in use by process" in found.stderr and found.stderr.count("\n") == 1
 
 
-def test_a_killed_process_is_named_though_others_that_lost_it_end_at_the_same_time(capsys) -> None:
-    """torch's launcher looks ten times a second, and of several takes the lowest rank."""
-    codes = {0: 1, 1: -signal.SIGKILL}
-    failures = {
-        rank: ProcessFailure(rank, pid=1, exitcode=code, error_file="") for rank, code in codes.items()
-    }
+@pytest.mark.parametrize(
+    ("codes", "code", "said"),
+    [
+        ({0: 1, 1: -signal.SIGKILL}, 128 + signal.SIGKILL, "error: rank 1 was ended by signal 9\n"),
+        ({1: 75, 0: -signal.SIGTERM}, 75, ""),  # rank 0 had saved too, and the launcher ended it
+        ({0: 2, 1: -signal.SIGABRT}, 2, ""),
+    ],
+)
+def test_of_processes_that_end_at_the_same_time_a_killed_one_is_named(
+    codes, code: int, said: str, capsys
+) -> None:
+    """torch's launcher looks ten times a second, and of several that it finds takes the lowest rank."""
+    failures = {rank: ProcessFailure(rank, 1, exitcode, error_file="") for rank, exitcode in codes.items()}
+    for failure in failures.values():
+        failure.timestamp = 1
     with pytest.raises(SystemExit) as left:
         processes._exit(ChildFailedError("prolong", failures))
-    assert left.value.code == 128 + signal.SIGKILL
-    assert capsys.readouterr().err == "error: rank 1 was ended by signal 9\n"
+    assert left.value.code == code
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
