@@ -150,6 +150,7 @@ class IndexedReader:
             or edges[-1] != num_sequences
             or (np.diff(edges) < 0).any()
             or (self._lengths < 0).any()
+            or (self._offsets < 0).any()
             or (self._offsets % self._dtype.itemsize).any()
         ):
             raise UserError(

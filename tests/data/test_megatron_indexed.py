@@ -175,6 +175,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         "version": (tokens, index[:9] + b"\x02" + index[10:], "version 2"),
         "documents": (tokens, index[: -8] + (5).to_bytes(8, "little"), "do not cover its 6 sequences"),
         "negative": (tokens, index[:header] + b"\xff" * 4 + index[header + 4 :], "do not cover"),
+        "before": (tokens, index[: header + 24 + 8] + (-8).to_bytes(8, "little", signed=True)
+                   + index[header + 24 + 16 :], "do not cover"),
     }  # fmt: skip
     for name, (token_bytes, index_bytes, said) in broken.items():
         if token_bytes is not None:
