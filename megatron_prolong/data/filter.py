@@ -192,7 +192,8 @@ def _settings(inputs: Sequence[str], options: FilterOptions) -> dict[str, Any]:
         settings["tokenizer"] = digest(tokenizer_file(options.tokenizer))
     if options.predicate:
         load_predicate(options.predicate)
-        if rules := sys.modules[options.predicate.partition(":")[0]].__file__:
+        module = sys.modules[options.predicate.partition(":")[0]]
+        if rules := getattr(module, "__file__", None):  # builtins have none
             settings["predicate"] = [options.predicate, digest(Path(rules))]
     return settings
 

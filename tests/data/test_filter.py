@@ -199,6 +199,7 @@ def test_predicate(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "my_rules.py").write_text("def keep(document):\n    return True\n")
     with pytest.raises(UserError, match="out exists already"):  # not the old rule's answer
         run([source], tmp_path / "out", predicate="my_rules:keep", tokenizer=str(tokenizer))
+    assert run([source], tmp_path / "out3", predicate="builtins:bool").kept_documents == 3  # has no file
     (tmp_path / "no_python.py").write_text("def keep(document):\n    return (1\n")
     (tmp_path / "no_dependency.py").write_text("x = 1\nimport nowhere_to_be_found\n")
     for name, message in {
