@@ -1,9 +1,9 @@
 """Source trees: one document per repository, its files one after the other.
 
-ProLong concatenates all files of a repository, not ordered by dependency (paper, A.2). Here the order is
-that of the paths, every file is preceded by a line with its path, and what is not written by people is left
-out and counted: version control, vendored packages, generated and locked files, binaries, data files with
-huge lines.
+ProLong concatenates all files of a repository, not ordered by dependency (paper, A.2). Here a directory's files
+come before its subdirectories', both by name, every file is preceded by a line with its path, and what is not
+written by people is left out and counted: version control, vendored packages, generated and locked files,
+binaries, data files with huge lines.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _SKIP = _VERSION_CONTROL | _VENDORED
 
 
 def _files(root: Path, left_out: Counter[str], unreadable: list[Bad]) -> Iterator[Path]:
-    """All regular files below root, by path; links are not followed (they repeat, or lead elsewhere)."""
+    """All regular files below root; links are not followed (they repeat, or lead elsewhere)."""
     for directory, names, files in os.walk(
         root, onerror=lambda error: unreadable.append(_unreadable(error.filename, error))
     ):
