@@ -124,8 +124,9 @@ def _text_files(path: Path) -> list[Path]:
     files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES) if path.is_dir() else []
     if not files:
         kinds = ", ".join(sorted(TEXT_SUFFIXES))
+        problem = "no text here" if path.exists() else "no such file or directory"
         raise UserError(
-            f"{path}: no text here; give a directory of MDS shards (`prolong data tokenize` makes it), a text "
+            f"{path}: {problem}; give a directory of MDS shards (`prolong data tokenize` makes it), a text "
             f"file, or a folder of {kinds}"
         )
     return files

@@ -131,8 +131,10 @@ def no_model(directory: Path) -> UserError:
     """Of a path where nothing is: most often a stage's name mistyped, or that of a model on the Hub."""
     hint = stages_hint(directory)
     if len(directory.parts) == 2 and not directory.parent.exists():
-        local = f"models/{directory.name}"
-        hint = f"; if that is a name on the Hub, fetch it first: hf download {directory} --local-dir {local}"
+        hint = (
+            " (relative to the working directory; of the Hub, fetch it first: "
+            "hf download NAME --local-dir DIRECTORY)"
+        )
     return UserError(f"{directory}: no such directory; expected a Hugging Face model or a checkpoint{hint}")
 
 

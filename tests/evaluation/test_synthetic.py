@@ -258,15 +258,22 @@ def test_a_length_without_its_k_is_refused_before_any_model_is_opened(tokenizer:
         make_needle(tokenizer, NOISE, 64, 0.5, seed=3)
 
 
-@pytest.mark.parametrize("name", ["no_data", "records.jsonl", "text.txt.gz"])
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("no_data", "no such file or directory"),
+        ("records.jsonl", "no text here"),
+        ("text.txt.gz", "no text here"),
+    ],
+)
 def test_documents_that_are_not_there_or_no_text_are_told_before_the_model_is_opened(
-    tmp_path: Path, name: str
+    tmp_path: Path, name: str, problem: str
 ) -> None:
     if name != "no_data":
         (tmp_path / name).write_text('{"text": "a record"}')
     arguments = ["perplexity", str(tmp_path / "no_model"), "--data", str(tmp_path / name), "--out", "out"]
     found = CliRunner().invoke(app, ["eval", *arguments])
-    assert isinstance(found.exception, UserError) and f"{name}: no text here" in str(found.exception)
+    assert isinstance(found.exception, UserError) and f"{name}: {problem}" in str(found.exception)
 
 
 def test_packs_of_another_tokenizer_are_refused_before_the_model_is_opened(
