@@ -156,7 +156,7 @@ def with_best_layouts(recipe: Recipe, plans: list[StagePlan]) -> Recipe:
         recompute = stage.recompute if choice is None else choice.job.recompute
         changed = {"layout": LayoutOverride(**layout.model_dump()), "recompute": recompute}
         stages.append(stage.model_copy(update=changed))
-    # A stage can name layers of its own, but not take back the recipe's.
+    # A stage can name layers of its own, but at the recipe's pp not take back the recipe's.
     shared = recipe.layout.model_copy(update={"first_stage_layers": None, "last_stage_layers": None})
     return recipe.model_copy(update={"stages": stages, "layout": shared})
 

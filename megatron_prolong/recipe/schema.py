@@ -390,8 +390,11 @@ class Settings(NamedTuple):
 def settings_of(recipe: Recipe, stage: Stage) -> Settings:
     """The recipe's settings, with the stage's own over them."""
     offload = stage.offload_activations
+    own = stage.layout.model_dump(exclude_none=True)
+    if own.get("pp", recipe.layout.pp) != recipe.layout.pp:  # another number of pipeline stages is divided anew
+        own = {"first_stage_layers": None, "last_stage_layers": None, **own}
     return Settings(
-        layout=recipe.layout.model_copy(update=stage.layout.model_dump(exclude_none=True)),
+        layout=recipe.layout.model_copy(update=own),
         precision=stage.precision or recipe.precision,
         recompute=stage.recompute or recipe.recompute,
         offload_activations=recipe.offload_activations if offload is None else offload,

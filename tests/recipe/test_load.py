@@ -50,6 +50,17 @@ def test_stage_overrides_of_layout_and_precision(write: Write, recipe_data: dict
     assert (merged.tp, merged.cp, merged.cp_exchange, merged.model_ranks) == (2, 4, "p2p", 8)
 
 
+def test_layers_of_pipeline_stages_are_those_of_their_number(write: Write, recipe_data: dict[str, Any]) -> None:
+    recipe_data["layout"] = {"pp": 2, "first_stage_layers": 1}
+    one, two = recipe_data["stages"]
+    one["layout"], two["layout"] = {"pp": 2, "tp": 2}, {"pp": 1}
+    recipe = load_recipe(write(recipe_data))
+    assert [settings_of(recipe, stage).layout.first_stage_layers for stage in recipe.stages] == [1, None]
+    two["layout"] = {"pp": 4, "last_stage_layers": 3}
+    layout = settings_of(recipe, load_recipe(write(recipe_data)).stages[1]).layout
+    assert (layout.first_stage_layers, layout.last_stage_layers) == (None, 3)
+
+
 def test_domains_are_named_by_the_shortest_ends_of_their_paths(
     write: Write, recipe_data: dict[str, Any]
 ) -> None:
