@@ -22,7 +22,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.client import Client
 from megatron_prolong.evaluation.partial import sample_key
 from megatron_prolong.evaluation.report import write_json
-from megatron_prolong.evaluation.results import JUDGED, judged_path, whole_result
+from megatron_prolong.evaluation.results import judged_path, result_paths, whole_result
 from megatron_prolong.evaluation.text_metrics import parse_output
 from megatron_prolong.recipe.shape import read_json
 from megatron_prolong.runtime.progress import track
@@ -78,9 +78,9 @@ def judge_results(directory: Path, judge: Judge, helmet: Path) -> list[Path]:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; give the folder of one model's results")
     written = []
-    for path in sorted(directory.glob("*.json")):
+    for path in result_paths(directory):
         target = judged_path(path)
-        if path.name.endswith(JUDGED) or _judged_by(target, judge.model):
+        if _judged_by(target, judge.model):
             continue
         with whole_result(path):
             if path.name.startswith(QUESTIONS):

@@ -185,13 +185,22 @@ def read_results(directory: Path) -> list[Result]:
     Raises:
         UserError: there is none, or there are several of the same task at the same length.
     """
-    results = [read_result(path) for path in _result_paths(directory)]
-    if not results:
-        below = [str(each) for each in sorted(directory.glob("*/")) if _result_paths(each)]
-        where = f"give {' or '.join(below)}" if below else "`prolong eval run MODEL --suite …` makes some"
-        raise UserError(f"{directory}: no results of a model here; {where}")
+    results = [read_result(path) for path in result_paths(directory)]
     _refuse_several(directory, results)
     return results
+
+
+def result_paths(directory: Path) -> list[Path]:
+    """The files of every result in a model's directory, without the judged forms.
+
+    Raises:
+        UserError: there is none.
+    """
+    if paths := _result_paths(directory):
+        return paths
+    below = [str(each) for each in sorted(directory.glob("*/")) if _result_paths(each)]
+    where = f"give {' or '.join(below)}" if below else "`prolong eval run MODEL --suite …` makes some"
+    raise UserError(f"{directory}: no results of a model here; {where}")
 
 
 def _result_paths(directory: Path) -> list[Path]:

@@ -161,7 +161,7 @@ def helmet_checkout(directory: Path) -> Path:
 def test_the_judge_scores_caches_and_resumes(server: Server, tmp_path: Path) -> None:
     helmet = helmet_checkout(tmp_path)
     items = [{"question": f"q{n}", "answer": ["x"], "output": f"Answer:\nout {n}"} for n in range(3)]
-    result = tmp_path / "narrativeqa_7892_v1__in8192_size3.json"
+    result = tmp_path / "narrativeqa_7892_v1__in8192_size3_shots2.json"
     result.write_text(json.dumps({"data": items, "averaged_metrics": {"f1": 1.0}, "args": {}}))
     server.answer = 'First {"fluency": 0, "correctness": 0}. So {"fluency": 1, "correctness": 2}'
     judge = Judge(client(server), "tiny", tmp_path / "cache.jsonl")
@@ -177,6 +177,8 @@ def test_the_judge_scores_caches_and_resumes(server: Server, tmp_path: Path) -> 
     judge_results(tmp_path, judge, helmet)
     with pytest.raises(UserError, match="give the folder of one model's results"):
         judge_results(tmp_path / "nowhere", judge, helmet)
+    with pytest.raises(UserError, match="no results of a model here; give "):
+        judge_results(tmp_path.parent, judge, helmet)
     assert len(server.requests) == 3, "the second run must find every answer in the cache"
     assert not judge_results(tmp_path, judge, helmet)
     assert judge_results(tmp_path, Judge(client(server), "other", judge.cache), helmet) == [written]
@@ -197,7 +199,7 @@ def test_the_judge_scores_caches_and_resumes(server: Server, tmp_path: Path) -> 
 )
 def test_a_judges_score_that_is_no_number_cannot_be_read(server: Server, tmp_path: Path, answer: str) -> None:
     items = [{"question": "q", "answer": ["x"], "output": "out"}]
-    result = tmp_path / "narrativeqa_7892_v1__in8192_size1.json"
+    result = tmp_path / "narrativeqa_7892_v1__in8192_size1_shots2.json"
     result.write_text(json.dumps({"data": items, "averaged_metrics": {}, "args": {}}))
     server.answer = answer
     with pytest.raises(UserError, match="none of the judge's 1 answers can be read"):
@@ -208,7 +210,7 @@ def test_a_judges_score_that_is_no_number_cannot_be_read(server: Server, tmp_pat
 
 def test_an_answer_that_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     items = [{"question": f"q{n}", "answer": ["x"], "output": "out"} for n in range(3)]
-    result = tmp_path / "narrativeqa_7892_v1__in8192_size3.json"
+    result = tmp_path / "narrativeqa_7892_v1__in8192_size3_shots2.json"
     result.write_text(json.dumps({"data": items, "averaged_metrics": {}, "args": {}}))
     answers = iter(['{"fluency": 1, "correctness": 3}', '{"fluency": 1}', '{"fluency": 1, "correctness": 0}'])
     monkeypatch.setattr(Judge, "_one", lambda *_: next(answers))
@@ -236,7 +238,7 @@ def test_three_answers_of_the_judge_make_a_summarys_score(
         }
         for output, points in (("one", ["a", "b"]), ("two", ["c"]))
     ]
-    (tmp_path / f"{name}_in8192.json").write_text(json.dumps({"data": items, "averaged_metrics": {}}))
+    (tmp_path / f"{name}_in8192_shots2.json").write_text(json.dumps({"data": items, "averaged_metrics": {}}))
     asked = []
 
     def answer(judge: Judge, prompt: str, max_tokens: int) -> str:
@@ -280,7 +282,7 @@ def test_the_last_object_counts() -> None:
 
 def test_a_damaged_result_is_named(server: Server, tmp_path: Path) -> None:
     judge, helmet = Judge(client(server), "tiny", tmp_path / "cache.jsonl"), helmet_checkout(tmp_path)
-    result = tmp_path / "narrativeqa_7892_v1__in8192_size1.json"
+    result = tmp_path / "narrativeqa_7892_v1__in8192_size1_shots2.json"
     for damaged in ("{", '{"data": [{"output": "out"}]}'):
         result.write_text(damaged)
         with pytest.raises(UserError, match=result.name):

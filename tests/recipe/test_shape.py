@@ -140,7 +140,7 @@ def test_read_shape_of_a_checkpoint_and_of_a_stage_directory(tmp_path: Path) -> 
 
 
 def test_a_name_on_the_hub_is_told_how_to_fetch_it() -> None:
-    with pytest.raises(UserError, match="no such directory.*fetch it first: hf download"):
+    with pytest.raises(UserError, match=r"no such directory.*fetch it first: hf download"):
         read_shape("meta-llama/Llama")
 
 
