@@ -45,15 +45,16 @@ def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
     would in time overwrite them all.
     """
     pointer, complete = stage_dir / LATEST, [*complete_checkpoints(stage_dir).values()]
-    if not pointer.exists():
-        return Checkpoint.open(complete[-1]) if complete else None
-    name = pointer.read_text(errors="replace").strip()
+    if not complete and not pointer.exists():
+        return None
+    name = pointer.read_text(errors="replace").strip() if pointer.exists() else complete[-1].name
+    others = ", ".join(path.name for path in complete if path.name != name) or "none left"
     if name not in (path.name for path in complete):
-        there = ", ".join(path.name for path in complete)
-        raise UserError(
-            f"{pointer}: {name!r} is no checkpoint there; write another name into it: {there or 'none left'}"
-        )
-    return Checkpoint.open(stage_dir / name)
+        raise UserError(f"{pointer}: {name!r} is no checkpoint there; write another name into it: {others}")
+    try:
+        return Checkpoint.open(stage_dir / name)
+    except UserError as error:
+        raise UserError(f"{error}; copy it again, or write another name into {pointer}: {others}") from error
 
 
 def checkpoints(stage_dir: Path) -> list[Checkpoint]:

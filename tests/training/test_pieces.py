@@ -300,7 +300,10 @@ def test_what_is_not_there_is_named(tmp_path):
         ):
             latest_checkpoint(tmp_path / "short")
     write_pointer(tmp_path / "short", "step_00000002")
-    with pytest.raises(UserError, match=r"is not a checkpoint: it holds no prolong\.json"):
+    (tmp_path / "short" / "step_00000001").mkdir()
+    with pytest.raises(
+        UserError, match=r"holds no prolong\.json; copy it again, or .* into .*latest: step_00000001$"
+    ):
         latest_checkpoint(tmp_path / "short")
 
 
