@@ -12,6 +12,7 @@ import collections
 import io
 import pickle
 import zipfile
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -84,6 +85,8 @@ def load_metadata(path: Path) -> metadata.Metadata:
     try:
         with path.open("rb") as file:
             content = SafeUnpickler(file).load()
+        if isinstance(content, metadata.Metadata):
+            _look_up_all(content)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; the checkpoint is incomplete") from error
     except Exception as error:  # a damaged pickle can fail in any way
@@ -91,6 +94,17 @@ def load_metadata(path: Path) -> metadata.Metadata:
     if not isinstance(content, metadata.Metadata):
         raise UserError(f"{path}: not the metadata of a torch.distributed.checkpoint directory")
     return content
+
+
+def _look_up_all(content: metadata.Metadata) -> None:
+    """Raises what it may where a changed byte took a field, or a chunk's place, away: whoever needs it later would
+    not know that the file is damaged."""
+    for key, entry in content.state_dict_metadata.items():
+        if isinstance(entry, metadata.TensorStorageMetadata):
+            attrgetter("size", "properties.dtype")(entry)
+            for chunk in entry.chunks:
+                place = content.storage_data[metadata.MetadataIndex(key, chunk.offsets)]
+                attrgetter("relative_path", "offset", "length")(place)
 
 
 def load_common(directory: Path) -> dict[str, Any] | None:

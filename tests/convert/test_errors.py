@@ -223,6 +223,9 @@ def test_the_target_exists(
         to_megatron(original, Path())
 
 
+_NAMES_IN_METADATA = (b"state_dict_metadata", b"properties", b"relative_path", b"offsets")
+
+
 def test_damaged_torch_dist_files(converted: Path, tmp_path: Path) -> None:
     data = converted / "__0_0.distcp"
     content = data.read_bytes()
@@ -232,8 +235,10 @@ def test_damaged_torch_dist_files(converted: Path, tmp_path: Path) -> None:
     assert "no such file" in _refused(lambda out: to_hf(converted, out), tmp_path)
     data.write_bytes(bytes(len(content)))
     assert "damaged" in _refused(lambda out: to_hf(converted, out), tmp_path)
-    (converted / ".metadata").write_bytes(b"nonsense")
-    assert ".metadata: damaged" in _refused(lambda out: to_hf(converted, out), tmp_path)
+    contents = (converted / ".metadata").read_bytes()
+    for changed in (b"nonsense", *(contents.replace(name, b"x" * len(name)) for name in _NAMES_IN_METADATA)):
+        (converted / ".metadata").write_bytes(changed)
+        assert ".metadata: damaged" in _refused(lambda out: to_hf(converted, out), tmp_path)
     (converted / ".metadata").unlink()  # as `cp CHECKPOINT/*` leaves it out
     assert ".metadata: no such file; the checkpoint is" in _refused(
         lambda out: to_hf(converted, out), tmp_path
