@@ -65,8 +65,13 @@ class EncodedChat:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
-    """Matches the tokens that only a template may write, such as <|eot_id|>."""
-    names = sorted({*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}, key=len, reverse=True)
+    """Matches the tokens that only a template may write, such as <|eot_id|>: special ones, and others it names.
+
+    The rest of the added tokens are words: <think>, where the tokenizer has one and the template leaves it alone.
+    """
+    added, template = tokenizer.added_tokens_decoder.values(), str(tokenizer.chat_template)
+    written = {token.content for token in added if token.special or token.content in template}
+    names = sorted({*tokenizer.all_special_tokens, *written}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 

@@ -216,6 +216,15 @@ def test_what_is_a_chat_has_no_problem() -> None:
         assert find_problem(messages, control) is None
 
 
+def test_an_added_word_is_text_unless_the_template_writes_it() -> None:
+    thinking = [CHAT[1], {"role": "assistant", "content": "<think>no</think>yes"}]
+    tokenizer = copy.deepcopy(llama3_tokenizer())
+    tokenizer.add_tokens(["<think>", "</think>"])
+    assert find_problem(thinking, control_tokens(tokenizer)) is None
+    tokenizer.chat_template = TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}"
+    assert "control token <think> as text" in str(find_problem(thinking, control_tokens(tokenizer)))
+
+
 def test_templates_that_cannot_tell_the_spans_are_refused() -> None:
     always_open = TEMPLATE.replace("{% if add_generation_prompt %}", "{% if true %}")
     forgetful = (
