@@ -1,3 +1,4 @@
+import copy
 from itertools import groupby
 
 import numpy as np
