@@ -20,7 +20,7 @@ SEED = 42
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95% interval."""
+    """A mean and its 95% interval, whose ends are NaN where one question is all there is."""
 
     mean: float
     low: float
@@ -32,7 +32,7 @@ def mean_interval(values: Sequence[float], questions: Sequence[Hashable]) -> Int
     sums, counts = _by_question(values, questions)
     draws = np.random.default_rng(SEED).integers(0, len(sums), size=(DRAWS, len(sums)))
     means = sums[draws].sum(1) / counts[draws].sum(1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(sums) > 1 else (np.nan, np.nan)
     return Interval(float(np.sum(sums) / np.sum(counts)), float(low), float(high))
 
 

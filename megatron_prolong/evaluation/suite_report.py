@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,10 +189,16 @@ def _task_cell(result: Result, change: Interval | None) -> str:
     interval = result.interval
     several = len(result.scores) + len(result.missing) > 1  # and the category counts all of them
     text = f"{result.metric} " if several else ""
-    text += f"{interval.mean:.1f} [{interval.low:.0f}, {interval.high:.0f}]"
+    text += f"{interval.mean:.1f} {_ends(interval, '.0f')}"
     if change is not None:
-        text += f" {change.mean:+.1f} [{change.low:+.0f}, {change.high:+.0f}]"
+        text += f" {change.mean:+.1f} {_ends(change, '+.0f')}"
     return text
+
+
+def _ends(interval: Interval, form: str) -> str:
+    return (
+        "[one question]" if math.isnan(interval.low) else f"[{interval.low:{form}}, {interval.high:{form}}]"
+    )
 
 
 def summary(models: Models, suite: str | None) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_a_change_is_after_minus_before_in_points_and_of_what_both_have() -> Non
     table = grids({"before": before, "after": after}, "helmet")[1]
     cells = {row[2]: row[3:] for row in table.rows}
     assert cells["a"] == ["2", "25.0 [0, 50]", "50.0 [25, 75] +25.0 [+25, +25]"]
-    assert cells["only"] == ["1", "100.0 [100, 100]", ""]
+    assert cells["only"] == ["1", "100.0 [one question]", ""]
 
 
 def test_runs_of_other_questions_are_not_paired_and_those_answered_otherwise_are_so_with_a_word() -> None:
@@ -92,7 +92,7 @@ def test_of_several_metrics_the_one_in_a_cell_is_named_and_the_heatmap_shows_wha
     answered = result("alce_asqa", "cite", [0.3], scores={"str_em": 30.0}, missing=("citation_rec",))
     averaged, tasks = grids({"m": [cited], "without nli": [answered]}, None)
     assert averaged.rows[0][2:] == ["15.0", "30.0*"]
-    assert tasks.rows[0][4:] == ["str_em 40.0 [40, 40]", "str_em 30.0 [30, 30]"]
+    assert tasks.rows[0][4:] == ["str_em 40.0 [one question]", "str_em 30.0 [one question]"]
     drawn: list[Any] = []
     monkeypatch.setattr(suite_plot, "heatmap", lambda axes, scores, rows: drawn.extend(scores.values()))
     plot_suite({"m": [cited]}, None, tmp_path / "suite.png")
