@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from megatron_prolong.recipe.findings import Findings
+    from megatron_prolong.recipe.schema import EvaluationSpec
 
 app = typer.Typer(help="Show, check and describe recipes.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -38,6 +42,7 @@ def check(
 
     loaded = load_recipe(recipe, overrides or ())
     findings = find_problems(loaded, world_size, on_cpu=cpu)
+    _judge_evaluation(loaded.evaluation, findings)
     warn(findings.warnings)
     if findings.errors:
         raise problems_error(str(recipe), findings.errors)
@@ -47,6 +52,20 @@ def check(
             f"tokens ({stage.num_tokens:,} in all), lr {stage.lr:g} → {stage.min_lr:g}"
         )
     print(f"{recipe}: nothing wrong")
+
+
+def _judge_evaluation(spec: EvaluationSpec | None, findings: Findings) -> None:
+    """Its tasks and their data, which the recipe's own rules know nothing of."""
+    from megatron_prolong.errors import UserError
+    from megatron_prolong.evaluation.suite import tasks_of
+    from megatron_prolong.evaluation.suites import left_out
+
+    if spec is not None:
+        try:
+            tasks_of(spec)
+            findings.warnings += left_out(spec.suite, spec.lengths, spec.tasks)
+        except UserError as error:
+            findings.error(("evaluation",), str(error))
 
 
 def warn(warnings: Iterable[str]) -> None:

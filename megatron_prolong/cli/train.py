@@ -90,12 +90,15 @@ def check_start(recipe: Recipe, world_size: int) -> list[str]:
     warn(check(recipe, world_size))
     check_room(recipe)
     if recipe.evaluation:
-        from megatron_prolong.evaluation.in_training import check_lengths, tasks_of
+        from megatron_prolong.evaluation.in_training import check_lengths
+        from megatron_prolong.evaluation.suite import tasks_of
+        from megatron_prolong.evaluation.suites import left_out
         from megatron_prolong.recipe.inputs import tokenizer_file
 
-        tokenizer = tokenizer_of(recipe)
+        tokenizer, spec = tokenizer_of(recipe), recipe.evaluation
         assert tokenizer is not None, "loading refuses a model without path and tokenizer"
-        check_lengths(recipe.evaluation, tasks_of(recipe.evaluation), tokenizer_file(tokenizer).parent)
+        check_lengths(spec, tasks_of(spec), tokenizer_file(tokenizer).parent)
+        warn(left_out(spec.suite, spec.lengths, spec.tasks))
     return [f"changed since the last start: {change}" for change in changes_since_start(recipe)]
 
 
@@ -148,7 +151,9 @@ def _replay(load: Callable[[], Recipe], step: str, trace: Path | None) -> None:
 
 def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
     """Check everything before any training; the recipe's `evaluation:`, for it to call."""
-    from megatron_prolong.evaluation.in_training import CheckpointEvaluation, tasks_of
+    from megatron_prolong.evaluation.in_training import CheckpointEvaluation
+    from megatron_prolong.evaluation.suite import tasks_of
+    from megatron_prolong.evaluation.suites import left_out
     from megatron_prolong.plan.disk import check_room
     from megatron_prolong.recipe.run_files import EVALUATION
     from megatron_prolong.recipe.validate import check
@@ -160,8 +165,11 @@ def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
     spec = recipe.evaluation
     if spec is None:
         return None
+    tasks = tasks_of(spec)
+    if world.is_main:
+        warn(left_out(spec.suite, spec.lengths, spec.tasks))
     out = recipe.run_dir / EVALUATION
-    return CheckpointEvaluation(spec, tasks_of(spec), out, world, lambda: stop.received is not None)
+    return CheckpointEvaluation(spec, tasks, out, world, lambda: stop.received is not None)
 
 
 def status(

@@ -15,23 +15,13 @@ from megatron_prolong.evaluation.identity import data_identity, model_identity
 from megatron_prolong.evaluation.megatron import open_megatron
 from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.run import Settings
-from megatron_prolong.evaluation.suite import run_suite, runnable
-from megatron_prolong.evaluation.suites import select
+from megatron_prolong.evaluation.suite import run_suite
 from megatron_prolong.evaluation.task import Inputs, Task
 from megatron_prolong.recipe.schema import EvaluationSpec
 from megatron_prolong.runtime.agreement import from_main
 from megatron_prolong.runtime.launch import World
 
 SCORES = "scores.json"
-
-
-def tasks_of(spec: EvaluationSpec) -> list[Task]:
-    """What the recipe asks for.
-
-    Raises:
-        UserError: there is no such task, or its data is missing.
-    """
-    return runnable(select(spec.suite, spec.lengths, spec.tasks), spec.data, skip_missing=False)
 
 
 def check_lengths(spec: EvaluationSpec, tasks: Sequence[Task], tokenizer: Path) -> None:

@@ -12,8 +12,10 @@ from megatron_prolong.evaluation.backend import Backend
 from megatron_prolong.evaluation.data_check import how_to_get
 from megatron_prolong.evaluation.results import Result, read_arguments
 from megatron_prolong.evaluation.run import Settings, length_limit, run_task
+from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.task import Entails, Inputs, Task
 from megatron_prolong.recipe.numbers import format_count
+from megatron_prolong.recipe.schema import EvaluationSpec
 
 
 def refuse_another_model(out: Path, model: str, identity: str, files: str = "*_shots*.json") -> None:
@@ -59,6 +61,15 @@ def runnable(tasks: Sequence[Task], data: Path | None, skip_missing: bool) -> li
     if unable:
         print(f"skipped for want of data: {names}", file=sys.stderr)
     return able
+
+
+def tasks_of(spec: EvaluationSpec) -> list[Task]:
+    """What a recipe's `evaluation:` asks for.
+
+    Raises:
+        UserError: there is no such task, or its data is missing.
+    """
+    return runnable(select(spec.suite, spec.lengths, spec.tasks), spec.data, skip_missing=False)
 
 
 def _no_data(tasks: Sequence[Task], names: str, data: Path | None) -> UserError:

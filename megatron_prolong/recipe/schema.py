@@ -391,7 +391,7 @@ def settings_of(recipe: Recipe, stage: Stage) -> Settings:
     """The recipe's settings, with the stage's own over them."""
     offload = stage.offload_activations
     own = stage.layout.model_dump(exclude_none=True)
-    if own.get("pp", recipe.layout.pp) != recipe.layout.pp:  # another number of pipeline stages is divided anew
+    if own.get("pp", recipe.layout.pp) != recipe.layout.pp:  # its pipeline stages are others
         own = {"first_stage_layers": None, "last_stage_layers": None, **own}
     return Settings(
         layout=recipe.layout.model_copy(update=own),

@@ -35,6 +35,19 @@ def test_check(prolong: Callable[..., tuple], write: Write, recipe_data: dict[st
     assert err.startswith("error: recipe.yaml: the recipe has 3 problems:")  # each stage's ranks, and fp8
 
 
+def test_check_knows_what_an_evaluation_needs(
+    prolong: Callable[..., tuple], write: Write, recipe_data: dict[str, Any]
+) -> None:
+    recipe_data["evaluation"] = {"suite": "helmet", "lengths": [8192], "tasks": ["recall", "rag"]}
+    path = write(recipe_data)
+    code, _, err = prolong("recipe", "check", path, "layout.cp=3", "--world-size", 8)
+    assert code == 2 and "evaluation: no data for kilt_nq (8K)" in err and "has 3 problems" in err
+    code, _, err = prolong("recipe", "check", path, "evaluation.tasks=[recall, typo]")
+    assert code == 2 and "evaluation: suite helmet has no task typo" in err
+    code, _, err = prolong("recipe", "check", path, "evaluation.suite=synthetic", "evaluation.tasks=[]")
+    assert (code, err) == (0, "")
+
+
 def test_schema(prolong: Callable[..., tuple]) -> None:
     code, out, _ = prolong("recipe", "schema")
     assert code == 0 and "stages" in json.loads(out)["properties"]
