@@ -92,12 +92,13 @@ def run(
 ) -> None:
     """Run a suite; `prolong eval MODEL --suite …` is the same. A stopped run goes on with the same command."""
     from megatron_prolong.errors import UserError
-    from megatron_prolong.evaluation.backend import declared_length
+    from megatron_prolong.evaluation.backend import declared_length, load_tokenizer, tokenizer_directory
     from megatron_prolong.evaluation.documents import read_text
     from megatron_prolong.evaluation.nli import load_nli
     from megatron_prolong.evaluation.run import Settings
     from megatron_prolong.evaluation.suite import (
         refuse_another_model,
+        refuse_cramped,
         refuse_lengths_beyond,
         run_suite,
         runnable,
@@ -131,7 +132,13 @@ def run(
                 refuse_another_model(out / label, name, identity)
             if backend != "openai" and (declared := declared_length(Path(name))) is not None:
                 refuse_lengths_beyond(chosen, name, declared, too_long)
-        return models, chosen, text, load_nli(nli) if nli else None
+        entails = load_nli(nli) if nli else None
+        for label, name, _ in models:
+            words = tokenizer if backend == "openai" else tokenizer_directory(Path(name))
+            if words is not None:
+                refuse_cramped(chosen, Inputs(data, load_tokenizer(words), seed, haystack=text))
+            (out / label).mkdir(parents=True, exist_ok=True)  # before hours of measuring
+        return models, chosen, text, entails
 
     if suite == "short":
         _refuse_what_short_ignores(ctx)

@@ -90,14 +90,15 @@ def check_start(recipe: Recipe, world_size: int) -> list[str]:
     warn(check(recipe, world_size))
     check_room(recipe)
     if recipe.evaluation:
-        from megatron_prolong.evaluation.in_training import check_lengths
-        from megatron_prolong.evaluation.suite import tasks_of
+        from megatron_prolong.evaluation.backend import load_tokenizer
+        from megatron_prolong.evaluation.suite import refuse_cramped, tasks_of
         from megatron_prolong.evaluation.suites import left_out
+        from megatron_prolong.evaluation.task import Inputs
         from megatron_prolong.recipe.inputs import tokenizer_file
 
         tokenizer, spec = tokenizer_of(recipe), recipe.evaluation
         assert tokenizer is not None, "loading refuses a model without path and tokenizer"
-        check_lengths(spec, tasks_of(spec), tokenizer_file(tokenizer).parent)
+        refuse_cramped(tasks_of(spec), Inputs(spec.data, load_tokenizer(tokenizer_file(tokenizer).parent)))
         warn(left_out(spec.suite, spec.lengths, spec.tasks))
     return [f"changed since the last start: {change}" for change in changes_since_start(recipe)]
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from megatron_prolong.data.chat import apply_template
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import (
+    HF_DIR,
     MANIFEST,
     model_directory,
     no_model,
@@ -218,6 +219,11 @@ def declared_length(directory: Path) -> int | None:
 def declares(model: str, length: int) -> str:
     """In the words of messages."""
     return f"{model} declares at most {length:,} tokens (max_position_embeddings)"
+
+
+def tokenizer_directory(directory: Path) -> Path:
+    """Where a model's tokenizer and generation config lie."""
+    return directory / HF_DIR if (directory / MANIFEST).exists() else directory
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_prolong.evaluation.backend import tokenizer_directory
 from megatron_prolong.evaluation.task import Task
-from megatron_prolong.recipe.shape import HF_DIR, MANIFEST, TOKENIZER_FILES
+from megatron_prolong.recipe.shape import MANIFEST, TOKENIZER_FILES
 
 WEIGHTS = ("*.safetensors", "*.distcp", MANIFEST)
 # How prompts are written and where answers end; small, and hand-edited.
@@ -17,7 +18,7 @@ WORDS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 def model_identity(directory: Path) -> str:
     """Changes when weights are written anew (names, sizes, times) or tokenizer, template or stop ids change."""
     weights = _identity({file.name: file for pattern in WEIGHTS for file in directory.glob(pattern)})
-    source = directory / HF_DIR if (directory / MANIFEST).exists() else directory
+    source = tokenizer_directory(directory)
     words = sorted({file for pattern in WORDS for file in source.glob(pattern) if file.is_file()})
     contents = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in words]
     return hashlib.sha256("\n".join([weights, *contents]).encode("utf-8")).hexdigest()[:16]

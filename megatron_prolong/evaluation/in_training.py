@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import Backend, Prompt, load_tokenizer
+from megatron_prolong.evaluation.backend import Backend, Prompt
 from megatron_prolong.evaluation.identity import data_identity, model_identity
 from megatron_prolong.evaluation.megatron import open_megatron
 from megatron_prolong.evaluation.report import write_json
@@ -22,18 +22,6 @@ from megatron_prolong.runtime.agreement import from_main
 from megatron_prolong.runtime.launch import World
 
 SCORES = "scores.json"
-
-
-def check_lengths(spec: EvaluationSpec, tasks: Sequence[Task], tokenizer: Path) -> None:
-    """Make a first question of every task that is generated: one may have no room for it at its length.
-
-    Raises:
-        UserError: so it is.
-    """
-    inputs = Inputs(spec.data, load_tokenizer(tokenizer), max_samples=1)
-    for task in tasks:
-        if task.generated:
-            task.rows(inputs)
 
 
 @dataclass(frozen=True)

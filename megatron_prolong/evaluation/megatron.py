@@ -19,13 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode, load_tokenizer, refuse_nan
+from megatron_prolong.evaluation.backend import (
+    Prompt,
+    cut_at_stop,
+    encode,
+    load_tokenizer,
+    refuse_nan,
+    tokenizer_directory,
+)
 from megatron_prolong.evaluation.crew import Crew, crew
 from megatron_prolong.evaluation.hf import stop_tokens
 from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.mcore.inference import Question, load_for_inference
 from megatron_prolong.recipe.schema import Layout
-from megatron_prolong.recipe.shape import HF_DIR, ModelShape, read_json, read_shape
+from megatron_prolong.recipe.shape import ModelShape, read_json, read_shape
 from megatron_prolong.runtime.agreement import together
 from megatron_prolong.runtime.launch import World, distributed
 
@@ -111,7 +118,7 @@ def inference_layout(shape: ModelShape, world_size: int, cp: int = 1) -> Layout:
 
 
 def _backend(directory: Path, shape: ModelShape, members: Crew, batch_size: int) -> MegatronBackend:
-    source = directory / HF_DIR
+    source = tokenizer_directory(directory)
     generation = source / "generation_config.json"
     config = read_json(generation if generation.exists() else source / "config.json")
     return MegatronBackend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
 
@@ -83,6 +84,18 @@ def _no_data(tasks: Sequence[Task], names: str, data: Path | None) -> UserError:
         "evaluation.data), or leave these out (--skip-missing, evaluation.tasks):",
         problems,
     )
+
+
+def refuse_cramped(tasks: Sequence[Task], inputs: Inputs) -> None:
+    """Make a first question of every generated task at the shortest length: it may have no room there.
+
+    Raises:
+        UserError: so it is.
+    """
+    shortest = min((task.length for task in tasks), default=0)
+    for task in tasks:
+        if task.length == shortest and task.generated:
+            task.rows(replace(inputs, max_samples=1))
 
 
 def refuse_lengths_beyond(tasks: Sequence[Task], model: str, declared: int, too_long: str) -> None:

@@ -47,3 +47,16 @@ def test_all_models_are_looked_at_before_the_first_is_measured(
         arguments = [*command, str(hf_directory), "--compare", str(tmp_path / "gone"), "--out", str(tmp_path)]
         found = CliRunner().invoke(app, ["eval", *arguments, "--lengths", "512"])
         assert isinstance(found.exception, UserError) and "gone: no such directory" in str(found.exception)
+
+
+def test_a_task_without_room_for_its_question_is_told_before_a_model_is_opened(
+    hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_prolong.evaluation.backend.open_backend", pytest.fail)
+    command = ["eval", "run", str(hf_directory), "--suite", "synthetic", "--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(app, [*command, "--lengths", "1K,512"])
+    assert isinstance(found.exception, UserError), found.output
+    assert str(found.exception).startswith("json_kv at a length of 512 tokens: ")
+    command[-1] = "/proc/out"
+    found = CliRunner().invoke(app, [*command, "--lengths", "1K", "--tasks", "json_kv"])
+    assert isinstance(found.exception, OSError), "a place that cannot be written in"
