@@ -178,7 +178,9 @@ def pack(
     min_length: Annotated[
         int,
         typer.Option(
-            parser=at_least(0), metavar="TOKENS", help="Drop documents, and rests of documents, below this."
+            parser=at_least(0),
+            metavar="TOKENS",
+            help="Drop documents below this and, but for single, rests of documents.",
         ),
     ] = 1,
     lengths: Annotated[
