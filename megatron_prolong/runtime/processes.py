@@ -20,6 +20,9 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.rendezvous import Rendezvous
 from megatron_prolong.runtime.signals import STOP_SIGNALS
 
+# Torch's 10 minutes are too few where one node has the container's image and another has to fetch it first.
+MEETING_SECONDS = 1800
+
 
 def start_processes(command: Sequence[str], count: int, machine: Rendezvous) -> None:
     """Run `prolong COMMAND` in `count` processes here; returns when all have succeeded.
@@ -68,7 +71,7 @@ def _config(count: int, machine: Rendezvous) -> LaunchConfig:
         run_id="prolong",
         rdzv_backend="c10d" if alone else "static",
         rdzv_endpoint="localhost:0" if alone else f"{machine.address}:{machine.port}",
-        rdzv_configs={"rank": machine.rank},
+        rdzv_configs={"rank": machine.rank, "timeout": MEETING_SECONDS},
         # Memory that the GPU copies to and from should be on its side of the machine.
         numa_options=NumaOptions(AffinityMode.NODE, True) if torch.cuda.is_available() else None,
         max_restarts=0,
