@@ -120,6 +120,8 @@ _BYTES_SENT = {
     "all_to_all_single": lambda args, n: (n - 1) / n * _size(args[1]),
     "_allgather_base": lambda args, n: (n - 1) / n * _size(args[0]),  # as PyTorch 2.11 calls them
     "_reduce_scatter_base": lambda args, n: (n - 1) / n * _size(args[1]),
+    "allgather_into_tensor_coalesced": lambda args, n: (n - 1) / n * _size(args[0]),
+    "reduce_scatter_tensor_coalesced": lambda args, n: (n - 1) / n * _size(args[1]),
     "alltoall_base": lambda args, n: (n - 1) / n * _size(args[1]),
     "allgather": lambda args, n: (n - 1) / n * _size(args[0]),
     "reduce_scatter": lambda args, n: (n - 1) / n * _size(args[1]),
