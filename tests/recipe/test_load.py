@@ -50,7 +50,9 @@ def test_stage_overrides_of_layout_and_precision(write: Write, recipe_data: dict
     assert (merged.tp, merged.cp, merged.cp_exchange, merged.model_ranks) == (2, 4, "p2p", 8)
 
 
-def test_layers_of_pipeline_stages_are_those_of_their_number(write: Write, recipe_data: dict[str, Any]) -> None:
+def test_layers_of_pipeline_stages_are_those_of_their_number(
+    write: Write, recipe_data: dict[str, Any]
+) -> None:
     recipe_data["layout"] = {"pp": 2, "first_stage_layers": 1}
     one, two = recipe_data["stages"]
     one["layout"], two["layout"] = {"pp": 2, "tp": 2}, {"pp": 1}
