@@ -323,6 +323,7 @@ def test_index_that_is_none(data: Path, text: str) -> None:
         ({"format": "json"}, "format 'json' version 2, expected 'mds' version 2"),
         ({"version": 3}, "format 'mds' version 3, expected"),
         ({"column_encodings": ["str"]}, "argument 2 is shorter than argument 1"),
+        ({"column_names": [1, None], "column_encodings": ["str", "str"]}, "expected names and encodings"),
     ],
 )
 def test_index_that_cannot_be_followed(data: Path, change: dict[str, object], said: str) -> None:

@@ -140,11 +140,14 @@ def _parse(directory: Path, first: int, entry: Mapping[str, Any]) -> Shard:
     if entry["version"] != 2 or entry["format"] != "mds":
         raise ValueError(f"format {entry['format']!r} version {entry['version']}, expected 'mds' version 2")
     raw, packed = _file(entry["raw_data"]), entry.get("zip_data")
+    columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+    if not all(isinstance(word, str) for column in columns.items() for word in column):
+        raise ValueError(f"columns {columns}, expected names and encodings")
     return Shard(
         directory=directory,
         first=first,
         num_samples=int(entry["samples"]),
-        columns=dict(zip(entry["column_names"], entry["column_encodings"], strict=True)),
+        columns=columns,
         sizes=dict(zip(entry["column_names"], entry["column_sizes"], strict=True)),
         compression=entry["compression"],
         raw=raw,
