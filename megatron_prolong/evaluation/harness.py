@@ -55,7 +55,8 @@ class HarnessModel(TemplateLM):
             kept = context[-(self._backend.max_length + 1 - len(continuation)) :]
             asked.setdefault(tuple(kept), []).append(number)
         logprobs = [0.0] * len(requests)
-        for some in self._batches(sorted(asked, key=len), "questions"):
+        longest_first = sorted(asked, key=len, reverse=True)  # what does not fit in memory is met at once
+        for some in self._batches(longest_first, "questions"):
             questions = [(prompt, [requests[number][2] for number in asked[prompt]]) for prompt in some]
             answers = self._backend.continuation_logprobs(questions)
             for prompt, answer in zip(some, answers, strict=True):
