@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,9 +79,18 @@ class StageRun:
 
 
 def prepare_stage(
-    recipe: Recipe, stage: Stage, start: StageInput, world: World, groups: ParallelGroups
+    recipe: Recipe,
+    stage: Stage,
+    start: StageInput,
+    world: World,
+    groups: ParallelGroups,
+    verified: Callable[[], None] = lambda: None,
 ) -> StageRun:
-    """Build model, optimizer and batch stream; load what the stage starts from."""
+    """Build model, optimizer and batch stream; load what the stage starts from.
+
+    Args:
+        verified: called between the two times that the checkpoint is read, each of which may take an hour.
+    """
     settings = settings_of(recipe, stage)
     layout = settings.layout
     shape = start.shape(stage)
@@ -98,6 +108,7 @@ def prepare_stage(
         rank_tokens=-(-stage.micro_batch_length // layout.cp),
     )
     verify_checkpoint(start.checkpoint.directory)
+    verified()
     if start.optimizer:
         optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
         load_weights_and_optimizer(start.checkpoint.directory, model, optimizer)

@@ -34,7 +34,7 @@ from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics
 
 # From one micro-batch to the next, which takes minutes (a step of 8M tokens takes hours on a few GPUs); saving a
-# checkpoint of 70B is in it too.
+# checkpoint of 70B is in it too, or reading one once.
 HANG_SECONDS = 3600.0
 
 
@@ -75,7 +75,7 @@ def train_stage(session: Session, stage: Stage, start: StageInput, until: int) -
     ):
         if session.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(session.world.device)
-        run = prepare_stage(session.recipe, stage, start, session.world, groups)
+        run = prepare_stage(session.recipe, stage, start, session.world, groups, verified=watchdog.feed)
         for chunk in run.model.chunks:
             chunk.register_forward_pre_hook(lambda *_: watchdog.feed())
         state = together(lambda: first_state(run, start))

@@ -221,6 +221,23 @@ def test_a_stage_is_built_with_its_own_settings(tmp_path, monkeypatch, one_rank)
     assert built.items() >= {**own, "max_length": 128, "rank_tokens": 64, "loss_chunk_tokens": 2048}.items()
 
 
+def test_reading_a_checkpoint_twice_is_progress(tmp_path, monkeypatch, one_rank):
+    """A watchdog that hears of nothing for an hour ends the process; each reading may take that long."""
+    order = []
+
+    def stop(*_, **__):
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(prepare, "build_model", lambda *_, **__: None)
+    monkeypatch.setattr(prepare, "verify_checkpoint", lambda _: order.append("read"))
+    monkeypatch.setattr(prepare, "build_optimizer", stop)
+    of = recipe(tmp_path)
+    start = StageInput(Checkpoint(Path("saved"), {"shape": SHAPE.to_dict()}), optimizer=True, resume=False)
+    with pytest.raises(UserError, match="enough"):
+        prepare.prepare_stage(of, of.stages[0], start, WORLD, None, verified=lambda: order.append("fed"))
+    assert order == ["read", "fed"]
+
+
 def test_domains_of_one_name_are_counted_apart(tmp_path):
     """`prolong data pack --lengths` calls every source's packs alike: 65536-524288."""
     directories = [tmp_path / "code/64-64", tmp_path / "books/64-64"]

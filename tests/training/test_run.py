@@ -247,8 +247,8 @@ def test_the_watchdog_hears_of_every_micro_batch(workspace):
     output = subprocess.run(
         [*command, "stage.long.steps=1"], capture_output=True, text=True, check=True
     ).stdout
-    step = [None] * 4
-    assert f"fed {[*step, 2, *step, 3, *step, 2]}" in output
+    verified, step = None, [None] * 4
+    assert f"fed {[verified, *step, 2, *step, 3, verified, *step, 2]}" in output
 
 
 def test_the_logged_flops_are_those_of_the_documents(workspace, undisturbed):
