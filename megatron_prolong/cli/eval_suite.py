@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatron_prolong.cli.eval import (
 )
 from megatron_prolong.cli.eval_results import compare as compare_results
 from megatron_prolong.cli.eval_results import judge, report
+from megatron_prolong.cli.recipe import warn
 
 if TYPE_CHECKING:
     from megatron_prolong.evaluation.backend import Backend
@@ -120,8 +120,7 @@ def run(
         text = read_text(haystack) if haystack else ""
         if is_main(world):
             chosen = runnable(chosen, data, skip_missing)
-            for line in left_out(suite, lengths, _names(tasks)):
-                print(f"warning: {line}", file=sys.stderr)
+            warn(left_out(suite, lengths, _names(tasks)))
         if backend != "openai":
             check_models([path for _, path in pairs], backend, cp)
         models = [(label, *_name_and_identity(path, backend)) for label, path in pairs]

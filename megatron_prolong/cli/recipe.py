@@ -42,7 +42,8 @@ def check(
 
     loaded = load_recipe(recipe, overrides or ())
     findings = find_problems(loaded, world_size, on_cpu=cpu)
-    _judge_evaluation(loaded.evaluation, findings)
+    if loaded.evaluation:
+        _judge_evaluation(loaded.evaluation, findings)
     warn(findings.warnings)
     if findings.errors:
         raise problems_error(str(recipe), findings.errors)
@@ -54,18 +55,17 @@ def check(
     print(f"{recipe}: nothing wrong")
 
 
-def _judge_evaluation(spec: EvaluationSpec | None, findings: Findings) -> None:
+def _judge_evaluation(spec: EvaluationSpec, findings: Findings) -> None:
     """Its tasks and their data, which the recipe's own rules know nothing of."""
     from megatron_prolong.errors import UserError
     from megatron_prolong.evaluation.suite import tasks_of
     from megatron_prolong.evaluation.suites import left_out
 
-    if spec is not None:
-        try:
-            tasks_of(spec)
-            findings.warnings += left_out(spec.suite, spec.lengths, spec.tasks)
-        except UserError as error:
-            findings.error(("evaluation",), str(error))
+    try:
+        tasks_of(spec)
+        findings.warnings += left_out(spec.suite, spec.lengths, spec.tasks)
+    except UserError as error:
+        findings.error(("evaluation",), str(error))
 
 
 def warn(warnings: Iterable[str]) -> None:

@@ -87,7 +87,7 @@ def _no_data(tasks: Sequence[Task], names: str, data: Path | None) -> UserError:
 
 
 def refuse_cramped(tasks: Sequence[Task], inputs: Inputs) -> None:
-    """Make a first question of every generated task at the shortest length: it may have no room there.
+    """Ask every generated task for no question at the shortest length: it may have no room there for any.
 
     Raises:
         UserError: so it is.
@@ -95,7 +95,7 @@ def refuse_cramped(tasks: Sequence[Task], inputs: Inputs) -> None:
     shortest = min((task.length for task in tasks), default=0)
     for task in tasks:
         if task.length == shortest and task.generated:
-            task.rows(replace(inputs, max_samples=1))
+            task.rows(replace(inputs, max_samples=0))
 
 
 def refuse_lengths_beyond(tasks: Sequence[Task], model: str, declared: int, too_long: str) -> None:

@@ -21,7 +21,14 @@ def fitting_rows(
         make: the row with so many units of haystack, and its index. The size is found with row 0; rows that come
             out longer lose some units, down to one.
         count_tokens: of the prompt that a row makes.
+        num_rows: 0 only asks whether one unit fits.
+
+    Raises:
+        UserError: not even one unit fits.
     """
+    if not num_rows:
+        _smallest(lambda count: count_tokens(make(count, 0)), limit)
+        return []
     size = largest_fit(lambda count: count_tokens(make(count, 0)), limit, start)
     rows = []
     for index in range(num_rows):
@@ -41,12 +48,7 @@ def largest_fit(count_tokens: Callable[[int], int], limit: int, start: int = 64)
     Raises:
         UserError: not even one unit fits.
     """
-    low, low_tokens = 1, count_tokens(1)
-    if low_tokens > limit:
-        raise UserError(
-            f"one unit of the task takes {low_tokens} tokens, more than the {limit} that the length allows; "
-            "ask for a longer --lengths"
-        )
+    low, low_tokens = 1, _smallest(count_tokens, limit)
     high: int | None = None
     guess = start
     while high is None or high - low > 1:
@@ -60,3 +62,14 @@ def largest_fit(count_tokens: Callable[[int], int], limit: int, start: int = 64)
         if high is not None and guess >= high:
             guess = (low + high) // 2
     return low
+
+
+def _smallest(count_tokens: Callable[[int], int], limit: int) -> int:
+    """Tokens of one unit; raises UserError when they are too many."""
+    tokens = count_tokens(1)
+    if tokens > limit:
+        raise UserError(
+            f"one unit of the task takes {tokens} tokens, more than the {limit} that the length allows; "
+            "ask for a longer --lengths"
+        )
+    return tokens
