@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ from megatron_prolong.runtime.rendezvous import read_rendezvous
 if TYPE_CHECKING:
     from megatron_prolong.mcore.inference import Question
     from megatron_prolong.runtime.launch import World
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,11 @@ def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
         )
     text = apply_template(tokenizer, [{"role": "user", "content": prompt.text}], open_turn=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Neighbours together, the last batch perhaps smaller."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatron_prolong.evaluation.backend import Prompt, ScoringBackend
+from megatron_prolong.evaluation.backend import Prompt, ScoringBackend, batches
 from megatron_prolong.runtime.progress import track
 
 T = TypeVar("T")
@@ -88,6 +88,4 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _batches(self, asked: Sequence[T], what: str) -> Iterator[Sequence[T]]:
-        size = self._backend.batch_size
-        batches = [asked[start : start + size] for start in range(0, len(asked), size)]
-        return track(batches, len(asked), what, amount=len)
+        return track(batches(asked, self._backend.batch_size), len(asked), what, amount=len)

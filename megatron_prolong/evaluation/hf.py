@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode, load_tokenizer, refuse_nan
+from megatron_prolong.evaluation.backend import (
+    Prompt,
+    batches,
+    cut_at_stop,
+    encode,
+    load_tokenizer,
+    refuse_nan,
+)
 
 if TYPE_CHECKING:
     from megatron_prolong.mcore.inference import Question
@@ -116,8 +123,7 @@ class HuggingFaceBackend:
         encoded = [encode(self.tokenizer, prompt) for prompt in prompts]
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         texts = [""] * len(encoded)
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+        for batch in batches(order, self.batch_size):
             outputs = self._generate_batch([encoded[index] for index in batch], max_new_tokens)
             for index, output in zip(batch, outputs, strict=True):
                 texts[index] = cut_at_stop(self.tokenizer.decode(output, skip_special_tokens=True), stop)

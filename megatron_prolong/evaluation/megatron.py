@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import (
     Prompt,
+    batches,
     cut_at_stop,
     encode,
     load_tokenizer,
@@ -57,17 +58,16 @@ class MegatronBackend:
         """See `ScoringBackend`: a prompt's keys and values serve all its continuations."""
         return [
             answer
-            for start in range(0, len(questions), self.batch_size)
-            for answer in self.inference.continuation_logprobs(questions[start : start + self.batch_size])
+            for some in batches(questions, self.batch_size)
+            for answer in self.inference.continuation_logprobs(some)
         ]
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
         """See `Backend`."""
         encoded = [encode(self.tokenizer, prompt) for prompt in prompts]
         texts: list[str] = []
-        for start in range(0, len(encoded), self.batch_size):
-            batch = encoded[start : start + self.batch_size]
-            for output in self.inference.generate(batch, max_new_tokens, sorted(self.stop_ids)):
+        for some in batches(encoded, self.batch_size):
+            for output in self.inference.generate(some, max_new_tokens, sorted(self.stop_ids)):
                 texts.append(cut_at_stop(self.tokenizer.decode(output, skip_special_tokens=True), stop))
         return texts
 

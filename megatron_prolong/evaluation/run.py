@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import Backend, declares
+from megatron_prolong.evaluation.backend import Backend, batches, declares
 from megatron_prolong.evaluation.identity import data_identity
 from megatron_prolong.evaluation.partial import Generated, PartialOutputs, sample_key
 from megatron_prolong.evaluation.prompts import Prepared, prepare, render
@@ -178,8 +178,7 @@ def _generate(
     max_length: int,
 ) -> Iterator[Generated]:
     stop = ("\n",) if settings.stop_newline else ()
-    for start in range(0, len(pending), backend.batch_size):
-        batch = pending[start : start + backend.batch_size]
+    for batch in batches(pending, backend.batch_size):
         prepared = [prepare(task, row, chat, backend.tokenizer, max_length) for row, _ in batch]
         outputs = backend.generate([one.prompt for one in prepared], task.max_new_tokens, stop)
         for (_, key), one, output in zip(batch, prepared, outputs, strict=True):
