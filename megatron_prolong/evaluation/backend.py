@@ -140,11 +140,6 @@ def batches(items: Sequence[T], size: int) -> list[Sequence[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop strings."""
-    return min((text.split(end, 1)[0] for end in stop), key=len, default=text)
-
-
 def refuse_nan(backend: ScoringBackend) -> None:
     """Ask a model that was just opened for one log-probability: of NaN, greedy choice makes answers that score 0.
 

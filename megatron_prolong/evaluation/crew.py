@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_prolong.evaluation.ending import Ending
 from megatron_prolong.mcore.groups import Axis
 from megatron_prolong.mcore.inference import InferenceModel, Question
 from megatron_prolong.runtime.launch import World
@@ -33,11 +35,13 @@ class Crew:
     The methods are those of `InferenceModel`; only the main rank calls them.
 
     Attributes:
+        ending: where its answers end.
         dp: the axis along which the model is repeated; the replicas share out prompts and questions.
         group: all ranks; None for a single one.
     """
 
     inference: InferenceModel
+    ending: Ending
     dp: Axis
     group: dist.ProcessGroup | None
 
@@ -50,10 +54,10 @@ class Crew:
         return self._together("continuation_logprobs", questions)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str] = ()
     ) -> list[list[int]]:
-        """See `InferenceModel`; prompt i is decoded by replica i mod dp."""
-        return self._together("generate", prompts, max_new_tokens, stop_ids)
+        """See `InferenceModel`; prompt i is decoded by replica i mod dp, until `ending` is reached."""
+        return self._together("generate", prompts, max_new_tokens, stop)
 
     def serve(self) -> None:
         """On every rank but the main one: join its calls until it is done."""
@@ -79,7 +83,11 @@ class Crew:
         method, arguments = call
         if method == "token_logprobs":
             return self.inference.token_logprobs(*arguments)
-        return self._share_out(getattr(self.inference, method), *arguments)
+        if method == "continuation_logprobs":
+            return self._share_out(self.inference.continuation_logprobs, *arguments)
+        prompts, max_new_tokens, stop = arguments
+        ended = partial(self.ending.reached, stop=stop)
+        return self._share_out(self.inference.generate, prompts, max_new_tokens, ended)
 
     def _share_out(
         self, method: Callable[..., list[Any]], asked: Sequence[Any], *arguments: Any
@@ -96,10 +104,10 @@ class Crew:
 
 
 @contextmanager
-def crew(inference: InferenceModel, world: World, dp: Axis) -> Iterator[Crew | None]:
+def crew(inference: InferenceModel, ending: Ending, world: World, dp: Axis) -> Iterator[Crew | None]:
     """The model for the main rank to call; on every other rank, None once the main rank is done with it."""
     group = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None
-    members = Crew(inference, dp, group)
+    members = Crew(inference, ending, dp, group)
     if world.is_main:
         try:
             yield members

@@ -24,11 +24,10 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import (
     Prompt,
     batches,
-    cut_at_stop,
     encode,
-    load_tokenizer,
     refuse_nan,
 )
+from megatron_prolong.evaluation.ending import Ending, stop_tokens
 
 if TYPE_CHECKING:
     from megatron_prolong.mcore.inference import Question
@@ -43,10 +42,9 @@ class HuggingFaceBackend:
     """A causal language model of transformers; greedy, float32 on CPU and bfloat16 on CUDA."""
 
     module: Any
-    tokenizer: Any
+    ending: Ending
     model: str
     max_length: int
-    stop_ids: frozenset[int]
     batch_size: int = 1
     name: str = "hf"
 
@@ -86,14 +84,18 @@ class HuggingFaceBackend:
             )
         backend = cls(
             module=module.to(device).eval(),
-            tokenizer=load_tokenizer(directory),
+            ending=Ending(directory, stop_tokens(module.generation_config.eos_token_id)),
             model=str(directory),
             max_length=int(module.config.max_position_embeddings),
-            stop_ids=stop_tokens(module.generation_config.eos_token_id),
             batch_size=batch_size,
         )
         refuse_nan(backend)
         return backend
+
+    @property
+    def tokenizer(self) -> Any:
+        """See `Backend`."""
+        return self.ending.tokenizer
 
     @torch.inference_mode()
     def token_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -124,16 +126,18 @@ class HuggingFaceBackend:
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         texts = [""] * len(encoded)
         for batch in batches(order, self.batch_size):
-            outputs = self._generate_batch([encoded[index] for index in batch], max_new_tokens)
+            outputs = self._generate_batch([encoded[index] for index in batch], max_new_tokens, stop)
             for index, output in zip(batch, outputs, strict=True):
-                texts[index] = cut_at_stop(self.tokenizer.decode(output, skip_special_tokens=True), stop)
+                texts[index] = self.ending.text(output, stop)
         return texts
 
     @torch.inference_mode()
-    def _generate_batch(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy tokens of prompts decoded side by side, without the stop token."""
+    def _generate_batch(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str]
+    ) -> list[list[int]]:
+        """Greedy tokens of prompts decoded side by side, up to the one that ends each."""
         width = max(map(len, prompts))
-        pad = min(self.stop_ids, default=0)  # any token: padding is masked out
+        pad = min(self.ending.stop_ids, default=0)  # any token: padding is masked out
         ids_BT = self._tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         mask_BT = self._tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         padded = any(len(prompt) != width for prompt in prompts)
@@ -141,14 +145,15 @@ class HuggingFaceBackend:
         following = self._prefill(ids_BT, mask_BT if padded else None, cache)
         outputs = [[token] for token in following.tolist()]
         for _ in range(max_new_tokens - 1):
-            if all(output[-1] in self.stop_ids for output in outputs):
+            ended = [self.ending.reached(output, stop) for output in outputs]
+            if all(ended):
                 break
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(prompts), 1)], dim=1)
             following = self._forward(following[:, None], mask_BT if padded else None, cache)
-            for output, token in zip(outputs, following.tolist(), strict=True):
-                if output[-1] not in self.stop_ids:
+            for output, token, over in zip(outputs, following.tolist(), ended, strict=True):
+                if not over:
                     output.append(token)
-        return [output[:-1] if output[-1] in self.stop_ids else output for output in outputs]
+        return outputs
 
     def _prefill(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: Any) -> Tensor:
         """Feed the prompts chunk by chunk; returns the most likely next token of each, [B]."""
@@ -199,13 +204,6 @@ class HuggingFaceBackend:
 
     def _tensor(self, rows: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(rows, device=self.module.device)
-
-
-def stop_tokens(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
-    """The stop tokens of a generation config, which writes one number or a list."""
-    if eos_token_id is None:
-        return frozenset()
-    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
 
 
 def _new_cache() -> Any:

@@ -22,14 +22,12 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import (
     Prompt,
     batches,
-    cut_at_stop,
     encode,
-    load_tokenizer,
     refuse_nan,
     tokenizer_directory,
 )
 from megatron_prolong.evaluation.crew import Crew, crew
-from megatron_prolong.evaluation.hf import stop_tokens
+from megatron_prolong.evaluation.ending import Ending, stop_tokens
 from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.mcore.inference import Question, load_for_inference
 from megatron_prolong.recipe.schema import Layout
@@ -43,12 +41,15 @@ class MegatronBackend:
     """A checkpoint of ours; greedy, float32 on CPU and bfloat16 on CUDA."""
 
     inference: Crew
-    tokenizer: Any
     model: str
     max_length: int
-    stop_ids: frozenset[int]
     batch_size: int = 1
     name: str = "megatron"
+
+    @property
+    def tokenizer(self) -> Any:
+        """See `Backend`."""
+        return self.inference.ending.tokenizer
 
     def token_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """See `ScoringBackend`."""
@@ -65,11 +66,11 @@ class MegatronBackend:
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int, stop: Sequence[str] = ()) -> list[str]:
         """See `Backend`."""
         encoded = [encode(self.tokenizer, prompt) for prompt in prompts]
-        texts: list[str] = []
-        for some in batches(encoded, self.batch_size):
-            for output in self.inference.generate(some, max_new_tokens, sorted(self.stop_ids)):
-                texts.append(cut_at_stop(self.tokenizer.decode(output, skip_special_tokens=True), stop))
-        return texts
+        return [
+            self.inference.ending.text(output, stop)
+            for some in batches(encoded, self.batch_size)
+            for output in self.inference.generate(some, max_new_tokens, stop)
+        ]
 
 
 @contextmanager
@@ -96,11 +97,13 @@ def open_megatron(
         groups = stack.enter_context(megatron(layout, seed=0))  # nothing draws from it
         precision = "fp32" if world.device.type == "cpu" else "bf16"
         inference = load_for_inference(directory, layout, groups, world.device, precision)
-        members = stack.enter_context(crew(inference, world, groups.dp))
+        members = stack.enter_context(crew(inference, _ending(directory), world, groups.dp))
         if members is None:
             yield None
         else:
-            backend = _backend(directory, shape, members, batch_size * groups.dp.size)
+            backend = MegatronBackend(
+                members, str(directory), shape.max_length, batch_size=batch_size * groups.dp.size
+            )
             refuse_nan(backend)
             yield backend
 
@@ -117,15 +120,8 @@ def inference_layout(shape: ModelShape, world_size: int, cp: int = 1) -> Layout:
     return Layout(tp=tp, cp=cp, sequence_parallel=False)
 
 
-def _backend(directory: Path, shape: ModelShape, members: Crew, batch_size: int) -> MegatronBackend:
+def _ending(directory: Path) -> Ending:
     source = tokenizer_directory(directory)
     generation = source / "generation_config.json"
     config = read_json(generation if generation.exists() else source / "config.json")
-    return MegatronBackend(
-        inference=members,
-        tokenizer=load_tokenizer(source),
-        model=str(directory),
-        max_length=shape.max_length,
-        stop_ids=stop_tokens(config.get("eos_token_id")),
-        batch_size=batch_size,
-    )
+    return Ending(source, stop_tokens(config.get("eos_token_id")))

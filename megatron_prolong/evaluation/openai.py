@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import Prompt, cut_at_stop, encode
+from megatron_prolong.evaluation.backend import Prompt, encode
 from megatron_prolong.evaluation.client import Client
+from megatron_prolong.evaluation.ending import cut_at_stop
 
 UNKNOWN_LENGTH = 1 << 62
 

@@ -7,7 +7,7 @@ Context-parallel ranks share the work of a prefill and the memory of the cache (
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,24 +65,24 @@ class InferenceModel:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        ended: Callable[[Sequence[int]], bool] = lambda output: False,
     ) -> list[list[int]]:
-        """Greedy continuation of every prompt, without the prompt and without the stop token."""
+        """Greedy continuation of every prompt, without the prompt, until it has `ended`."""
         caches = [KeyValueCache() for _ in prompts]
         self._read([prompt[:-1] for prompt in prompts], caches)
-        latest = [prompt[-1] for prompt in prompts]
         outputs: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
         for _ in range(max_new_tokens):
             if not active:
                 break
-            news = self._tensors([latest[index : index + 1] for index in active])
+            news = self._tensors([(outputs[index] or prompts[index])[-1:] for index in active])
             logits_DV = self._forward(news, [caches[index] for index in active])
             for index, token in zip(active, logits_DV.argmax(-1).tolist(), strict=True):
-                latest[index] = token
-            active = [index for index in active if latest[index] not in stop_ids]
-            for index in active:
-                outputs[index].append(latest[index])
+                outputs[index].append(token)
+            active = [index for index in active if not ended(outputs[index])]
         return outputs
 
     def _logprobs(self, sequences: Sequence[Sequence[int]], caches: Sequence[KeyValueCache]) -> list[Tensor]:

@@ -20,6 +20,7 @@ PROMPTS = [question[0] for question in QUESTIONS]
 
 def answers(rank: int, checkpoint: str) -> tuple[Any, ...] | None:
     from megatron_prolong.evaluation.crew import crew
+    from megatron_prolong.evaluation.ending import Ending
     from megatron_prolong.mcore.groups import megatron
     from megatron_prolong.mcore.inference import load_for_inference
     from megatron_prolong.runtime.launch import World
@@ -28,12 +29,12 @@ def answers(rank: int, checkpoint: str) -> tuple[Any, ...] | None:
     with megatron(layout, seed=1) as groups:
         model = load_for_inference(Path(checkpoint), layout, groups, cpu, "fp32")
         world = World(rank, torch.distributed.get_world_size(), rank, cpu)
-        with crew(model, world, groups.dp) as members:
+        with crew(model, Ending(Path(), frozenset()), world, groups.dp) as members:
             if members is None:
                 return None
             logprobs = members.continuation_logprobs(QUESTIONS)
             few = members.continuation_logprobs(QUESTIONS[:1])  # nothing for the second replica
-            return list(chain(*logprobs, *few)), members.generate(PROMPTS, 9, [])
+            return list(chain(*logprobs, *few)), members.generate(PROMPTS, 9)
 
 
 def test_replicas_answer_as_one_model(one_rank: RankPool, two_ranks: RankPool, checkpoint: str) -> None:

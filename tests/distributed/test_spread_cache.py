@@ -37,7 +37,7 @@ def answers(rank: int, checkpoint: str, layout: dict[str, Any]) -> tuple[Any, ..
             list(
                 chain(*model.continuation_logprobs([(IDS[:90], [IDS[90:], IDS[:3]]), (IDS[:2], [IDS[:3]])]))
             ),
-            model.generate(PROMPTS, 9, stop_ids=[]),
+            model.generate(PROMPTS, 9),
             cache.length,
         )
 

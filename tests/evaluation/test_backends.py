@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation import hf
-from megatron_prolong.evaluation.backend import Prompt, encode, load_tokenizer, open_backend
+from megatron_prolong.evaluation.backend import Prompt, encode, open_backend
 from megatron_prolong.evaluation.documents import read_text
+from megatron_prolong.evaluation.ending import Ending
 from megatron_prolong.evaluation.megatron import inference_layout
 from megatron_prolong.mcore import inference
 from megatron_prolong.mcore.build import StageModel
@@ -67,7 +68,7 @@ def test_rotation_by_the_length_is_not_of_a_chunks(
     config.rope_parameters |= factors if rope == "longrope" else {}
     models = [AutoModelForCausalLM.from_pretrained(hf_directory, config=config).eval() for _ in range(3)]
     backends = [
-        hf.HuggingFaceBackend(model, load_tokenizer(hf_directory), "x", 1024, frozenset()) for model in models
+        hf.HuggingFaceBackend(model, Ending(hf_directory, frozenset()), "x", 1024) for model in models
     ]
     ids = torch.arange(2, 122).tolist()
     with torch.no_grad():
@@ -75,7 +76,7 @@ def test_rotation_by_the_length_is_not_of_a_chunks(
         answer = models[1].generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=1)
     expected = logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
     assert np.abs(backends[0].token_logprobs(ids) - expected).max() < LOGPROB_TOLERANCE
-    assert backends[2]._generate_batch([ids], 8) == [answer[0, len(ids) :].tolist()]
+    assert backends[2]._generate_batch([ids], 8, ()) == [answer[0, len(ids) :].tolist()]
 
 
 def test_hf_batches_and_chunks_generate_what_transformers_generates(
@@ -93,7 +94,7 @@ def test_hf_batches_and_chunks_generate_what_transformers_generates(
         assert backend.generate(PROMPTS, 12) == expected
         stop = answers[0][4]  # the first answer ends before the others
         cut = [answer[: answer.index(stop)] if stop in answer else answer for answer in answers]
-        stopping = replace(backend, stop_ids=frozenset([stop]))
+        stopping = replace(backend, ending=Ending(hf_directory, frozenset([stop])))
         assert stopping.generate(PROMPTS, 12) == backend.tokenizer.batch_decode(cut)
     assert len(set(expected)) == 3 and cut[0] != answers[0] and cut != [[], [], []]
 
@@ -122,11 +123,27 @@ def test_megatron_equals_hf_token_by_token(
     assert logprobs.std() > 0.5, "a model that is certain of nothing would prove nothing"
 
 
-def test_generation_ends_before_a_stop_text(hf_directory: Path) -> None:
-    with open_backend(hf_directory) as backend:
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+def test_an_answer_ends_at_a_stop_text(
+    kind: str, hf_directory: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is cut before it, and no token behind it is asked for."""
+    passes: list[int] = []
+    for model in (inference.InferenceModel, hf.HuggingFaceBackend):
+        monkeypatch.setattr(model, "_forward", _counted(model._forward, passes))
+    with open_backend(hf_directory if kind == "hf" else checkpoint) as backend:
         (whole,) = backend.generate(PROMPTS[:1], 24)
-        (cut,) = backend.generate(PROMPTS[:1], 24, stop=[whole[3:5]])
-    assert cut == whole[: whole.index(whole[3:5])]
+        stop = whole[3:5]
+        needed = next(tokens for tokens in range(24) if stop in backend.generate(PROMPTS[:1], tokens)[0])
+        passes.clear()
+        backend.generate(PROMPTS[:1], needed)
+        expected = len(passes)
+        assert backend.generate(PROMPTS[:1], 24, ["never", stop]) == [whole[: whole.index(stop)]]
+    assert len(passes) == 2 * expected and needed < 12
+
+
+def _counted(forward: Any, passes: list[int]) -> Any:
+    return lambda *given, **named: passes.append(1) or forward(*given, **named)
 
 
 @pytest.mark.parametrize("chat", [False, True])

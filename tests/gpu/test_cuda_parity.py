@@ -130,7 +130,7 @@ def test_inference_against_transformers(kernels, world, tmp_path, monkeypatch):
     with megatron(Layout(), seed=1) as groups, torch.no_grad():
         ours = inference.load_for_inference(tmp_path / "ours", Layout(), groups, world.device, "bf16")
         logprobs = ours.token_logprobs(prompts[0]).cpu()
-        answers = ours.generate(prompts, 12, stop_ids=[])
+        answers = ours.generate(prompts, 12)
         expected = hf(torch.tensor(prompts[:1])).logits[0].log_softmax(-1)
         expected = expected[:-1].gather(1, torch.tensor(prompts[0][1:])[:, None])[:, 0]
         assert (logprobs - expected).abs().mean() < 2e-2 * expected.std()
