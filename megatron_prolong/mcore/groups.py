@@ -71,7 +71,7 @@ def megatron(layout: Layout, seed: int) -> Iterator[ParallelGroups]:
             hierarchical_context_parallel_sizes=_hierarchy(layout),
             create_gloo_process_groups=False,
         )
-        stack.callback(_destroy_groups)
+        stack.push(_undo_groups)
         seed_everything(seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         groups = ParallelGroups(
@@ -130,13 +130,20 @@ def _connect_neighbours(group: dist.ProcessGroup) -> None:
         request.wait()
 
 
-def _destroy_groups() -> None:
-    """Undo initialize_model_parallel, threads and connections included; Megatron itself only forgets the groups."""
-    groups = {group for group in parallel_state._global_process_group_list or () if group is not None}
+def _undo_groups(kind: type[BaseException] | None, *_: object) -> None:
+    """Undo initialize_model_parallel, threads and connections included; Megatron itself only forgets the groups.
+
+    NCCL's ranks end a group together. So all do it in the same order (pytorch issue 137507), and none behind an
+    error, which may be its own: the others would be elsewhere (torchtitan pull request 1342). Such groups end with
+    the process.
+    """
+    groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
     parallel_state.destroy_model_parallel()
     parallel_state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS = None  # Megatron 0.16.1 keeps them
-    for group in groups - {dist.GroupMember.NON_GROUP_MEMBER, dist.group.WORLD}:
-        dist.destroy_process_group(group)
+    if kind is None or dist.get_world_size() == 1:
+        for group in dict.fromkeys(reversed(groups)):  # every rank has made its groups in one order
+            if group not in (dist.GroupMember.NON_GROUP_MEMBER, dist.group.WORLD):
+                dist.destroy_process_group(group)
     # Transformer Engine keeps delayed scaling's maxima, and the groups that share them, for all models to come.
     if fp8 := sys.modules.get("transformer_engine.pytorch.fp8"):
         fp8.FP8GlobalStateManager.reset()
