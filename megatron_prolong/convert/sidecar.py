@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,23 @@ def copy_sidecar(source: Path, target: Path, tokenizer: Path | None = None) -> N
     """
     target.mkdir(parents=True, exist_ok=True)
     parts = ((source, _MODEL), (tokenizer or source, _TOKENIZER))
-    paths = [path for origin, names in parts for path in origin.glob("*") if any(map(path.match, names))]
-    if broken := [str(path) for path in paths if path.is_symlink() and not path.exists()]:
+    paths = [(origin, path) for origin, names in parts for path in _matching(origin, names)]
+    if broken := [str(path) for _, path in paths if path.is_symlink() and not path.exists()]:
         raise UserError.many(
             "these links lead nowhere; fetch the model again, or remove them:", sorted(broken)
         )
-    found = {path.name: path for path in paths if path.is_file()}
-    for _, path in sorted(found.items()):
+    found = {path.relative_to(origin): path for origin, path in paths if path.is_file()}
+    for place, path in sorted(found.items()):
         if path.suffix == ".json":
             read_json(path)
-        shutil.copyfile(path, target / path.name)
+        (target / place).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / place)
+
+
+def _matching(origin: Path, names: Sequence[str]) -> list[Path]:
+    """What is there under these names; links to nothing too, which globbing for a name would pass over."""
+    paths = [*origin.glob("*"), *origin.glob("*/*")]
+    return [path for path in paths if any(fnmatch(str(path.relative_to(origin)), name) for name in names)]
 
 
 def exported_config(shape: ModelShape, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:

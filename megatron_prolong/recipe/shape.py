@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*",
 )
 """Patterns of the files of a Hugging Face directory that say how text becomes tokens."""
 
@@ -293,6 +294,8 @@ def _read_spelling(rope: Any, theta: Any) -> tuple[float, RopeScaling | None, li
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         return 0.0, None, [f"rope type is {kind!r}; only 'default' and 'llama3' (Llama-3.1) are supported"]
+    if (share := rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        return 0.0, None, [f"partial_rotary_factor is {share!r}; only 1.0 is supported"]
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     numbers: dict[str, Any] = {name: rope.get(name) for name in (names if kind == "llama3" else ())}
     numbers["rope_theta"] = next(

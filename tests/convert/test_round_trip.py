@@ -36,10 +36,13 @@ def _assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, tor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_round_trip_is_bit_exact(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     original = save_family(family, tmp_path / "original", dtype)
+    (original / "additional_chat_templates").mkdir()
+    (original / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
     to_megatron(original, tmp_path / "megatron")
     to_hf(tmp_path / "megatron", tmp_path / "exported")
     _assert_same_weights(_load(tmp_path / "exported"), _load(original))
-    for name in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
+    chat = ("chat_template.jinja", "additional_chat_templates/rag.jinja")
+    for name in ("generation_config.json", "tokenizer_config.json", *chat):
         assert (tmp_path / "exported" / name).read_bytes() == (original / name).read_bytes()
 
 

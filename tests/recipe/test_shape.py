@@ -73,6 +73,10 @@ def test_the_source_config_travels_along() -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type is 'yarn'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5",
+        ),
         ({"quantization_config": {"bits": 4}}, "unquantised"),
         ({"vocab_size": None}, "vocab_size"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; a number above 0 is needed"),
