@@ -6,6 +6,7 @@ configs of the source, travelling along). Directories are written aside and rena
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import queue
@@ -31,13 +32,15 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import (
     FileSystemReader,
     SerializationFormat,
     _StorageWriterTransforms,
     _write_item,
 )
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_prolong.convert.unpickle import load_metadata
 from megatron_prolong.errors import UserError
@@ -121,12 +124,17 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
         parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
     live = {value.data.untyped_storage().data_ptr() for value in _tensors(state)}
-    without_manager = (filesystem_async, "_get_write_results_queue", queue.SimpleQueue)
-    with warnings.catch_warnings(), replaced([without_manager]):
+    quickly = [
+        (filesystem_async, "_get_write_results_queue", queue.SimpleQueue),  # no manager
+        (torch_dist, "MCoreSavePlanner", _SavePlanner),
+        (torch_dist, "FileSystemWriterAsync", _Writer),
+    ]
+    with warnings.catch_warnings(), replaced(quickly):
         warnings.simplefilter("ignore")
         request = dist_checkpointing.save(
-            state, str(directory), strategy, async_sharded_save=True, content_metadata=dict(_METADATA)
-        )
+            state, str(directory), strategy, async_sharded_save=True, content_metadata=dict(_METADATA),
+            validate_access_integrity=False,  # the strategy does the same again
+        )  # fmt: skip
     if request.async_fn_args:
         rank, buckets, results = request.async_fn_args
         copied = [
@@ -137,6 +145,30 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     return Snapshot(directory, request)
+
+
+class _SavePlanner(torch_dist.MCoreSavePlanner):
+    """Megatron's planner, but for torch's proof that no two boxes of a tensor overlap: it compares a box with most
+    others of its tensor, while all ranks wait."""
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Whether something is missing or there twice is seen by counting."""
+        plans, metadata = create_default_global_save_plan(all_plans)
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                corners = {chunk.offsets for chunk in entry.chunks}
+                elements = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+                assert len(corners) == len(entry.chunks) and elements == math.prod(entry.size), key
+        return plans, metadata
+
+
+class _Writer(filesystem_async.FileSystemWriterAsync):
+    """Megatron's writer, but for the plans of all ranks in the table of contents: they say the same once more."""
+
+    def finish(self, metadata: Metadata, results: Any) -> None:
+        """Write the table of contents."""
+        vars(metadata).pop("all_local_plans", None)
+        super().finish(metadata, results)
 
 
 def load_weights(directory: Path, model: StageModel) -> None:
@@ -180,7 +212,7 @@ def _without_extra_state(state: ShardedStateDict) -> ShardedStateDict:
 class _SafeReader(FileSystemReader):
     """torch's reader, but for the table of contents: torch unpickles that file, which runs what is in it."""
 
-    def __init__(self, directory: str, cache_metadata: bool = False) -> None:
+    def __init__(self, directory: str) -> None:
         super().__init__(directory)
         self._metadata: Metadata | None = None
 
@@ -201,8 +233,9 @@ class _WeightsOnlyPlanner(torch_dist.MCoreLoadPlanner):
 
 def _read(directory: Path, state: ShardedStateDict) -> dict[str, Any]:
     # The third pickle, common.pt, is loaded as weights only since torch 2.6; the tensors always were.
+    reader = _SafeReader(str(directory))  # one for all, as Megatron asks for the table of contents twice
     without_code = [
-        (torch_dist, "_get_filesystem_reader", _SafeReader),
+        (torch_dist, "_get_filesystem_reader", lambda *_, **__: reader),
         (torch_dist, "MCoreLoadPlanner", _WeightsOnlyPlanner),
     ]
     try:

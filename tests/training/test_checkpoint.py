@@ -22,10 +22,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from megatron_prolong.convert.unpickle import load_metadata
 from megatron_prolong.data.batch import collate_pieces
 from megatron_prolong.data.packed import Piece
 from megatron_prolong.errors import UserError
+from megatron_prolong.mcore import checkpoint as saved
 from megatron_prolong.mcore.build import StageModel, build_model
 from megatron_prolong.mcore.checkpoint import (
     _model_state,
@@ -345,6 +350,33 @@ def test_a_snapshot_is_of_its_moment(trained, tmp_path):
     load_weights_and_optimizer(tmp_path, model, optimizer)
     for found, wanted in zip(numbers(model, optimizer), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_saving_compares_no_boxes_and_the_table_of_contents_says_all_once(trained, tmp_path, monkeypatch):
+    """With 512 ranks a 70B model has 350,000 boxes, and a load reads the table on every one of them."""
+    model, optimizer, _ = trained
+    monkeypatch.delattr(default_planner, "_check_box_overlap")
+    save_weights_and_optimizer(tmp_path, model, optimizer)
+    monkeypatch.undo()
+    assert not hasattr(load_metadata(tmp_path / ".metadata"), "all_local_plans")
+    reads = []
+    monkeypatch.setattr(saved, "load_metadata", lambda path: reads.append(path) or load_metadata(path))
+    load_weights_and_optimizer(tmp_path, model, optimizer)
+    assert reads == [tmp_path / ".metadata"]
+
+
+@pytest.mark.parametrize("rows", [[(0, 2), (3, 1)], [(0, 2), (0, 2)], [(0, 2), (2, 2), (4, 1)]])
+def test_what_is_missing_or_there_twice_is_not_saved(rows):
+    """Of a weight of 4 rows: a row missing, two twice, one too many."""
+    properties = TensorProperties(dtype=torch.float32)
+    plans = []
+    for start, count in rows:
+        box = ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([count, 3]))
+        data = TensorWriteData(chunk=box, properties=properties, size=torch.Size([4, 3]))
+        index = MetadataIndex("weight", box.offsets)
+        plans.append(SavePlan([WriteItem(index, WriteItemType.SHARD, tensor_data=data)]))
+    with pytest.raises(AssertionError, match="weight"):
+        saved._SavePlanner(flatten_state_dict=False).create_global_plan(plans)
 
 
 def test_a_load_reads_a_rank_s_shards_only(trained, tmp_path, monkeypatch):
