@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_prolong.evaluation.sentences import split_sentences
 from megatron_prolong.evaluation.task import Entails, Row
-from megatron_prolong.evaluation.text_metrics import normalize_answer
+from megatron_prolong.evaluation.text_metrics import normalize_answer, text_metrics
 
 MAX_CITATIONS = 3
 MIN_SENTENCE_CHARACTERS = 5
@@ -46,6 +46,16 @@ def str_em(item: Row) -> float:
         any(normalize_answer(answer) in text for answer in pair["short_answers"]) for pair in item["qa_pairs"]
     ]
     return float(np.mean(found))
+
+
+def rouge_l_sum(item: Row) -> float:
+    """ASQA: ROUGE-L F1 over sentences, with that of two experts' long answers which is nearer."""
+    experts = [expert["long_answer"] for expert in item.get("annotations") or []][:2] or [item["answer"]]
+    output, *answers = (
+        "\n".join(split_sentences(text.lower()))
+        for text in (remove_citations(clean_output(item["output"])), *experts)
+    )
+    return float(text_metrics(output, answers)["rougeLsum_f1"])
 
 
 def qampari_scores(item: Row) -> dict[str, float]:
@@ -116,10 +126,14 @@ def cited(text: str) -> list[int]:
 
 
 def summarise(items: Sequence[Row], entails: Entails | None, *, listed: bool) -> dict[str, float]:
-    """HELMET's .score content: percentages, length in words; citation scores only with a model for them."""
+    """HELMET's .score content: percentages, length in words; citation scores only with a model for them.
+
+    So is rougeLsum, since both want sentences; it is the mean, which HELMET estimates with an unseeded bootstrap.
+    """
     texts = [remove_citations(clean_output(item["output"])) for item in items]
     summary: dict[str, float] = {"length": float(np.mean([len(text.split()) for text in texts]))}
     if listed:
+        summary |= {"str_em": 0.0, "str_hit": 0.0}  # HELMET's, of a data set without sub-questions
         scores = [qampari_scores(item) for item in items]
         for name in scores[0]:
             scale = 1 if name == "num_preds" else 100
@@ -128,6 +142,8 @@ def summarise(items: Sequence[Row], entails: Entails | None, *, listed: bool) ->
         values = [str_em(item) for item in items]
         summary["str_em"] = 100 * float(np.mean(values))
         summary["str_hit"] = 100 * float(np.mean([value == 1 for value in values]))
+    if entails is not None and not listed:
+        summary["rougeLsum"] = 100 * float(np.mean([rouge_l_sum(item) for item in items]))
     if entails is not None:
         found = [citation_scores(item, listed, entails) for item in items]
         known = [citations for citations in found if citations is not None]
