@@ -147,6 +147,22 @@ def test_long_documents_are_cut_and_say_so(inputs: Inputs) -> None:
     assert abs(len(inputs.tokenizer(row["context"])["input_ids"]) - 7892) < 40
 
 
+@pytest.mark.parametrize("name", ["narrativeqa", "infbench_qa", "infbench_sum", "multi_lexsum"])
+def test_a_document_is_tokenized_once_for_all_its_questions(inputs: Inputs, name: str) -> None:
+    seen: list[str] = []
+
+    class Counting:
+        is_fast = True
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            seen.append(text)
+            return inputs.tokenizer(text, **options)
+
+    task = only(name)
+    rows = task.load(task, replace(inputs, tokenizer=Counting()))
+    assert len(rows) == 2 and [len(text) > 10_000 for text in seen].count(True) == 1
+
+
 def test_books_are_demonstrated_by_their_summaries(inputs: Inputs) -> None:
     task = only("infbench_sum")
     row = task.load(task, inputs)[0]

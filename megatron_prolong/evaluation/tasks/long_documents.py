@@ -6,6 +6,8 @@ HELMET measures and cuts with meta-llama/Llama-2-7b-hf (gated). It is looked for
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from megatron_prolong.evaluation.backend import load_tokenizer
@@ -26,18 +28,32 @@ def has_llama2(inputs: Inputs) -> bool:
     return inputs.data is not None and (inputs.data / LLAMA2).exists()
 
 
-def num_tokens(tokenizer: Any, text: str) -> int:
-    """Tokens with the special ones."""
-    return len(tokenizer(text)["input_ids"])
+def document_cutter(inputs: Inputs, least: int, budget: int) -> Callable[[str], str | None]:
+    """A function that gives what is shown of a document (see `cut_document`); None of one below `least` tokens.
+
+    Many questions are asked about one document, and to tokenize it takes a second: it is done once.
+    """
+    tokenizer = document_tokenizer(inputs)
+
+    @cache
+    def shown(text: str) -> str | None:
+        return cut_document(tokenizer, text, least, budget)
+
+    return shown
 
 
-def cut_document(tokenizer: Any, text: str, budget: int) -> str:
-    """The document's beginning and a note, in about `budget` tokens (HELMET's truncate_llama2)."""
+def cut_document(tokenizer: Any, text: str, least: int, budget: int) -> str | None:
+    """The document's beginning and a note, in about `budget` tokens (HELMET's truncate_llama2).
+
+    None of a document below `least` tokens. Special ones are counted.
+    """
     encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
     total = len(encoded["input_ids"])
+    if total < least:
+        return None
     if total <= budget:
         return text
-    last = budget - num_tokens(tokenizer, OMITTED)
+    last = budget - len(tokenizer(OMITTED)["input_ids"])
     if not tokenizer.is_fast:
         return f"{cut_end(tokenizer, text, total - last - 1)}{OMITTED}"
     return text[: encoded["offset_mapping"][last][1]] + OMITTED

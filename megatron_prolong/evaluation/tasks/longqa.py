@@ -8,7 +8,7 @@ from functools import partial
 
 from megatron_prolong.evaluation.rows import read_split
 from megatron_prolong.evaluation.task import Inputs, Row, Scored, Task, score_text, shuffled, stable_seed
-from megatron_prolong.evaluation.tasks.long_documents import cut_document, document_tokenizer, num_tokens
+from megatron_prolong.evaluation.tasks.long_documents import document_cutter
 
 NARRATIVE = (
     "You are given a story, which can be either a novel or a movie script, and a question. Answer the question "
@@ -83,20 +83,20 @@ def longqa_tasks(length: int) -> list[Task]:
 def _load_narrative(task: Task, inputs: Inputs) -> list[Row]:
     assert inputs.data is not None
     directory = inputs.data / "hf" / "narrativeqa"
-    tokenizer = document_tokenizer(inputs)
-    shown = read_split(directory, "train", ["question", "answers"])
-    train = [(row["question"]["text"], row["answers"][0]["text"]) for row in shown]
+    shown = document_cutter(inputs, NARRATIVE_MIN_TOKENS + 1, task.document_tokens)
+    examples = read_split(directory, "train", ["question", "answers"])
+    train = [(row["question"]["text"], row["answers"][0]["text"]) for row in examples]
     rows: list[Row] = []
     for row in shuffled(read_split(directory, "test"), inputs.seed):
-        text = row["document"]["text"]
-        if num_tokens(tokenizer, text) <= NARRATIVE_MIN_TOKENS:
+        context = shown(row["document"]["text"])
+        if context is None:
             continue
         question = row["question"]["text"]
         kept = {name: value for name, value in row.items() if name not in ("document", "answers")}
         rows.append(
             {
                 **kept,
-                "context": cut_document(tokenizer, text, task.document_tokens),
+                "context": context,
                 "question": question,
                 "answer": [answer["text"] for answer in row["answers"]],
                 "demo": _narrative_demo(train, task.shots, stable_seed(question, inputs.seed)),
@@ -119,14 +119,14 @@ def _narrative_demo(train: list[tuple[str, str]], shots: int, seed: int) -> str:
 def load_infbench(split: str, example: Callable[[Row], str], task: Task, inputs: Inputs) -> list[Row]:
     """One of ∞Bench's splits; `example` is what a demonstration shows of another row."""
     assert inputs.data is not None
-    tokenizer = document_tokenizer(inputs)
+    shown = document_cutter(inputs, INFBENCH_MIN_TOKENS, task.document_tokens)
     rows = [_infbench_row(row, split) for row in read_split(inputs.data / "hf" / "infinitebench", split)]
-    long = [row for row in rows if num_tokens(tokenizer, row["context"]) >= INFBENCH_MIN_TOKENS]
+    long = [row for row in rows if shown(row["context"]) is not None]
     return [
         {
             **row,
             "demo": _infbench_demo(row, rows, example, task.shots, inputs.seed),
-            "context": cut_document(tokenizer, row["context"], task.document_tokens),
+            "context": shown(row["context"]),
         }
         for row in shuffled(long, inputs.seed)[: task.samples(inputs)]
     ]

@@ -6,7 +6,7 @@ import random
 
 from megatron_prolong.evaluation.rows import read_rows, read_split
 from megatron_prolong.evaluation.task import Inputs, Row, Scored, Task, score_text, shuffled, stable_seed
-from megatron_prolong.evaluation.tasks.long_documents import cut_document, document_tokenizer, num_tokens
+from megatron_prolong.evaluation.tasks.long_documents import document_cutter
 from megatron_prolong.evaluation.tasks.longqa import load_infbench
 
 BOOK = (
@@ -75,18 +75,20 @@ def _book_example(row: Row) -> str:
 def _load_cases(task: Task, inputs: Inputs) -> list[Row]:
     assert inputs.data is not None
     directory = inputs.data / "hf" / "multi_lexsum"
-    tokenizer = document_tokenizer(inputs)
-    shown = read_split(directory, "train", ["summary/short"])
-    train = [row for row in shown if row["summary/short"] is not None]
+    shown = document_cutter(inputs, CASE_MIN_TOKENS, task.document_tokens)
+    examples = read_split(directory, "train", ["summary/short"])
+    train = [row for row in examples if row["summary/short"] is not None]
     rows = []
     for row in read_split(directory, "validation"):
-        context = "\n\n".join(row["sources"])
-        if row["summary/short"] is None or num_tokens(tokenizer, context) < CASE_MIN_TOKENS:
+        if row["summary/short"] is None:
+            continue
+        context = shown("\n\n".join(row["sources"]))
+        if context is None:
             continue
         rows.append(
             {
                 **row,
-                "context": cut_document(tokenizer, context, task.document_tokens),
+                "context": context,
                 "question": "",
                 "answer": row["summary/short"],
                 "demo": _case_demo(train, task.shots, stable_seed(str(row["id"]), inputs.seed)),
