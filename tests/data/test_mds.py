@@ -8,14 +8,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prolong.data.mds import MDSReader, MDSWriter, merge_indexes, merge_tree
+from megatron_prolong.data.mds import MDSReader, MDSWriter, Shard, merge_indexes, merge_tree
+from megatron_prolong.data.mds import reader as reader_module
 from megatron_prolong.data.mds.encodings import encoding
 from megatron_prolong.errors import UserError
 
@@ -61,8 +66,11 @@ def test_arrays_are_views_of_the_file(tmp_path: Path) -> None:
     assert not tokens.flags.owndata and not tokens.flags.writeable
 
 
-def test_a_reader_of_many_shards_holds_few_files_open(tmp_path: Path) -> None:
+def test_a_reader_of_many_shards_holds_few_files_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A map keeps its file open, and ProLong's data has thousands of shards."""
+    monkeypatch.setattr(reader_module, "_allow_open_files", lambda: 4096)
     write(tmp_path / "data", [50] * 200, size_limit=1)
     reader = MDSReader(tmp_path / "data")
     assert len(reader.shards) == 200
@@ -72,6 +80,22 @@ def test_a_reader_of_many_shards_holds_few_files_open(tmp_path: Path) -> None:
     assert [int(reader[number]["input_ids"][0]) for number in reversed(range(200))] == [*reversed(range(200))]
     assert len(list(Path("/proc/self/fd").iterdir())) - before <= 65
     np.testing.assert_array_equal(kept, arrays[7])  # a view outlives its map's place in the reader
+
+
+def test_shards_stay_open_where_the_administrator_allows_many_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every opening is a question to the file server, of every rank. It is the only one."""
+    write(tmp_path / "data", [50] * 200, size_limit=1)
+    monkeypatch.setattr(reader_module, "_allow_open_files", lambda: 65536)
+    asked: list[str] = []
+    open_path, reader = Path.open, MDSReader(tmp_path / "data")
+    with monkeypatch.context() as watched:
+        watched.setattr(Path, "stat", lambda path, **_: asked.append(f"stat {path.name}"))
+        watched.setattr(Path, "open", lambda path, *how: asked.append(path.name) or open_path(path, *how))
+        for _ in range(3):
+            assert [int(sample["length"]) for sample in reader] == [50] * 200
+    assert asked == [shard.raw.basename for shard in reader.shards]
 
 
 def test_many_data_sets_need_more_open_files_than_a_shell_allows(tmp_path: Path) -> None:
@@ -398,6 +422,29 @@ def test_compressed_shards_are_unpacked_beside_or_on_a_read_only_disk_elsewhere(
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     assert MDSReader(small_disk / "data")[4]["length"] == 500
     assert (small_disk / "data" / "shard.00000.mds").exists()
+
+
+def test_processes_that_want_the_same_compressed_shard_unpack_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank reads the same global batch: each would write all shards."""
+    write(tmp_path / "data", [500] * 5, compression="zstd")
+    unpack, unpacked, waiting = reader_module._unpack, [], threading.Barrier(4)
+
+    def slowly(shard: Shard) -> IO[bytes]:
+        unpacked.append(shard.raw.basename)
+        time.sleep(0.1)
+        return unpack(shard)
+
+    def rank() -> int:
+        reader = MDSReader(tmp_path / "data")
+        waiting.wait(60)
+        return int(reader[4]["length"])
+
+    monkeypatch.setattr(reader_module, "_unpack", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        assert [each.result() for each in [pool.submit(rank) for _ in range(4)]] == [500] * 4
+    assert unpacked == ["shard.00000.mds"]
 
 
 def test_a_full_disk_is_not_a_damaged_shard(small_disk: Path) -> None:

@@ -1,22 +1,25 @@
 """Random access to the samples of an MDS data set through memory maps.
 
-Opening reads index.json only. A shard is mapped when one of its samples is asked for, and the last _MAX_MAPS of
-them stay mapped (a map costs address space and a file descriptor, not memory); arrays are views of the map and
-keep it. A compressed shard is unpacked once, beside the compressed file as the format's own reader does, or into an
-unnamed temporary file, kept mapped, when the directory is read-only.
+Opening reads index.json only. A shard is mapped when one of its samples is asked for, and the last of them stay
+mapped, as many as open files are allowed (a map costs address space and a file descriptor, not memory); arrays are
+views of the map and keep it. A compressed shard is unpacked once, by one of the processes that want it, beside the
+compressed file as the format's own reader does; when the directory is read-only, by each into an unnamed temporary
+file, kept mapped.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import operator
+import os
 import resource
 import struct
 import tempfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +36,10 @@ from megatron_prolong.runtime.publish import is_disk_full, temporary_name
 
 _PAIR = struct.Struct("<II")
 _CHUNK_BYTES = 1 << 20
-_MAX_MAPS = 64  # of every reader, as a mixture has many domains
+# A reader's share of the open files, as a mixture has many domains and gloo a socket to every rank. Hundreds of
+# ranks that open a shard for every sample anew are a burden to the file server.
+_SHARE_OF_OPEN_FILES = 64
+_MAX_MAPS = 1024
 
 
 class MDSReader(Sequence[dict[str, Any]]):
@@ -47,7 +53,7 @@ class MDSReader(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, path: Path | str, *, columns: Iterable[str] | None = None) -> None:
-        _allow_open_files()
+        self._max_maps = max(1, min(_MAX_MAPS, _allow_open_files() // _SHARE_OF_OPEN_FILES))
         self.path = Path(path)
         index = read_index(self.path)
         self.shards = index.shards
@@ -158,20 +164,15 @@ class MDSReader(Sequence[dict[str, Any]]):
         if number in self._unnamed:
             return self._unnamed[number]
         shard = self.shards[number]
-        if shard.packed is not None and not _has_size(shard.path, shard.raw.num_bytes):
-            file = _unpack(shard)
-        else:
-            _check_file(shard.path, shard.raw.num_bytes)
-            file = shard.path.open("rb")
-        with file:
+        with _open(shard) as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if int.from_bytes(data[:4], "little") != shard.num_samples:
             raise UserError(
                 f"{shard.path} holds {int.from_bytes(data[:4], 'little')} samples, index.json says "
                 f"{shard.num_samples}; fetch or write the data set again"
             )
-        if shard.path.exists():
-            if len(self._maps) == _MAX_MAPS:
+        if shard.packed is None or shard.path.exists():
+            if len(self._maps) == self._max_maps:
                 del self._maps[next(iter(self._maps))]
             self._maps[number] = data
         else:
@@ -182,7 +183,7 @@ class MDSReader(Sequence[dict[str, Any]]):
         """Check shard `number` completely: size, hashes, and that every sample decodes. Raises UserError."""
         shard = self.shards[number]
         path, file = shard.delivered
-        _check_file(path, file.num_bytes)
+        _open_file(path, file.num_bytes).close()
         check_hashes(path, file.hashes, _parts(path))
         for sample in range(shard.num_samples):
             self._read(number, sample)
@@ -190,27 +191,54 @@ class MDSReader(Sequence[dict[str, Any]]):
             check_hashes(shard.path, shard.raw.hashes, _parts(shard.path))
 
 
-def _allow_open_files() -> None:
+def _allow_open_files() -> int:
     """As many as the administrator permits: the common 1,024 are too few for twenty domains, or for all shards of
     one compressed data set in a read-only place."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError):  # the kernel's own limit was lowered below it
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _open(shard: Shard) -> IO[bytes]:
+    """The shard as it is read, unpacked if need be."""
+    if shard.packed is None:
+        return _open_file(shard.path, shard.raw.num_bytes)
+    if not _has_size(shard.path, shard.raw.num_bytes):
+        with _alone(shard.delivered[0]):  # all ranks read the same batch, so they come at the same moment
+            if not _has_size(shard.path, shard.raw.num_bytes):
+                return _unpack(shard)
+    return _open_file(shard.path, shard.raw.num_bytes)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait for other processes that are here with the same file; where it cannot be locked, each does its work."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            file = stack.enter_context(path.open("r+b"))  # NFS locks only what may be written
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _has_size(path: Path, num_bytes: int) -> bool:
     return path.exists() and path.stat().st_size == num_bytes
 
 
-def _check_file(path: Path, num_bytes: int) -> None:
-    if not path.exists():
-        raise UserError(f"{path}: this shard is missing; fetch or write the data set again")
-    found = path.stat().st_size
+def _open_file(path: Path, num_bytes: int) -> IO[bytes]:
+    """The file server is asked once."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: this shard is missing; fetch or write the data set again") from None
+    found = os.fstat(file.fileno()).st_size
     if found != num_bytes:
+        file.close()
         what = "truncated" if found < num_bytes else "too long"
         raise UserError(
             f"{path}: {what}, {found} bytes where index.json says {num_bytes}; fetch or write it again"
         )
+    return file
 
 
 def _parts(path: Path) -> Iterator[memoryview]:
@@ -224,7 +252,7 @@ def _parts(path: Path) -> Iterator[memoryview]:
 def _unpack(shard: Shard) -> IO[bytes]:
     """Decompress a shard, check both files against the index, return the raw file opened for reading."""
     path, file = shard.delivered
-    _check_file(path, file.num_bytes)
+    _open_file(path, file.num_bytes).close()
     check_hashes(path, file.hashes, _parts(path))
     temporary = temporary_name(shard.path)
     try:
