@@ -72,7 +72,10 @@ def cited_answers(listed: bool) -> list[dict[str, Any]]:
         cited = "".join(f"{sentence(rng)} [{rng.randint(0, 7)}][{rng.randint(1, 6)}]. " for _ in range(3))
         gold: dict[str, Any] = {
             "qa_pairs": [{"short_answers": ["Paris", "3,000"]}, {"short_answers": ["1989", "born"]}],
-            "annotations": [{"long_answer": "Paris, 1989. New York"}, {"long_answer": "Born in 1989 in Paris"}],
+            "annotations": [
+                {"long_answer": "Paris, 1989. New York"},
+                {"long_answer": "Born in 1989 in Paris"},
+            ],
         }
         if listed:
             gold = {"answers": [["Paris", "the paris"], ["New York"], ["hotel"], ["B."], ["C"], ["1989"]]}
