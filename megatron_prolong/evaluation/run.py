@@ -116,7 +116,7 @@ def _data_of(task: Task, inputs: Inputs) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        if inputs.data is None or task.missing(inputs.data):
+        if inputs.data is None or not task.reads(inputs.data):
             raise
         files = ", ".join(str(inputs.data / name) for name in (*task.needs, task.instead) if name)
         raise UserError(
@@ -236,7 +236,8 @@ def _arguments(
     task: Task, backend: Backend, inputs: Inputs, settings: Settings, chat: bool
 ) -> dict[str, Any]:
     """HELMET's argument names, then ours."""
-    from_file = inputs.data is not None and all((inputs.data / name).exists() for name in task.needs)
+    there = [inputs.data is not None and (inputs.data / name).exists() for name in task.needs]
+    from_file = bool(there) and all(there)
     haystack = f"prose {sample_key(inputs.haystack)[:8]}" if inputs.haystack else "noise"
     cut_by = "Llama-2's tokenizer" if has_llama2(inputs) else "the model's tokenizer"
     return {

@@ -121,6 +121,10 @@ class Task:
             return []
         return [name for name in self.needs if data is None or not (data / name).exists()]
 
+    def reads(self, data: Path | None) -> bool:
+        """Whether `load` reads files that are there; else it makes the rows itself, or cannot."""
+        return data is not None and bool(self.needs) and not self.missing(data)
+
 
 def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:
     """The order of `datasets.Dataset.shuffle(seed=seed)`."""

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from megatron_prolong.cli.eval_suite import data_check
 from megatron_prolong.evaluation.data_check import how_to_get
+from megatron_prolong.evaluation.identity import data_identity
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.runtime.terminal import screen
 
@@ -18,6 +19,13 @@ def test_commands_can_be_pasted_together() -> None:
     files = {need for task in select("helmet", [131072]) for need in task.needs}
     commands = {how_to_get(file, Path("data")) for file in files}
     assert len(commands) > 3 and not any("cd " in command for command in commands)
+
+
+def test_a_length_that_no_file_has_names_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    data_check(suite="synthetic", lengths=[8000], tasks="json_kv")
+    assert "dep6" not in capsys.readouterr().out
+    (task,) = select("synthetic", [8000], ["json_kv"])
+    assert not task.reads(tmp_path) and data_identity(task, tmp_path) == data_identity(task, None)
 
 
 def test_a_suite_without_files_of_ours_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,8 +21,8 @@ TEMPLATE = (
 
 
 def json_kv_task(length: int) -> Task:
-    """JSON KV at any length; generated when HELMET's file is not there."""
-    test_file = f"json_kv/test_k{PAIRS.get(length, 0)}_dep6.jsonl"
+    """JSON KV at any length; generated when HELMET's file is not there, and where no file has that length."""
+    test_file = f"json_kv/test_k{PAIRS[length]}_dep6.jsonl" if length in PAIRS else ""
     return Task(
         name="json_kv",
         category="recall",
@@ -34,17 +34,16 @@ def json_kv_task(length: int) -> Task:
         max_new_tokens=100,
         metrics=("substring_exact_match",),
         test_file=test_file,
-        needs=(test_file,),
+        needs=(test_file,) if test_file else (),
         generated=True,
     )
 
 
 def _load(task: Task, inputs: Inputs) -> list[Row]:
-    if task.missing(inputs.data):
-        rows = _generate(task, inputs)
-    else:
-        assert inputs.data is not None
+    if inputs.data is not None and task.reads(inputs.data):
         rows = read_rows(inputs.data / task.test_file)
+    else:
+        rows = _generate(task, inputs)
     rows = [_with_demos(row, task.shots) for row in rows]
     return shuffled(rows, inputs.seed)[: task.samples(inputs)]
 
