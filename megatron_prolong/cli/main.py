@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from importlib.metadata import version
 from typing import Annotated
 
@@ -66,10 +67,28 @@ app.command()(launch.launch)
 
 
 def run() -> None:
-    """Console entry point. `--debug` anywhere on the line keeps the traceback of a user error.
+    """Console entry point. `--debug` anywhere on the line keeps the traceback of a user error."""
+    try:
+        _run()
+    except BaseException as error:
+        if not _is_one_of_many():
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
-    A path that cannot be read or written, or a full disk, is the user's to mend, wherever it was met.
-    """
+
+def _is_one_of_many() -> bool:
+    """Whether this rank fails alone, or another one is gone: `distributed` leaves its groups as they are, and the
+    interpreter's end would wait for the others when it aborts them (nccl issue 1777)."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _run() -> None:
+    """A path that cannot be read or written, or a full disk, is the user's to mend, wherever it was met."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) != len(sys.argv) - 1
     try:
@@ -81,8 +100,8 @@ def run() -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except RankLost as event:
-        print(f"error: {event}", file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly exit would wait for the rank that is gone
+        print(f"error: {event}", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         if debug or (error.filename is None and not is_disk_full(error)):
             raise

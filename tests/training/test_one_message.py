@@ -245,3 +245,39 @@ def test_every_rank_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     else:
         said = said.format(copies=tmp_path / "copies")
         assert (first, second) == (f"{said}, said here: True", f"{said}, said here: False")
+
+
+FAILS_ALONE = """
+import atexit
+import sys
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from megatron_prolong.cli import main
+from megatron_prolong.errors import RankLost, UserError
+
+def app(**_):
+    raise eval(sys.argv[2])
+
+main.app = app
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(sys.argv[1]))
+atexit.register(print, "an orderly end")
+main.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error", "code", "said"),
+    [
+        (2, "UserError('no such file')", 2, "error: no such file\n"),
+        (2, "RankLost('rank 1 is gone')", 1, "error: rank 1 is gone\n"),
+        (2, "MemoryError('of the GPU')", 1, "MemoryError: of the GPU\n"),
+        (2, "SystemExit(75)", 75, ""),
+        (1, "MemoryError('of the GPU')", 1, "MemoryError: of the GPU\n"),
+    ],
+)
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others_at_its_end(ranks, error, code, said) -> None:
+    """As the interpreter's end does: it aborts the groups that are left (nccl issue 1777)."""
+    command = [sys.executable, "-c", FAILS_ALONE, str(ranks), error]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert (found.returncode, found.stderr[len(found.stderr) - len(said) :]) == (code, said), found.stderr
+    assert ("an orderly end" in found.stdout) == (ranks == 1)
