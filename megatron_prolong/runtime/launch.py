@@ -22,6 +22,7 @@ from megatron_prolong.runtime.lost_rank import naming_lost_ranks
 from megatron_prolong.runtime.rendezvous import Rendezvous, interface_towards, read_number, read_rendezvous
 
 FEWEST_OPEN_FILES = 512  # a single process of the smallest model has 93 open
+_GROUPS_OF_ALL = 3  # the default one and two of Megatron's, without its smaller ones
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
             never leaves the others hanging. Ranks honestly wait for the slowest one's part of a checkpoint.
     """
     set_gpu_environment()
-    _allow_open_files()
     place = read_rendezvous(os.environ)
+    _allow_open_files(FEWEST_OPEN_FILES + _GROUPS_OF_ALL * (place.size - 1))
     if torch.cuda.is_available():
         if place.local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -106,17 +107,18 @@ def _meet(backend: str, place: Rendezvous, timeout_seconds: float) -> None:
         ) from error
 
 
-def _allow_open_files() -> None:
+def _allow_open_files(fewest: int) -> None:
     """As many as the administrator permits: gloo keeps a socket to every rank in every group of ranks.
 
     Raises:
         UserError: these are too few; PyTorch would end with an error of its own, or wait for ever.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most < FEWEST_OPEN_FILES:
+    if most < fewest:
         raise UserError(
-            f"a process may open {most} files here; training takes at least {FEWEST_OPEN_FILES} (sockets and "
-            "shards are files): raise the limit in a new shell (ulimit -n 4096), or have it raised"
+            f"a process may open {most} files here; training takes at least {fewest} (sockets to all ranks and "
+            f"shards are files): raise the limit in a new shell (ulimit -n {max(4096, 2 * fewest)}), or have it "
+            "raised"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

@@ -24,6 +24,15 @@ def test_all_open_files_that_are_permitted_are_used_and_too_few_are_one_message(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 40))
     with pytest.raises(UserError, match="may open 40 files here; training takes at least 512"), distributed():
         pass
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 2048))
+    many = {**TORCHRUN, "WORLD_SIZE": "1024", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in many.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(UserError, match=r"at least 3581 \(sockets to all ranks .*ulimit -n 7162"),
+        distributed(),
+    ):
+        pass
 
 
 def test_an_error_of_a_process_alone_leaves_no_process_group() -> None:
