@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron_prolong.evaluation.backend import Prompt, encode
 from megatron_prolong.evaluation.changes import changes
 from megatron_prolong.evaluation.prompts import prepare, render
 from megatron_prolong.evaluation.results import judged_path, read_results
-from megatron_prolong.evaluation.rows import read_split
+from megatron_prolong.evaluation.rows import read_chosen, read_split
 from megatron_prolong.evaluation.run import Settings, run_task
 from megatron_prolong.evaluation.suite import run_suite, runnable
 from megatron_prolong.evaluation.suite_page import suite_page
@@ -103,6 +104,20 @@ def test_rag_depths_share_demonstrations_and_questions_are_whole(inputs: Inputs)
     assert len(rows) == 4 and len({row["question"] for row in rows}) == 2
     assert rows[0]["demos"] == rows[1]["demos"] and rows[0]["demos"].count("Question: train") == 2
     assert "Document (Title: T" in render(task, rows[0], chat=False).text
+
+
+def test_of_a_large_file_only_the_asked_rows_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as file:
+        file.writelines(
+            json.dumps({"question": f"ä{n // 2}", "text": "x" * 20_000}) + "\r\n\n" for n in range(500)
+        )
+    tracemalloc.start()
+    rows = read_chosen(path, lambda row: row["question"], lambda names: sorted(names)[-2:])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [row["question"] for row in rows] == ["ä98", "ä98", "ä99", "ä99"]
+    assert peak < 1 << 20, "the file has ten times as much"
 
 
 def test_popqa_asks_rare_subjects_and_never_shows_the_asked(inputs: Inputs) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
-from megatron_prolong.evaluation.rows import read_rows
+from megatron_prolong.evaluation.rows import read_chosen, read_rows
 from megatron_prolong.evaluation.task import (
     Inputs,
     Row,
@@ -59,15 +60,23 @@ def rag_tasks(length: int) -> list[Task]:
 def _load(task: Task, inputs: Inputs) -> list[Row]:
     """All rows of the chosen questions: the gold passages of one question stand at several depths."""
     assert inputs.data is not None
-    rows = read_rows(inputs.data / task.test_file)
-    demos = read_rows(inputs.data / task.demo_file)
     popqa = task.name == POPQA
-    if popqa:
-        rows, demos = ([row for row in of if math.log10(row["s_pop"]) < MOST_POPULAR] for of in (rows, demos))
+    demos = [row for row in read_rows(inputs.data / task.demo_file) if not popqa or _is_rare(row)]
+
+    def name(row: Row) -> Any:
+        return row.get("id", row["question"]) if not popqa or _is_rare(row) else None
+
+    def choose(names: set[Any]) -> set[Any]:
+        return set(random.Random(inputs.seed).sample(sorted(names), min(task.samples(inputs), len(names))))
+
+    rows = read_chosen(inputs.data / task.test_file, name, choose)
     key = "id" if rows and "id" in rows[0] else "question"
-    names = sorted({row[key] for row in rows})
-    chosen = set(random.Random(inputs.seed).sample(names, min(task.samples(inputs), len(names))))
-    return [_fill(row, demos, key, task.shots, popqa) for row in rows if row[key] in chosen]
+    return [_fill(row, demos, key, task.shots, popqa) for row in rows]
+
+
+def _is_rare(row: Row) -> bool:
+    """Whether PopQA's question is about something little known."""
+    return math.log10(row["s_pop"]) < MOST_POPULAR
 
 
 def _fill(row: Row, pool: list[Row], key: str, shots: int, same_split: bool) -> Row:
