@@ -7,6 +7,7 @@ TE; what is ours is how documents are handed to its attention. Weights have the 
 from __future__ import annotations
 
 import copy
+import os
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -136,9 +137,10 @@ def has_packed_kernels() -> bool:
 
     cuDNN does on Hopper and Blackwell for data centers, elsewhere only the flash-attn package; without either TE
     falls back on scores of length times length (dot_product_attention/utils.py: get_attention_backend). So does
-    cuDNN in its backward where PyTorch is told to be deterministic; PyTorch's own kernel does not.
+    cuDNN in its backward where PyTorch or TE is told to be deterministic; PyTorch's own kernel does not.
     """
-    if torch.are_deterministic_algorithms_enabled():
+    tolerant = int(os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1"))
+    if torch.are_deterministic_algorithms_enabled() or not tolerant:
         return False
     return torch.cuda.get_device_capability()[0] in (9, 10) or find_spec("flash_attn") is not None
 

@@ -94,18 +94,20 @@ def test_the_output_of_one_call_is_not_copied():
 
 
 @pytest.mark.parametrize(
-    "capability, flash_attn, expected",
+    "capability, flash_attn, nondeterministic, expected",
     [
-        ((9, 0), False, TransformerEngineAttention),
-        ((10, 3), False, TransformerEngineAttention),
-        ((8, 9), True, TransformerEngineAttention),
-        ((8, 0), False, DocumentAttention),
-        ((12, 0), False, DocumentAttention),
+        ((9, 0), False, "1", TransformerEngineAttention),
+        ((10, 3), False, "1", TransformerEngineAttention),
+        ((8, 9), True, "1", TransformerEngineAttention),
+        ((8, 0), False, "1", DocumentAttention),
+        ((12, 0), False, "1", DocumentAttention),
+        ((9, 0), True, "0", DocumentAttention),
     ],
 )
 def test_attention_is_our_own_where_transformer_engine_would_materialise_scores(
-    capability, flash_attn, expected, monkeypatch
+    capability, flash_attn, nondeterministic, expected, monkeypatch
 ):
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", nondeterministic)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(transformer_engine, "find_spec", lambda name: object() if flash_attn else None)
     (layer,) = transformer_engine_block_spec(1).layer_specs
