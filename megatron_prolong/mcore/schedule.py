@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -20,17 +20,28 @@ from megatron_prolong.mcore.micro_batch import MicroBatch
 
 
 def forward_backward(
-    model: StageModel, batches: Sequence[MicroBatch], groups: ParallelGroups
+    model: StageModel,
+    batches: Sequence[MicroBatch],
+    groups: ParallelGroups,
+    computed: Callable[[], None] = lambda: None,
 ) -> tuple[float, int]:
     """Run every micro-batch; afterwards gradients are those of the mean loss over the global batch's targets.
 
     `calculate_per_token_loss` makes Megatron sum the token losses and divide, once, by the number of targets of
     the whole global batch, so neither micro-batches nor ranks weigh in.
 
+    Args:
+        computed: called when this rank has done its part, before it waits for the others' gradients.
+
     Returns:
         The mean loss (NaN without a target) and the number of targets of the global batch, the same on every rank.
     """
-    model.config.finalize_model_grads_func = finalize_model_grads
+
+    def finalize(*args: Any, **named: Any) -> None:
+        computed()
+        finalize_model_grads(*args, **named)
+
+    model.config.finalize_model_grads_func = finalize
     model.config.no_sync_func = model.accumulating
     losses = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, model),

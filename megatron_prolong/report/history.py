@@ -26,6 +26,7 @@ _KINDS = {
     "time": int | float, "event": str, "stage": str, "step": int, "scores": dict, "domains": dict,
     "loss": _NUMBER, "lr": _NUMBER, "grad_norm": _NUMBER, "tokens_per_second": _NUMBER,
     "tflops_per_rank": _NUMBER, "step_seconds": _NUMBER, "peak_memory_bytes": _NUMBER,
+    "balance": _NUMBER,
 }  # fmt: skip
 
 

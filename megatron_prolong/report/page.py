@@ -19,6 +19,7 @@ _CURVES = (
     ("lr", "learning rate", "Learning rate."),
     ("tokens_per_second", "tokens per second", "Throughput over all ranks."),
     ("tflops_per_rank", "TFLOP/s per rank", "Model FLOPs by the real documents; over the GPU's peak: MFU."),
+    ("balance", "mean over max", "Time of the ranks' own parts of a step: 1 where none waits for another."),
 )
 
 

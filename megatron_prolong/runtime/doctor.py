@@ -39,6 +39,7 @@ OPTIONAL_PACKAGES = {
 # gradients of packed documents can be NaN (Transformer Engine issue 2186).
 HOPPER_CUDNN = 91800
 ALL_REDUCE_BYTES = 64 * 2**20
+SLOW_GPU = 0.9  # of the fastest beside it
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,13 @@ def examine(directory: Path, *, quick: bool) -> list[Finding]:
 
     Args:
         directory: where runs would write; its file system is looked at.
-        quick: without the all-reduce, which starts processes and takes some seconds.
+        quick: without the GPUs' speeds and the all-reduce, which takes some seconds.
     """
     looks: list[Callable[[], list[Finding]]] = [
         _system, _packages, _devices, _cudnn, _backends, _fabric, lambda: _disk(directory),
     ]  # fmt: skip
     if not quick:
-        looks.append(_all_reduce)
+        looks += [_gpu_speeds, _all_reduce]
     return [finding for look in looks for finding in look()]
 
 
@@ -147,6 +148,39 @@ def _devices() -> list[Finding]:
         else:
             findings.append(Finding(f"GPU {index}", "ok", detail))
     return [*findings, _compiler()]
+
+
+def _gpu_speeds() -> list[Finding]:
+    """A GPU that is hot, capped or damaged keeps all others of a job waiting."""
+    if not torch.cuda.is_available():
+        return []
+    speeds = measure_gpus()
+    detail = ", ".join(f"{speed:.0f}" for speed in speeds) + " TFLOP/s (bf16, all at once)"
+    slow = [f"GPU {index}" for index, speed in enumerate(speeds) if speed < SLOW_GPU * max(speeds)]
+    if not slow:
+        return [Finding("matrix products", "ok", detail)]
+    remedy = f"look at clocks, temperature and errors of {', '.join(slow)}: nvidia-smi -q"
+    return [Finding("matrix products", "warning", detail, remedy)]
+
+
+def measure_gpus(width: int = 8192, products: int = 100) -> list[float]:
+    """TFLOP/s of products of two square matrices of `width`, of every GPU while all are at work."""
+    count = torch.cuda.device_count()
+    factors = [torch.randn(width, width, dtype=torch.bfloat16, device=f"cuda:{i}") for i in range(count)]
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in factors]
+    for product in range(2 * products):  # the first half warms up
+        for index, factor in enumerate(factors):
+            with torch.cuda.device(index):
+                if product == products:
+                    marks[index][0].record()
+                torch.mm(factor, factor)
+                if product == 2 * products - 1:
+                    marks[index][1].record()
+    speeds = []
+    for started, ended in marks:
+        ended.synchronize()
+        speeds.append(products * 2 * width**3 / (started.elapsed_time(ended) * 1e9))
+    return speeds
 
 
 def _compiler() -> Finding:

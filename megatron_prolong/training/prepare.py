@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from megatron_prolong.training.run_directory import Checkpoint
 from megatron_prolong.training.schedule import learning_rate
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics, train_step
+from megatron_prolong.training.stragglers import BusyClock, Stragglers
 
 
 @dataclass(frozen=True)
@@ -63,19 +65,25 @@ class StageRun:
     optimizer: MegatronOptimizer
     mixture: Mixture
     cost: CostModel
+    clock: BusyClock
+    stragglers: Stragglers
 
     def update(self, step: int, sequences: list[PackedSequence]) -> StepMetrics:
         """Make update `step` (counted from 0) with its global batch. Collective."""
         stage, recipe = self.stage, self.recipe
+        self.clock.start()
         assignment = share_out(sequences, self.groups, stage.micro_batch_length, self.cost)
         batches = micro_batches(
             sequences, assignment, self.groups, self.settings.layout, self.world.device,
             token_multiple=fp8.TOKEN_MULTIPLE if self.settings.precision == "fp8" else 1,
         )  # fmt: skip
-        return train_step(
+        metrics = train_step(
             self.model, self.optimizer, batches, self.groups,
-            spec=recipe.optimizer, lr=learning_rate(stage, step),
+            spec=recipe.optimizer, lr=learning_rate(stage, step), computed=self.clock.stop,
         )  # fmt: skip
+        planned = [sum(plan.share.seconds for plan in plans) for plans in assignment]
+        self.stragglers.note(self.clock.seconds(), planned)
+        return metrics
 
 
 def prepare_stage(
@@ -117,7 +125,10 @@ def prepare_stage(
         load_weights(start.checkpoint.directory, model)
         optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
     cost = CostModel.for_shape(shape)
-    return StageRun(recipe, stage, settings, world, groups, model, optimizer, mixture, cost)
+    clock, stragglers = BusyClock(world.device), Stragglers.meet(world, platform.node(), groups)
+    return StageRun(
+        recipe, stage, settings, world, groups, model, optimizer, mixture, cost, clock, stragglers
+    )
 
 
 def _refuse_other_data(stage: Stage, main: str, own: str) -> None:

@@ -118,6 +118,9 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
             facts = _facts(run, before, state, metrics, sequences, seconds)
             show = last or state.step % run.recipe.logging.every == 0
             log.step(stage.name, state.step, stage.num_steps, facts, show=show)
+            if slow := run.stragglers.news():
+                log.event("slow_ranks", stage=stage.name, step=state.step, ranks=slow)
+                log.say(f"warning: {run.stragglers.describe(slow)}")
         stopping = session.stop_requested()
         if last or stopping or state.step % spec.every == 0:
             writer.save(run.model, run.optimizer, _manifest(run, state))
@@ -154,6 +157,7 @@ def _facts(
         "skipped": state.skipped,
         "domains": state.domain_tokens,
         "peak_memory_bytes": _peak_memory(run.world),
+        "balance": run.stragglers.balance,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_prolong.mcore.build import StageModel
@@ -41,12 +41,17 @@ def train_step(
     *,
     spec: OptimizerSpec,
     lr: float,
+    computed: Callable[[], None] = lambda: None,
 ) -> StepMetrics:
-    """Accumulate the gradient of the global batch's mean loss and make one AdamW update. Collective."""
+    """Accumulate the gradient of the global batch's mean loss and make one AdamW update. Collective.
+
+    Args:
+        computed: as of `forward_backward`.
+    """
     model.zero_gradients()
     optimizer.zero_grad()
     set_hyperparameters(optimizer, spec, lr)
-    loss, num_targets = forward_backward(model, batches, groups)
+    loss, num_targets = forward_backward(model, batches, groups, computed)
     if not math.isfinite(loss):
         return StepMetrics(loss, math.nan, lr, num_targets, updated=False)
     updated, grad_norm = update(optimizer, spec.clip)

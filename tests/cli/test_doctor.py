@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.main import app
@@ -128,6 +129,22 @@ def test_a_cudnn_whose_gradients_can_be_nan_is_a_warning(monkeypatch, cudnn, cap
     monkeypatch.setattr("torch.backends.cudnn.version", version)
     (finding,) = doctor._cudnn()
     assert finding.status == status and bool(finding.remedy) == (status == "warning")
+
+
+def test_a_gpu_slower_than_those_beside_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.cuda.is_available() or not doctor._gpu_speeds()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for speeds, status in (([640.0, 612.0], "ok"), ([640.0, 640.0, 500.0], "warning")):
+        monkeypatch.setattr(doctor, "measure_gpus", lambda speeds=speeds: speeds)
+        (finding,) = doctor._gpu_speeds()
+        assert finding.status == status and ("GPU 2" in finding.remedy) == (status == "warning")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_every_gpus_speed_is_measured() -> None:
+    speeds = doctor.measure_gpus(width=256, products=2)
+    assert len(speeds) == torch.cuda.device_count() and min(speeds) > 0
 
 
 def test_gpus_are_judged_by_what_pytorch_says(monkeypatch: pytest.MonkeyPatch) -> None:

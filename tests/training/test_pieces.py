@@ -36,6 +36,7 @@ from megatron_prolong.training.run_directory import (
 from megatron_prolong.training.stage import Preempted, Session
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics
+from megatron_prolong.training.stragglers import Stragglers
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 SHAPE = ModelShape(
@@ -153,7 +154,7 @@ def walk(of: Recipe, monkeypatch, clock: list[float], metrics: StepMetrics, unti
     )
     at = SimpleNamespace(
         recipe=of, stage=of.stages[0], mixture=None, model=None, optimizer=None,
-        update=lambda *_: take(2, metrics),
+        update=lambda *_: take(2, metrics), stragglers=Stragglers([]),
     )  # fmt: skip
     monkeypatch.setattr(stage_module, "stream", read)
     monkeypatch.setattr(stage_module, "CheckpointWriter", lambda *_, **__: writer)

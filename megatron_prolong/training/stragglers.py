@@ -1,0 +1,136 @@
+"""Which ranks the others wait for: a hot GPU, a bad link or a busy host slows a whole job, and no loss shows it.
+
+Each rank times its own part of a step, up to where it waits for the others' gradients. Ranks of one replica of the
+model wait for each other before that, so often it is a node that is found and not yet the GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megatron_prolong.mcore.groups import ParallelGroups
+from megatron_prolong.runtime.launch import World
+
+WINDOW = 20  # steps: a single slow one has other reasons
+SLOW = 1.15  # times what the work asks for; documents are dealt out, and their cost is known, within a few percent
+
+
+class BusyClock:
+    """Time from the start of a step to the end of this rank's own part of it, on a GPU as the GPU sees it."""
+
+    def __init__(self, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else None
+        self._times = [0.0, 0.0]
+
+    def start(self) -> None:
+        """A step begins."""
+        self._mark(0)
+
+    def stop(self) -> None:
+        """This rank's own part is done, or on a GPU will be when it gets here."""
+        self._mark(1)
+
+    def seconds(self) -> float:
+        """Of the latest step; waits for the GPU."""
+        if self._events is None:
+            return self._times[1] - self._times[0]
+        started, stopped = self._events
+        stopped.synchronize()
+        return float(started.elapsed_time(stopped)) / 1e3
+
+    def _mark(self, which: int) -> None:
+        if self._events is None:
+            self._times[which] = time.perf_counter()
+        else:
+            self._events[which].record()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's host, data-parallel replica and pipeline stage."""
+
+    host: str
+    replica: int
+    stage: int
+
+
+@dataclass
+class Stragglers:
+    """What the main rank knows of the ranks' times.
+
+    Attributes:
+        places: of every rank, on the main rank; nowhere else, and not for a single rank.
+        balance: mean over the ranks of their time over that of the slowest of their pipeline stage, in the latest
+            step: 1 where none waits. None elsewhere.
+    """
+
+    places: list[Place]
+    balance: float | None = None
+    _recent: deque[NDArray[np.float64]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    _told: set[int] = field(default_factory=set)
+
+    @classmethod
+    def meet(cls, world: World, host: str, groups: ParallelGroups) -> Stragglers:
+        """Collective."""
+        own = Place(host, groups.dp.rank, groups.pp.rank)
+        places: list[Place] = [own] * world.size
+        dist.gather_object(own, places if world.is_main else None)
+        return cls(places if world.is_main and world.size > 1 else [])
+
+    def note(self, seconds: float, planned: Sequence[float]) -> None:
+        """Take a step's times in. Collective.
+
+        Args:
+            seconds: how long this rank was at it.
+            planned: what the step's documents cost each replica, in any unit.
+        """
+        own = torch.tensor([seconds], dtype=torch.float64)  # on CPU: gloo
+        gathered = [torch.empty_like(own) for _ in self.places]
+        if dist.get_world_size() > 1:
+            dist.gather(own, gathered or None)
+        if self.places:
+            self._take(np.array([float(one) for one in gathered]), np.asarray(planned))
+
+    def _take(self, seconds: NDArray[np.float64], planned: NDArray[np.float64]) -> None:
+        stages = np.array([place.stage for place in self.places])
+        work = planned[[place.replica for place in self.places]]
+        comparable = work >= work.max() / 2  # the time of who has little to do is not that of its work
+        pace, shares = np.ones_like(seconds), np.ones_like(seconds)
+        for stage in np.unique(stages):  # they have unlike work, and see the same step for unlike times
+            peers = stages == stage
+            shares[peers] = seconds[peers] / seconds[peers].max()
+            peers &= comparable
+            pace[peers] = seconds[peers] / work[peers]
+            pace[peers] /= np.median(pace[peers])
+        self.balance = float(shares.mean())
+        self._recent.append(pace)
+
+    def news(self) -> dict[int, float]:
+        """Ranks found slow since the last call, and how many times longer than the others they take."""
+        if len(self._recent) < WINDOW:
+            return {}
+        usual = np.median(self._recent, axis=0)
+        found = {rank: float(usual[rank]) for rank in np.flatnonzero(usual > SLOW).tolist()}
+        new = {rank: times for rank, times in found.items() if rank not in self._told}
+        self._told.update(new)
+        return new
+
+    def describe(self, slow: dict[int, float]) -> str:
+        """In words."""
+        hosts: dict[str, list[int]] = {}
+        for rank in slow:
+            hosts.setdefault(self.places[rank].host, []).append(rank)
+        who = "; ".join(f"{host}: rank {', '.join(map(str, ranks))}" for host, ranks in hosts.items())
+        return (
+            f"all wait for slow ranks, {max(slow.values()):.2f} times the others' time for the same work in the "
+            f"last {WINDOW} steps ({who}): a hot or damaged GPU, a bad link, or a busy host; `prolong doctor` there"
+        )
