@@ -1,5 +1,6 @@
 # `make demo` and `make test` each work alone in a fresh clone: they make their own .venv.
-PYTHON ?= python3.11
+# The first that runs here; CI has 3.11.
+PYTHON ?= $(shell for v in 3.11 3.12 3.13; do python$$v -c '' 2>/dev/null && echo python$$v && break; done)
 # What the tests run with; PyPI's build for Linux takes CUDA along.
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -34,6 +35,7 @@ bench: $(VENV)/ready
 	@ls benchmarks/*.py benchmarks/*/*.py
 
 $(VENV)/ready: setup.py
+	@test "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 here; name one: make PYTHON=…" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet -e ".[dev]"
