@@ -29,6 +29,7 @@ from torch import Tensor
 from megatron_prolong.mcore.attention import ContextParallel, DocumentAttention, Documents
 from megatron_prolong.mcore.specs import layer_spec
 from megatron_prolong.model.context_parallel import split_attention
+from megatron_prolong.model.context_plan import zigzag_order
 from megatron_prolong.recipe.layout_rules import te_exchanges
 
 # cuDNN plans its kernels anew, for good and in tenths of a second, for every number of documents beyond this
@@ -67,6 +68,8 @@ class TransformerEngineAttention(DocumentAttention):
             self.split = TEDotProductAttention(
                 config, *arguments, cp_comm_type=cp_comm_type, pg_collection=pg_collection
             )
+            if cp_comm_type == "a2a":
+                _order_at_once()
 
     def attend(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents) -> tuple[Tensor, ...]:
         """As DocumentAttention.attend."""
@@ -130,6 +133,35 @@ def _packed(cu_seqlens: tuple[int, ...], device: torch.device) -> PackedSeqParam
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
+
+
+def _order_at_once() -> None:
+    """Let TE's all-to-all look up the order of tokens. TE 2.12 makes it anew for each tensor of each layer, and
+    fetches the 4·cp numbers that it takes of every document from the GPU one by one (context_parallel.py)."""
+    from transformer_engine.pytorch.attention.dot_product_attention import context_parallel as exchange
+
+    exchange.reorder_seq_chunks_after_a2a_before_attn_thd = to_documents
+    exchange.reorder_seq_chunks_before_a2a_after_attn_thd = to_slices
+
+
+def to_documents(x: Tensor, cu_seqlens: Tensor, _: Any, cp_size: int, seq_dim: int = 0) -> Tensor:
+    """The slices of all ranks, one after another, in document order."""
+    return x.index_select(seq_dim, _orders(tuple(cu_seqlens.tolist()), cp_size, x.device)[0])
+
+
+def to_slices(x: Tensor, cu_seqlens: Tensor, cp_size: int, seq_dim: int = 0) -> Tensor:
+    """The reverse of `to_documents`."""
+    return x.index_select(seq_dim, _orders(tuple(cu_seqlens.tolist()), cp_size, x.device)[1])
+
+
+@lru_cache(maxsize=8)  # 8 MB of the GPU each at 512K tokens
+def _orders(cu_seqlens: tuple[int, ...], cp_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    order = zigzag_order(
+        tuple((stop - start) // (2 * cp_size) for start, stop in pairwise(cu_seqlens)), cp_size
+    )
+    reverse = torch.empty_like(order)
+    reverse[order] = torch.arange(len(order))
+    return order.to(device), reverse.to(device)
 
 
 def has_packed_kernels() -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -11,6 +14,8 @@ from megatron_prolong.mcore.specs import runs_on_transformer_engine
 from megatron_prolong.mcore.transformer_engine import (
     TransformerEngineAttention,
     split_documents,
+    to_documents,
+    to_slices,
     transformer_engine_block_spec,
     whole_documents,
 )
@@ -91,6 +96,32 @@ def test_the_output_of_one_call_is_not_copied():
     q, k, v = (torch.randn(9, 1, heads, 8) for heads in (4, 2, 2))
     out = attention(q, k, v, None, packed_seq_params=Documents(cu_seqlens=torch.tensor([0, 4, 9])))
     assert len(made) == 1 and out.data_ptr() == made[0].data_ptr()
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_the_tokens_of_an_all_to_all_are_put_into_document_order_and_back(cp_size):
+    lengths = [1, 40, 7, 16]
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    plan = ContextPlan.build(starts, cp_size=cp_size)
+    slices = torch.cat([plan.take(torch.arange(64), rank, -1) for rank in range(cp_size)])
+    boundaries = torch.tensor(plan.cu_seqlens_padded, dtype=torch.int32)
+    ordered = to_documents(slices[:, None], boundaries, None, cp_size)
+    for length, start, padded in zip(lengths, starts, boundaries[:-1].tolist(), strict=False):
+        assert ordered[padded : padded + length, 0].tolist() == list(range(start, start + length))
+    assert torch.equal(to_slices(ordered, boundaries, cp_size)[:, 0], slices)
+
+
+def test_transformer_engine_takes_that_order(monkeypatch):
+    package = "transformer_engine.pytorch.attention.dot_product_attention"
+    parent, exchange = ModuleType(package), ModuleType("context_parallel")
+    parent.context_parallel = exchange
+    names = package.split(".")
+    for end in range(1, len(names)):
+        monkeypatch.setitem(sys.modules, ".".join(names[:end]), ModuleType(names[end - 1]))
+    monkeypatch.setitem(sys.modules, package, parent)
+    transformer_engine._order_at_once()
+    assert exchange.reorder_seq_chunks_after_a2a_before_attn_thd is to_documents
+    assert exchange.reorder_seq_chunks_before_a2a_after_attn_thd is to_slices
 
 
 @pytest.mark.parametrize(
