@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_prolong.recipe.counts import padded_vocab_size
 from megatron_prolong.recipe.fp8 import Fp8Recipe
@@ -97,16 +98,21 @@ class Job:
         tp = self.layout.tp
         return -(-self.rank_tokens // tp) if self.layout.sequence_parallel and tp > 1 else self.rank_tokens
 
-    def stage_layers(self, pp_rank: int) -> int:
-        """Layers of a rank of pipeline stage `pp_rank`."""
+    @cached_property
+    def stages_layers(self) -> tuple[int, ...]:
+        """Layers of each pipeline stage. A search asks for them millions of times."""
         stages = self.layout.stage_layers(self.shape.num_layers)
         assert stages is not None, "the layout was checked"
-        return stages[pp_rank]
+        return stages
+
+    def stage_layers(self, pp_rank: int) -> int:
+        """Layers of a rank of pipeline stage `pp_rank`."""
+        return self.stages_layers[pp_rank]
 
     @property
     def longest_stage_layers(self) -> int:
         """Layers of the pipeline stage that has most."""
-        return max(self.stage_layers(rank) for rank in range(self.layout.pp))
+        return max(self.stages_layers)
 
     def recomputed_layers(self, chunk_layers: int) -> int:
         """How many of a model chunk's layers are recomputed whole."""

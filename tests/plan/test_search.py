@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from plan_shapes import LLAMA3_8B
 
 from megatron_prolong.plan.batches import Batches, stage_batches
@@ -42,6 +43,19 @@ def test_what_is_not_searched_stays_as_the_recipe_has_it() -> None:
     assert {layout.pp for layout in found} == {1, 2, 4, 8}
     assert {layout.first_stage_layers for layout in found} == {None}
     assert {(layout.distributed_optimizer, layout.sequence_parallel) for layout in found} == {(False, False)}
+
+
+def test_the_stages_of_a_layout_are_divided_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by every term of every stage's memory: with 1,024 GPUs that was most of the search."""
+    divide, divided = Layout.stage_layers, []
+
+    def counted(layout: Layout, num_layers: int) -> tuple[int, ...] | None:
+        divided.append(layout)
+        return divide(layout, num_layers)
+
+    monkeypatch.setattr(Layout, "stage_layers", counted)
+    evaluate(replace(JOB, layout=Layout(tp=8, pp=32), world_size=256), H100, SHORT)
+    assert 1 <= len(divided) <= 3
 
 
 def test_no_layout_beats_one_of_the_frontier_in_memory_and_speed() -> None:
