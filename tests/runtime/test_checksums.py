@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from pathlib import Path
 
 import pytest
 
@@ -76,10 +77,12 @@ def test_a_damaged_list_is_refused(checkpoint, content):
         verify_checksums(checkpoint)
 
 
-def test_ranks_divide_hashing_and_verifying(checkpoint):
+def test_ranks_divide_hashing_and_verifying(checkpoint, monkeypatch):
     names = ["__0_0.distcp", "empty", "hf/config.json"]
     write_checksums(checkpoint, hash_files(checkpoint, names[:1]))
     (checkpoint / "empty").write_bytes(b"no longer")
+    # No rank asks about the other ranks' files.
+    monkeypatch.setattr(Path, "stat", lambda path, **_: pytest.fail(f"asked about {path}"))
     verify_checksums(checkpoint, slice(0, None, 2))  # the first and third file
     with pytest.raises(UserError, match="empty"):
         verify_checksums(checkpoint, slice(1, None, 2))
