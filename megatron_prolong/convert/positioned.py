@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.open_files import allow_open_files
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -21,6 +22,7 @@ class PositionedFiles:
     """Files opened on first use and read at offsets. Close it, or use it as a context manager."""
 
     def __init__(self) -> None:
+        allow_open_files()  # a checkpoint has one from every rank
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
 

@@ -6,7 +6,6 @@ NCCL when CUDA is there, gloo on CPU. One process per device; this module knows 
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.runtime.cores import usable_cores
 from megatron_prolong.runtime.gpu_environment import set_gpu_environment
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
+from megatron_prolong.runtime.open_files import allow_open_files
 from megatron_prolong.runtime.rendezvous import Rendezvous, interface_towards, read_number, read_rendezvous
 
 FEWEST_OPEN_FILES = 512  # a single process of the smallest model has 93 open
@@ -50,7 +50,7 @@ def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
     """
     set_gpu_environment()
     place = read_rendezvous(os.environ)
-    _allow_open_files(FEWEST_OPEN_FILES + _GROUPS_OF_ALL * (place.size - 1))
+    _refuse_few_open_files(FEWEST_OPEN_FILES + _GROUPS_OF_ALL * (place.size - 1))
     if torch.cuda.is_available():
         if place.local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -107,20 +107,18 @@ def _meet(backend: str, place: Rendezvous, timeout_seconds: float) -> None:
         ) from error
 
 
-def _allow_open_files(fewest: int) -> None:
-    """As many as the administrator permits: gloo keeps a socket to every rank in every group of ranks.
+def _refuse_few_open_files(fewest: int) -> None:
+    """gloo keeps a socket to every rank in every group of ranks.
 
     Raises:
         UserError: these are too few; PyTorch would end with an error of its own, or wait for ever.
     """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most < fewest:
+    if (most := allow_open_files()) < fewest:
         raise UserError(
             f"a process may open {most} files here; training takes at least {fewest} (sockets to all ranks and "
             f"shards are files): raise the limit in a new shell (ulimit -n {max(4096, 2 * fewest)}), or have it "
             "raised"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _share_cores(place: Rendezvous) -> None:

@@ -70,7 +70,7 @@ def test_a_reader_of_many_shards_holds_few_files_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A map keeps its file open, and ProLong's data has thousands of shards."""
-    monkeypatch.setattr(reader_module, "_allow_open_files", lambda: 4096)
+    monkeypatch.setattr(reader_module, "allow_open_files", lambda: 4096)
     write(tmp_path / "data", [50] * 200, size_limit=1)
     reader = MDSReader(tmp_path / "data")
     assert len(reader.shards) == 200
@@ -87,7 +87,7 @@ def test_shards_stay_open_where_the_administrator_allows_many_files(
 ) -> None:
     """Every opening is a question to the file server, of every rank. It is the only one."""
     write(tmp_path / "data", [50] * 200, size_limit=1)
-    monkeypatch.setattr(reader_module, "_allow_open_files", lambda: 65536)
+    monkeypatch.setattr(reader_module, "allow_open_files", lambda: 65536)
     asked: list[str] = []
     open_path, reader = Path.open, MDSReader(tmp_path / "data")
     with monkeypatch.context() as watched:

@@ -13,7 +13,6 @@ import fcntl
 import mmap
 import operator
 import os
-import resource
 import struct
 import tempfile
 import zlib
@@ -32,6 +31,7 @@ from megatron_prolong.data.mds.compression import open_compressed, parse_compres
 from megatron_prolong.data.mds.encodings import Decode, encoding
 from megatron_prolong.data.mds.index import Shard, check_hashes, read_index
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.open_files import allow_open_files
 from megatron_prolong.runtime.publish import is_disk_full, temporary_name
 
 _PAIR = struct.Struct("<II")
@@ -53,7 +53,7 @@ class MDSReader(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, path: Path | str, *, columns: Iterable[str] | None = None) -> None:
-        self._max_maps = max(1, min(_MAX_MAPS, _allow_open_files() // _SHARE_OF_OPEN_FILES))
+        self._max_maps = max(1, min(_MAX_MAPS, allow_open_files() // _SHARE_OF_OPEN_FILES))
         self.path = Path(path)
         index = read_index(self.path)
         self.shards = index.shards
@@ -189,15 +189,6 @@ class MDSReader(Sequence[dict[str, Any]]):
             self._read(number, sample)
         if shard.packed is not None and shard.path.exists():  # unpacked earlier; this is what gets read
             check_hashes(shard.path, shard.raw.hashes, _parts(shard.path))
-
-
-def _allow_open_files() -> int:
-    """As many as the administrator permits: the common 1,024 are too few for twenty domains, or for all shards of
-    one compressed data set in a read-only place."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError):  # the kernel's own limit was lowered below it
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _open(shard: Shard) -> IO[bytes]:

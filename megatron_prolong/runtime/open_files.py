@@ -1,0 +1,15 @@
+"""How many files a process may have open: shells allow 1,024, fewer than a large job has sockets, shards or ranks."""
+
+from __future__ import annotations
+
+import resource
+
+
+def allow_open_files() -> int:
+    """As many as the administrator permits; returns how many these are."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except OSError:  # the kernel's own limit was lowered below it
+        return now
+    return most
