@@ -1,4 +1,4 @@
-"""How many files a process may have open: shells allow 1,024, fewer than a large job has sockets, shards or ranks."""
+"""How many files a process may have open: shells allow 1,024, fewer than a large job has sockets or shards."""
 
 from __future__ import annotations
 
