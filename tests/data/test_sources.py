@@ -155,6 +155,18 @@ def test_repository_of_nothing_gives_an_empty_text(tmp_path: Path) -> None:
     assert isinstance(found, Record) and found.fields["text"] == ""
 
 
+def test_a_repository_s_files_are_asked_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listing and reading; a file system that is shared answers some thousand times a second."""
+    write_tree(tmp_path / "repository", {f"{number}.py": "x = 1\n" for number in range(50)})
+    asked: list[str] = []
+    ask = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **how: asked.append(path.name) or ask(path, **how))
+    source = source_of("repositories")
+    (part,) = source.parts(str(tmp_path))
+    assert part.num_bytes == 300 and asked.count("7.py") == 1
+    assert len(list(source.read(part))) == 1 and asked.count("7.py") == 2
+
+
 def test_of_a_long_repository_the_files_that_fit_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ class Repositories:
             raise UserError(f"{path} has no subdirectories; every subdirectory is one repository")
         parts = [Part(str(root / name), 0, 0, 0) for name in sorted(loose)]
         for tree in repositories:
-            size = sum(file.stat().st_size for file in _files(tree, Counter(), []))
+            size = sum(num_bytes for _, num_bytes in _files(tree, Counter(), []))
             parts.append(Part(str(tree), 0, size, size))
         return parts
 
@@ -63,10 +63,10 @@ class Repositories:
         texts: list[str] = []
         length = 0
         unreadable: list[Bad] = []
-        for file in _files(root, left_out, unreadable):
+        for file, num_bytes in _files(root, left_out, unreadable):
             name = file.relative_to(root).as_posix()
             try:
-                text, reason = _read_file(file, name)
+                text, reason = _read_file(file, name, num_bytes)
             except OSError as error:
                 unreadable.append(_unreadable(file, error))
                 continue
@@ -84,8 +84,11 @@ class Repositories:
 _SKIP = _VERSION_CONTROL | _VENDORED
 
 
-def _files(root: Path, left_out: Counter[str], unreadable: list[Bad]) -> Iterator[Path]:
-    """All regular files below root; links are not followed (they repeat, or lead elsewhere)."""
+def _files(root: Path, left_out: Counter[str], unreadable: list[Bad]) -> Iterator[tuple[Path, int]]:
+    """All regular files below root and their bytes; links are not followed (they repeat, or lead elsewhere).
+
+    One question to the file system about each: corpora have millions.
+    """
     for directory, names, files in os.walk(
         root, onerror=lambda error: unreadable.append(_unreadable(error.filename, error))
     ):
@@ -93,21 +96,21 @@ def _files(root: Path, left_out: Counter[str], unreadable: list[Bad]) -> Iterato
         names[:] = sorted({*names} - _SKIP)
         for path in (Path(directory, name) for name in [*names, *sorted(files)]):
             try:
-                mode = path.lstat().st_mode
+                found = path.lstat()
             except OSError as error:
                 unreadable.append(_unreadable(path, error))
                 continue
-            if stat.S_ISREG(mode):
-                yield path
-            elif not stat.S_ISDIR(mode):
-                left_out["link" if stat.S_ISLNK(mode) else "file: pipe, socket or device"] += 1
+            if stat.S_ISREG(found.st_mode):
+                yield path, found.st_size
+            elif not stat.S_ISDIR(found.st_mode):
+                left_out["link" if stat.S_ISLNK(found.st_mode) else "file: pipe, socket or device"] += 1
 
 
 def _unreadable(path: Path | str, error: OSError) -> Bad:
     return Bad(str(path), f"cannot be read ({error.strerror})", "a part of it cannot be read")
 
 
-def _read_file(path: Path, name: str) -> tuple[str | None, str]:
+def _read_file(path: Path, name: str, num_bytes: int) -> tuple[str | None, str]:
     """The file's text, or None and why it is left out."""
     try:
         name.encode()
@@ -115,7 +118,7 @@ def _read_file(path: Path, name: str) -> tuple[str | None, str]:
         return None, "name not UTF-8"
     if _GENERATED_NAMES.search(name):
         return None, "generated"
-    if path.stat().st_size > MAX_FILE_BYTES:
+    if num_bytes > MAX_FILE_BYTES:
         return None, f"over {MAX_FILE_BYTES >> 20} MiB"
     data = path.read_bytes()
     if not data.strip():
