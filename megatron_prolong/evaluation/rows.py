@@ -22,7 +22,7 @@ def read_rows(path: Path) -> list[Row]:
     if path.suffix == ".jsonl":
         return [row for _, row in _json_lines(path)]
     if path.suffix == ".parquet":
-        return _parquet(path)
+        return list(_parquet(path, None, {}))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -63,7 +63,8 @@ def read_split(directory: Path, split: str, columns: list[str] | None = None) ->
         if (path := directory / f"{split}{suffix}").exists():
             return read_rows(path)
     if parts := sorted(directory.glob(f"{split}*.parquet")):
-        return [row for part in parts for row in _parquet(part, columns)]
+        seen: dict[str, str] = {}
+        return [row for part in parts for row in _parquet(part, columns, seen)]
     if (directory / split / "state.json").exists():
         saved = _saved(directory / split)
         return list(saved.select_columns(columns) if columns else saved)
@@ -86,12 +87,22 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
             place += len(line)
 
 
-def _parquet(path: Path, columns: list[str] | None = None) -> list[Row]:
+def _parquet(path: Path, columns: list[str] | None, seen: dict[str, str]) -> Iterator[Row]:
+    """Every row. A text of `seen` is not kept twice: NarrativeQA repeats each story for some thirty questions."""
     try:
-        import pyarrow.parquet
+        from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise UserError(f"{path}: reading Parquet needs pip install 'megatron-prolong[data]'") from error
-    return list(pyarrow.parquet.read_table(path, columns=columns).to_pylist())
+    with ParquetFile(path) as file:
+        for batch in file.iter_batches(64, columns=columns):
+            yield from (_sharing(row, seen) for row in batch.to_pylist())
+
+
+def _sharing(value: Any, seen: dict[str, str]) -> Any:
+    """The value, or fields of it, with the texts that were seen before as the same objects."""
+    if isinstance(value, dict):
+        return {name: _sharing(each, seen) for name, each in value.items()}
+    return seen.setdefault(value, value) if isinstance(value, str) else value
 
 
 def _saved(directory: Path) -> Any:

@@ -333,6 +333,18 @@ def test_splits_of_the_hub_are_read_by_column(form: str, tmp_path: Path) -> None
     assert read_split(tmp_path, "train", ["question"]) == [{"question": row["question"]} for row in rows]
 
 
+def test_a_story_of_several_questions_is_kept_once(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="pip install megatron-prolong[eval]")
+    rows = [{"document": {"text": "a long story" if n % 2 else "two"}, "n": n} for n in range(100)]
+    for part in range(2):
+        datasets.Dataset.from_list(rows[50 * part : 50 * part + 50]).to_parquet(
+            tmp_path / f"test-{part}.parquet"
+        )
+    found = read_split(tmp_path, "test")
+    assert found == rows
+    assert len({id(row["document"]["text"]) for row in found}) == 2
+
+
 def test_missing_data_is_listed_with_commands(tokenizer: Any, tmp_path: Path) -> None:
     tasks = select("helmet", [8192], ["rag", "recall"])
     with pytest.raises(UserError, match=r"data\.tar\.gz"):
