@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from rank_pool import RankPool
 from small_training import VOCAB_SIZE
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from megatron_prolong.recipe.schema import Layout
 
@@ -18,7 +20,7 @@ QUESTIONS = [(IDS[:40], [IDS[40:43], IDS[:5]]), (IDS[3:4], [IDS[9:10]]), (IDS[50
 PROMPTS = [question[0] for question in QUESTIONS]
 
 
-def answers(rank: int, checkpoint: str) -> tuple[Any, ...] | None:
+def answers(rank: int, checkpoint: str, tokenizer: str) -> tuple[Any, ...] | None:
     from megatron_prolong.evaluation.crew import crew
     from megatron_prolong.evaluation.ending import Ending
     from megatron_prolong.mcore.groups import megatron
@@ -29,17 +31,25 @@ def answers(rank: int, checkpoint: str) -> tuple[Any, ...] | None:
     with megatron(layout, seed=1) as groups:
         model = load_for_inference(Path(checkpoint), layout, groups, cpu, "fp32")
         world = World(rank, torch.distributed.get_world_size(), rank, cpu)
-        with crew(model, Ending(Path(), frozenset()), world, groups.dp) as members:
+        with crew(model, Ending(Path(tokenizer), frozenset()), world, groups.dp) as members:
             if members is None:
                 return None
             logprobs = members.continuation_logprobs(QUESTIONS)
             few = members.continuation_logprobs(QUESTIONS[:1])  # nothing for the second replica
-            return list(chain(*logprobs, *few)), members.generate(PROMPTS, 9)
+            whole = members.generate(PROMPTS, 9)
+            stopped = members.generate(PROMPTS, 9, [f"<{whole[1][4]}>"])  # its text, on the second replica
+            return list(chain(*logprobs, *few)), whole, stopped
 
 
-def test_replicas_answer_as_one_model(one_rank: RankPool, two_ranks: RankPool, checkpoint: str) -> None:
-    ((logprobs, texts),) = one_rank.run(answers, checkpoint)
-    (found, found_texts), nothing = two_ranks.run(answers, checkpoint)
+def test_replicas_answer_as_one_model(
+    one_rank: RankPool, two_ranks: RankPool, checkpoint: str, tmp_path: Path
+) -> None:
+    words = Tokenizer(models.WordLevel({f"<{number}>": number for number in range(VOCAB_SIZE)}))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    ((logprobs, texts, stopped),) = one_rank.run(answers, checkpoint, str(tmp_path))
+    (found, *found_texts), nothing = two_ranks.run(answers, checkpoint, str(tmp_path))
+    stop = texts[1][4]
+    assert stopped == [text[: text.index(stop) + 1] if stop in text else text for text in texts]
     assert nothing is None and len(set(logprobs)) == 5 and len(set(map(tuple, texts))) == 3
     np.testing.assert_allclose(found, logprobs, atol=1e-4)  # fp32, other products side by side
-    assert found_texts == texts
+    assert found_texts == [texts, stopped]
