@@ -31,6 +31,13 @@ _METADATA_CLASSES = (
     "TensorStorageMetadata",
     "_MEM_FORMAT_ENCODING",
 )
+
+
+def _member(kind: Any, name: str) -> Any:
+    """An enum's member, as Python 3.11.2 (Debian 12) pickles it: getattr(the enum, its name)."""
+    return kind[name] if kind is metadata._MEM_FORMAT_ENCODING else Inert(kind, name)
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{(metadata.__name__, name): getattr(metadata, name) for name in _METADATA_CLASSES},
     (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
@@ -40,6 +47,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("argparse", "Namespace"): argparse.Namespace,
     ("builtins", "set"): set,
+    ("builtins", "getattr"): _member,
 }
 # Megatron's ShardedObject("common_state", …).unique_key
 _COMMON_STATE = metadata.MetadataIndex("common_state/shard_0_1")

@@ -22,6 +22,7 @@ import pytest
 import torch
 from families import save_family
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from megatron_prolong.convert import staging, transfer
 from megatron_prolong.convert.compare import compare
@@ -370,6 +371,17 @@ def test_exit_code_and_message_of_the_command(original: Path, tmp_path: Path) ->
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+
+
+def test_a_table_of_contents_of_an_older_python(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.11.2, which Debian 12 has: nothing that it had written could be read, not even by itself."""
+    path = converted / ".metadata"
+    contents = load_metadata(path)
+    monkeypatch.setattr(
+        _MEM_FORMAT_ENCODING, "__reduce_ex__", lambda member, _: (getattr, (type(member), member.name))
+    )
+    path.write_bytes(pickle.dumps(contents))
+    assert b"getattr" in path.read_bytes() and load_metadata(path) == contents
 
 
 def test_pickles_run_nothing(tmp_path: Path) -> None:
