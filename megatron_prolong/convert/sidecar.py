@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,8 @@ def copy_sidecar(source: Path, target: Path, tokenizer: Path | None = None) -> N
 
 def _matching(origin: Path, names: Sequence[str]) -> list[Path]:
     """What is there under these names; links to nothing too, which globbing for a name would pass over."""
-    paths = [*origin.glob("*"), *origin.glob("*/*")]
-    return [path for path in paths if any(fnmatch(str(path.relative_to(origin)), name) for name in names)]
+    places = [origin / name for name in names]
+    return [path for place in places for path in place.parent.glob("*") if path.match(place.name)]
 
 
 def exported_config(shape: ModelShape, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def _assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, tor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_round_trip_is_bit_exact(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     original = save_family(family, tmp_path / "original", dtype)
-    (original / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates", "tokenizer"):
+        (original / name).mkdir()
+    (original / "tokenizer" / "notes.txt").write_text("a directory, none of a tokenizer's files")
     (original / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
     to_megatron(original, tmp_path / "megatron")
     to_hf(tmp_path / "megatron", tmp_path / "exported")
@@ -44,6 +46,7 @@ def test_round_trip_is_bit_exact(family: str, dtype: torch.dtype, tmp_path: Path
     chat = ("chat_template.jinja", "additional_chat_templates/rag.jinja")
     for name in ("generation_config.json", "tokenizer_config.json", *chat):
         assert (tmp_path / "exported" / name).read_bytes() == (original / name).read_bytes()
+    assert not (tmp_path / "exported" / "tokenizer").exists()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
