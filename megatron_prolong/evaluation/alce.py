@@ -142,9 +142,9 @@ def summarise(items: Sequence[Row], entails: Entails | None, *, listed: bool) ->
         values = [str_em(item) for item in items]
         summary["str_em"] = 100 * float(np.mean(values))
         summary["str_hit"] = 100 * float(np.mean([value == 1 for value in values]))
-    if entails is not None and not listed:
-        summary["rougeLsum"] = 100 * float(np.mean([rouge_l_sum(item) for item in items]))
     if entails is not None:
+        if not listed:
+            summary["rougeLsum"] = 100 * float(np.mean([rouge_l_sum(item) for item in items]))
         found = [citation_scores(item, listed, entails) for item in items]
         known = [citations for citations in found if citations is not None]
         summary["citation_rec"] = 100 * float(np.mean([one.recall for one in known])) if known else 0.0

@@ -34,8 +34,8 @@ class Ending:
         A text lies in no more tokens than it has bytes. Where it is missed (tokenizers that drop a leading blank),
         the answer goes on, and `text` cuts it.
         """
-        if not output or output[-1] in self.stop_ids:
-            return bool(output)
+        if self._stopped(output):
+            return True
         if not stop:
             return False
         tail = self._decode(output[-max(len(text.encode()) for text in stop) :])
@@ -43,8 +43,10 @@ class Ending:
 
     def text(self, output: Sequence[int], stop: Sequence[str] = ()) -> str:
         """The answer's words."""
-        ended = bool(output) and output[-1] in self.stop_ids
-        return cut_at_stop(self._decode(output[:-1] if ended else output), stop)
+        return cut_at_stop(self._decode(output[:-1] if self._stopped(output) else output), stop)
+
+    def _stopped(self, output: Sequence[int]) -> bool:
+        return bool(output) and output[-1] in self.stop_ids
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -21,12 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import (
-    Prompt,
-    batches,
-    encode,
-    refuse_nan,
-)
+from megatron_prolong.evaluation.backend import Prompt, batches, encode, refuse_nan
 from megatron_prolong.evaluation.ending import Ending, stop_tokens
 
 if TYPE_CHECKING:

@@ -19,13 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import (
-    Prompt,
-    batches,
-    encode,
-    refuse_nan,
-    tokenizer_directory,
-)
+from megatron_prolong.evaluation.backend import Prompt, batches, encode, refuse_nan, tokenizer_directory
 from megatron_prolong.evaluation.crew import Crew, crew
 from megatron_prolong.evaluation.ending import Ending, stop_tokens
 from megatron_prolong.mcore.groups import megatron

@@ -146,22 +146,17 @@ def _order_at_once() -> None:
 
 def to_documents(x: Tensor, cu_seqlens: Tensor, _: Any, cp_size: int, seq_dim: int = 0) -> Tensor:
     """The slices of all ranks, one after another, in document order."""
-    return x.index_select(seq_dim, _orders(tuple(cu_seqlens.tolist()), cp_size, x.device)[0])
+    return x.index_select(seq_dim, _order(cu_seqlens, cp_size))
 
 
 def to_slices(x: Tensor, cu_seqlens: Tensor, cp_size: int, seq_dim: int = 0) -> Tensor:
     """The reverse of `to_documents`."""
-    return x.index_select(seq_dim, _orders(tuple(cu_seqlens.tolist()), cp_size, x.device)[1])
+    return x.new_empty(x.shape).index_copy_(seq_dim, _order(cu_seqlens, cp_size), x)
 
 
-@lru_cache(maxsize=8)  # 8 MB of the GPU each at 512K tokens
-def _orders(cu_seqlens: tuple[int, ...], cp_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    order = zigzag_order(
-        tuple((stop - start) // (2 * cp_size) for start, stop in pairwise(cu_seqlens)), cp_size
-    )
-    reverse = torch.empty_like(order)
-    reverse[order] = torch.arange(len(order))
-    return order.to(device), reverse.to(device)
+def _order(cu_seqlens: Tensor, cp_size: int) -> Tensor:
+    chunks = tuple((stop - start) // (2 * cp_size) for start, stop in pairwise(cu_seqlens.tolist()))
+    return zigzag_order(chunks, cp_size, cu_seqlens.device)
 
 
 def has_packed_kernels() -> bool:

@@ -166,22 +166,17 @@ def _gather(kv_2TGD: Tensor, chunk_tokens: tuple[int, ...], group: dist.ProcessG
     size = dist.get_world_size(group)
     gathered = kv_T2GD.new_empty((size * len(kv_T2GD), *kv_T2GD.shape[1:]))
     dist.all_gather_into_tensor(gathered, kv_T2GD, group=group)
-    return gathered[_order(chunk_tokens, size, gathered.device)].transpose(0, 1)
+    return gathered[zigzag_order(chunk_tokens, size, gathered.device)].transpose(0, 1)
 
 
 def _scatter_sum(whole_2SGD: Tensor, chunk_tokens: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
     """The reverse of `_gather`: this rank's rows of the sum over ranks, [2, T, G, D]."""
     size = dist.get_world_size(group)
     by_rank = torch.empty_like(whole_2SGD.transpose(0, 1), memory_format=torch.contiguous_format)
-    by_rank[_order(chunk_tokens, size, by_rank.device)] = whole_2SGD.transpose(0, 1)
+    by_rank[zigzag_order(chunk_tokens, size, by_rank.device)] = whole_2SGD.transpose(0, 1)
     mine = by_rank.new_empty((len(by_rank) // size, *by_rank.shape[1:]))
     dist.reduce_scatter_tensor(mine, by_rank, group=group)
     return mine.transpose(0, 1)
-
-
-@lru_cache(maxsize=4)  # a pack's layers ask one after another; each is 4 MB of the GPU at 512K tokens
-def _order(chunk_tokens: tuple[int, ...], num_ranks: int, device: torch.device) -> Tensor:
-    return zigzag_order(chunk_tokens, num_ranks).to(device)
 
 
 # --- p2p, a2a and both --------------------------------------------------------------------------------------
@@ -247,14 +242,14 @@ def _heads_for_tokens(x_TND: Tensor, chunk_tokens: tuple[int, ...], group: dist.
     by_head_rank = x_TND.view(num_tokens, size, num_heads // size, head_dim).transpose(0, 1).contiguous()
     by_token_rank = torch.empty_like(by_head_rank)
     dist.all_to_all_single(by_token_rank, by_head_rank, group=group)
-    return by_token_rank.flatten(0, 1)[_order(chunk_tokens, size, x_TND.device)]
+    return by_token_rank.flatten(0, 1)[zigzag_order(chunk_tokens, size, x_TND.device)]
 
 
 def _tokens_for_heads(x_TND: Tensor, chunk_tokens: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
     size = dist.get_world_size(group)
     num_tokens, num_heads, head_dim = x_TND.shape
     by_token_rank = torch.empty_like(x_TND, memory_format=torch.contiguous_format)
-    by_token_rank[_order(chunk_tokens, size, x_TND.device)] = x_TND
+    by_token_rank[zigzag_order(chunk_tokens, size, x_TND.device)] = x_TND
     by_head_rank = torch.empty_like(by_token_rank)
     dist.all_to_all_single(by_head_rank, by_token_rank, group=group)
     by_head_rank = by_head_rank.view(size, num_tokens // size, num_heads, head_dim)

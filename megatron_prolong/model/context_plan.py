@@ -110,7 +110,8 @@ class ContextPlan:
         return taken
 
 
-def zigzag_order(chunk_tokens: tuple[int, ...], num_ranks: int) -> Tensor:
+@lru_cache(maxsize=4)  # a pack's layers ask one after another; each is 4 MB of the GPU at 512K tokens
+def zigzag_order(chunk_tokens: tuple[int, ...], num_ranks: int, device: torch.device) -> Tensor:
     """Rows that put the split parts of neighbouring ranks, one after another, into document order.
 
     For all ranks that is the order of the padded documents. For a run of `num_ranks` of them it is again a
@@ -122,7 +123,7 @@ def zigzag_order(chunk_tokens: tuple[int, ...], num_ranks: int) -> Tensor:
         order += [rank * split_tokens + first for rank in range(num_ranks)]
         order += [rank * split_tokens + first + chunk for rank in reversed(range(num_ranks))]
         start += 2 * chunk
-    return torch.cat(order)
+    return torch.cat(order).to(device)
 
 
 @lru_cache(maxsize=32)

@@ -25,6 +25,7 @@ import torch.multiprocessing as mp
 from packaging.requirements import Requirement
 
 from megatron_prolong.runtime.cores import usable_cores
+from megatron_prolong.runtime.stopwatch import Stopwatch
 
 Status = Literal["ok", "warning", "missing"]
 
@@ -165,22 +166,18 @@ def _gpu_speeds() -> list[Finding]:
 
 def measure_gpus(width: int = 8192, products: int = 100) -> list[float]:
     """TFLOP/s of products of two square matrices of `width`, of every GPU while all are at work."""
-    count = torch.cuda.device_count()
-    factors = [torch.randn(width, width, dtype=torch.bfloat16, device=f"cuda:{i}") for i in range(count)]
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in factors]
-    for product in range(2 * products):  # the first half warms up
-        for index, factor in enumerate(factors):
-            with torch.cuda.device(index):
-                if product == products:
-                    marks[index][0].record()
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    factors = [torch.randn(width, width, dtype=torch.bfloat16, device=device) for device in devices]
+    watches = [Stopwatch(device) for device in devices]
+    for _ in range(2):  # the first round warms up
+        for watch in watches:
+            watch.start()
+        for _ in range(products):
+            for factor in factors:
                 torch.mm(factor, factor)
-                if product == 2 * products - 1:
-                    marks[index][1].record()
-    speeds = []
-    for started, ended in marks:
-        ended.synchronize()
-        speeds.append(products * 2 * width**3 / (started.elapsed_time(ended) * 1e9))
-    return speeds
+        for watch in watches:
+            watch.stop()
+    return [products * 2 * width**3 / watch.seconds() / 1e12 for watch in watches]
 
 
 def _compiler() -> Finding:

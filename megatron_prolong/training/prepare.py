@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +19,14 @@ from megatron_prolong.recipe.schema import Recipe, Settings, Stage, settings_of
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.agreement import against_main, together
 from megatron_prolong.runtime.launch import World
+from megatron_prolong.runtime.stopwatch import Stopwatch
 from megatron_prolong.training.balance import micro_batches, share_out
 from megatron_prolong.training.checkpoint import verify_checkpoint
 from megatron_prolong.training.run_directory import Checkpoint
 from megatron_prolong.training.schedule import learning_rate
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics, train_step
-from megatron_prolong.training.stragglers import BusyClock, Stragglers
+from megatron_prolong.training.stragglers import Stragglers
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class StageRun:
     optimizer: MegatronOptimizer
     mixture: Mixture
     cost: CostModel
-    clock: BusyClock
+    clock: Stopwatch
     stragglers: Stragglers
 
     def update(self, step: int, sequences: list[PackedSequence]) -> StepMetrics:
@@ -125,7 +125,7 @@ def prepare_stage(
         load_weights(start.checkpoint.directory, model)
         optimizer = build_optimizer(model, recipe.optimizer, layout, lr=stage.lr)
     cost = CostModel.for_shape(shape)
-    clock, stragglers = BusyClock(world.device), Stragglers.meet(world, platform.node(), groups)
+    clock, stragglers = Stopwatch(world.device), Stragglers.meet(world, groups)
     return StageRun(
         recipe, stage, settings, world, groups, model, optimizer, mixture, cost, clock, stragglers
     )

@@ -6,7 +6,7 @@ model wait for each other before that, so often it is a node that is found and n
 
 from __future__ import annotations
 
-import time
+import platform
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,37 +21,6 @@ from megatron_prolong.runtime.launch import World
 
 WINDOW = 20  # steps: a single slow one has other reasons
 SLOW = 1.15  # times what the work asks for; documents are dealt out, and their cost is known, within a few percent
-
-
-class BusyClock:
-    """Time from the start of a step to the end of this rank's own part of it, on a GPU as the GPU sees it."""
-
-    def __init__(self, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else None
-        self._times = [0.0, 0.0]
-
-    def start(self) -> None:
-        """A step begins."""
-        self._mark(0)
-
-    def stop(self) -> None:
-        """This rank's own part is done, or on a GPU will be when it gets here."""
-        self._mark(1)
-
-    def seconds(self) -> float:
-        """Of the latest step; waits for the GPU."""
-        if self._events is None:
-            return self._times[1] - self._times[0]
-        started, stopped = self._events
-        stopped.synchronize()
-        return float(started.elapsed_time(stopped)) / 1e3
-
-    def _mark(self, which: int) -> None:
-        if self._events is None:
-            self._times[which] = time.perf_counter()
-        else:
-            self._events[which].record()
 
 
 @dataclass(frozen=True)
@@ -79,9 +48,9 @@ class Stragglers:
     _told: set[int] = field(default_factory=set)
 
     @classmethod
-    def meet(cls, world: World, host: str, groups: ParallelGroups) -> Stragglers:
+    def meet(cls, world: World, groups: ParallelGroups) -> Stragglers:
         """Collective."""
-        own = Place(host, groups.dp.rank, groups.pp.rank)
+        own = Place(platform.node(), groups.dp.rank, groups.pp.rank)
         places: list[Place] = [own] * world.size
         dist.gather_object(own, places if world.is_main else None)
         return cls(places if world.is_main and world.size > 1 else [])

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prolong.model.context_parallel import _order
 from megatron_prolong.model.context_plan import ContextPlan, zigzag_order
 from tests.model.dense import gather
 
+CPU = torch.device("cpu")
 plans = st.builds(
     lambda lengths, cp, multiple, threshold: ContextPlan.build(
         [0, *accumulate(lengths)], cp_size=cp, multiple=multiple, split_threshold_tokens=threshold
@@ -99,15 +99,15 @@ def test_neighbours_slices_are_a_zigzag_slice_of_longer_chunks():
     tokens = torch.arange(64)
     for outer in range(2):
         neighbours = torch.cat([plan.take(tokens, 2 * outer + inner, -1) for inner in range(2)])
-        ordered = neighbours[zigzag_order(plan.chunk_tokens, 2)]
+        ordered = neighbours[zigzag_order(plan.chunk_tokens, 2, CPU)]
         assert torch.equal(ordered, coarse.take(tokens, outer, -1))
     everyone = torch.cat([plan.take(tokens, rank, -1) for rank in range(4)])
-    assert torch.equal(everyone[zigzag_order(plan.chunk_tokens, 4)], tokens)
+    assert torch.equal(everyone[zigzag_order(plan.chunk_tokens, 4, CPU)], tokens)
 
 
 def test_the_orders_of_past_packs_are_let_go():
     """On a GPU each is 8 bytes for every token of the whole pack."""
-    orders = [weakref.ref(_order((tokens,), 2, torch.device("cpu"))) for tokens in range(1, 20)]
+    orders = [weakref.ref(zigzag_order((tokens,), 2, CPU)) for tokens in range(1, 20)]
     assert sum(order() is not None for order in orders) < 8
 
 
