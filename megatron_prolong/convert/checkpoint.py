@@ -10,11 +10,11 @@ from typing import Any
 from megatron_prolong.convert.dist_weights import DistWeights
 from megatron_prolong.convert.unpickle import load_common
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.rope import Llama3Scaling
 from megatron_prolong.recipe.shape import (
     HF_DIR,
     MANIFEST,
     ModelShape,
-    RopeScaling,
     model_directory,
     read_json,
     read_manifest,
@@ -159,7 +159,7 @@ def shape_from_args(args: argparse.Namespace, where: str, vocab_size: int | None
     scaling = None
     if found.get("use_rope_scaling"):
         # Megatron-LM fixes the other three numbers (rotary_pos_embedding.py, _apply_scaling).
-        scaling = RopeScaling(
+        scaling = Llama3Scaling(
             factor=float(found.get("rope_scaling_factor") or 8.0),
             low_freq_factor=1.0,
             high_freq_factor=4.0,

@@ -78,8 +78,9 @@ def _layer(hidden_TH: Tensor, weights: DistWeights, shape: ModelShape, layer: in
     q, k, v = mixed.split([shape.num_heads // shape.num_kv_heads, 1, 1], dim=2)
     q, k, v = (part.flatten(1, 2).transpose(0, 1) for part in (q, k, v))  # [heads, T, head_dim]
     context = F.scaled_dot_product_attention(
-        _rotate(q, shape)[None], _rotate(k, shape)[None], v[None], is_causal=True, enable_gqa=True
-    )[0]
+        _rotate(q, shape)[None], _rotate(k, shape)[None], v[None],
+        is_causal=True, enable_gqa=True, scale=shape.softmax_scale,
+    )[0]  # fmt: skip
     projection = _read(weights, shape, f"{LAYERS}self_attention.linear_proj.weight", layer)
     hidden_TH = hidden_TH + context.transpose(0, 1).flatten(1) @ projection.T
     norm = _read(weights, shape, f"{_FC1}.layer_norm_weight", layer)

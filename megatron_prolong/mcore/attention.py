@@ -6,6 +6,7 @@ parallelism. This module keeps Megatron's interface and calls the mathematics of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -130,6 +131,9 @@ class DocumentAttention(MegatronModule):
     def __init__(self, config: TransformerConfig, layer_number: int, **_: Any) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
+        # Kernels and exchanges behind `attend` divide scores by √d; what else a model asks for, its queries bring.
+        scale = config.softmax_scale
+        self.query_factor = None if scale is None else scale * math.sqrt(config.kv_channels)
 
     def forward(
         self,
@@ -143,6 +147,8 @@ class DocumentAttention(MegatronModule):
     ) -> Tensor:
         """See the class; `packed_seq_params` must be `Documents`, masks and biases are not used."""
         assert isinstance(packed_seq_params, Documents), "DocumentAttention needs Documents"
+        if self.query_factor is not None:
+            query = query * self.query_factor
         # Values are a view of the packed projections, all of which would stay for the backward.
         outs = self._attend_once(query[:, 0], key[:, 0], value[:, 0].contiguous(), packed_seq_params)
         # One alone is no copy: both would stay for the backward.

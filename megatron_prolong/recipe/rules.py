@@ -40,6 +40,7 @@ def broken_rules(recipe: Recipe) -> Iterator[Broken]:
         yield from _carry(key, stage, starts_from_path=index == 0 and recipe.model.path is not None)
         yield from _budget(key, stage)
         yield from _lengths(key, stage)
+        yield from _yarn(key, stage)
         yield from _mixture(key, stage)
 
 
@@ -117,6 +118,12 @@ def _lengths(key: Key, stage: Stage) -> Iterator[Broken]:
     if stage.micro_batch_length < stage.sequence_length:
         rule = f"found {stage.micro_batch_tokens}; must hold at least one sequence of {stage.sequence_length}"
         yield Broken((*key, "micro_batch_tokens"), rule, uses)
+
+
+def _yarn(key: Key, stage: Stage) -> Iterator[Broken]:
+    if stage.yarn and stage.yarn.beta_fast <= stage.yarn.beta_slow:
+        rule = f"found {stage.yarn.beta_fast:g}; must be above beta_slow, {stage.yarn.beta_slow:g}"
+        yield Broken((*key, "yarn", "beta_fast"), rule, ((*key, "yarn", "beta_slow"),))
 
 
 def _mixture(key: Key, stage: Stage) -> Iterator[Broken]:

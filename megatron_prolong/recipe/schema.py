@@ -27,6 +27,7 @@ from pydantic import (
 from megatron_prolong.recipe.fp8 import Fp8Recipe
 from megatron_prolong.recipe.numbers import Count, Real
 from megatron_prolong.recipe.origin import Origin
+from megatron_prolong.recipe.rope import YarnScaling, yarn_attention_factor
 from megatron_prolong.recipe.shape import ModelShape
 
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -234,6 +235,30 @@ class Carry(_Frozen):
     """Keep Adam's moments; otherwise they start at zero."""
 
 
+class Yarn(_Frozen):
+    """YaRN's scaling of the rotary frequencies (arXiv 2309.00071), named as in config.json's `rope_scaling`."""
+
+    factor: Annotated[Real, Field(gt=1, examples=[128])]
+    """How many times the original length positions may reach."""
+    original_length: Annotated[Positive, Field(examples=[8192])]
+    """Tokens of context before any extension: 8192 for every Llama 3."""
+    beta_fast: Annotated[Real, Field(gt=0)] = 32.0
+    """Pairs of dimensions that turn more often than this within the original length keep their frequency."""
+    beta_slow: Annotated[Real, Field(gt=0)] = 1.0
+    """Those that turn less often are slowed down by the whole factor."""
+
+    @property
+    def scaling(self) -> YarnScaling:
+        """The same for a model's shape."""
+        return YarnScaling(
+            factor=self.factor,
+            original_max_length=self.original_length,
+            beta_fast=self.beta_fast,
+            beta_slow=self.beta_slow,
+            attention_factor=yarn_attention_factor(self.factor),
+        )
+
+
 class Stage(_Frozen):
     """One continued-training run: a sequence length, a RoPE base, a mixture, a budget and a schedule."""
 
@@ -243,6 +268,8 @@ class Stage(_Frozen):
     """Tokens of one packed sequence."""
     rope_base: Annotated[Real, Field(gt=0)] | None = None
     """RoPE base (theta); by default what the incoming weights have."""
+    yarn: Yarn | None = None
+    """Instead of the scaling of frequencies that the incoming weights have, if any."""
     batch_tokens: Annotated[Positive, Field(examples=[65536])]
     """Tokens of one optimizer step over all ranks; a multiple of sequence_length."""
     micro_batch_tokens: Positive | None = None

@@ -1,8 +1,6 @@
 """The shape of a Llama: what its config.json says, in one frozen dataclass.
 
 Everything that needs to know the model (planner, conversion, Megatron, export) reads this and nothing else.
-Hugging Face has two spellings of the rotary settings: transformers 4 writes `rope_theta` and `rope_scaling`,
-transformers 5 writes `rope_parameters`. Both are read, and both are written.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.rope import RopeScaling, is_positive, read_rope, scaling_from_dict, write_rope
 from megatron_prolong.recipe.run_files import LATEST
 
 MANIFEST = "prolong.json"
@@ -31,16 +30,6 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*",
 )
 """Patterns of the files of a Hugging Face directory that say how text becomes tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Llama-3.1's frequency scaling (`rope_type: llama3`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_length: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +58,7 @@ class ModelShape:
             UserError: the model is not a plain Llama, with every reason.
         """
         problems = [*_not_llama(config), *_wrong_numbers(config)]
-        rope_base, rope_scaling, rope_problems = _read_rope(config)
+        rope_base, rope_scaling, rope_problems = read_rope(config)
         problems += rope_problems
         if problems:
             raise UserError.many(
@@ -96,7 +85,13 @@ class ModelShape:
     def from_dict(cls, fields: dict[str, Any]) -> ModelShape:
         """The inverse of `to_dict`, as stored in a checkpoint's prolong.json."""
         scaling = fields.get("rope_scaling")
-        return cls(**{**fields, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+        return cls(**{**fields, "rope_scaling": scaling_from_dict(scaling) if scaling else None})
+
+    @property
+    def softmax_scale(self) -> float | None:
+        """What scores are multiplied by, where it is not 1 / √head_dim: YaRN sharpens attention."""
+        factor = self.rope_scaling.attention_factor if self.rope_scaling else 1.0
+        return None if factor == 1.0 else factor**2 / math.sqrt(self.head_dim)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -190,22 +185,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def to_hf_config(shape: ModelShape, source: dict[str, Any] | None = None) -> dict[str, Any]:
-    """config.json for `shape`; whatever else `source` (the original config) says is kept.
-
-    The rotary settings are written as transformers 4 and as transformers 5 read them.
-    """
+    """config.json for `shape`; whatever else `source` (the original config) says is kept."""
     config: dict[str, Any] = dict(
         source or {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "torch_dtype": "bfloat16"}
     )
-    scaling: dict[str, Any] | None = None
-    if shape.rope_scaling is not None:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": shape.rope_scaling.factor,
-            "low_freq_factor": shape.rope_scaling.low_freq_factor,
-            "high_freq_factor": shape.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": shape.rope_scaling.original_max_length,
-        }
     config.update(
         model_type="llama",
         attention_bias=False,
@@ -221,9 +204,7 @@ def to_hf_config(shape: ModelShape, source: dict[str, Any] | None = None) -> dic
         tie_word_embeddings=shape.tie_embeddings,
         rms_norm_eps=shape.norm_eps,
         initializer_range=shape.initializer_range,
-        rope_theta=shape.rope_base,
-        rope_scaling=scaling,
-        rope_parameters={"rope_type": "default", **(scaling or {}), "rope_theta": shape.rope_base},
+        **write_rope(shape.rope_base, shape.rope_scaling),
     )
     return config
 
@@ -257,7 +238,7 @@ def _wrong_numbers(config: dict[str, Any]) -> list[str]:
     wrong = [
         f"{name} is {config.get(name)!r}; a positive whole number is needed"
         for name in counts
-        if not _is_positive(config.get(name)) or config[name] % 1
+        if not is_positive(config.get(name)) or config[name] % 1
     ]
     if not wrong and (heads := config["num_attention_heads"]) % (config.get("num_key_value_heads") or heads):
         wrong.append(
@@ -266,51 +247,5 @@ def _wrong_numbers(config: dict[str, Any]) -> list[str]:
     return wrong + [
         f"{name} is {config[name]!r}; a number above 0 is needed"
         for name in reals
-        if not _is_positive(config[name])
+        if not is_positive(config[name])
     ]
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value < math.inf
-
-
-def _read_rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None, list[str]]:
-    """RoPE base, Llama-3.1 scaling and problems, from either spelling; from both where they agree."""
-    newer, older, theta = (config.get(key) for key in ("rope_parameters", "rope_scaling", "rope_theta"))
-    if not newer:
-        return _read_spelling(older or {}, theta)
-    base, scaling, problems = found = _read_spelling(newer, theta)
-    if not problems and (theta not in (None, base) or (older and _read_spelling(older, base) != found)):
-        problems = [
-            "rope_parameters says something else than rope_theta and rope_scaling; delete what is wrong"
-        ]
-    return base, scaling, problems
-
-
-def _read_spelling(rope: Any, theta: Any) -> tuple[float, RopeScaling | None, list[str]]:
-    """What one of the two mappings says; `theta` is the RoPE base where it names none."""
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        return 0.0, None, [f"the rotary settings are {rope!r}; a mapping of numbers is needed"]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        return 0.0, None, [f"rope type is {kind!r}; only 'default' and 'llama3' (Llama-3.1) are supported"]
-    if (share := rope.get("partial_rotary_factor") or 1.0) != 1.0:
-        return 0.0, None, [f"partial_rotary_factor is {share!r}; only 1.0 is supported"]
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    numbers: dict[str, Any] = {name: rope.get(name) for name in (names if kind == "llama3" else ())}
-    numbers["rope_theta"] = next(
-        value for value in (rope.get("rope_theta"), theta, 10000.0) if value is not None
-    )
-    if wrong := [f"{name} is {value!r}" for name, value in numbers.items() if not _is_positive(value)]:
-        where = " beside rope_type" if kind == "llama3" else ""
-        return 0.0, None, [f"{', '.join(wrong)}; a number above 0 is needed{where}"]
-    base = float(numbers["rope_theta"])
-    if kind == "default":
-        return base, None, []
-    factor, low, high = (float(numbers[name]) for name in names[:3])
-    length = int(numbers[names[3]])
-    return (
-        base,
-        RopeScaling(factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_length=length),
-        [],
-    )

@@ -64,6 +64,7 @@ def find_problems(
     for stage in recipe.stages:
         _rope_base(findings, stage, rope_base)
         rope_base = stage.rope_base or rope_base
+        _yarn(findings, stage)
         _mixture(findings, stage, tokenizer)
         _layout(findings, stage, shape, world_size)
         if on_cpu and settings_of(recipe, stage).precision == "fp8":
@@ -171,6 +172,13 @@ def _rope_base(findings: Findings, stage: Stage, incoming: float | None) -> None
     if stage.rope_base and incoming and stage.rope_base < incoming:
         found = f"found {stage.rope_base:g}, below the incoming {incoming:g}"
         findings.warn(("stages", stage.name, "rope_base"), f"{found}; a longer context needs a larger base")
+
+
+def _yarn(findings: Findings, stage: Stage) -> None:
+    if (yarn := stage.yarn) and (reach := int(yarn.factor * yarn.original_length)) < stage.sequence_length:
+        found = f"found {yarn.factor:g}, which reaches to {reach} tokens"
+        needed = f"{stage.sequence_length} need {stage.sequence_length / yarn.original_length:g}"
+        findings.warn(("stages", stage.name, "yarn", "factor"), f"{found}; {needed}")
 
 
 def _optimizers(findings: Findings) -> None:

@@ -14,8 +14,8 @@ from megatron_prolong.training.run_directory import StageStatus, chain_status, l
 
 # Changing one of these in a stage that has begun would make its numbers depend on when it was stopped.
 _FIXED_IN_STAGE = {
-    "sequence_length", "rope_base", "batch_tokens", "steps", "tokens", "warmup", "schedule", "seed", "carry",
-    "loss_mask", "precision", "mixture",
+    "sequence_length", "rope_base", "yarn", "batch_tokens", "steps", "tokens", "warmup", "schedule", "seed",
+    "carry", "loss_mask", "precision", "mixture",
 }  # fmt: skip
 _FIXED_IN_RUN = {"model", "precision"}
 

@@ -44,10 +44,11 @@ class StageInput:
     resume: bool
 
     def shape(self, stage: Stage) -> ModelShape:
-        """The model's shape in this stage: the incoming one with the stage's RoPE base and at least its length."""
+        """The model's shape in this stage: the incoming one with the stage's positions and at least its length."""
         shape = ModelShape.from_dict(self.checkpoint.manifest["shape"])
         return shape.replace(
             rope_base=stage.rope_base or shape.rope_base,
+            rope_scaling=stage.yarn.scaling if stage.yarn else shape.rope_scaling,
             max_length=max(shape.max_length, stage.sequence_length),
         )
 

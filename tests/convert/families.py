@@ -39,6 +39,10 @@ FAMILIES = {
         "tie_word_embeddings": True,
         "head_dim": 16,
     },
+    "yarn": {
+        **_LLAMA3,
+        "rope_parameters": {**LLAMA3_SCALING, "rope_type": "yarn", "beta_fast": 4.0, "rope_theta": 5e5},
+    },
     "llama2": {
         **_LLAMA3,
         "num_key_value_heads": 8,

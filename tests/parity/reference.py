@@ -18,14 +18,25 @@ LLAMA31_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_SCALING = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def reference_llama(
-    *, rope_base: float = 5e5, scaled: bool = False, tied: bool = False, vocab_size: int = 1000
+    *,
+    rope_base: float = 5e5,
+    scaling: dict[str, object] | None = None,
+    tied: bool = False,
+    vocab_size: int = 1000,
 ) -> LlamaForCausalLM:
     """4 layers, 8 query heads in 2 groups, no bias; every weight random, norms away from one."""
     torch.manual_seed(0)
-    rope = {"rope_theta": rope_base, **(LLAMA31_SCALING if scaled else {"rope_type": "default"})}
+    rope = {"rope_theta": rope_base, **(scaling or {"rope_type": "default"})}
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=128,

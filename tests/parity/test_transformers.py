@@ -13,7 +13,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from reference import copy_weights, megatron_weights, reference_llama, shape_of
+from reference import (
+    LLAMA31_SCALING,
+    YARN_SCALING,
+    copy_weights,
+    megatron_weights,
+    reference_llama,
+    shape_of,
+)
 
 from megatron_prolong.data.batch import NO_LABEL, PackedBatch, collate_pieces
 from megatron_prolong.data.packed import Piece
@@ -31,7 +38,8 @@ LENGTHS = (7, 1, 130, 64, 2, 300)  # crosses every boundary of interest, one doc
 VARIANTS = {
     "base-5e5": {"rope_base": 5e5},
     "base-8e6": {"rope_base": 8e6},
-    "llama31-scaling": {"rope_base": 5e5, "scaled": True},
+    "llama31-scaling": {"rope_base": 5e5, "scaling": LLAMA31_SCALING},
+    "yarn": {"scaling": YARN_SCALING},
     "tied": {"tied": True},
 }
 

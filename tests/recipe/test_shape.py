@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import ModelShape, RopeScaling, model_directory, read_shape, to_hf_config
+from megatron_prolong.recipe.rope import Llama3Scaling, YarnScaling
+from megatron_prolong.recipe.shape import ModelShape, model_directory, read_shape, to_hf_config
 from megatron_prolong.training.run_directory import Checkpoint
 from tests.plan.plan_shapes import LLAMA3_8B
 from tests.recipe.conftest import describe_checkpoint
 
 CONFIGS = Path(__file__).parent / "configs"
-SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192)
+SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=8192)
 
 
 def test_llama_3_8b() -> None:
@@ -27,6 +28,9 @@ def test_llama_3_70b() -> None:
 SHAPES = [
     LLAMA3_8B,
     LLAMA3_8B.replace(rope_scaling=SCALING, max_length=131_072),
+    LLAMA3_8B.replace(
+        rope_scaling=YarnScaling(factor=128.0, original_max_length=8192, beta_fast=4.0, attention_factor=1.2)
+    ),
     LLAMA3_8B.replace(tie_embeddings=True, head_dim=64, rope_base=8e6, norm_eps=1e-6, initializer_range=0.01),
 ]
 
@@ -45,6 +49,25 @@ def test_transformers_reads_and_writes_the_same_shape(shape: ModelShape, tmp_pat
     theirs = LlamaConfig.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "again")
     assert read_shape(tmp_path / "again") == shape
+
+
+@pytest.mark.parametrize(
+    "temperature",
+    [{}, {"attention_factor": 1.3}, {"mscale": 0.7, "mscale_all_dim": 1.0}, {"mscale": 0.7}],
+    ids=str,
+)
+def test_yarns_attention_factor_is_the_one_of_transformers(temperature: dict[str, float]) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, **temperature}
+    config = LlamaConfig(rope_parameters={**yarn, "rope_theta": 5e5})
+    _, expected = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    shape = ModelShape.from_hf(config.to_dict(), "config.json")
+    assert shape.rope_scaling is not None
+    assert shape.rope_scaling.attention_factor == expected
+    again = ModelShape.from_hf(to_hf_config(shape), "exported")
+    assert again.rope_scaling == shape.rope_scaling
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -70,7 +93,23 @@ def test_the_source_config_travels_along() -> None:
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "rope type is 'longrope'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "original_max_position_embeddings is None; a number above 0 is needed beside rope_type",
+        ),
+        (
+            {
+                "rope_parameters": None,
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 4,
+                    "original_max_position_embeddings": 8192,
+                    "mscale": -1,
+                },
+            },
+            "mscale is -1; a number above 0 is needed beside rope_type",
+        ),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (

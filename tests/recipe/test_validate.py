@@ -56,6 +56,11 @@ def test_pickled_weights_are_weights(write: Write, recipe_data: dict[str, Any], 
 # One mistake each: overrides, world size, and what must be said about it (and nothing else).
 MISTAKES = [
     (["stage.one.batch_tokens=9000"], None, "stages.one.batch_tokens: found 9000; must be a multiple of"),
+    (
+        ["stage.one.yarn.factor=2", "stage.one.yarn.original_length=1K", "stage.one.yarn.beta_fast=1"],
+        None,
+        "stages.one.yarn.beta_fast: found 1; must be above beta_slow, 1",
+    ),
     (["stage.one.micro_batch_tokens=1023"], None, "stages.one.micro_batch_tokens: found 1023; must hold at"),
     (["stage.one.lr=0"], None, "stages.one.lr: found 0; must be greater than 0"),
     (["stage.one.warmup=1"], None, "stages.one.warmup: found 1; must be less than 1"),
@@ -311,6 +316,9 @@ def test_warnings_do_not_stop_a_run(write: Write, recipe_data: dict[str, Any]) -
     findings = find_problems(load_recipe(write(recipe_data), ["stage.two.rope_base=1e4"]))
     assert findings.errors == []
     assert "found 10000, below the incoming 500000" in findings.warnings[0]
+    yarn = ["stage.two.yarn.factor=2", "stage.two.yarn.original_length=1K"]
+    (short,) = find_problems(load_recipe(write(recipe_data), yarn)).warnings
+    assert short.endswith("stages.two.yarn.factor: found 2, which reaches to 2048 tokens; 4096 need 4")
     (idle, _) = find_problems(load_recipe(write(recipe_data)), 16).warnings
     assert "16 data-parallel ranks share a batch of 8 sequences" in idle
     (Path("model") / "tokenizer.json").unlink()

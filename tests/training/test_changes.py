@@ -42,9 +42,10 @@ def told(now: Recipe) -> list[str]:
 
 
 FIXED = {
-    "sequence_length": 32, "rope_base": 1e5, "batch_tokens": 64, "steps": 5, "warmup": 0.5,
-    "schedule": "linear", "seed": 7, "carry": {"weights": False, "optimizer": False}, "loss_mask": True,
-    "precision": "bf16", "mixture": {"books": 0.5, "code": 0.5},
+    "sequence_length": 32, "rope_base": 1e5, "yarn": {"factor": 8, "original_length": 32}, "batch_tokens": 64,
+    "steps": 5, "warmup": 0.5, "schedule": "linear", "seed": 7,
+    "carry": {"weights": False, "optimizer": False}, "loss_mask": True, "precision": "bf16",
+    "mixture": {"books": 0.5, "code": 0.5},
 }  # fmt: skip
 FREE = {
     "lr": 2e-3, "min_lr_ratio": 0.0, "micro_batch_tokens": 128, "layout": {"tp": 2}, "recompute": "full",

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.schema import Carry, LayoutOverride, Recipe
+from megatron_prolong.recipe.rope import Llama3Scaling, YarnScaling
+from megatron_prolong.recipe.schema import Carry, LayoutOverride, Recipe, Yarn
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training import prepare, run
@@ -220,6 +221,17 @@ def test_a_stage_is_built_with_its_own_settings(tmp_path, monkeypatch, one_rank)
     with pytest.raises(UserError, match="enough"):
         prepare.prepare_stage(of, stage, start, WORLD, None)
     assert built.items() >= {**own, "max_length": 128, "rank_tokens": 64, "loss_chunk_tokens": 2048}.items()
+
+
+def test_a_stages_yarn_stands_in_for_the_incoming_scaling(tmp_path):
+    llama3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=64)
+    saved = {"shape": SHAPE.replace(rope_scaling=llama3).to_dict()}
+    start = StageInput(Checkpoint(Path("saved"), saved), optimizer=True, resume=False)
+    plain = recipe(tmp_path).stages[0]
+    assert start.shape(plain).rope_scaling == llama3
+    yarn = start.shape(plain.model_copy(update={"yarn": Yarn(factor=2, original_length=64)})).rope_scaling
+    expected = YarnScaling(factor=2.0, original_max_length=64, attention_factor=0.1 * math.log(2) + 1)
+    assert yarn == expected
 
 
 def test_reading_a_checkpoint_twice_is_progress(tmp_path, monkeypatch, one_rank):
