@@ -52,7 +52,7 @@ def collate_pieces(pieces: Iterable[Piece], num_tokens: int | None = None) -> Pa
 
     No document at all with num_tokens given is all padding: what an idle rank computes.
     """
-    pieces = [piece for piece in pieces if len(piece.tokens)]
+    pieces = list(pieces)
     used = sum(len(piece.tokens) for piece in pieces)
     total = used if num_tokens is None else num_tokens
     assert total > 0 and used <= total, f"{used} tokens of documents do not fit {num_tokens}"

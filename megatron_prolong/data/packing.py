@@ -24,8 +24,8 @@ _WINDOW_DOCUMENTS = 1 << 18
 @dataclass(frozen=True)
 class Rules:
     """length: tokens of a pack. min_length: documents, and remainders of documents, below it are dropped.
-    overlap: tokens that a document's next piece repeats. intact: drop the rest of a document that was cut,
-    so that every piece begins where its document begins."""
+    overlap: tokens that a document's next piece repeats, fewer than a pack or chunk has. intact: drop the rest of
+    a document that was cut, so that every piece begins where its document begins."""
 
     length: int
     min_length: int = 1
@@ -93,7 +93,7 @@ def cut_by_lengths(
             losses.dropped["document shorter than a chunk"] += length
             continue
         start = stop = 0
-        while length - start >= shortest and stop < length:
+        while length - start >= shortest:
             losses.repeated += stop - start
             chunk = next(each for each in descending if length - start >= each)
             stop = start + chunk

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,8 +16,12 @@ from benchmarks.balance.schemes import outcome_of
 from megatron_prolong.data.balance import CostModel, assign
 from megatron_prolong.data.balance.micro_batches import fill_alike, fill_even
 from megatron_prolong.data.balance.threshold import NEVER, best_share
+from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import UserError
+from megatron_prolong.mcore.groups import Axis, ParallelGroups
 from megatron_prolong.model.context_plan import ContextPlan
+from megatron_prolong.recipe.schema import Layout
+from megatron_prolong.training.balance import micro_batches, share_out
 from tests.plan.plan_shapes import LLAMA3_8B
 
 COST = CostModel(linear=1.0, quadratic=1 / 2_000, exchange=0.02)
@@ -148,6 +156,39 @@ def test_a_micro_batch_too_full_for_one_document_takes_a_smaller_one():
 def test_a_document_beyond_the_budget_is_refused_by_name():
     with pytest.raises(UserError, match=r"sequence 1 .*document 2: 5000 tokens are 1250 on each of 4 .*1000"):
         assign([np.array([10]), np.array([1, 2, 5000])], dp=2, cp=4, budget_tokens=1000, cost=COST)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_a_step_has_its_documents_where_they_were_assigned(pp):
+    """No loss shows it when not: ranks only wait, or run out of memory."""
+    lengths = [[58, 400, 20, 20], [90, 40, 30, 30, 8, 200, 100], [190, 100, 50, 40, 30, 20, 9, 59], [498]]
+    cost = CostModel(linear=1.0, quadratic=0.1, exchange=100.0)  # tokens say little, and splitting is dear
+    sequences = [
+        PackedSequence(
+            np.zeros(498, np.uint32), np.cumsum([0, *own]).astype(np.int64), None, Identity("d", "-", 0)
+        )
+        for own in lengths
+    ]
+    numbers_of_micro_batches, group = set(), cast(dist.ProcessGroup, None)  # nothing is communicated
+    for dp, cp in np.ndindex(2, 2):
+        axes = {"dp": Axis(dp, 2, group), "cp": Axis(cp, 2, group), "pp": Axis(0, pp, group)}
+        groups = ParallelGroups(**axes, tp=Axis(0, 1, group), dp_cp=Axis(2 * cp + dp, 4, group))
+        assignment = share_out(sequences, groups, 498, cost)  # the last document is padded to 500
+        plans = assignment[dp]
+        assert all(plan.share.max_tokens <= 250 for plan in plans)
+        batches = micro_batches(sequences, assignment, groups, Layout(cp=2, pp=pp), torch.device("cpu"))
+        for plan, batch in zip(plans, batches, strict=True):
+            context = batch.documents.context.plan
+            own = [lengths[index.sample][index.document] for index in plan.documents]
+            assert context == ContextPlan.build(
+                [0, *np.cumsum(own).tolist()],
+                cp_size=2,
+                split_threshold_tokens=plan.share.split_threshold_tokens,
+                owners=plan.share.owners,
+            )
+            assert max(context.slice_length(rank) for rank in range(2)) == plan.share.max_tokens
+        numbers_of_micro_batches.add(len(plans))
+    assert len(numbers_of_micro_batches) == 2 // pp, "pipelines of unequal ones wait for each other"
 
 
 def test_fit_finds_the_model_that_made_the_measurements():

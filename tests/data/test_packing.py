@@ -87,6 +87,11 @@ def test_chunks_have_the_largest_length_that_fits(lengths: list[int], chunks: se
         assert left < min(chunks), "another chunk fits"
 
 
+def test_a_document_below_min_length_is_no_chunk_either() -> None:
+    cut = list(cut_by_lengths([(0, 8), (1, 9)], [6], Rules(6, min_length=9), losses := Losses()))
+    assert cut == [(6, (1, 0, 6))] and losses.dropped["document shorter than a chunk"] == 8
+
+
 @given(LENGTHS, RULES)
 def test_best_fit_cuts_no_document_that_fits(lengths: list[int], rules: Rules) -> None:
     losses = Losses()
@@ -105,6 +110,14 @@ def test_best_fit_cuts_no_document_that_fits(lengths: list[int], rules: Rules) -
 def test_best_fit_puts_each_piece_where_least_room_is_left() -> None:
     packs = list(best_fit(enumerate([2, 5, 3, 6, 4]), Rules(10), Losses()))
     assert packs == [[(3, 0, 6), (4, 0, 4)], [(1, 0, 5), (2, 0, 3), (0, 0, 2)]]
+
+
+@pytest.mark.parametrize(("make", "last"), [(concatenate, []), (best_fit, [[(0, 21, 25)]])])
+def test_a_cut_document_goes_on_with_the_overlap_that_was_asked_for(make, last: list[Pack]) -> None:
+    losses = Losses()
+    packs = list(make([(0, 25)], Rules(10, min_length=4, overlap=3), losses))  # 4 tokens, of which 1 is new
+    assert packs == [[(0, 0, 10)], [(0, 7, 17)], [(0, 14, 24)], *last]
+    assert losses.repeated == 9
 
 
 def test_best_fit_windows_change_neither_account_nor_bounds(monkeypatch: pytest.MonkeyPatch) -> None:

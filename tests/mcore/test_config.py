@@ -36,6 +36,7 @@ def test_pipeline_stages_hold_the_layers_of_the_layout(layout, layers):
     config = transformer_config(LLAMA3_8B, layout, precision="bf16", recompute="none")
     stage = 0 if layout.virtual_pp > 1 else None
     assert [get_num_layers_to_build(config, vp_stage=stage, pp_rank=rank) for rank in range(4)] == layers
+    assert layout.stage_layers(32) == tuple(layout.virtual_pp * chunk for chunk in layers)
 
 
 def test_what_is_still_being_sent_is_not_freed():

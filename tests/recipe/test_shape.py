@@ -157,7 +157,10 @@ def test_other_models_are_refused(change: dict[str, Any], reason: str) -> None:
 def test_null_is_as_good_as_absent() -> None:
     sizes = ["max_position_embeddings", "rms_norm_eps", "initializer_range", "num_key_value_heads"]
     nulls = dict.fromkeys([*sizes, "rope_theta", "rope_scaling", "rope_parameters"])
-    found = ModelShape.from_hf({**to_hf_config(LLAMA3_8B), **nulls}, "config.json")
+    config = {**to_hf_config(LLAMA3_8B), **nulls}
+    del config["tie_word_embeddings"]
+    found = ModelShape.from_hf(config, "config.json")
+    assert not found.tie_embeddings
     assert (found.max_length, found.norm_eps, found.initializer_range) == (2048, 1e-6, 0.02)
     assert found.num_kv_heads == found.num_heads
     assert (found.rope_base, found.rope_scaling) == (10_000, None)

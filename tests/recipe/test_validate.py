@@ -96,6 +96,8 @@ MISTAKES = [
     (["layout.pp=3"], None, "layout.pp: found 3; must divide the model's 4 layers"),
     (["layout.first_stage_layers=1"], None, "layout.first_stage_layers: found 1; needs pp of at least 2"),
     (["layout.pp=2", "layout.first_stage_layers=4"], None, "layout.pp: found 2; must divide the model's 4 layers"),
+    (["layout.pp=2", "layout.first_stage_layers=1", "layout.last_stage_layers=2"], None,
+     "layout.pp: found 2; must divide the model's 4 layers"),
     (["layout.pp=2", "layout.virtual_pp=2", "layout.last_stage_layers=1"], None,
      "layout.virtual_pp: found 2; must divide the 3 layers"),
     (["recompute=block"], None, "recompute: found 'block'; must be none, selective, all_but_attention,"),

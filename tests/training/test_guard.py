@@ -33,7 +33,8 @@ def walk(state: TrainState, losses: Iterable[float]) -> TrainState:
 def test_single_bad_steps_are_forgiven_and_many_in_a_row_are_not():
     bad = [math.nan] * (BAD_IN_A_ROW - 1)
     state = walk(TrainState("64k"), [*bad, 2.0] * 3)
-    assert (state.skipped, state.skipped_in_a_row) == (3 * len(bad), 0)
+    assert (state.skipped, state.skipped_in_a_row, state.recent_losses) == (3 * len(bad), 0, [2.0] * 3)
+    assert (state.step, state.tokens) == (3 * BAD_IN_A_ROW, 3 * BAD_IN_A_ROW * 4)
     with pytest.raises(
         UserError, match=r"64k: 5 steps in a row(?s:.*)books, shard shard\.00003\.mds, sample 17"
     ):

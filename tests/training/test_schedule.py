@@ -29,3 +29,8 @@ def test_linear_and_constant():
     assert learning_rate(stage(schedule="linear"), 39) == pytest.approx(2.0 * (0.1 + 0.9 * 2 / 3))
     assert learning_rate(stage(schedule="constant", warmup=0), 0) == 2.0
     assert learning_rate(stage(schedule="constant"), 99) == 2.0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_a_stage_of_one_step_is_warm_on_it(schedule):
+    assert learning_rate(stage(steps=1, schedule=schedule), 0) == 2.0
