@@ -31,7 +31,7 @@ from measure import write_result  # noqa: E402
 
 from megatron_prolong.data.balance import CostModel, assign  # noqa: E402
 from megatron_prolong.data.balance.threshold import best_share  # noqa: E402
-from megatron_prolong.model.context_parallel import context_attention  # noqa: E402
+from megatron_prolong.model.context_parallel import ContextParallel, context_attention  # noqa: E402
 from megatron_prolong.model.context_plan import ContextPlan  # noqa: E402
 from megatron_prolong.plan.lengths import PROLONG_64K  # noqa: E402
 
@@ -70,15 +70,14 @@ class Rank:
 
     def seconds(self, plan: ContextPlan, rank: int, group: dist.ProcessGroup | None) -> float:
         """Least of a few runs of forward and backward of `rank`'s slice."""
+        context = ContextParallel(plan, rank, group, "all_gather")
         times = []
         for _ in range(REPEATS):
             x_TH = torch.randn(plan.slice_length(rank), HIDDEN, requires_grad=True)
             start = time.process_time()
             y_TH = x_TH
             for layer in self.layers:
-                y_TH = layer(
-                    y_TH, lambda *qkv: torch.cat(context_attention(*qkv, plan, rank, group, "all_gather"))
-                )
+                y_TH = layer(y_TH, lambda *qkv: torch.cat(context_attention(*qkv, context)))
             y_TH.square().mean().backward()
             times.append(time.process_time() - start)
         return min(times)

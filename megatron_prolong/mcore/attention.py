@@ -22,26 +22,8 @@ from torch import Tensor
 
 from megatron_prolong.mcore.kept_attention import KeptAttention
 from megatron_prolong.model.attention import cached_attention, packed_attention
-from megatron_prolong.model.context_parallel import ContextPlan, context_attention
+from megatron_prolong.model.context_parallel import ContextParallel, context_attention
 from megatron_prolong.model.spread_cache import shared_attention, sliced_attention
-
-
-@dataclass(frozen=True)
-class ContextParallel:
-    """How this rank takes part in the exchange of one micro-batch.
-
-    Attributes:
-        plan: which documents are split over the context-parallel ranks and which stay whole on one.
-        rank: this rank among them.
-        group: the ranks; for a2a+p2p, `subgroups` are its inner and outer level.
-        exchange: "all_gather", "p2p", "a2a" or "a2a+p2p".
-    """
-
-    plan: ContextPlan
-    rank: int
-    group: dist.ProcessGroup
-    exchange: str
-    subgroups: tuple[dist.ProcessGroup, ...] = ()
 
 
 @dataclass
@@ -171,17 +153,7 @@ class DocumentAttention(MegatronModule):
         if documents.caches is not None:
             return self._cached(q, k, v, documents)
         if documents.context is not None:
-            context = documents.context
-            return context_attention(
-                q,
-                k,
-                v,
-                context.plan,
-                context.rank,
-                context.group,
-                context.exchange,
-                subgroups=context.subgroups,
-            )
+            return context_attention(q, k, v, documents.context)
         assert documents.cu_seqlens is not None
         return (packed_attention(q, k, v, documents.cu_seqlens),)
 
@@ -196,7 +168,7 @@ class DocumentAttention(MegatronModule):
                 outs.append(self._spread(q[start:end], k[start:end], v[start:end], len(outs), documents))
                 continue
             keys, values = cache.extend(self.layer_number, k[start:end], v[start:end])
-            outs.append(cached_attention(q[start:end], keys, values, len(keys)))
+            outs.append(cached_attention(q[start:end], keys, values))
         return tuple(outs)
 
     def _spread(self, q: Tensor, k: Tensor, v: Tensor, document: int, documents: Documents) -> Tensor:

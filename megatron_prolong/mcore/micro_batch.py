@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_prolong.data.batch import NO_LABEL, PackedBatch
-from megatron_prolong.mcore.attention import ContextParallel, Documents
+from megatron_prolong.mcore.attention import Documents
 from megatron_prolong.mcore.groups import ParallelGroups
+from megatron_prolong.model.context_parallel import ContextParallel
 from megatron_prolong.model.context_plan import ContextPlan
 from megatron_prolong.recipe.schema import Layout
 

@@ -26,9 +26,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from megatron_prolong.mcore.attention import ContextParallel, DocumentAttention, Documents
+from megatron_prolong.mcore.attention import DocumentAttention, Documents
 from megatron_prolong.mcore.specs import layer_spec
-from megatron_prolong.model.context_parallel import split_attention
+from megatron_prolong.model.context_parallel import ContextParallel, split_attention
 from megatron_prolong.model.context_plan import zigzag_order
 from megatron_prolong.recipe.layout_rules import te_exchanges
 
@@ -94,8 +94,7 @@ class TransformerEngineAttention(DocumentAttention):
     def _attend_split(self, q: Tensor, k: Tensor, v: Tensor, context: ContextParallel) -> Tensor:
         if self.split is not None:
             return self._attend(self.split, (q, k, v), split_documents(context, q.device))
-        chunks, rank, group = context.plan.chunk_tokens, context.rank, context.group
-        return split_attention(q, k, v, chunks, rank, group, context.exchange, context.subgroups).flatten(1)
+        return split_attention(q, k, v, context).flatten(1)
 
     @staticmethod
     def _attend(

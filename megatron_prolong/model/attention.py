@@ -41,13 +41,11 @@ def packed_attention(
 
 
 @torch.no_grad()
-def cached_attention(q_TND: Tensor, k_cache_SGD: Tensor, v_cache_SGD: Tensor, num_cached: int) -> Tensor:
-    """Attention of the newest T of `num_cached` tokens of one document, for chunked prefill and decoding.
+def cached_attention(q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> Tensor:
+    """Attention of the newest T of S tokens of one document, for chunked prefill and decoding.
 
-    The caches may be longer than `num_cached`: only their first `num_cached` rows (the T new ones included,
-    already written) are read. Query i sees keys 0 … num_cached-T+i. No gradient. Returns out_TND.
+    Query i sees keys 0 … S-T+i. No gradient. Returns out_TND.
     """
-    k_SGD, v_SGD = k_cache_SGD[:num_cached], v_cache_SGD[:num_cached]
     return cache_forward(q_TND, k_SGD, v_SGD, causal=True)[0]
 
 

@@ -25,7 +25,7 @@ Axes: T tokens of a slice, N query heads, G key/value heads, D head dimension; o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -39,68 +39,68 @@ from megatron_prolong.model.context_plan import ContextPlan, zigzag_order
 from megatron_prolong.model.flash import Block, attend, attend_backward, merge
 
 
+@dataclass(frozen=True)
+class ContextParallel:
+    """How this rank takes part in the exchange of one micro-batch.
+
+    Attributes:
+        plan: which documents are split over the context-parallel ranks and which stay whole on one.
+        rank: this rank among them.
+        group: the ranks.
+        exchange: "all_gather", "p2p", "a2a" or "a2a+p2p".
+        subgroups: for a2a+p2p, the inner group of neighbouring ranks and the outer group, one of each inner.
+    """
+
+    plan: ContextPlan
+    rank: int
+    group: dist.ProcessGroup
+    exchange: str
+    subgroups: tuple[dist.ProcessGroup, ...] = ()
+
+
 def context_attention(
-    q_TND: Tensor,
-    k_TGD: Tensor,
-    v_TGD: Tensor,
-    plan: ContextPlan,
-    rank: int,
-    group: dist.ProcessGroup,
-    exchange: str,
-    subgroups: Sequence[dist.ProcessGroup] = (),
+    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, context: ContextParallel
 ) -> tuple[Tensor, ...]:
-    """Causal attention within documents, of this rank's slice; every rank of `group` must call it.
+    """Causal attention within documents, of this rank's slice; every rank of the group must call it.
 
     Args:
         q_TND, k_TGD, v_TGD: this rank's slice after `plan.take`, rotary embedding applied.
-        rank: this rank in `group`.
-        exchange: all_gather | p2p | a2a | a2a+p2p.
-        subgroups: for a2a+p2p, the inner group of neighbouring ranks and the outer group, one of each inner.
 
     Returns:
         out_TND of the split documents and of the whole ones, where there are any: the slice in its order, 0 on the
         padding behind the documents.
     """
-    split_tokens, local_cu_seqlens = plan.split_tokens, plan.local_cu_seqlens(rank)
+    split_tokens = context.plan.split_tokens
     parts = []
     if split_tokens:
         q, k, v = (x[:split_tokens] for x in (q_TND, k_TGD, v_TGD))
-        parts.append(split_attention(q, k, v, plan.chunk_tokens, rank, group, exchange, subgroups))
+        parts.append(split_attention(q, k, v, context))
     if split_tokens < len(q_TND):
         q, k, v = (x[split_tokens:] for x in (q_TND, k_TGD, v_TGD))
-        blocks = document_blocks(tuple(start - split_tokens for start in local_cu_seqlens))
+        starts = context.plan.local_cu_seqlens(context.rank)
+        blocks = document_blocks(tuple(start - split_tokens for start in starts))
         parts.append(BlockAttention.apply(q, k, v, blocks, True))
     return tuple(parts)
 
 
-def split_attention(
-    q_TND: Tensor,
-    k_TGD: Tensor,
-    v_TGD: Tensor,
-    chunk_tokens: tuple[int, ...],
-    rank: int,
-    group: dist.ProcessGroup,
-    exchange: str,
-    subgroups: Sequence[dist.ProcessGroup] = (),
-) -> Tensor:
-    """`context_attention` of the split documents alone, two chunks of each of `chunk_tokens`; out_TND."""
-    if exchange == "all_gather":
-        out: Tensor = _GatherAttention.apply(q_TND, k_TGD, v_TGD, chunk_tokens, rank, group)
+def split_attention(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, context: ContextParallel) -> Tensor:
+    """`context_attention` of the split documents alone, of each of which a rank holds two chunks; out_TND."""
+    chunk_tokens = context.plan.chunk_tokens
+    if context.exchange == "all_gather":
+        out: Tensor = _GatherAttention.apply(q_TND, k_TGD, v_TGD, chunk_tokens, context.rank, context.group)
         return out
-    inner, outer = _levels(exchange, group, subgroups)
+    inner, outer = _levels(context)
     return _head_ring_attention(q_TND, k_TGD, v_TGD, chunk_tokens, inner, outer)
 
 
-def _levels(
-    exchange: str, group: dist.ProcessGroup, subgroups: Sequence[dist.ProcessGroup]
-) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+def _levels(context: ContextParallel) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """The group of the all-to-all and the group of the ring."""
-    if exchange == "p2p":
-        return None, group
-    if exchange == "a2a":
-        return group, None
-    assert exchange == "a2a+p2p" and len(subgroups) == 2, f"{exchange} with {len(subgroups)} subgroups"
-    return subgroups[0], subgroups[1]
+    if context.exchange == "p2p":
+        return None, context.group
+    if context.exchange == "a2a":
+        return context.group, None
+    inner, outer = context.subgroups
+    return inner, outer
 
 
 # --- all_gather ---------------------------------------------------------------------------------------------

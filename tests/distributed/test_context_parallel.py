@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rank_pool import group_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_prolong.model.context_parallel import context_attention
+from megatron_prolong.model.context_parallel import ContextParallel, context_attention
 from megatron_prolong.model.context_plan import ContextPlan
 from tests.model.dense import gather
 
@@ -76,8 +76,8 @@ def on_rank(rank: int, case: Case):
         return None
     q, k, v, dout = (case.plan.take(x, rank, 0.0) for x in case.tensors())
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    outs = context_attention(q, k, v, case.plan, rank, group, case.exchange, subgroups=subgroups)
-    out = torch.cat(outs)
+    context = ContextParallel(case.plan, rank, group, case.exchange, subgroups)
+    out = torch.cat(context_attention(q, k, v, context))
     assert out.dtype == q.dtype and out.shape == q.shape
     grads = torch.autograd.grad(out, (q, k, v), dout)
     return [x.detach().float().numpy() for x in (out, *grads)]
@@ -191,7 +191,7 @@ def refuses_heads(rank: int) -> str:
     group = group_of((0, 1, 2, 3))
     q, k, v, _ = (case.plan.take(x, rank, 0.0) for x in case.tensors())
     try:
-        context_attention(q, k, v, case.plan, rank, group, "a2a")
+        context_attention(q, k, v, ContextParallel(case.plan, rank, group, "a2a"))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "accepted"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_prolong.mcore import transformer_engine
-from megatron_prolong.mcore.attention import ContextParallel, DocumentAttention, Documents
+from megatron_prolong.mcore.attention import DocumentAttention, Documents
 from megatron_prolong.mcore.specs import runs_on_transformer_engine
 from megatron_prolong.mcore.transformer_engine import (
     TransformerEngineAttention,
@@ -19,6 +19,7 @@ from megatron_prolong.mcore.transformer_engine import (
     transformer_engine_block_spec,
     whole_documents,
 )
+from megatron_prolong.model.context_parallel import ContextParallel
 from megatron_prolong.model.context_plan import ContextPlan
 
 CPU = torch.device("cpu")
