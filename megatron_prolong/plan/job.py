@@ -98,21 +98,27 @@ class Job:
         tp = self.layout.tp
         return -(-self.rank_tokens // tp) if self.layout.sequence_parallel and tp > 1 else self.rank_tokens
 
+    @property
+    def residual_bytes(self) -> int:
+        """Bytes of that residual stream."""
+        return self.residual_tokens * self.shape.hidden_size * self.element_bytes
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the hidden states of all `rank_tokens`."""
+        return self.rank_tokens * self.shape.hidden_size * self.element_bytes
+
     @cached_property
-    def stages_layers(self) -> tuple[int, ...]:
+    def stage_layers(self) -> tuple[int, ...]:
         """Layers of each pipeline stage. A search asks for them millions of times."""
         stages = self.layout.stage_layers(self.shape.num_layers)
         assert stages is not None, "the layout was checked"
         return stages
 
-    def stage_layers(self, pp_rank: int) -> int:
-        """Layers of a rank of pipeline stage `pp_rank`."""
-        return self.stages_layers[pp_rank]
-
     @property
     def longest_stage_layers(self) -> int:
         """Layers of the pipeline stage that has most."""
-        return max(self.stages_layers)
+        return max(self.stage_layers)
 
     def recomputed_layers(self, chunk_layers: int) -> int:
         """How many of a model chunk's layers are recomputed whole."""

@@ -171,14 +171,9 @@ def kept_by_chunk(job: Job, num_layers: int, kernels: Kernels = GPU_KERNELS) -> 
     return kept + rotary_bytes(job) if recomputed else kept
 
 
-def layer_input_bytes(job: Job) -> int:
-    """The residual stream of a micro-batch."""
-    return job.residual_tokens * job.shape.hidden_size * job.element_bytes
-
-
 def kept_by_recomputed_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     """Its input, and with all_but_attention what `kept_attention` says."""
-    return layer_input_bytes(job) + kept_attention(job, kernels)
+    return job.residual_bytes + kept_attention(job, kernels)
 
 
 def kept_attention(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
@@ -220,7 +215,7 @@ def in_flight(job: Job, pp_rank: int) -> int:
 def activation_bytes(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> int:
     """Bytes held for the backward at the peak of a step on pipeline stage `pp_rank`."""
     chunks, is_last = in_flight(job, pp_rank), pp_rank == job.layout.pp - 1
-    chunk_layers = job.stage_layers(pp_rank) // job.layout.virtual_pp
+    chunk_layers = job.stage_layers[pp_rank] // job.layout.virtual_pp
     kept = chunks * kept_by_chunk(job, chunk_layers, kernels)
     if job.offload:  # all but the layer being copied out (or in) and its neighbour
         kept += parkable_by_chunk(job, min(chunk_layers, 2), kernels) - parked_bytes(job, pp_rank, kernels)
@@ -233,7 +228,7 @@ def output_bytes(job: Job, pp_rank: int) -> int:
     (`deallocate_pipeline_outputs` in mcore/config.py). The model's last chunk has a loss instead."""
     held = in_flight(job, pp_rank) if job.layout.virtual_pp > 1 else 1
     is_last = pp_rank == job.layout.pp - 1
-    return (held - is_last) * layer_input_bytes(job)
+    return (held - is_last) * job.residual_bytes
 
 
 def parkable_by_chunk(job: Job, num_layers: int, kernels: Kernels = GPU_KERNELS) -> int:
@@ -246,7 +241,7 @@ def parked_bytes(job: Job, pp_rank: int, kernels: Kernels | None = None) -> int:
     """What waits in host memory for the backward at the peak of a step, with offload."""
     if not job.offload:
         return 0
-    chunk_layers = job.stage_layers(pp_rank) // job.layout.virtual_pp
+    chunk_layers = job.stage_layers[pp_rank] // job.layout.virtual_pp
     return in_flight(job, pp_rank) * parkable_by_chunk(job, chunk_layers, kernels or gpu_kernels(job))
 
 
@@ -256,10 +251,13 @@ def rotary_bytes(job: Job) -> int:
 
 
 def loss_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
-    """Saved by final norm, output layer and loss: no logits. The loss is one micro-batch at a time."""
-    t, s, h, e = job.rank_tokens, job.residual_tokens, job.shape.hidden_size, job.element_bytes
-    norm = s * h * e + s * 4 if kernels.norm else 2 * s * h * 4 + s * 4
-    return norm + t * h * e  # the gradient of the hidden states of all the rank's tokens, made in the forward
+    """Saved by final norm, output layer and loss: no logits. The loss is one micro-batch at a time.
+
+    Of all the rank's hidden states the gradient is saved, made in the forward.
+    """
+    s, h = job.residual_tokens, job.shape.hidden_size
+    norm = job.residual_bytes + s * 4 if kernels.norm else 2 * s * h * 4 + s * 4
+    return norm + job.hidden_bytes
 
 
 # --- working memory -----------------------------------------------------------------------------------------
@@ -267,7 +265,7 @@ def loss_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
 
 def layer_working(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     """While one layer runs backward, without a context-parallel exchange: its MLP first, then its attention."""
-    mlp = recomputed_bytes(job, kernels) + layer_input_bytes(job) + mlp_gradients(job)
+    mlp = recomputed_bytes(job, kernels) + job.residual_bytes + mlp_gradients(job)
     return max(mlp, attention_backward(job, kernels))
 
 
@@ -294,7 +292,7 @@ def recomputed_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
 def passing_gradients(job: Job) -> int:
     """Gradients of the residual stream, gathered over the tensor-parallel ranks, and of the largest weight."""
     weight_gradient = max(layer_weights(job.shape, job.layout.tp).values()) * job.element_bytes
-    return layer_input_bytes(job) + 2 * gathered_bytes(job) + weight_gradient
+    return job.residual_bytes + 2 * gathered_bytes(job) + weight_gradient
 
 
 def mlp_gradients(job: Job) -> int:
@@ -312,8 +310,7 @@ def mlp_gradients(job: Job) -> int:
 
 def gathered_bytes(job: Job) -> int:
     """The residual stream gathered over the tensor-parallel ranks; nothing without sequence parallelism."""
-    split = job.residual_tokens < job.rank_tokens
-    return job.rank_tokens * job.shape.hidden_size * job.element_bytes if split else 0
+    return job.hidden_bytes if job.residual_tokens < job.rank_tokens else 0
 
 
 def attention_gradients(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
@@ -342,13 +339,12 @@ def loss_working(job: Job) -> int:
     e, h = job.element_bytes, job.shape.hidden_size
     logits = chunk * job.vocab_rows * (4 if job.precision == "fp32" else 4 + e)
     copied = 0 if job.precision == "fp32" else job.vocab_rows * h * e
-    return job.vocab_rows * h * 4 + max(logits + job.rank_tokens * h * e, copied)
+    return job.vocab_rows * h * 4 + max(logits + job.hidden_bytes, copied)
 
 
 def hand_over_bytes(job: Job) -> int:
     """Of a pipeline: what arrives and what is sent."""
-    hidden_size, e = job.shape.hidden_size, job.element_bytes
-    return 2 * job.residual_tokens * hidden_size * e if job.layout.pp > 1 else 0
+    return 2 * job.residual_bytes if job.layout.pp > 1 else 0
 
 
 def exchange_bytes(job: Job) -> int:

@@ -36,7 +36,7 @@ from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import BatchDocuments, Lengths
 from megatron_prolong.plan.memory import gpu_kernels, parkable_by_chunk
-from megatron_prolong.plan.volume import context_bytes, gathered_bytes
+from megatron_prolong.plan.volume import context_bytes, gathered_weight_bytes
 from megatron_prolong.plan.weights import stage_weights
 from megatron_prolong.recipe.counts import ForwardFlops
 
@@ -211,7 +211,7 @@ def mfu(job: Job, gpu: Gpu, time: StepTime, batches: Sequence[BatchDocuments]) -
 def _elementwise_seconds(job: Job, gpu: Gpu) -> float:
     """Norms (read, write: 2 each), residual sums (3 each), rotary embedding (about 3 passes) and SwiGLU."""
     shape, tp, e = job.shape, job.layout.tp, job.element_bytes
-    residual = 10 * job.residual_tokens * shape.hidden_size * e
+    residual = 10 * job.residual_bytes
     heads = (shape.num_heads + shape.num_kv_heads) * shape.head_dim // tp
     rotary = 6 * job.rank_tokens * heads * e
     swiglu = 3 * job.rank_tokens * shape.ffn_hidden_size // tp * e
@@ -225,7 +225,7 @@ def _tensor_seconds(job: Job, gpu: Gpu) -> float:
     tp = job.layout.tp
     if tp == 1:
         return 0.0
-    one = (tp - 1) / tp * job.rank_tokens * job.shape.hidden_size * job.element_bytes
+    one = (tp - 1) / tp * job.hidden_bytes
     rounds = 2 + job.recomputed_share
     volume = 4 * rounds * one * job.longest_stage_layers + 2 * one
     return volume / gpu.bandwidth(tp, stride=1)
@@ -241,7 +241,7 @@ def _hand_over_seconds(job: Job, gpu: Gpu) -> float:
     layout = job.layout
     if layout.pp == 1:
         return 0.0
-    volume = 2 * layout.virtual_pp * job.residual_tokens * job.shape.hidden_size * job.element_bytes
+    volume = 2 * layout.virtual_pp * job.residual_bytes
     return volume / gpu.bandwidth(layout.pp, stride=job.world_size // layout.pp)
 
 
@@ -256,7 +256,7 @@ def _gradient_seconds(job: Job, gpu: Gpu, micro_batch_seconds: float) -> float:
     share = (ranks - 1) / ranks / bandwidth
     backward = 0.6 * micro_batch_seconds  # backward takes about 2/3 of a micro-batch; the tail is exposed
     forward = 0.3 * micro_batch_seconds
-    gathered = gathered_bytes(job, elements, pp_rank)
+    gathered = gathered_weight_bytes(job, elements, pp_rank)
     return max(0.0, 4 * elements * share - backward) + max(0.0, gathered * share - forward)
 
 

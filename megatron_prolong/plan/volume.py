@@ -51,10 +51,10 @@ def _tensor(job: Job, pp_rank: int) -> float:
     layout, shape = job.layout, job.shape
     if layout.tp == 1:
         return 0.0
-    unit = (layout.tp - 1) / layout.tp * job.rank_tokens * shape.hidden_size * job.element_bytes
+    unit = (layout.tp - 1) / layout.tp * job.hidden_bytes
     split = layout.sequence_parallel
     per_layer = (4 + 6 if split else 8) + (2 if job.recompute == "selective" else 4 * job.recomputed_share)
-    layers = job.stage_layers(pp_rank)
+    layers = job.stage_layers[pp_rank]
     first, last = pp_rank == 0, pp_rank == layout.pp - 1
     # The embedding is scattered (or reduced) forward and gathered backward; the loss the other way round.
     ends = 2 * first + 2 * last
@@ -89,20 +89,19 @@ def _pipeline(job: Job, pp_rank: int) -> int:
     layout = job.layout
     if layout.pp == 1:
         return 0
-    residual = job.residual_tokens * job.shape.hidden_size * job.element_bytes
     first, last = pp_rank == 0, pp_rank == layout.pp - 1
     hops = 2 * layout.virtual_pp - first - last
-    return job.micro_batches * hops * residual
+    return job.micro_batches * hops * job.residual_bytes
 
 
 def _data(job: Job, pp_rank: int) -> float:
     layout = job.layout
     ranks = job.dp * layout.cp
     elements = buffer_elements(job, stage_weights(job, pp_rank))
-    return (ranks - 1) / ranks * (4 * elements + gathered_bytes(job, elements, pp_rank))
+    return (ranks - 1) / ranks * (4 * elements + gathered_weight_bytes(job, elements, pp_rank))
 
 
-def gathered_bytes(job: Job, elements: int, pp_rank: int) -> int:
+def gathered_weight_bytes(job: Job, elements: int, pp_rank: int) -> int:
     """What an update of `elements` weights of a pipeline stage gathers; else the second half of an all-reduce."""
     if not job.layout.distributed_optimizer:
         return 4 * elements

@@ -15,7 +15,7 @@ def stage_weights(job: Job, pp_rank: int) -> list[int]:
     held once when both are the same stage and twice otherwise.
     """
     shape, layout = job.shape, job.layout
-    sizes = list(layer_weights(shape, layout.tp).values()) * job.stage_layers(pp_rank)
+    sizes = list(layer_weights(shape, layout.tp).values()) * job.stage_layers[pp_rank]
     vocabulary = job.vocab_rows * shape.hidden_size
     first, last = pp_rank == 0, pp_rank == layout.pp - 1
     if first:
@@ -31,7 +31,7 @@ def fp8_weights(job: Job, pp_rank: int) -> int:
     """Elements whose products are in fp8: the linears of all layers but the model's first and last."""
     if job.precision != "fp8":
         return 0
-    layers = job.stage_layers(pp_rank) - (pp_rank == 0) - (pp_rank == job.layout.pp - 1)
+    layers = job.stage_layers[pp_rank] - (pp_rank == 0) - (pp_rank == job.layout.pp - 1)
     linears = (size for name, size in layer_weights(job.shape, job.layout.tp).items() if "norm" not in name)
     return max(layers, 0) * sum(linears)
 
