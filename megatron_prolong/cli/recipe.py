@@ -37,8 +37,9 @@ def check(
     cpu: Annotated[bool, typer.Option("--cpu", help="The job runs without CUDA.")] = False,
 ) -> None:
     """List everything wrong with a recipe: keys, values, layouts, missing files. Exit code 2."""
+    from megatron_prolong.recipe.findings import problems_error
     from megatron_prolong.recipe.load import load_recipe
-    from megatron_prolong.recipe.validate import find_problems, problems_error
+    from megatron_prolong.recipe.validate import find_problems
 
     loaded = load_recipe(recipe, overrides or ())
     findings = find_problems(loaded, world_size, on_cpu=cpu)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ def model_problems(path: Path) -> list[str]:
     return []
 
 
-def unfinished_stage(path: Path) -> str | None:
-    """That `path` is a checkpoint from the middle of a stage, as its own recipe tells; None when it is not."""
-    directory, stages = model_directory(path), stages_behind(path)
+def unfinished_stage(path: Path, stages: Sequence[Stage]) -> str | None:
+    """That `path` is a checkpoint from the middle of the last of the `stages_behind` it; None when it is not."""
+    directory = model_directory(path)
     if not stages or (step := read_manifest(directory)["step"]) >= stages[-1].num_steps:
         return None
     of = f"{stages[-1].num_steps} of stage {stages[-1].name}"

@@ -7,26 +7,17 @@ cluster to judge is in `validate.py`. Lengths and counts are in tokens unless th
 from __future__ import annotations
 
 import math
-import os
 import re
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PrivateAttr,
-    Tag,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
 from megatron_prolong.recipe.fp8 import Fp8Recipe
 from megatron_prolong.recipe.numbers import Count, Real
 from megatron_prolong.recipe.origin import Origin
+from megatron_prolong.recipe.paths import Directories, UserPath
 from megatron_prolong.recipe.rope import YarnScaling, yarn_attention_factor
 from megatron_prolong.recipe.shape import ModelShape
 
@@ -39,24 +30,6 @@ NAME_PATTERN = r"^[A-Za-z0-9_-]+$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, examples=["a-name"])]
 
 
-def expanded(path: Path) -> Path:
-    """`path` with ~ and $VARIABLES replaced; an unknown user or variable stays as written."""
-    return Path(os.path.expandvars(os.path.expanduser(path)))  # noqa: PTH111 - Path's fails on an unknown ~user
-
-
-UserPath = Annotated[Path, AfterValidator(expanded)]
-"""A path as written, relative to the working directory; ~ and $VARIABLES are expanded."""
-
-
-def _each_once(directories: object) -> object:
-    """Refuses two spellings of one path, of which a dict would silently keep the last."""
-    paths = [expanded(Path(str(name))) for name in directories] if isinstance(directories, dict) else []
-    if twice := [str(path) for path in paths if paths.count(path) > 1]:
-        raise ValueError(f"names {twice[0]} twice; keep one")
-    return directories
-
-
-Directories = Annotated[dict[UserPath, Annotated[Real, Field(gt=0, le=1)]], BeforeValidator(_each_once)]
 Mixture = Annotated[
     Annotated[Directories, Tag("directories")] | Annotated[Literal["mock"], Tag("word")],
     Discriminator(lambda value: "word" if isinstance(value, str) else "directories"),

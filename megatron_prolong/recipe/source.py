@@ -18,7 +18,8 @@ import yaml
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.origin import Origin, Place
-from megatron_prolong.recipe.schema import NAME_PATTERN, expanded
+from megatron_prolong.recipe.paths import expanded
+from megatron_prolong.recipe.schema import NAME_PATTERN
 
 Key = tuple[str, ...]
 """Path of a value, with stages by name: ("stages", "64k", "lr")."""

@@ -6,7 +6,7 @@ What its text alone shows is in rules.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_prolong.errors import UserError
@@ -54,10 +54,11 @@ def find_problems(
     findings = Findings(recipe, doubtful)
     for broken in broken_rules(recipe):
         findings.error(*broken)
-    shape = _model(findings)
+    behind = stages_behind(recipe.model.path) if recipe.model.path else []
+    shape = _model(findings, behind)
     _run_directory(findings)
     _optimizers(findings)
-    _same_draws(findings)
+    _same_draws(findings, behind)
     doubtful_model = findings.has_doubtful_part(("model",))
     tokenizer = None if doubtful_model else tokenizer_fingerprint(tokenizer_of(recipe))
     rope_base = shape.rope_base if shape else None
@@ -96,7 +97,7 @@ def incoming_shape(recipe: Recipe) -> ModelShape:
 def _weights_of(recipe: Recipe) -> Path | None:
     """What the run has trained, converted or made, once there is that: the model's own may be gone by then."""
     if not needs_model(recipe):
-        return list(complete_checkpoints(recipe.run_dir / recipe.stages[0].name).values())[-1]
+        return _newest(recipe, recipe.stages[0])
     converted = recipe.run_dir / INITIAL
     return converted if (converted / MANIFEST).exists() else recipe.model.path
 
@@ -107,15 +108,15 @@ def tokenizer_of(recipe: Recipe) -> Path | None:
     return kept if (kept / "tokenizer.json").exists() else recipe.model.tokenizer_path
 
 
-def _model(findings: Findings) -> ModelShape | None:
-    """Judge model and tokenizer; the shape, where it can be known."""
+def _model(findings: Findings, behind: Sequence[Stage]) -> ModelShape | None:
+    """Judge model and tokenizer; the shape, where it can be known. `behind`: what the model went through."""
     model = findings.recipe.model
     before = len(findings.errors)
     if (start := _weights_of(findings.recipe)) is not None:
         problems = model_problems(start)
         for problem in problems:
             findings.error(("model", "path"), problem)
-        if not problems and start == model.path and (warning := unfinished_stage(start)):
+        if not problems and start == model.path and (warning := unfinished_stage(start, behind)):
             findings.warn(("model", "path"), warning)
     if model.tokenizer is not None and tokenizer_of(findings.recipe) == model.tokenizer:
         for problem in tokenizer_problems(model.tokenizer):
@@ -218,13 +219,10 @@ def _saved_optimizer(checkpoint: Path | None) -> OptimizerForm | None:
         return None
 
 
-def _same_draws(findings: Findings) -> None:
+def _same_draws(findings: Findings, behind: Sequence[Stage]) -> None:
     """Stages that see again, in the same order, what the weights they carry on were trained on."""
     recipe = findings.recipe
-    path = recipe.model.path
-    before = {
-        _draws(stage): f"stage {stage.name} of {path}" for stage in (stages_behind(path) if path else [])
-    }
+    before = {_draws(stage): f"stage {stage.name} of {recipe.model.path}" for stage in behind}
     seen = dict(before)
     for stage in recipe.stages:
         if not stage.carry.weights:
