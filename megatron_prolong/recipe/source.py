@@ -56,7 +56,10 @@ def read_source(path: Path | str, overrides: Sequence[str] = ()) -> Source:
     """
     source = _read_with_bases(Path(path), ())
     for override in overrides:
-        _apply_override(source, override)
+        try:
+            _apply_override(source, override)
+        except ValueError as error:
+            source.problems.append(f"override {override!r}: {error}")
     return source
 
 
@@ -187,39 +190,25 @@ def _merge_stages(below: list[Any], above: list[Any]) -> list[Any]:
 
 
 def _apply_override(source: Source, override: str) -> None:
-    """`stage.64k.lr=2e-5`, `layout.tp=2`, `stage.64k.mixture.data/books=0.4` over what the files say."""
+    """`stage.64k.lr=2e-5`, `layout.tp=2`, `stage.64k.mixture.data/books=0.4` over what the files say.
+
+    Raises:
+        ValueError: it names no key.
+    """
     path, equals, text = override.partition("=")
-    if not equals or not path.strip():
-        source.problems.append(
-            f"override {override!r}: must look like key.path=value, e.g. stage.64k.lr=2e-5"
-        )
-        return
+    path = path.strip()
+    if not equals or not path:
+        raise ValueError("must look like key.path=value, e.g. stage.64k.lr=2e-5")
     try:
         value = _Loader(text).get_single_data()
     except yaml.YAMLError:
         value = text
-    parts = path.strip().split(".")
-    if parts[0] == "base":
-        source.problems.append(f"override {override!r}: a base is named in the recipe file only")
-        return
     key: Key = ()
-    target = source.data
-    if parts[0] in ("stage", "stages") and path.strip() != "stages":
-        stages = [stage for stage in source.data.get("stages") or [] if isinstance(stage, dict)]
-        names = [str(stage.get("name")) for stage in stages]
-        if len(parts) < 3 or parts[1] not in names:
-            unknown = len(parts) > 1 and parts[1] not in names
-            near = get_close_matches(parts[1], names, n=1) if unknown else []
-            hint = (
-                f"; did you mean stage.{near[0]}?"
-                if near
-                else f"; the stages are {', '.join(names) or 'none'}"
-            )
-            source.problems.append(
-                f"override {override!r}: must name a stage and a key, stage.NAME.KEY=value{hint}"
-            )
-            return
-        target, key, parts = stages[names.index(parts[1])], ("stages", parts[1]), parts[2:]
+    target, parts = source.data, path.split(".")
+    if parts[0] == "base":
+        raise ValueError("a base is named in the recipe file only")
+    if parts[0] in ("stage", "stages") and path != "stages":
+        target, key, parts = _named_stage(source, parts), ("stages", parts[1]), parts[2:]
     if parts[0] == "mixture" and len(parts) > 1:  # directories may hold dots
         parts = ["mixture", ".".join(parts[1:])]
     for name in parts[:-1]:
@@ -230,3 +219,15 @@ def _apply_override(source: Source, override: str) -> None:
         target.pop(_ALTERNATIVES[parts[-1]], None)
     target[parts[-1]] = value
     source.origin.places[(*key, parts[-1])] = Place(f"override {override!r}")
+
+
+def _named_stage(source: Source, parts: Sequence[str]) -> dict[str, Any]:
+    """What the recipe says of the stage in stage.NAME.KEY; raises ValueError when it has none of that name."""
+    stages = [stage for stage in source.data.get("stages") or [] if isinstance(stage, dict)]
+    names = [str(stage.get("name")) for stage in stages]
+    name = parts[1] if len(parts) > 1 else ""
+    if name in names and len(parts) > 2:
+        return stages[names.index(name)]
+    near = [] if name in names else get_close_matches(name, names, n=1)
+    hint = f"did you mean stage.{near[0]}?" if near else f"the stages are {', '.join(names) or 'none'}"
+    raise ValueError(f"must name a stage and a key, stage.NAME.KEY=value; {hint}")
