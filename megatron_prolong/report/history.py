@@ -18,9 +18,9 @@ from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.run_files import METRICS, RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import MANIFEST
+from megatron_prolong.runtime.progress import RECENT_STEPS
 from megatron_prolong.runtime.strict_json import read_lines, with_nan
 
-_RECENT_STEPS = 20
 _NUMBER = int | float | None
 _KINDS = {
     "time": int | float, "event": str, "stage": str, "step": int, "scores": dict, "domains": dict,
@@ -62,8 +62,8 @@ class StageHistory:
 
     @property
     def step_seconds(self) -> float | None:
-        """Median of the latest steps; the mean would carry a checkpoint's pause."""
-        recent = [r["step_seconds"] for r in self.records[-_RECENT_STEPS:] if r.get("step_seconds")]
+        """Median of the latest steps."""
+        recent = [r["step_seconds"] for r in self.records[-RECENT_STEPS:] if r.get("step_seconds")]
         return statistics.median(recent) if recent else None
 
     @property

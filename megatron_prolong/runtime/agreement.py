@@ -58,5 +58,5 @@ def against_main(own: T, compare: Callable[[T, T], None]) -> None:
 
 
 def on_main(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T | None:
-    """The same, done on rank 0 only; the others get None when it has."""
+    """`together`, but only rank 0 acts; the others wait for it and get None. Collective."""
     return together(lambda: action() if dist.get_rank() == 0 else None, group)

@@ -12,6 +12,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 10.0
+RECENT_STEPS = 20
+"""Training steps whose median time tells what is left. Documents differ in length, and so do steps in time; a mean
+would carry a checkpoint's pause, and rich's own estimate forgets what is 30 s old: a step here."""
 
 
 def track(

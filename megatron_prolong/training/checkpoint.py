@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -40,7 +39,12 @@ T = TypeVar("T")
 
 @dataclass
 class PendingSave:
-    """A checkpoint between its snapshot and its name; `entries` or `problem` appear when this rank has written."""
+    """A checkpoint between its snapshot and its name, being written by a thread of its own.
+
+    Attributes:
+        entries: checksums of this rank's files, when they are written.
+        problem: what went wrong instead, for `CheckpointWriter` to raise.
+    """
 
     snapshot: Snapshot
     manifest: dict[str, Any]
@@ -49,10 +53,14 @@ class PendingSave:
     started: float
     entries: Entries = field(default_factory=dict)
     problem: UserError | None = None
-    thread: Thread | None = None
+    thread: Thread = field(init=False)
 
-    def write(self) -> None:
-        """Write this rank's files; what goes wrong is kept for `CheckpointWriter` to raise."""
+    def __post_init__(self) -> None:
+        # A daemon: a process that ends with an error does not wait for a checkpoint that cannot be completed.
+        self.thread = Thread(target=self._write, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _write(self) -> None:
         try:
             self.entries = self.snapshot.write()
         except Exception as error:  # every rank has to hear of it, so it must not end the thread
@@ -98,20 +106,15 @@ class CheckpointWriter:
         _on_main(lambda: self._make_room(partial, num_bytes))
         with _full_disks_explained(partial):
             snapshot = take_snapshot(partial, state)
-        pending = PendingSave(snapshot, manifest, num_bytes, time.perf_counter() - started, started)
-        # A daemon: a process that ends with an error does not wait for a checkpoint that cannot be completed.
-        pending.thread = Thread(target=pending.write, name="checkpoint", daemon=True)
-        pending.thread.start()
-        self._pending = pending
+        stall_seconds = time.perf_counter() - started
+        self._pending = PendingSave(snapshot, manifest, num_bytes, stall_seconds, started)
         if not self._spec.async_save:
             self.finish()
 
     def poll(self) -> None:
         """Complete the pending save if every rank has written its share."""
-        if (pending := self._pending) is not None:
-            assert pending.thread is not None
-            if _sum(int(pending.thread.is_alive())) == 0:
-                self.finish()
+        if self._pending is not None and _sum(int(self._pending.thread.is_alive())) == 0:
+            self.finish()
 
     def reading(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches; where no rank can read one, the pending save is completed before that is raised.
@@ -140,7 +143,6 @@ class CheckpointWriter:
         """
         if (pending := self._pending) is None:
             return
-        assert pending.thread is not None
         self._pending = None
         waiting = time.perf_counter()
         pending.thread.join()
@@ -204,7 +206,8 @@ def verify_checkpoint(directory: Path) -> None:
         JointError: naming every damaged file.
     """
     sums = directory / CHECKSUMS
-    against_main(sums.read_bytes() if sums.exists() else b"", partial(_refuse_other_copy, directory))
+    content = sums.read_bytes() if sums.exists() else b""
+    against_main(content, lambda main, own: _refuse_other_copy(directory, main, own))
     if sums.exists():
         share = slice(dist.get_rank(), None, dist.get_world_size())
         together(lambda: verify_checksums(directory, share))

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import IO, Any
 
 from rich.console import Console
@@ -19,10 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.run_files import METRICS, TENSORBOARD
 from megatron_prolong.recipe.schema import Recipe
+from megatron_prolong.runtime.progress import RECENT_STEPS
 from megatron_prolong.runtime.strict_json import dumps
-
-# Documents differ in length, and so do steps in time. rich's own estimate forgets what is 30 s old: a step here.
-_ETA_STEPS = 20
 
 
 @dataclass
@@ -35,7 +34,7 @@ class RunLog:
     wandb: Any = None  # a wandb.Run, where the recipe asks for one
     progress: Progress | None = None
     task: TaskID | None = None
-    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_ETA_STEPS))
+    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""
@@ -72,7 +71,7 @@ class RunLog:
         remaining = (num_steps - step) * statistics.median(self.step_seconds)
         status = (
             f"loss {facts['loss']:.4f}  lr {facts['lr']:.2e}  grad {facts['grad_norm']:.2f}  "
-            f"{facts['tokens_per_second']:,.0f} tok/s  ETA {_duration(remaining)}"
+            f"{facts['tokens_per_second']:,.0f} tok/s  ETA {timedelta(seconds=round(remaining))}"
         )
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=step, status=status)
@@ -138,8 +137,3 @@ def _wandb_run(recipe: Recipe) -> Iterator[Any]:
         run.define_metric(f"{stage.name}/*", step_metric=f"{stage.name}/step")
     with run:
         yield run
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
