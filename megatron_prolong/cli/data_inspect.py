@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -119,7 +119,7 @@ def from_megatron(
     print(f"{directory}: {counted(num_samples, 'sample')}{left_out}")
 
 
-def _tokenizer(directory: Path, data: Path):  # type: ignore[no-untyped-def]
+def _tokenizer(directory: Path, data: Path) -> Any:
     """The tokenizer there. Raises UserError where the data says that another one made its tokens."""
     from megatron_prolong.data.mds import common_tokenizer, read_index
     from megatron_prolong.evaluation.backend import load_tokenizer

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_prolong.cli.recipe import Overrides
+from megatron_prolong.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_prolong.recipe.schema import Recipe
@@ -27,18 +28,17 @@ def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look at packages, GPUs, NCCL, fabric and disk; exit code 1 when something needed is missing."""
-    import json
-
     from megatron_prolong.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ()) if recipe is not None else None  # before torch is imported
     from megatron_prolong.runtime.doctor import examine
+    from megatron_prolong.runtime.strict_json import dumps
 
     findings = examine(loaded.run_dir if loaded else Path.cwd(), quick=quick)
     if loaded is not None:
         findings += recipe_findings(loaded, gpus)
     if json_output:
-        print(json.dumps([finding.to_dict() for finding in findings], indent=1))
+        print(dumps(findings, indent=1))
     else:
         for finding in findings:
             remedy = f"\n{'':10}{finding.remedy}" if finding.remedy else ""
@@ -51,7 +51,6 @@ def recipe_findings(recipe: Recipe, world_size: int | None) -> list[Finding]:
     """What `recipe` lacks on this machine: inputs, precision, GPU memory, disk."""
     import torch
 
-    from megatron_prolong.errors import UserError
     from megatron_prolong.recipe.validate import find_problems, incoming_shape
     from megatron_prolong.runtime.doctor import Finding
 

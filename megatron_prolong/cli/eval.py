@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from megatron_prolong.cli.counts import each_at_least
+from megatron_prolong.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_prolong.evaluation.backend import Backend
@@ -191,8 +192,6 @@ def is_main(world: World | None) -> bool:
 
 def models_of(model: str, compare: list[str] | None) -> list[tuple[str, str]]:
     """(label, path) of every model; the label defaults to the directory's name."""
-    from megatron_prolong.errors import UserError
-
     pairs = []
     for text in [model, *(compare or [])]:
         label, separator, path = text.partition("=")
@@ -207,8 +206,6 @@ def models_of(model: str, compare: list[str] | None) -> list[tuple[str, str]]:
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises UserError for another value."""
-    from megatron_prolong.errors import UserError
-
     if value not in allowed:
         raise UserError(f"{option} {value}: must be one of {', '.join(allowed)}")
 
@@ -224,8 +221,6 @@ def _warn_of_lengths_beyond(backend: Backend, lengths: Sequence[int]) -> None:
 
 def _depths(text: str) -> list[float]:
     """ "0,25,50" as shares, ascending."""
-    from megatron_prolong.errors import UserError
-
     try:
         depths = sorted({float(part) / 100 for part in text.split(",")})
     except ValueError as error:

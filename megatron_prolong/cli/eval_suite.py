@@ -24,6 +24,7 @@ from megatron_prolong.cli.eval import (
 from megatron_prolong.cli.eval_results import compare as compare_results
 from megatron_prolong.cli.eval_results import judge, report
 from megatron_prolong.cli.recipe import warn
+from megatron_prolong.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_prolong.evaluation.backend import Backend
@@ -91,7 +92,6 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Run finished tasks again.")] = False,
 ) -> None:
     """Run a suite; `prolong eval MODEL --suite …` is the same. A stopped run goes on with the same command."""
-    from megatron_prolong.errors import UserError
     from megatron_prolong.evaluation.backend import declared_length, load_tokenizer, tokenizer_directory
     from megatron_prolong.evaluation.documents import read_text
     from megatron_prolong.evaluation.nli import load_nli
@@ -106,21 +106,15 @@ def run(
     from megatron_prolong.evaluation.suites import left_out, select
     from megatron_prolong.evaluation.task import Inputs
 
+    names = _names(tasks)
+
     def prepare() -> tuple[list[tuple[str, str, str]], list[Task], str, Entails | None]:
-        one_of("--chat", chat, ("auto", "always", "never"))
-        one_of("--too-long", too_long, ("refuse", "truncate", "allow"))
-        one_of("--backend", backend, ("auto", "hf", "megatron", "openai"))
-        if backend == "openai" and world is not None:
-            raise UserError(
-                "--backend openai: one process asks the server; start it without torchrun or srun"
-            )
-        if "/" in tag:
-            raise UserError(f"--tag {tag}: becomes a part of file names, so it cannot hold a /")
-        pairs, chosen = models_of(model, compare), select(suite, lengths, _names(tasks))
+        _refuse_options(chat, too_long, backend, tag, world)
+        pairs, chosen = models_of(model, compare), select(suite, lengths, names)
         text = read_text(haystack) if haystack else ""
         if is_main(world):
             chosen = runnable(chosen, data, skip_missing)
-            warn(left_out(suite, lengths, _names(tasks)))
+            warn(left_out(suite, lengths, names))
         if backend != "openai":
             check_models([path for _, path in pairs], backend, cp)
         models = [(label, *_name_and_identity(path, backend)) for label, path in pairs]
@@ -155,6 +149,17 @@ def run(
             del loaded  # the next model needs the memory
     if is_main(world):
         report(results, suite, out)
+
+
+def _refuse_options(chat: str, too_long: str, backend: str, tag: str, world: World | None) -> None:
+    """Raises UserError for a word or a tag that means nothing."""
+    one_of("--chat", chat, ("auto", "always", "never"))
+    one_of("--too-long", too_long, ("refuse", "truncate", "allow"))
+    one_of("--backend", backend, ("auto", "hf", "megatron", "openai"))
+    if backend == "openai" and world is not None:
+        raise UserError("--backend openai: one process asks the server; start it without torchrun or srun")
+    if "/" in tag:
+        raise UserError(f"--tag {tag}: becomes a part of file names, so it cannot hold a /")
 
 
 @data_app.command("check")
@@ -216,7 +221,6 @@ def _open(
     cp: int,
     world: World | None,
 ) -> AbstractContextManager[Backend | None]:
-    from megatron_prolong.errors import UserError
     from megatron_prolong.evaluation.backend import load_tokenizer, open_backend
     from megatron_prolong.evaluation.client import Client
     from megatron_prolong.evaluation.openai import OpenAIBackend
@@ -268,8 +272,6 @@ def _run_short(
 
 
 def _refuse_what_short_ignores(ctx: typer.Context) -> None:
-    from megatron_prolong.errors import UserError
-
     given = {name for name in ctx.params if "COMMANDLINE" in str(ctx.get_parameter_source(name))}
     used = {"model", "out", "suite", "compare", "tasks", "samples", "batch_size", "overwrite"}
     if unused := [f"--{name.replace('_', '-')}" for name in sorted(given - used)]:

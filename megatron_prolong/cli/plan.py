@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_prolong.cli.recipe import RecipePath
+from megatron_prolong.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_prolong.plan.hardware import Gpu
@@ -44,7 +45,6 @@ def plan(
     import json
     from importlib.util import find_spec
 
-    from megatron_prolong.errors import UserError
     from megatron_prolong.plan.hardware import find_gpu
     from megatron_prolong.plan.page import plan_page
     from megatron_prolong.plan.report import plan_stage, to_json, with_best_layouts

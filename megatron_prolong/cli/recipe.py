@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_prolong.errors import UserError
+
 if TYPE_CHECKING:
     from megatron_prolong.recipe.findings import Findings
     from megatron_prolong.recipe.schema import EvaluationSpec
@@ -58,7 +60,6 @@ def check(
 
 def _judge_evaluation(spec: EvaluationSpec, findings: Findings) -> None:
     """Its tasks and their data, which the recipe's own rules know nothing of."""
-    from megatron_prolong.errors import UserError
     from megatron_prolong.evaluation.suite import tasks_of
     from megatron_prolong.evaluation.suites import left_out
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_prolong.errors import UserError
+
 if TYPE_CHECKING:
     from megatron_prolong.report.history import RunHistory
 
@@ -21,7 +23,6 @@ def runs(
     """List runs: stage, step, loss, tokens/s and the time left in the stage."""
     from rich.table import Table
 
-    from megatron_prolong.errors import UserError
     from megatron_prolong.report.history import find_runs, read_run
     from megatron_prolong.runtime.strict_json import dumps
     from megatron_prolong.runtime.terminal import print_table

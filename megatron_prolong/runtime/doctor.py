@@ -14,7 +14,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -58,10 +58,6 @@ class Finding:
     status: Status
     detail: str
     remedy: str = ""
-
-    def to_dict(self) -> dict[str, str]:
-        """Plain JSON values."""
-        return asdict(self)
 
 
 def examine(directory: Path, *, quick: bool) -> list[Finding]:
