@@ -102,28 +102,32 @@ def build_model(
         fp8_parameters=fp8_parameters,
         rank_tokens=rank_tokens,
     )
-    chunks: list[torch.nn.Module] = []
-    for vp_stage in range(layout.virtual_pp):
-        stage = vp_stage if layout.virtual_pp > 1 else None
-        chunk = LongContextGPT(
-            config,
-            shape,
-            loss_chunk_tokens=loss_chunk_tokens,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-            vp_stage=stage,
-        )
-        with torch.no_grad():
-            for param in chunk.parameters():
-                if not is_float8tensor(param):
-                    param.zero_()  # rows that pad the vocabulary are in no checkpoint and must not be garbage
-        if torch.cuda.is_available():
-            chunk.cuda(torch.cuda.current_device())
-        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+    stages = range(layout.virtual_pp) if layout.virtual_pp > 1 else [None]
+    chunks = [_build_chunk(config, shape, loss_chunk_tokens, vp_stage) for vp_stage in stages]
     if training:
         chunks = [_wrap_ddp(config, layout, chunk, index) for index, chunk in enumerate(chunks)]
     offload = HostOffload(chunks) if offload_activations else None
     return StageModel(shape, config, chunks, offload, keeps_attention=recompute == "all_but_attention")
+
+
+def _build_chunk(
+    config: TransformerConfig, shape: ModelShape, loss_chunk_tokens: int, vp_stage: int | None
+) -> torch.nn.Module:
+    chunk = LongContextGPT(
+        config,
+        shape,
+        loss_chunk_tokens=loss_chunk_tokens,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        vp_stage=vp_stage,
+    )
+    with torch.no_grad():
+        for param in chunk.parameters():
+            if not is_float8tensor(param):
+                param.zero_()  # rows that pad the vocabulary are in no checkpoint and must not be garbage
+    if torch.cuda.is_available():
+        chunk.cuda(torch.cuda.current_device())
+    return Float16Module(config, chunk) if config.bf16 else chunk
 
 
 def _wrap_ddp(
