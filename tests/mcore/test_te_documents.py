@@ -93,7 +93,7 @@ def test_the_output_of_one_call_is_not_copied():
 
     attention = TransformerEngineAttention.__new__(TransformerEngineAttention)
     torch.nn.Module.__init__(attention)
-    attention.whole, attention.split = module, None
+    attention.whole, attention.split, attention.query_factor = module, None, None
     q, k, v = (torch.randn(9, 1, heads, 8) for heads in (4, 2, 2))
     out = attention(q, k, v, None, packed_seq_params=Documents(cu_seqlens=torch.tensor([0, 4, 9])))
     assert len(made) == 1 and out.data_ptr() == made[0].data_ptr()
