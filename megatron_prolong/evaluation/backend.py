@@ -231,8 +231,13 @@ def tokenizer_directory(directory: Path) -> Path:
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer stored in a model directory, read without the network."""
     from transformers import AutoTokenizer
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: no tokenizer that transformers can read: {error}") from error
+    tokenizer.model_max_length = (
+        VERY_LARGE_INTEGER  # it would warn of every longer text; a model's length counts
+    )
+    return tokenizer

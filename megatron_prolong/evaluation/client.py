@@ -98,7 +98,11 @@ class Client:
         try:
             return ask()
         except APIStatusError as error:
-            problem = f"{error.status_code} {error.response.reason_phrase}: {error.response.text[:500]}"
+            problem = (
+                f"{error.status_code} {error.response.reason_phrase}: {error.response.text[:500].strip()}"
+            )
+            if error.status_code in (401, 403):
+                problem += " (the key is read from OPENAI_API_KEY)"
         except APIConnectionError as error:
             problem = error.__cause__ or error
         except (OpenAIError, ValueError) as error:

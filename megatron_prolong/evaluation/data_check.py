@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prolong.evaluation.task import Task
+from megatron_prolong.evaluation.tasks.icl import LENGTHS
 from megatron_prolong.evaluation.tasks.long_documents import LLAMA2
 
 ARCHIVE = (
@@ -83,8 +85,10 @@ def how_to_get(path: str, data: Path) -> str:
         )
     if path.startswith("prompts/"):
         return f"git clone https://github.com/princeton-nlp/HELMET && cp -r HELMET/prompts {data}/"
-    if path.startswith("ruler_source/"):
+    length = re.fullmatch(r"ruler/qa_\d/validation_(\d+)\.jsonl", path)
+    if length and int(length[1]) not in LENGTHS:
         return (
-            "RULER's scripts/data/synthetic/json/download_qa_dataset.sh writes squad.json and hotpotqa.json"
+            "HELMET has none of this length; they are made of squad.json and hotpotqa.json in "
+            f"{data}/ruler_source/, which RULER's scripts/data/synthetic/json/download_qa_dataset.sh writes"
         )
     return f"{ARCHIVE}  # then give --data data"

@@ -43,6 +43,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.stumbles -= stumble
         if stumble:
             self._reply(503, {"error": "busy"})
+        elif "no key" in json.dumps(body):
+            self._reply(401, {"error": "unauthorized"})
         elif refuse or "too long" in json.dumps(body):
             self._reply(400, {"error": "maximum context length is 512 tokens"})
         elif self.path == "/v1/completions":

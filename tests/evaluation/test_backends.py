@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, tokenization_utils_base
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation import hf
-from megatron_prolong.evaluation.backend import Prompt, encode, open_backend
+from megatron_prolong.evaluation.backend import Prompt, encode, load_tokenizer, open_backend
 from megatron_prolong.evaluation.documents import read_text
 from megatron_prolong.evaluation.ending import Ending
 from megatron_prolong.evaluation.megatron import inference_layout
@@ -33,6 +33,16 @@ PROMPTS = [
     Prompt("What is the key?", chat=True),
 ]
 LOGPROB_TOLERANCE = 2e-4  # fp32, sums in another order
+
+
+def test_no_text_is_too_long_for_a_tokenizer(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.model_max_length = 4  # transformers would warn, of documents that are only measured or cut too
+    own.save_pretrained(tmp_path)
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", pytest.fail)
+    assert len(load_tokenizer(tmp_path)("one text of more than four tokens")["input_ids"]) > 4
 
 
 def test_hf_logprobs_in_chunks_are_those_of_one_pass(

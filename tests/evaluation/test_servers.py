@@ -111,6 +111,10 @@ def test_what_the_server_refuses_is_not_tried_again(server: Server, tokenizer: A
     with pytest.raises(UserError, match="maximum context length"):
         list(backend.generate([Prompt("too long")], 4))
     assert len(server.requests) == 1
+    with pytest.raises(
+        UserError, match=r'401 Unauthorized: .*unauthorized"} \(the key is read from OPENAI_API_KEY'
+    ):
+        list(backend.generate([Prompt("no key")], 4))
 
 
 @pytest.mark.parametrize("answer", [{"choices": []}, {"choices": [{}]}, {"error": "busy"}, [1]])

@@ -317,6 +317,17 @@ def test_unknown_suites_and_tasks_are_refused_also_beside_known_ones() -> None:
         select("synthetic", [1024], ["json_kv", "nothing"])
 
 
+def test_what_no_archive_holds_is_not_fetched_from_one(tmp_path: Path) -> None:
+    for length, there in ((8192, "data.tar.gz"), (2000, "squad.json .*/ruler_source/, .*RULER's")):
+        with pytest.raises(UserError, match=there) as caught:
+            runnable(select("ruler", [length], ["qa_1"]), tmp_path, skip_missing=False)
+        assert ("11 GB" in str(caught.value)) == (length == 8192)
+    own = tmp_path / "ruler/qa_1/validation_2000.jsonl"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert runnable(select("ruler", [2000], ["qa_1"]), tmp_path, skip_missing=False)
+
+
 def test_files_with_one_remedy_share_it(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         runnable(select("helmet", [8192], ["kilt"]), tmp_path, skip_missing=False)
