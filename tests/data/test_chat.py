@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from llama3 import TEMPLATE, encode, encode_chats, llama3_tokenizer
+from tokenizers import AddedToken
 
 from megatron_prolong.data.batch import NO_LABEL, PackedBatch, collate_pieces
 from megatron_prolong.data.chat import (
@@ -167,6 +168,15 @@ def test_a_chat_too_long_is_cut_after_the_last_whole_answer() -> None:
     assert chat.cut(first - 1) is None
 
 
+def test_of_several_answers_that_fit_the_last_ends_the_chat() -> None:
+    chat = encode_chats([[*CHAT, *CHAT[3:]]], llama3_tokenizer())[0]
+    first, second, _ = chat.turn_ends.tolist()
+    cut = chat.cut(second)
+    assert cut is not None and cut.turn_ends.tolist() == [first, second]
+    assert cut.tokens.tolist() == chat.tokens[:second].tolist()
+    assert cut.mask.tolist() == chat.mask[:second].tolist()
+
+
 def test_lengths_that_a_fine_tune_left_in_the_tokenizer_neither_cut_nor_fill() -> None:
     tokenizer = llama3_tokenizer()
     expected, _ = encode(CHAT, tokenizer)
@@ -224,6 +234,14 @@ def test_an_added_word_is_text_unless_the_template_writes_it() -> None:
     assert find_problem(thinking, control_tokens(tokenizer)) is None
     tokenizer.chat_template = TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}"
     assert "control token <think> as text" in str(find_problem(thinking, control_tokens(tokenizer)))
+
+
+def test_a_special_token_is_no_text_though_no_template_writes_it() -> None:
+    tokenizer = copy.deepcopy(llama3_tokenizer())
+    tokenizer.add_tokens(AddedToken("<|python_tag|>", special=True), special_tokens=True)
+    calling = [CHAT[1], {"role": "assistant", "content": "<|python_tag|>capital()"}]
+    assert "<|python_tag|>" not in tokenizer.chat_template
+    assert "control token <|python_tag|> as text" in str(find_problem(calling, control_tokens(tokenizer)))
 
 
 def test_templates_that_cannot_tell_the_spans_are_refused() -> None:

@@ -41,6 +41,11 @@ def test_a_longer_run_begins_as_the_shorter_one(first: int, second: int) -> None
     assert [one[slot] for slot in range(short)] == [other[slot] for slot in range(short)]
 
 
+def test_of_domains_that_are_equally_due_the_first_is_served() -> None:
+    interleave = Interleave([0.25, 0.25, 0.25, 0.125, 0.125], 8)
+    assert [interleave[slot][0] for slot in range(8)] == [0, 1, 2, 3, 4, 0, 1, 2]
+
+
 def test_prolong_run_is_exact_and_costs_one_period() -> None:
     num_slots = 5000 * 64
     interleave = Interleave(PROLONG_64K, num_slots)

@@ -10,6 +10,7 @@ from packs import numbered_packs, record_tokenizer, write_packs
 from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.data.mixture import Mixture, SampleRef
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.schema import Stage
 
 SIZES = {"code": 7, "books": 40, "wiki": 1}
 
@@ -139,6 +140,40 @@ def test_the_fingerprint_is_that_of_the_stream(sources: Path, tmp_path: Path) ->
     others = [grown, mixture(same_sizes), mixture(sources, seed=1), mixture(sources, batch_sequences=4),
               mixture(sources, {"code": 0.4, "books": 0.5, "wiki": 0.1})]  # fmt: skip
     assert base not in {other.fingerprint() for other in others}
+
+
+def test_the_stream_never_changes_between_releases(sources: Path) -> None:
+    """Frozen values: the fingerprint says what the samples are, not how they are drawn."""
+    drawn = [(ref.domain, ref.index, ref.epoch) for ref in mixture(sources).batch(11)]
+    assert drawn == [
+        (0, 4, 4),
+        (0, 2, 3),
+        (1, 32, 1),
+        (1, 4, 1),
+        (1, 39, 1),
+        (1, 29, 1),
+        (0, 5, 3),
+        (1, 3, 1),
+    ]
+    alone = mixture(sources, {"books": 1.0}, batch_sequences=4)
+    assert [(ref.domain, ref.index) for ref in alone.batch(1)] == [(0, 11), (0, 9), (0, 25), (0, 23)]
+
+
+def test_a_stages_mixture_has_the_stages_seed_sizes_and_loss_mask(tmp_path: Path) -> None:
+    write_packs(tmp_path / "d", numbered_packs(9), masks=[[[0, 0, 0, 0], [0, 1, 1, 1]]] * 9)
+    fields = {"name": "s", "sequence_length": 8, "batch_tokens": 32, "steps": 3, "lr": 1, "seed": 5}
+    stage = Stage(**fields, mixture={tmp_path / "d": 1.0}, loss_mask=True)  # type: ignore[arg-type]
+    mixed = Mixture.of_stage(stage)
+    expected = mixture(tmp_path, {"d": 1.0}, seed=5, batch_sequences=4, num_steps=3, loss_mask=True)
+    assert [mixed.batch(step) for step in range(3)] == [expected.batch(step) for step in range(3)]
+    assert mixed.fingerprint() == expected.fingerprint() and mixed.num_steps == 3
+    mask = mixed.read(SampleRef(0, 0, 0)).mask
+    assert mask is not None and mask.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert (
+        Mixture.of_stage(stage.model_copy(update={"loss_mask": False})).read(SampleRef(0, 0, 0)).mask is None
+    )
+    with pytest.raises(UserError, match="not in the vocabulary of 3"):
+        Mixture.of_stage(stage, vocab_size=3)
 
 
 def test_mock_is_random_tokens() -> None:

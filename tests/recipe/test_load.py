@@ -84,6 +84,7 @@ def test_overrides(write: Write, recipe_data: dict[str, Any]) -> None:
     overrides = [
         "stage.one.lr=2e-5",
         "stage.two.steps=7",
+        "stage.one.tokens=16K",
         "layout.tp=2",
         "optimizer.clip=0.5",
         "run_dir=/tmp/elsewhere",
@@ -98,6 +99,7 @@ def test_overrides(write: Write, recipe_data: dict[str, Any]) -> None:
     one, two = recipe.stages
     assert one.lr == 2e-5
     assert (two.steps, two.tokens, two.num_steps) == (7, None, 7)
+    assert (one.steps, one.tokens, one.num_steps) == (None, 2**14, 2)
     assert (recipe.layout.tp, recipe.optimizer.clip, recipe.run_dir) == (2, 0.5, Path("/tmp/elsewhere"))
     assert settings_of(recipe, one).layout.cp == 2
     assert one.mixture == {Path("books"): 0.25, Path("code"): 0.25, Path("data/v1.5/code"): 0.5}
@@ -248,6 +250,14 @@ def test_a_key_written_twice(write: Write, recipe_data: dict[str, Any]) -> None:
     last = path.read_text().count("\n")
     with pytest.raises(UserError, match=rf"recipe\.yaml:{last}: name: written twice"):
         load_recipe(path)
+    with pytest.raises(UserError, match=rf"recipe\.yaml:{last}: name: written twice"):
+        load_recipe(write({"base": path.name, "name": "child"}, "child.yaml"))
+
+
+def test_what_a_file_says_over_its_base_is_its_own_mistake(write: Write, recipe_data: dict[str, Any]) -> None:
+    write({**recipe_data, "optimizer": {"clip": 1}}, "base.yaml")
+    with pytest.raises(UserError, match=r"child\.yaml:3: optimizer\.clip: found -1"):
+        load_recipe(write({"base": "base.yaml", "optimizer": {"clip": -1}}, "child.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ MISTAKES = [
     (["checkpoint.every=10", "checkpoint.keep_every=25"], None, "checkpoint.keep_every: found 25; must be a"),
     (["checkpoint.keep=0"], None, "checkpoint.keep: found 0; must be greater than 0"),
     (["stage.one.mixture={books: 0.5, code: 0.4}"], None, "the proportions sum to 0.9; they must sum to 1"),
+    (["stage.one.mixture={books: 0.5, code: 0.499}"], None, "the proportions sum to 0.999; they must sum to 1"),
     (["stage.one.mixture={}"], None, "stages.one.mixture: found no directory"),
     (["stage.one.mixture={code: 0.6, ./code: 1}"], None, "'./code': 1}; names code twice; keep one"),
     (["model.path=~nobody-here/m"], None, "model.path: ~nobody-here/m: no such directory"),
@@ -318,6 +319,9 @@ def test_warnings_do_not_stop_a_run(write: Write, recipe_data: dict[str, Any]) -
     findings = find_problems(load_recipe(write(recipe_data), ["stage.two.rope_base=1e4"]))
     assert findings.errors == []
     assert "found 10000, below the incoming 500000" in findings.warnings[0]
+    bases = ["stage.one.rope_base=8e6", "stage.two.rope_base=5e6"]
+    (lower,) = find_problems(load_recipe(write(recipe_data), bases)).warnings
+    assert "stages.two.rope_base: found 5e+06, below the incoming 8e+06" in lower
     yarn = ["stage.two.yarn.factor=2", "stage.two.yarn.original_length=1K"]
     (short,) = find_problems(load_recipe(write(recipe_data), yarn)).warnings
     assert short.endswith("stages.two.yarn.factor: found 2, which reaches to 2048 tokens; 4096 need 4")
