@@ -60,9 +60,8 @@ def recipe_findings(recipe: Recipe, world_size: int | None) -> list[Finding]:
     findings = [Finding("recipe", "missing", problem) for problem in problems.errors]
     findings += [Finding("recipe", "warning", warning) for warning in problems.warnings]
     if not problems.errors:
-        findings.append(
-            Finding("recipe", "ok", f"{recipe.name}: nothing wrong for {world or 'any number of'} ranks")
-        )
+        detail = f"{recipe.name}: nothing wrong for {world or 'any number of'} ranks"
+        findings.append(Finding("recipe", "ok", detail))
     findings += _precision_findings(recipe)
     try:
         shape = incoming_shape(recipe)
@@ -83,11 +82,8 @@ def _precision_findings(recipe: Recipe) -> list[Finding]:
         return []  # fp8 on CPU is among the recipe's problems already
     name = f"fp8 (stage {', '.join(stages)})"
     if version_of("transformer-engine") is None:
-        return [
-            Finding(
-                name, "missing", "needs Transformer Engine", "use NVIDIA's PyTorch image (see Dockerfile)"
-            )
-        ]
+        remedy = "use NVIDIA's PyTorch image (see Dockerfile)"
+        return [Finding(name, "missing", "needs Transformer Engine", remedy)]
     if torch.cuda.get_device_capability() < (8, 9):
         return [Finding(name, "missing", "needs compute capability 8.9 (Ada, Hopper)", "use bf16")]
     return [Finding(name, "ok", "Transformer Engine and a GPU with fp8")]
@@ -120,11 +116,11 @@ def _memory_findings(recipe: Recipe, shape: ModelShape, world: int | None) -> li
             findings.append(Finding(name, "ok", f"{detail} on GPUs"))
             continue
         has = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-        fits = any_gpu.needed_bytes(memory) <= has
-        remedy = "" if fits else "see prolong plan for layouts that fit"
-        findings.append(
-            Finding(name, "ok" if fits else "missing", f"{detail}, GPUs have {has / 1e9:.0f}", remedy)
-        )
+        detail += f", GPUs have {has / 1e9:.0f}"
+        if any_gpu.needed_bytes(memory) <= has:
+            findings.append(Finding(name, "ok", detail))
+        else:
+            findings.append(Finding(name, "missing", detail, "see prolong plan for layouts that fit"))
     return findings
 
 

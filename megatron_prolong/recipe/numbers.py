@@ -19,14 +19,11 @@ _NUMBER = re.compile(
 
 def parse_number(value: object) -> float | int:
     """`value` as a number; an int wherever the number is whole. Raises ValueError with the rule."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("must be a number, such as 4, 0.1, 1e-5, 64K or 20B (K, M, B are binary)")
-    if isinstance(value, str):
-        match = _NUMBER.fullmatch(value)
-        if match is None:
-            raise ValueError("must be a number, such as 4, 0.1, 1e-5, 64K or 20B (K, M, B are binary)")
+    if isinstance(value, str) and (match := _NUMBER.fullmatch(value)):
         digits, unit = match[1].replace("_", ""), match[2].upper()
         value = int(digits) * _UNITS[unit] if digits.lstrip("+-").isdigit() else float(digits) * _UNITS[unit]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number, such as 4, 0.1, 1e-5, 64K or 20B (K, M, B are binary)")
     if not abs(value) < 1e300:  # nor infinite, nor NaN, nor an int that no float can hold
         raise ValueError("must be a finite number")
     return int(value) if value == int(value) else value

@@ -128,22 +128,15 @@ def _package(wanted: Requirement, lost: str | None) -> Finding:
 def _devices() -> list[Finding]:
     if not torch.cuda.is_available():
         reason = "PyTorch built without CUDA" if torch.version.cuda is None else "no usable GPU or driver"
-        return [
-            Finding(
-                "GPUs", "ok", f"none ({reason}): everything runs on CPU with gloo, for tests and small models"
-            )
-        ]
+        detail = f"none ({reason}): everything runs on CPU with gloo, for tests and small models"
+        return [Finding("GPUs", "ok", detail)]
     findings = []
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         capability = f"compute capability {device.major}.{device.minor}"
         detail = f"{device.name}, {device.total_memory / 1e9:.1f} GB, {capability}"
-        if device.major < 8:
-            findings.append(
-                Finding(f"GPU {index}", "warning", detail, "training on GPUs is in bf16, which needs 8.0")
-            )
-        else:
-            findings.append(Finding(f"GPU {index}", "ok", detail))
+        remedy = "training on GPUs is in bf16, which needs 8.0" if device.major < 8 else ""
+        findings.append(Finding(f"GPU {index}", "warning" if remedy else "ok", detail, remedy))
     return [*findings, _compiler()]
 
 
@@ -198,22 +191,15 @@ def _cudnn() -> list[Finding]:
     detail = f"{version // 10_000}.{version // 100 % 100}"
     on_hopper = any(torch.cuda.get_device_capability(i)[0] == 9 for i in range(torch.cuda.device_count()))
     if on_hopper and version < HOPPER_CUDNN:
-        remedy = "install cuDNN 9.18 or later"
-        return [
-            Finding(
-                "cuDNN", "warning", f"{detail}: gradients of packed documents can be NaN on Hopper", remedy
-            )
-        ]
+        detail += ": gradients of packed documents can be NaN on Hopper"
+        return [Finding("cuDNN", "warning", detail, "install cuDNN 9.18 or later")]
     return [Finding("cuDNN", "ok", detail)]
 
 
 def _backends() -> list[Finding]:
     if not dist.is_available():
-        return [
-            Finding(
-                "torch.distributed", "missing", "not built in", "install a PyTorch with distributed support"
-            )
-        ]
+        remedy = "install a PyTorch with distributed support"
+        return [Finding("torch.distributed", "missing", "not built in", remedy)]
     gloo = Finding("gloo", "ok" if dist.is_gloo_available() else "missing", "built into PyTorch")
     if not torch.cuda.is_available():
         return [gloo]

@@ -82,9 +82,8 @@ def replay(
         state = together(lambda: first_state(run, start))
         for index, sequences in stream(run.mixture, state.step):
             is_last = index + 1 == step
-            with _tracing(
-                trace / f"{stage.name}_{step}_rank{world.rank}.json.gz" if trace and is_last else None
-            ):
+            name = f"{stage.name}_{step}_rank{world.rank}.json.gz"
+            with _tracing(trace / name if trace and is_last else None):
                 metrics = run.update(index, sequences)
             yield Replayed(index + 1, metrics, sequences, recorded.get(index + 1))
             if is_last:
