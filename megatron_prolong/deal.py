@@ -1,4 +1,4 @@
-"""Deal things of different cost out to hands that should end up with as much each."""
+"""Deal out things of different cost so that all hands end up with about as much."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def deal(costs: ArrayLike, hands: int) -> NDArray[np.int64]:
-    """The hand that gets each thing: dearest first to whoever has least; of equals, the first.
+    """The hand that gets each thing: dearest first, each to the hand with the least so far (of equals, the first).
 
     Longest-processing-time-first: the fullest hand is within 4/3 of the best possible (Graham 1969).
     """

@@ -20,7 +20,7 @@ class UserError(Exception):
 
 
 class PassingError(UserError):
-    """What may go by itself, such as a file server's fault: another start is worth a try. Exit code 1."""
+    """A problem that may pass by itself, as a file server's fault: starting again is worth a try. Exit code 1."""
 
     exit_code = 1
 
@@ -29,7 +29,7 @@ class JointError(UserError):
     """A UserError that every rank of a job raises at the same point, whichever met it; rank 0 reports it.
 
     Attributes:
-        said_here: on this rank. On the others the CLI exits in silence.
+        said_here: whether this rank reports it; on the others the CLI exits in silence.
     """
 
     def __init__(self, message: str, *, said_here: bool, exit_code: int = UserError.exit_code) -> None:
@@ -38,4 +38,4 @@ class JointError(UserError):
 
 
 class RankLost(Exception):  # noqa: N818 - an event seen from a healthy rank, not its error
-    """Another rank of the job is gone, or does not come to a collective. The CLI exits with code 1."""
+    """Another rank of the job is gone, or does not arrive at a collective. The CLI exits with code 1."""

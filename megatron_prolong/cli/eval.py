@@ -169,7 +169,7 @@ def ranks() -> Iterator[World | None]:
 
 
 def on_all_ranks(world: World | None, action: Callable[[], T]) -> T:
-    """Do it on every rank; what the user has to mend there is said by the main one alone."""
+    """Call `action` on every rank; user errors are reported by the main one alone."""
     if world is None:
         return action()
     from megatron_prolong.runtime.agreement import together
@@ -178,7 +178,7 @@ def on_all_ranks(world: World | None, action: Callable[[], T]) -> T:
 
 
 def check_models(paths: list[str], kind: str = "auto", cp: int = 1) -> None:
-    """Look at all models before the first is measured, for hours perhaps."""
+    """Check all models before the first is measured, which may take hours."""
     from megatron_prolong.evaluation.backend import backend_kind
 
     for path in paths:

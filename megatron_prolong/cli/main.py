@@ -88,7 +88,7 @@ def _is_one_of_many() -> bool:
 
 
 def _run() -> None:
-    """A path that cannot be read or written, or a full disk, is the user's to mend, wherever it was met."""
+    """A path that cannot be read or written, or a full disk, is a user error wherever it comes up."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) != len(sys.argv) - 1
     try:

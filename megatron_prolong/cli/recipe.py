@@ -71,7 +71,7 @@ def _judge_evaluation(spec: EvaluationSpec, findings: Findings) -> None:
 
 
 def warn(warnings: Iterable[str]) -> None:
-    """Tell what is no error, a line each."""
+    """Print warnings, a line each."""
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 

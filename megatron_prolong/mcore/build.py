@@ -52,9 +52,9 @@ class StageModel:
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Inside, gradients add up on this rank; where communication overlaps, the first backward behind it sends
-        them. Without it Megatron counts the backward passes of the first step and sends after as many in every
-        other one, but the number of micro-batches differs from step to step and from rank to rank.
+        """Inside, gradients add up on this rank; where communication overlaps, the first backward pass after it
+        sends them. Otherwise Megatron counts the backward passes of the first step and sends after that many in
+        every other one, but the number of micro-batches differs from step to step and from rank to rank.
         """
         with ExitStack() as stack:
             for chunk in self.chunks:

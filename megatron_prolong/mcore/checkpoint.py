@@ -68,7 +68,7 @@ def training_state(model: StageModel, optimizer: MegatronOptimizer) -> ShardedSt
 
 
 def state_bytes(state: ShardedStateDict) -> int:
-    """Size on disk of what this rank has to itself: summed over the ranks, the size of the checkpoint."""
+    """Bytes on disk of tensors whose main replica is here: summed over the ranks, the size of the checkpoint."""
     return sum(
         value.data.numel() * value.data.element_size()
         for value in _tensors(state)
@@ -114,7 +114,7 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
     """Share the writing out over all ranks that hold the same numbers, and copy this rank's share. Collective.
 
     Megatron's own asynchronous writer forks processes (with CUDA and threads alive) and starts a manager to talk
-    to them, 3 s before the first byte; a thread needs neither, as torch.save and hashing let go of the interpreter.
+    to them, 3 s before the first byte; a thread needs neither, as torch.save and hashing release the GIL.
 
     Args:
         directory: exists and is empty; gets common.pt now, the rest from `write` and `finish`.
@@ -163,7 +163,7 @@ class _SavePlanner(torch_dist.MCoreSavePlanner):
 
 
 class _Writer(filesystem_async.FileSystemWriterAsync):
-    """Megatron's writer, but for the plans of all ranks in the table of contents: they say the same once more."""
+    """Megatron's writer, without the plans of all ranks in the table of contents, which say the same once more."""
 
     def finish(self, metadata: Metadata, results: Any) -> None:
         """Write the table of contents."""

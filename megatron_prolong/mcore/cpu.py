@@ -85,7 +85,7 @@ def cuda_on_cpu() -> Iterator[None]:
         (torch.cuda, "manual_seed", _manual_seed),
         (megatron_random, "_get_cuda_rng_state", _get_rng_state),
         (megatron_random, "_set_cuda_rng_state", _set_rng_state),
-        # Where Transformer Engine or Apex is installed all the same, their kernels are CUDA's.
+        # Where Transformer Engine or Apex is installed anyway, their kernels need CUDA.
         (clip_grads, "l2_norm_impl", megatron_utils.local_multi_tensor_l2_norm),
         (clip_grads, "multi_tensor_scale_impl", megatron_utils.local_multi_tensor_scale),
         (clip_grads, "multi_tensor_applier", megatron_utils.local_multi_tensor_applier),

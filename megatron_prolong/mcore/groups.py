@@ -113,9 +113,9 @@ def _connect(groups: ParallelGroups, layout: Layout) -> None:
 
 
 def _connect_neighbours(group: dist.ProcessGroup) -> None:
-    """For messages that are no batch but calls of their own, as interleaved pipelines and Transformer Engine's ring
-    send them: NCCL gives each such pair of ranks a communicator, and ranks that make theirs in different orders in
-    the middle of a step wait for each other (Megatron-LM 5240)."""
+    """For messages that are sent one by one, not as a batch, as by interleaved pipelines and Transformer Engine's
+    ring: NCCL gives each such pair of ranks a communicator, and ranks that make theirs in different orders in the
+    middle of a step wait for each other for ever (Megatron-LM 5240)."""
     ranks, own = dist.get_process_group_ranks(group), dist.get_rank(group)
     requests = _p2p_ops(
         tensor_send_prev=torch.zeros(1, device="cuda"),

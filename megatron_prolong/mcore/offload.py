@@ -1,4 +1,4 @@
-"""Activations wait for their backward pass in host memory: what does not fit the GPU costs a way over PCIe.
+"""Activations wait for their backward pass in host memory: what does not fit on the GPU costs a trip over PCIe.
 
 What autograd saves is copied to pinned memory on a stream of its own while the forward goes on, and back ahead of
 the backward, which asks for it in reverse. With full recomputation that is one residual stream per layer, which a

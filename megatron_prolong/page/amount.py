@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def amount(value: float, decimals: int = 1) -> str:
-    """`value` with so many decimals; where a small model's is less than one of the last, two digits: 0.042."""
+    """`value` with that many decimals; with two significant digits where it is too small for them: 0.042."""
     return f"{value:.2g}" if 0 < value < 10**-decimals else f"{value:,.{decimals}f}"

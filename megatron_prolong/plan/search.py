@@ -108,7 +108,7 @@ def _out_of_memory(memory: RankMemory, needed: float, gpu: Gpu) -> str:
 
 
 def search(job: Job, gpu: Gpu, batches: Sequence[BatchDocuments]) -> list[Candidate]:
-    """Every layout of `job` (of its own only what is not searched matters), fastest first, then those that fail.
+    """Every layout of `job`, fastest first, then those that fail; what is not searched is as in its own.
 
     Of equally fast ones that with the smallest copies of the model is first, and then that of least memory.
     """

@@ -1,4 +1,4 @@
-"""What is the user's to mend on one rank ends the job on all of them, with one message and nobody left waiting."""
+"""A user error on one rank ends the job on all of them, with one message and nobody left waiting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Do it on every rank of the default process group, or of a CPU `group`. Collective.
+    """Call `action` on every rank of the default process group, or of a CPU `group`. Collective.
 
     Raises:
         JointError: on every rank, with all that went wrong anywhere.

@@ -21,7 +21,7 @@ from megatron_prolong.runtime.publish import write_durably
 
 CHECKSUMS = "checksums.json"
 _CHUNK_BYTES = 4 << 20
-_THREADS = 8  # hashing and reading let go of the interpreter
+_THREADS = 8  # hashing and reading release the GIL
 
 Entries = dict[str, list[int | str]]
 
@@ -63,7 +63,7 @@ def write_checksums(directory: Path, known: Mapping[str, list[int | str]] = Mapp
     """Write checksums.json for every file under `directory`, synced to disk.
 
     Args:
-        known: of the files that were hashed while they were written; the others are read here.
+        known: entries of files that were hashed while they were written; the others are read here.
     """
     entries = {**known, **hash_files(directory, [name for name in _files(directory) if name not in known])}
     content = {"algorithm": "xxh3_128", "files": dict(sorted(entries.items()))}
@@ -115,7 +115,7 @@ def _read(directory: Path) -> Entries:
 def _files(directory: Path) -> list[str]:
     """Paths below `directory`, but for the checksums themselves (and a half-written list of them).
 
-    Listing asks the file server for nothing but directories: each of 512 ranks does it, for the files of all.
+    Asks the file server for directories only, not for each file: every one of 512 ranks lists the files of all.
     """
     paths = (Path(parent, name) for parent, _, files in os.walk(directory) for name in files)
     names = sorted(path.relative_to(directory).as_posix() for path in paths)

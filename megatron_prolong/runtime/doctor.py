@@ -36,7 +36,7 @@ OPTIONAL_PACKAGES = {
     "wandb": "tracking with Weights & Biases",
     "lm-eval": "short-context evaluation",
 }
-# cuDNN's own number for 9.18: before it, attention's backward reads a workspace on Hopper that nobody wrote, and
+# cuDNN's own number for 9.18: before it, attention's backward on Hopper reads an uninitialised workspace, and
 # gradients of packed documents can be NaN (Transformer Engine issue 2186).
 HOPPER_CUDNN = 91800
 ALL_REDUCE_BYTES = 64 * 2**20
@@ -65,7 +65,7 @@ def examine(directory: Path, *, quick: bool) -> list[Finding]:
 
     Args:
         directory: where runs would write; its file system is looked at.
-        quick: without the GPUs' speeds and the all-reduce, which takes some seconds.
+        quick: skip the GPUs' speeds and the all-reduce, which take some seconds.
     """
     looks: list[Callable[[], list[Finding]]] = [
         _system, _packages, _devices, _cudnn, _backends, _fabric, lambda: _disk(directory),
@@ -105,7 +105,7 @@ def _shared_memory() -> Finding:
 
 
 def _packages() -> list[Finding]:
-    """What setup.py asks for, and what can do without."""
+    """What setup.py requires, and what is optional."""
     wanted = [Requirement(text) for text in importlib.metadata.requires("megatron-prolong") or []]
     by_name = {requirement.name: requirement for requirement in wanted}
     needed = [_package(requirement, None) for requirement in wanted if requirement.marker is None]
@@ -114,7 +114,7 @@ def _packages() -> list[Finding]:
 
 
 def _package(wanted: Requirement, lost: str | None) -> Finding:
-    """`lost`: what does not work without it; None where nothing does."""
+    """`lost`: what is lost without an optional package; None for a required one."""
     version, remedy = version_of(wanted.name), f'pip install "{wanted.name}{wanted.specifier}"'
     if version is None:
         if lost is not None:
@@ -154,7 +154,7 @@ def _gpu_speeds() -> list[Finding]:
 
 
 def measure_gpus(width: int = 8192, products: int = 100) -> list[float]:
-    """TFLOP/s of products of two square matrices of `width`, of every GPU while all are at work."""
+    """TFLOP/s of every GPU in products of square matrices of `width`, while all of them are at work."""
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     factors = [torch.randn(width, width, dtype=torch.bfloat16, device=device) for device in devices]
     watches = [Stopwatch(device) for device in devices]
@@ -181,12 +181,12 @@ def _compiler() -> Finding:
 
 
 def _cudnn() -> list[Finding]:
-    """Whose kernels attend through Transformer Engine."""
+    """Its kernels compute the attention of Transformer Engine."""
     if not torch.cuda.is_available():
         return []
     try:
         version = torch.backends.cudnn.version() or 0
-    except RuntimeError as error:  # another one than PyTorch was built with
+    except RuntimeError as error:  # not the version that PyTorch was built with
         return [Finding("cuDNN", "warning", str(error), "take other copies out of LD_LIBRARY_PATH")]
     detail = f"{version // 10_000}.{version // 100 % 100}"
     on_hopper = any(torch.cuda.get_device_capability(i)[0] == 9 for i in range(torch.cuda.device_count()))

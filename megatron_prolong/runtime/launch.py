@@ -22,7 +22,7 @@ from megatron_prolong.runtime.open_files import allow_open_files
 from megatron_prolong.runtime.rendezvous import Rendezvous, interface_towards, read_number, read_rendezvous
 
 FEWEST_OPEN_FILES = 512  # a single process of the smallest model has 93 open
-_GROUPS_OF_ALL = 3  # the default one and two of Megatron's, without its smaller ones
+_GROUPS_OF_ALL = 3  # that hold every rank: the default one and two of Megatron's
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
 
     Args:
         timeout_seconds: a collective that waits longer than this fails on every rank, so that one dead rank
-            never leaves the others hanging. Ranks honestly wait for the slowest one's part of a checkpoint.
+            never leaves the others hanging. Long enough for the slowest rank to write its part of a checkpoint.
     """
     set_gpu_environment()
     place = read_rendezvous(os.environ)

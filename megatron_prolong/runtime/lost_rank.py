@@ -1,4 +1,4 @@
-"""A rank that dies makes the others fail at once, with one sentence instead of a stack of the backend's."""
+"""A rank that dies makes the others fail at once, with one sentence instead of the backend's stack trace."""
 
 from __future__ import annotations
 

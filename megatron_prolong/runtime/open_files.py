@@ -6,7 +6,7 @@ import resource
 
 
 def allow_open_files() -> int:
-    """As many as the administrator permits; returns how many these are."""
+    """Raise the limit to what the administrator permits; returns it."""
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

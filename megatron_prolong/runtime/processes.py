@@ -27,9 +27,9 @@ MEETING_SECONDS = 1800
 def start_processes(command: Sequence[str], count: int, machine: Rendezvous) -> None:
     """Run `prolong COMMAND` in `count` processes here; returns when all have succeeded.
 
-    As torchrun does, but for three things. What failed is told by the process that failed, not by fifty lines of
-    a report on it. The exit code is that of the first process that failed. Stop signals are passed on, and the
-    processes save for as long as it takes: torchrun would kill them after 30 s.
+    As torchrun does, with three differences. The process that failed says what failed, without fifty lines of
+    report on it. The exit code is that of the first process that failed. Stop signals are passed on, and the
+    processes may take as long as they need to save: torchrun would kill them after 30 s.
 
     Args:
         machine: the place of this machine among those that start processes together, one launcher on each.

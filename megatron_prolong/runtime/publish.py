@@ -1,8 +1,8 @@
-"""What is written appears under its name only when all of it is on the disk; what a killed process left goes.
+"""Files and directories appear under their name only when complete on disk; what a killed process left is removed.
 
-What is in the making is `NAME.tmp-HOST-PID` beside NAME, so that leftovers can be told from work in progress. The
-host is in it because ranks of several machines unpack the same shard on a shared disk, and containers number their
-processes alike.
+Until then they are called `NAME.tmp-HOST-PID`, so that leftovers can be told from work in progress. The host is in
+it because ranks of several machines unpack the same shard on a shared disk, and containers number their processes
+alike.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def wanted_name(path: str) -> str:
 
 
 def is_temporary(path: Path, root: Path) -> bool:
-    """Whether `path` is, or lies in, what is in the making below `root`, or was when a process was killed."""
+    """Whether `path` is, or lies in, something unfinished below `root`: being made, or left by a killed process."""
     below = path.relative_to(root).as_posix()
     return wanted_name(below) != below
 
@@ -66,9 +66,9 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Delete a directory that may be complete; one half deleted no longer has its name.
+    """Rename a directory, then delete it, so that it is never half there under its name.
 
-    What somebody still reads over NFS cannot be deleted yet: `remove_leftovers` of a later process does it.
+    Files that somebody still reads over NFS cannot be deleted yet: `remove_leftovers` of a later process does it.
     """
     doomed = temporary_name(directory.with_name(f"{directory.name}.removed"))
     directory.rename(doomed)
@@ -76,7 +76,7 @@ def remove(directory: Path) -> None:
 
 
 def remove_leftovers(parent: Path, name: str = "*") -> None:
-    """Delete what no living process of this machine has in the making below `parent`.
+    """Delete what is unfinished in `parent`, except what a living process of this machine is making.
 
     Another machine's processes cannot be seen from here: only call it where none can be at work on the same name.
     """
@@ -91,8 +91,8 @@ def remove_leftovers(parent: Path, name: str = "*") -> None:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk is behind an error, be it as its context: torch.save, told that a write has failed, trips
-    over its own half file and raises that instead.
+    """Whether a full disk is behind an error, or behind what it was raised from: when a write fails, torch.save
+    stumbles over its own half-written file and raises an error about that.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -102,7 +102,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def is_forbidden(error: BaseException) -> TypeGuard[OSError]:
-    """Whether an error says that something may not be written: it will not pass by itself."""
+    """Whether an error says that something may not be written, which will not pass by itself."""
     return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 

@@ -1,4 +1,4 @@
-"""How long something takes on a device: on a GPU as the GPU sees it, which does it later than it is told to."""
+"""How long something takes on a device. A GPU is timed by events of its own: it works behind the host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Stopwatch:
-    """From `start` to `stop`, which on a GPU wait for nothing; used again and again."""
+    """Times what lies between `start` and `stop`, which do not wait for a GPU; can be used again and again."""
 
     def __init__(self, device: torch.device) -> None:
         cuda = device.type == "cuda"

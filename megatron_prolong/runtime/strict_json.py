@@ -1,5 +1,5 @@
-"""JSON that every reader takes: it has no NaN and no infinity, so what is not finite is written as null; and files
-of a line per object, read where a process may have died writing one."""
+"""JSON that every reader accepts, with null for NaN and infinity; and JSON Lines, read even where a process died
+while writing a line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def with_nan(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of one per line; a line that a writer was killed in, or that is damaged, is skipped."""
+    """The objects of a JSON Lines file; a line that is cut off or damaged is skipped."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:

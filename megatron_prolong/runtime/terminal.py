@@ -12,7 +12,7 @@ _WIDTH_ELSEWHERE = 200
 
 
 def screen() -> Console:
-    """As wide as the terminal; with room for any table where output goes elsewhere. Text is not read as markup:
+    """As wide as the terminal, or as any table where output goes elsewhere. Text is not read as markup:
     [a], or :b: in a path."""
     as_it_is = partial(Console, markup=False, emoji=False)
     console = as_it_is()

@@ -37,7 +37,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def feed(self, step: int | None = None) -> None:
-        """Say that work on `step` begins now, or that the one at hand goes on."""
+        """Say that work on `step` begins now, or that work on the current one goes on."""
         self._step, self._fed = self._step if step is None else step, time.monotonic()
 
     @property

@@ -11,7 +11,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.training.state import LOSS_WINDOW, TrainState
 from megatron_prolong.training.step import StepMetrics
 
-# Single steps are forgiven: one odd batch does little harm behind a clipped gradient, and would come again.
+# Single steps are forgiven: with clipped gradients one odd batch does little harm, and a restart meets it again.
 BAD_IN_A_ROW = 5
 # Mixtures differ by less than a nat from step to step; three is a broken batch or a broken run.
 SPIKE_NATS = 3.0

@@ -1,4 +1,4 @@
-"""What a run tells: a live bar on a terminal, lines elsewhere, metrics.jsonl and TensorBoard on disk."""
+"""What a run reports: a live bar on a terminal, lines elsewhere, metrics.jsonl and TensorBoard on disk."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def prepare_stage(
 
 
 def _refuse_other_data(stage: Stage, main: str, own: str) -> None:
-    """Ranks that read other samples would each train on its own."""
+    """All ranks must see the same samples: each takes its share of one global batch."""
     if own != main:
         raise UserError(
             f"stage {stage.name}: its data here is not rank 0's (other samples behind the same recipe); copy it "

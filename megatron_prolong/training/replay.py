@@ -1,4 +1,4 @@
-"""Make one step of a run again, to look at it: from the newest checkpoint before it, writing nothing."""
+"""Repeat one step of a run to look at it, from the newest checkpoint before it; nothing is written."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ from megatron_prolong.training.prepare import StageInput, StageRun, first_state,
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics
 
-# From one micro-batch to the next, which takes minutes (a step of 8M tokens takes hours on a few GPUs); saving a
-# checkpoint of 70B is in it too, or reading one once.
+# From one micro-batch to the next, which takes minutes (a step of 8M tokens takes hours on a few GPUs). Saving a
+# checkpoint of 70B, or reading it once, must fit too.
 HANG_SECONDS = 3600.0
 
 
@@ -162,7 +162,7 @@ def _facts(
 
 
 def _peak_memory(world: World) -> int:
-    """Of this rank: on a GPU since the stage began, in a process without one so far."""
+    """Of this rank: of its GPU since the stage began, or of the process since it started."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device)
     import resource

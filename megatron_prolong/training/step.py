@@ -46,7 +46,7 @@ def train_step(
     """Accumulate the gradient of the global batch's mean loss and make one AdamW update. Collective.
 
     Args:
-        computed: as of `forward_backward`.
+        computed: see `forward_backward`.
     """
     model.zero_gradients()
     optimizer.zero_grad()

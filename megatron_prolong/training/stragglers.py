@@ -1,7 +1,7 @@
 """Which ranks the others wait for: a hot GPU, a bad link or a busy host slows a whole job, and no loss shows it.
 
 Each rank times its own part of a step, up to where it waits for the others' gradients. Ranks of one replica of the
-model wait for each other before that, so often it is a node that is found and not yet the GPU.
+model wait for each other before that, so often only the node is found, not the GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_prolong.mcore.groups import ParallelGroups
 from megatron_prolong.runtime.launch import World
 
 WINDOW = 20  # steps: a single slow one has other reasons
-SLOW = 1.15  # times what the work asks for; documents are dealt out, and their cost is known, within a few percent
+SLOW = 1.15  # times the time that the work asks for, which is known within a few percent
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Stragglers:
     def _take(self, seconds: NDArray[np.float64], planned: NDArray[np.float64]) -> None:
         stages = np.array([place.stage for place in self.places])
         work = planned[[place.replica for place in self.places]]
-        comparable = work >= work.max() / 2  # the time of who has little to do is not that of its work
+        comparable = work >= work.max() / 2  # with little to do, fixed costs are most of the time
         pace, shares = np.ones_like(seconds), np.ones_like(seconds)
-        for stage in np.unique(stages):  # they have unlike work, and see the same step for unlike times
+        for stage in np.unique(stages):  # stages have different work, and are at a step for different times
             peers = stages == stage
             shares[peers] = seconds[peers] / seconds[peers].max()
             peers &= comparable
