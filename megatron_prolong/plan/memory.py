@@ -103,9 +103,9 @@ def rank_memory(job: Job, pp_rank: int, kernels: Kernels | None = None) -> RankM
     )
 
 
-def peak_memory(job: Job, kernels: Kernels | None = None) -> RankMemory:
-    """Memory of the fullest pipeline stage."""
-    return max((rank_memory(job, rank, kernels) for rank in range(job.layout.pp)), key=lambda m: m.total)
+def peak_memory(job: Job) -> RankMemory:
+    """Memory of the fullest pipeline stage, on a GPU."""
+    return max((rank_memory(job, rank) for rank in range(job.layout.pp)), key=lambda m: m.total)
 
 
 # --- activations --------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ and exchanges grow with its tokens, attention with their square), and the engine
 sequences, to the ranks by that cost (data/balance). The step lasts as long as the rank with the largest sum,
 plus the pipeline's filling and draining, plus what cannot hide behind computation:
 
-    matmul         executed FLOPs (flops.py) / reachable FLOP/s
+    matmul         executed FLOPs / reachable FLOP/s
     attention      likewise, by Σ len²
     elementwise    bytes of norms, residuals, rotary embedding and SwiGLU / reachable memory bandwidth
     tensor         all-gathers and reduce-scatters of the residual stream, all exposed
@@ -31,7 +31,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.plan.flops import model_flops, passes
+from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import BatchDocuments, Lengths
@@ -42,6 +42,9 @@ from megatron_prolong.recipe.counts import ForwardFlops
 
 Seconds = NDArray[np.float64]
 
+# Attention's backward over its forward: five products instead of two, as the scores are made again (Dao 2023,
+# section 3.1).
+FLASH_BACKWARD = 2.5
 # A ring attends in cp pieces and merges them: 90% of the speed of one call (zigzag, 8 GPUs;
 # zhuzilin/ring-flash-attention, README).
 RING_EFFICIENCY = 0.9
@@ -114,18 +117,19 @@ class StepTime:
 def rates(job: Job, gpu: Gpu) -> Rates:
     """What one document costs, on the slowest pipeline stage."""
     shape, layout = job.shape, job.layout
-    flops, run = ForwardFlops.of(shape), passes(job)
+    flops = ForwardFlops.of(shape)
     weight_precision = "bf16" if job.precision == "fp8" else job.precision
-    per_token = run.layers * flops.layers_per_token + run.mlp_again * flops.mlp_per_token
+    per_token = (3 + job.recomputed_share) * flops.layers_per_token
+    if job.recompute == "selective":
+        per_token += flops.mlp_per_token
     matmul = per_token / layout.model_ranks / gpu.matmul_flops(job.precision)
-    # The last stage also has the output layer, and the others wait for it.
-    output = run.output * flops.output_per_token / (layout.tp * layout.cp)
+    # The last stage also has the output layer, never recomputed, and the others wait for it.
+    output = 3 * flops.output_per_token / (layout.tp * layout.cp)
     matmul += output / gpu.matmul_flops(weight_precision)
-    attention = flops.attention_per_pair / layout.model_ranks
     kernels = job.long_attention  # long documents have nearly all the pairs
-    attention *= run.attention_forward / gpu.attention_flops(
-        kernels, backward=False
-    ) + run.attention_backward / gpu.attention_flops(kernels, backward=True)
+    forward = (1 + job.attention_again) / gpu.attention_flops(kernels, backward=False)
+    backward = FLASH_BACKWARD / gpu.attention_flops(kernels, backward=True)
+    attention = flops.attention_per_pair / layout.model_ranks * (forward + backward)
     is_ring = layout.cp > 1 and "p2p" in layout.cp_exchange
     return Rates(
         matmul=matmul,
