@@ -45,13 +45,9 @@ from torch.distributed.checkpoint.planner import SavePlan
 from megatron_prolong.convert.unpickle import load_metadata
 from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.build import StageModel
-from megatron_prolong.mcore.optimizer_shards import SHARDING_TYPE, optimizer_state
+from megatron_prolong.mcore.optimizer_shards import METADATA, optimizer_state
 from megatron_prolong.mcore.replace import replaced
 from megatron_prolong.runtime.checksums import Entries, HashingFile
-
-# Adam moments are saved per weight, in the weight's own shape, so that any layout can read them back.
-# Handed out as copies: Megatron writes the layout's process group into the dict it is given.
-_METADATA = {"distrib_optim_sharding_type": SHARDING_TYPE, "chained_optim_avoid_prefix": True}
 
 
 def training_state(model: StageModel, optimizer: MegatronOptimizer) -> ShardedStateDict:
@@ -63,8 +59,8 @@ def training_state(model: StageModel, optimizer: MegatronOptimizer) -> ShardedSt
     model.gather_weights()
     state = _model_state(model)
     if model.config.fp8_param:
-        return {"optimizer": optimizer_state(optimizer, state, _METADATA, with_weights=True)}
-    return {**state, "optimizer": optimizer_state(optimizer, state, _METADATA)}
+        return {"optimizer": optimizer_state(optimizer, state, with_weights=True)}
+    return {**state, "optimizer": optimizer_state(optimizer, state)}
 
 
 def state_bytes(state: ShardedStateDict) -> int:
@@ -132,7 +128,7 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
     with warnings.catch_warnings(), replaced(quickly):
         warnings.simplefilter("ignore")
         request = dist_checkpointing.save(
-            state, str(directory), strategy, async_sharded_save=True, content_metadata=dict(_METADATA),
+            state, str(directory), strategy, async_sharded_save=True, content_metadata=dict(METADATA),
             validate_access_integrity=False,  # the strategy does the same again
         )  # fmt: skip
     if request.async_fn_args:
@@ -188,7 +184,7 @@ def load_weights(directory: Path, model: StageModel) -> None:
 def load_weights_and_optimizer(directory: Path, model: StageModel, optimizer: MegatronOptimizer) -> None:
     """Load weights, fp32 main weights and Adam moments (with their step count). Collective."""
     state = _model_state(model)
-    loaded = _read(directory, {**state, "optimizer": optimizer_state(optimizer, state, _METADATA)})
+    loaded = _read(directory, {**state, "optimizer": optimizer_state(optimizer, state)})
     _load_model(model, loaded)
     loaded["optimizer"].pop("param_state", None)  # the distributed optimizer's shards, read into their places
     optimizer.load_state_dict(loaded["optimizer"])
@@ -196,7 +192,7 @@ def load_weights_and_optimizer(directory: Path, model: StageModel, optimizer: Me
 
 def _model_state(model: StageModel) -> ShardedStateDict:
     chunks = model.bare_chunks
-    states = [_without_extra_state(chunk.sharded_state_dict(metadata=dict(_METADATA))) for chunk in chunks]
+    states = [_without_extra_state(chunk.sharded_state_dict(metadata=dict(METADATA))) for chunk in chunks]
     return {_chunk_key(index, len(chunks)): state for index, state in enumerate(states)}
 
 

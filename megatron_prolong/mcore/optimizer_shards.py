@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -21,28 +20,26 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 SHARDING_TYPE = "fully_reshardable"
+# Adam moments are saved per weight, in the weight's own shape, so that any layout can read them back.
+# Handed out as copies: Megatron writes the layout's process group into the dict it is given.
+METADATA = {"distrib_optim_sharding_type": SHARDING_TYPE, "chained_optim_avoid_prefix": True}
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 def optimizer_state(
-    optimizer: MegatronOptimizer,
-    model_state: ShardedStateDict,
-    metadata: Mapping[str, Any],
-    *,
-    with_weights: bool = False,
+    optimizer: MegatronOptimizer, model_state: ShardedStateDict, *, with_weights: bool = False
 ) -> ShardedStateDict:
     """What a checkpoint holds of this rank's optimizer, as references: to be written, or to be read into.
 
     Args:
         model_state: the model's sharded_state_dict, which says where each weight belongs.
-        metadata: as Megatron's sharded_state_dict takes it, for the optimizers that are not distributed.
         with_weights: add the model's weights, rounded from the distributed optimizer's fp32 ones.
     """
     (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
     _begin(single)
     if not isinstance(single, DistributedOptimizer):
         assert not with_weights
-        return optimizer.sharded_state_dict(model_state, metadata=dict(metadata))
+        return optimizer.sharded_state_dict(model_state, metadata=dict(METADATA))
     weights = {id(value.data): value for value in nested_values(model_state)}
     shards = [
         shard

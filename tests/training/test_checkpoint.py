@@ -42,7 +42,7 @@ from megatron_prolong.mcore.checkpoint import (
 from megatron_prolong.mcore.groups import ParallelGroups, megatron
 from megatron_prolong.mcore.micro_batch import micro_batch
 from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
-from megatron_prolong.mcore.optimizer_shards import SHARDING_TYPE
+from megatron_prolong.mcore.optimizer_shards import METADATA
 from megatron_prolong.recipe.schema import CheckpointSpec, Layout, OptimizerSpec
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime import publish
@@ -393,8 +393,7 @@ def test_megatrons_own_loader_reads_a_rank_s_shards_too(trained, tmp_path):
     expected = numbers(model, optimizer)
     optimizer.step()
     state = _model_state(model)
-    form = {"distrib_optim_sharding_type": SHARDING_TYPE, "chained_optim_avoid_prefix": True}
-    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=form)
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=dict(METADATA))
     loaded = dist_checkpointing.load(state, str(tmp_path), validate_access_integrity=False)
     model.bare_chunks[0].load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
