@@ -78,7 +78,7 @@ class Spread:
     keeps: tuple[bool, ...]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Documents(PackedSeqParams):
     """What the attention of one micro-batch must know; travels where Megatron passes packed_seq_params.
 
@@ -93,7 +93,7 @@ class Documents(PackedSeqParams):
         kept: set when layers are recomputed but not their attention: by layer number, between the two passes.
     """
 
-    cu_seqlens: Tensor | None = None
+    cu_seqlens: Tensor
     context: ContextParallel | None = None
     caches: tuple[KeyValueCache, ...] | None = None
     spread: Spread | None = None
@@ -154,12 +154,11 @@ class DocumentAttention(MegatronModule):
             return self._cached(q, k, v, documents)
         if documents.context is not None:
             return context_attention(q, k, v, documents.context)
-        assert documents.cu_seqlens is not None
         return (packed_attention(q, k, v, documents.cu_seqlens),)
 
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, ...]:
         """Each document's new tokens against all of its cached ones."""
-        assert documents.caches is not None and documents.cu_seqlens is not None
+        assert documents.caches is not None
         outs: list[Tensor] = []
         for cache, (start, end) in zip(
             documents.caches, pairwise(documents.cu_seqlens.tolist()), strict=True

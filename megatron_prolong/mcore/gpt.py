@@ -71,7 +71,6 @@ class LongContextGPT(GPTModel):
         if labels is None or not self.post_process:
             documents = kwargs.get("packed_seq_params")
             if self.post_process and isinstance(documents, Documents) and documents.caches is not None:
-                assert documents.cu_seqlens is not None
                 hidden_states = hidden_states[documents.cu_seqlens[1:].long() - 1]
             return super()._postprocess(hidden_states, labels=None, **kwargs)
         weight = self._output_weight()

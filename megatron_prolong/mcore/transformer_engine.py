@@ -75,7 +75,6 @@ class TransformerEngineAttention(DocumentAttention):
         """As DocumentAttention.attend."""
         if documents.caches is not None:
             return super().attend(q_TND, k_TGD, v_TGD, documents)
-        assert documents.cu_seqlens is not None
         end = len(q_TND)
         boundaries = tuple(documents.cu_seqlens.tolist())
         first = boundaries[0]  # behind the split documents
