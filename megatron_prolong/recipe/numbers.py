@@ -44,6 +44,21 @@ def parse_real(value: object) -> float:
     return float(parse_number(value))
 
 
+def parse_steps(value: object) -> str:
+    """Steps and ranges of steps in one text: 1203, "1203, 1210-1215", [1203, 1210-1215]. Raises ValueError."""
+    items = value if isinstance(value, list | tuple) else str(value).split(",")
+    texts = ["".join(str(item).split()) for item in items]
+    if any(not re.fullmatch(r"[1-9]\d{0,11}(-[1-9]\d{0,11})?", text) for text in texts if text):
+        raise ValueError("must be steps and ranges of steps, such as 1203 or 1203, 1210-1215")
+    return ", ".join(text for text in texts if text)
+
+
+def steps_of(text: str) -> list[range]:
+    """What `parse_steps` made, as ranges; one whose end is before its beginning is empty."""
+    bounds = [item.partition("-") for item in text.split(", ") if item]
+    return [range(int(first), int(last or first) + 1) for first, _, last in bounds]
+
+
 def format_count(count: int) -> str:
     """The shortest exact spelling: 65536 → '64K', 125 → '125', 20·2³⁰ → '20B'."""
     for unit in "BMK":
@@ -54,6 +69,9 @@ def format_count(count: int) -> str:
 
 Count = Annotated[int, BeforeValidator(parse_count, json_schema_input_type=int | str)]
 """A whole number that may be written 64K, 4M or 20B."""
+
+Steps = Annotated[str, BeforeValidator(parse_steps, json_schema_input_type=int | str | list[int | str])]
+"""Steps and ranges of steps, counted from 1, that may be written 1203 or [1203, 1210-1215]."""
 
 Real = Annotated[float, BeforeValidator(parse_real, json_schema_input_type=float | str)]
 """A float that may be written 1e-5 or 8e6."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from megatron_prolong.recipe.fp8 import fp8_parameters_problem
+from megatron_prolong.recipe.numbers import steps_of
 from megatron_prolong.recipe.run_files import RESERVED_STAGE_NAMES
 from megatron_prolong.recipe.schema import (
     CheckpointSpec,
@@ -39,6 +40,7 @@ def broken_rules(recipe: Recipe) -> Iterator[Broken]:
         key = ("stages", stage.name)
         yield from _carry(key, stage, starts_from_path=index == 0 and recipe.model.path is not None)
         yield from _budget(key, stage)
+        yield from _skipped(key, stage)
         yield from _lengths(key, stage)
         yield from _yarn(key, stage)
         yield from _mixture(key, stage)
@@ -108,6 +110,14 @@ def _budget(key: Key, stage: Stage) -> Iterator[Broken]:
     if (stage.steps is None) == (stage.tokens is None):
         found = "neither" if stage.steps is None else "both"
         yield Broken(key, f"found {found} of steps and tokens; give one", ((*key, "steps"), (*key, "tokens")))
+
+
+def _skipped(key: Key, stage: Stage) -> Iterator[Broken]:
+    last = stage.num_steps if (stage.steps is None) != (stage.tokens is None) else math.inf
+    for steps in steps_of(stage.skip_steps or ""):
+        if not steps or steps[-1] > last:
+            rule = f"found {steps.start}-{steps.stop - 1}; must be steps of the stage, 1 to {last}, in their order"
+            yield Broken((*key, "skip_steps"), rule, ((*key, "steps"), (*key, "tokens")))
 
 
 def _lengths(key: Key, stage: Stage) -> Iterator[Broken]:

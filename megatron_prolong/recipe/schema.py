@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 
 from megatron_prolong.recipe.fp8 import Fp8Recipe
-from megatron_prolong.recipe.numbers import Count, Real
+from megatron_prolong.recipe.numbers import Count, Real, Steps, steps_of
 from megatron_prolong.recipe.origin import Origin
 from megatron_prolong.recipe.paths import Directories, UserPath
 from megatron_prolong.recipe.rope import YarnScaling, yarn_attention_factor
@@ -262,6 +262,8 @@ class Stage(_Frozen):
     """How the learning rate falls after the warmup."""
     seed: Annotated[Count, Field(ge=0, lt=2**63)] = 42
     """Seed of the order of the data."""
+    skip_steps: Steps | None = None
+    """Steps whose batches are passed over without an update, e.g. those of a loss spike; none by default."""
     carry: Carry = Carry()
     """What is taken from the stage before."""
     mixture: Mixture = Field(examples=["mock"])
@@ -302,6 +304,10 @@ class Stage(_Frozen):
     def warmup_steps(self) -> int:
         """Steps of linear warmup, rounded up (5% of 250 is 13), as transformers does."""
         return math.ceil(round(self.warmup * self.num_steps, 6))
+
+    def skips(self, step: int) -> bool:
+        """Whether skip_steps has this one; they count from 1, as in the log."""
+        return any(step in steps for steps in steps_of(self.skip_steps or ""))
 
     @property
     def min_lr(self) -> float:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.run_files import RESOLVED_RECIPE
-from megatron_prolong.recipe.schema import Recipe
+from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.training.run_directory import StageStatus, chain_status, latest_checkpoint
 
 # Changing one of these in a stage that has begun would make its numbers depend on when it was stopped.
@@ -86,9 +86,15 @@ def _stage_changes(before: Recipe, statuses: list[StageStatus]) -> Iterator[Chan
         for key, old, new in _differences(old_stage, new_stage):
             first = key.split(".")[0]
             moved = first == "mixture" and same_proportions
-            fixed = not moved and (status.word == "done" or first in _FIXED_IN_STAGE)
+            past = first == "skip_steps" and _disagree(stages_before[stage.name], stage, status.step)
+            fixed = not moved and (status.word == "done" or past or first in _FIXED_IN_STAGE)
             refusal = f"the stage is at step {status.step}" if fixed else None
             yield Change(f"stage.{stage.name}.{key}: {old} → {new}", refusal)
+
+
+def _disagree(old: Stage, new: Stage, made: int) -> bool:
+    """Whether one of the two passes over a step, of those made so far, that the other does not."""
+    return any(old.skips(step) != new.skips(step) for step in range(1, made + 1))
 
 
 def _removed_stages(before: Recipe, now: Recipe) -> Iterator[Change]:

@@ -26,6 +26,8 @@ def check(state: TrainState, metrics: StepMetrics, sequences: Sequence[PackedSeq
     Raises:
         UserError: the run should not go on; names the samples of the step.
     """
+    if not metrics.wanted:
+        return
     if not metrics.updated:
         if (skips := state.skipped_in_a_row + 1) >= BAD_IN_A_ROW:
             _stop(
@@ -46,7 +48,7 @@ def check(state: TrainState, metrics: StepMetrics, sequences: Sequence[PackedSeq
 def _stop(state: TrainState, what: str, sequences: Sequence[PackedSequence]) -> NoReturn:
     names = sorted({str(sequence.identity) for sequence in sequences})
     raise UserError.many(
-        f"stage {state.stage}: {what}; look at the batch (prolong data inspect), lower lr, or start again "
-        "from the last checkpoint. The step's samples:",
+        f"stage {state.stage}: {what}; look at the batch (prolong data inspect), lower lr, or pass these "
+        "steps over (the stage's skip_steps), and start again. The step's samples:",
         names,
     )

@@ -78,6 +78,11 @@ class RunLog:
         elif show:
             self.say(f"{stage} {step}/{num_steps}  {status}")
 
+    def skipped(self, stage: str, step: int, num_steps: int, facts: dict[str, Any]) -> None:
+        """Record a step that the recipe passes over."""
+        self._write({"time": time.time(), "stage": stage, "step": step, **facts})
+        self.say(f"{stage} {step}/{num_steps}  skipped (skip_steps)")
+
     def evaluation(self, stage: str, step: int, scores: Mapping[str, float]) -> None:
         """Record what a checkpoint scored, 0 to 100 by task and length."""
         self.event("evaluation", stage=stage, step=step, scores=scores)

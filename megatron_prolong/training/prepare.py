@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -71,7 +72,9 @@ class StageRun:
 
     def update(self, step: int, sequences: list[PackedSequence]) -> StepMetrics:
         """Make update `step` (counted from 0) with its global batch. Collective."""
-        stage, recipe = self.stage, self.recipe
+        stage, recipe, lr = self.stage, self.recipe, learning_rate(self.stage, step)
+        if stage.skips(step + 1):
+            return StepMetrics(math.nan, math.nan, lr, 0, updated=False, wanted=False)
         self.clock.start()
         assignment = share_out(sequences, self.groups, stage.micro_batch_length, self.cost)
         batches = micro_batches(
@@ -80,7 +83,7 @@ class StageRun:
         )  # fmt: skip
         metrics = train_step(
             self.model, self.optimizer, batches, self.groups,
-            spec=recipe.optimizer, lr=learning_rate(stage, step), computed=self.clock.stop,
+            spec=recipe.optimizer, lr=lr, computed=self.clock.stop,
         )  # fmt: skip
         planned = [sum(plan.share.seconds for plan in plans) for plans in assignment]
         self.stragglers.note(self.clock.seconds(), planned)

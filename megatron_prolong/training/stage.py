@@ -114,7 +114,10 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
         except UserError as error:  # all ranks judge the same numbers alike
             writer.finish()  # saved before the damage
             raise JointError(str(error), said_here=session.world.is_main) from error
-        if log:
+        if log and not metrics.wanted:
+            facts = {"tokens": state.tokens, "skipped": state.skipped, "domains": state.domain_tokens}
+            log.skipped(stage.name, state.step, stage.num_steps, facts)
+        elif log:
             facts = _facts(run, before, state, metrics, sequences, seconds)
             show = last or state.step % run.recipe.logging.every == 0
             log.step(stage.name, state.step, stage.num_steps, facts, show=show)

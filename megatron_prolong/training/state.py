@@ -22,8 +22,9 @@ class TrainState:
     Attributes:
         step: updates made (skipped ones included); also the position in the batch stream.
         tokens: tokens consumed by the stage.
-        skipped: steps whose update was left out: they had no targets, or a non-finite loss or gradient.
-        skipped_in_a_row: of them, the last ones.
+        skipped: steps whose update was left out: they had no targets, a non-finite loss or gradient, or
+            the recipe passes them over.
+        skipped_in_a_row: of them, the last ones, those that the recipe passes over not counted.
         recent_losses: of the last LOSS_WINDOW steps that made an update. In the checkpoint, so that a run that goes
             on judges a step as one that was never stopped (training/guard.py).
         domain_tokens: tokens consumed by domain.
@@ -59,7 +60,7 @@ class TrainState:
             step=self.step + 1,
             tokens=domains.total(),
             skipped=self.skipped + (not metrics.updated),
-            skipped_in_a_row=0 if metrics.updated else self.skipped_in_a_row + 1,
+            skipped_in_a_row=0 if metrics.updated else self.skipped_in_a_row + metrics.wanted,
             recent_losses=[*self.recent_losses, *[metrics.loss] * metrics.updated][-LOSS_WINDOW:],
             domain_tokens=dict(domains),
         )

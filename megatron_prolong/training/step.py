@@ -24,6 +24,7 @@ class StepMetrics:
         num_targets: tokens of the global batch that carried loss.
         updated: False when a step without targets, or with a non-finite loss or gradient, left weights and moments
             alone.
+        wanted: False where the recipe passes the step over (`skip_steps`).
     """
 
     loss: float
@@ -31,6 +32,7 @@ class StepMetrics:
     lr: float
     num_targets: int
     updated: bool
+    wanted: bool = True
 
 
 def train_step(

@@ -2,7 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_prolong.recipe.numbers import format_count, parse_count, parse_number, parse_real
+from megatron_prolong.recipe.numbers import (
+    format_count,
+    parse_count,
+    parse_number,
+    parse_real,
+    parse_steps,
+    steps_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +30,13 @@ from megatron_prolong.recipe.numbers import format_count, parse_count, parse_num
 def test_counts(written: object, value: int) -> None:
     assert parse_count(written) == value
     assert isinstance(parse_count(written), int)
+
+
+@pytest.mark.parametrize("written", ["3, 7-9", "3,7 - 9,", [3, "7-9"], ("3", "7-9")])
+def test_steps(written: object) -> None:
+    assert parse_steps(written) == "3, 7-9"
+    assert steps_of(parse_steps(written)) == [range(3, 4), range(7, 10)]
+    assert steps_of(parse_steps(12)) == [range(12, 13)] and steps_of(parse_steps([])) == []
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def test_a_stage_that_is_done_stays_one_that_waits_is_free_and_one_in_progress_k
             told(recipe({"second": {key: value}}))
 
 
+def test_steps_to_come_may_be_passed_over_and_those_made_are_what_they_are():
+    assert told(recipe({"second": {"skip_steps": [5, "7-8"]}})) == ["stage.second.skip_steps: None → 5, 7-8"]
+    with pytest.raises(UserError, match=r"second\.skip_steps: None → 4-5 \(the stage is at step 4\)"):
+        told(recipe({"second": {"skip_steps": "4 - 5"}}))
+    with pytest.raises(UserError, match=r"first\.skip_steps: None → 10 \(the stage is at step 10\)"):
+        told(recipe({"first": {"skip_steps": 10}}))
+
+
 def test_data_may_move():
     moved = {"moved/books": 0.75, "moved/code": 0.25}
     assert len(told(recipe({"first": {"mixture": moved}, "second": {"mixture": moved}}))) == 8

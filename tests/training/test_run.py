@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
+from megatron_prolong.report.history import read_run
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.training.replay import parse_step
 
@@ -60,6 +61,23 @@ def test_resuming_repeats_the_undisturbed_run_bit_for_bit(workspace, undisturbed
     assert resumed, "nothing was trained"
     assert resumed == {key: undisturbed[key] for key in resumed}
     assert next(iter(resumed)) == ((stage, step + 1) if step != 6 else ("long", 1))
+
+
+def test_a_run_goes_back_and_passes_steps_over(workspace, undisturbed):
+    """What one does after a loss spike: an older checkpoint, and not the same batches again."""
+    root = workspace.root
+    shutil.copytree(root / "undisturbed", root / "past")
+    shutil.rmtree(root / "past/long")
+    (root / "past/short/latest").write_text("step_00000003\n")
+    output = workspace.train("past", "stage.short.skip_steps=4-5", "stage.long.skip_steps=4")
+    assert "short 4/6  skipped" in output and "short 5/6  skipped" in output and "long 4/4  skipped" in output
+    losses = workspace.losses("past")
+    assert losses["short", 6] != undisturbed["short", 6]  # of the same batch, by weights that saw less
+    training = json.loads((root / "past/short/step_00000006/prolong.json").read_text())["training"]
+    assert (training["step"], training["skipped"], training["tokens"]) == (6, 2, 6 * 256)
+    history = read_run(root / "past")
+    assert [step for step, _ in history.stages[0].curve("loss")] == [1, 2, 3, 6]
+    assert history.done and history.stages[1].last("loss") == losses["long", 3]
 
 
 def test_a_finished_run_trains_nothing_more(workspace, undisturbed):
