@@ -104,7 +104,7 @@ def check_start(recipe: Recipe, world_size: int) -> list[str]:
 
 
 def _start(processes: int, machine: Rendezvous) -> None:
-    """Run this command line in so many processes here; end as the first of them that failed."""
+    """Run this command line in that many processes here; exit like the first of them that failed."""
     from megatron_prolong.runtime.processes import start_processes
 
     command = sys.argv[1:]
@@ -187,8 +187,11 @@ def status(
     from megatron_prolong.runtime.terminal import print_table
     from megatron_prolong.training.run_directory import chain_status
 
-    recipe = (recipe_of_run if run.is_dir() else load_recipe)(run, overrides or [])
-    run_dir = run if run.is_dir() else recipe.run_dir  # it may have moved since its recipe was written
+    if run.is_dir():  # it may have moved since its recipe was written
+        recipe, run_dir = recipe_of_run(run, overrides or []), run
+    else:
+        recipe = load_recipe(run, overrides or [])
+        run_dir = recipe.run_dir
     table = Table(title=str(run_dir))
     for heading in ("stage", "status", "step", "length", "RoPE base", "checkpoint"):
         table.add_column(heading)

@@ -65,7 +65,7 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Spread:
-    """How the new tokens of caches that are spread over context-parallel ranks lie.
+    """Where the new tokens are when caches are spread over context-parallel ranks.
 
     Attributes:
         chunk_tokens: set when this rank has one slice of a chunk of one document; else every rank has all new
@@ -133,7 +133,7 @@ class DocumentAttention(MegatronModule):
             query = query * self.query_factor
         # Values are a view of the packed projections, all of which would stay for the backward.
         outs = self._attend_once(query[:, 0], key[:, 0], value[:, 0].contiguous(), packed_seq_params)
-        # One alone is no copy: both would stay for the backward.
+        # A single part is not copied: both would stay for the backward.
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return torch.flatten(out, start_dim=1).unsqueeze(1)
 
@@ -148,7 +148,7 @@ class DocumentAttention(MegatronModule):
         return kept.outs
 
     def attend(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents) -> tuple[Tensor, ...]:
-        """out_TND of this rank's tokens, in parts that joined are all of them; what other kernels replace."""
+        """out_TND of this rank's tokens, in parts to be concatenated; other kernels override this."""
         q, k, v = q_TND, k_TGD, v_TGD
         if documents.caches is not None:
             return self._cached(q, k, v, documents)

@@ -43,8 +43,8 @@ class Job:
         fp8_parameters: weights of fp8 layers are kept in fp8 only.
         attention: kernels of the layers, a field of the hardware table's `efficiency`: "flash2" for PyTorch's own
             FlashAttention-2, "te" for Transformer Engine, whose layers keep less for the backward too.
-        mixed: micro-batches hold both documents that are split over context-parallel ranks and whole ones; the
-            fullest counts, so yes by default: which are split is chosen for each while training.
+        mixed: micro-batches hold both documents that are split over context-parallel ranks and whole ones. True by
+            default: training chooses for each micro-batch which are split, and the fullest one counts.
     """
 
     shape: ModelShape

@@ -48,9 +48,9 @@ def unfinished_stage(path: Path, stages: Sequence[Stage]) -> str | None:
 
 
 def stages_behind(path: Path) -> list[Stage]:
-    """What a checkpoint of ours went through since its run began, as its own recipe tells; its stage is the last.
+    """Stages that a checkpoint of ours went through since its run began, its own last, from the recipe beside it.
 
-    Nothing where `path` is something else, or the recipe another version's.
+    Empty where `path` is something else, or the recipe is another version's.
     """
     from megatron_prolong.recipe.load import load_recipe  # which reads a recipe with the help of this file
 

@@ -57,8 +57,8 @@ class OptimizerForm(NamedTuple):
 
 
 def carry_problem(saved: OptimizerForm | None, own: OptimizerForm) -> str | None:
-    """How an optimizer's state, if there is one, cannot be continued, if this is it; any other change of layout is
-    fine.
+    """How an optimizer's saved state cannot be continued in the form asked for. None where it can, or where none is
+    saved; any other change of layout is fine.
 
     Megatron's sharded and unsharded optimizers have files of their own. Unsharded, the optimizer of fp32 weights
     (FP32Optimizer) has no main weights, and that of bf16 ones (Float16OptimizerWithFloat16Params) needs them.
@@ -83,7 +83,7 @@ def kv_repeats(exchange: str, cp: int, kv_heads: int) -> int:
 
 
 def te_exchanges(exchange: str, cp: int, kv_heads: int) -> bool:
-    """Whether Transformer Engine itself exchanges packed documents so; else our own exchange does.
+    """Whether Transformer Engine does this exchange for packed documents itself; otherwise ours does.
 
     TE 2.12 asserts qkv_format != "thd" in all_gather and a2a+p2p, and repeats no key/value heads
     (context_parallel.py).

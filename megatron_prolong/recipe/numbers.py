@@ -1,7 +1,7 @@
 """Numbers as people write them in recipes: 64K, 4M, 20B, 1e-5, 1.28e8.
 
 K, M and B are binary (1024, 1024², 1024³), as in the ProLong paper (footnote 2): 64K is 65,536 tokens.
-YAML 1.1 reads `1e-5` (no dot) as text, so plain numbers arrive here as text too. `010` is none: ten or octal eight?
+YAML 1.1 reads `1e-5` (no dot) as text, so plain numbers arrive here as text too. `010` is refused: ten, or octal 8?
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Rules between the values of a recipe that its text alone can break. Loading refuses what breaks one, so that
-whatever is done with a recipe may rely on them; files and the cluster's size are judged in validate.py."""
+"""Rules between the values of a recipe that its text alone can break. Loading refuses a recipe that breaks one, so
+all other code may rely on them; files and the cluster's size are judged in validate.py."""
 
 from __future__ import annotations
 

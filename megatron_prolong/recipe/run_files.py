@@ -1,4 +1,4 @@
-"""Names in a run directory, beside those of its stages: who writes them, reads them, or keeps stages off them."""
+"""Names in a run directory beside those of its stages, for all that write or read them, or check stages' names."""
 
 from pathlib import Path
 

@@ -117,14 +117,14 @@ def model_directory(path: Path | str) -> Path:
 
 
 def stages_hint(directory: Path) -> str:
-    """What an error adds when somebody gives a run, or a stage that a run has not, where a checkpoint is wanted."""
+    """What an error adds when somebody gives a run, or a stage that it does not have, instead of a checkpoint."""
     run, subject = (directory, "this") if directory.is_dir() else (directory.parent, directory.parent)
     stages = ", ".join(str(pointer.parent) for pointer in sorted(run.glob(f"*/{LATEST}")))
     return f"; {subject} is a run, give one of its stages: {stages}" if stages else ""
 
 
 def no_model(directory: Path) -> UserError:
-    """Of a path where nothing is: most often a stage's name mistyped, or that of a model on the Hub."""
+    """For a path where nothing is: most often a mistyped stage, or the name of a model on the Hub."""
     hint = stages_hint(directory)
     if len(directory.parts) == 2 and not directory.parent.exists():
         hint = (

@@ -75,7 +75,7 @@ def find_problems(
 
 
 def needs_model(recipe: Recipe) -> bool:
-    """Whether a stage is yet to start from the recipe's model. Once none is, the run has all it needs itself."""
+    """Whether a stage has yet to start from the recipe's model; after that the run holds all it needs itself."""
     from_model = [recipe.stages[0], *(stage for stage in recipe.stages[1:] if not stage.carry.weights)]
     return not all(complete_checkpoints(recipe.run_dir / stage.name) for stage in from_model)
 
@@ -95,7 +95,7 @@ def incoming_shape(recipe: Recipe) -> ModelShape:
 
 
 def _weights_of(recipe: Recipe) -> Path | None:
-    """What the run has trained, converted or made, once there is that: the model's own may be gone by then."""
+    """The weights that tell the shape: the run's own once it has any, as the model's may be gone by then."""
     if not needs_model(recipe):
         return _newest(recipe, recipe.stages[0])
     converted = recipe.run_dir / INITIAL
@@ -162,7 +162,7 @@ def _run_directory(findings: Findings) -> None:
 
 
 def _moved_to(recipe: Recipe) -> Path | None:
-    """Where the run lies whose own recipe this is, when that still names a directory that is not there any more."""
+    """Where the run is now, if this is a run's own recipe and the directory it names is gone."""
     file, place = Path(recipe.origin.file), recipe.origin.place(("run_dir",))
     if file.name != RESOLVED_RECIPE or place.source != str(file) or recipe.run_dir.exists():
         return None
@@ -220,7 +220,7 @@ def _saved_optimizer(checkpoint: Path | None) -> OptimizerForm | None:
 
 
 def _same_draws(findings: Findings, behind: Sequence[Stage]) -> None:
-    """Stages that see again, in the same order, what the weights they carry on were trained on."""
+    """Warn of stages that draw again, in the same order, the samples that their weights were trained on."""
     recipe = findings.recipe
     before = {_draws(stage): f"stage {stage.name} of {recipe.model.path}" for stage in behind}
     seen = dict(before)
@@ -236,7 +236,7 @@ def _same_draws(findings: Findings, behind: Sequence[Stage]) -> None:
 
 
 def _draws(stage: Stage) -> tuple[object, ...]:
-    """What stages have in common that draw the same samples."""
+    """Equal for stages that draw the same samples."""
     mixture = stage.mixture if stage.mixture == "mock" else tuple(path.resolve() for path in stage.mixture)
     return stage.sequence_length, stage.seed, mixture
 
