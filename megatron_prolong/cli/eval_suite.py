@@ -106,6 +106,10 @@ def run(
     from megatron_prolong.evaluation.suites import left_out, select
     from megatron_prolong.evaluation.task import Inputs
 
+    if suite == "short":
+        _refuse_what_short_ignores(ctx)
+        _run_short(models_of(model, compare), out, samples, tasks, overwrite, batch_size)
+        return
     names = _names(tasks)
 
     def prepare() -> tuple[list[tuple[str, str, str]], list[Task], str, Entails | None]:
@@ -133,10 +137,6 @@ def run(
             (out / label).mkdir(parents=True, exist_ok=True)  # before hours of measuring
         return models, chosen, text, entails
 
-    if suite == "short":
-        _refuse_what_short_ignores(ctx)
-        _run_short(models_of(model, compare), out, samples, tasks, overwrite, batch_size)
-        return
     results = {}
     with ranks() as world:
         models, chosen, text, entails = on_all_ranks(world, prepare)
