@@ -57,8 +57,8 @@ def update(optimizer: MegatronOptimizer, clip: float) -> tuple[bool, float]:
     Returns:
         Whether the update was applied, and the global gradient norm before clipping.
     """
-    found_inf = optimizer.prepare_grads()
+    optimizer.prepare_grads()  # looks for infinities only where losses are scaled, for fp16
     grad_norm = float(optimizer.clip_grad_norm(clip)) if clip > 0 else float(optimizer.get_grad_norm())
-    if found_inf or not math.isfinite(grad_norm):
+    if not math.isfinite(grad_norm):
         return False, grad_norm
     return bool(optimizer.step_with_ready_grads()), grad_norm

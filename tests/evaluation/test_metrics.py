@@ -82,6 +82,12 @@ def test_ranking_measures_are_those_of_trec_eval() -> None:
         assert ranking_metrics(dict(ranking), relevance, cut_offs) == pytest.approx(expected, abs=1.1e-5)
 
 
+def test_of_equal_scores_the_later_id_is_first_and_a_label_below_zero_is_no_gain() -> None:
+    scores = ranking_metrics({"3": 1, "1": 1, "2": 2}, {"1": 2, "2": -2, "3": 1}, [2])
+    assert (scores["P@2"], scores["MRR"]) == (0.5, 0.5)
+    assert scores["NDCG@2"] == pytest.approx((1 / math.log2(3)) / (2 + 1 / math.log2(3)), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -102,7 +108,7 @@ def test_an_answer_of_only_an_article_matches_an_empty_output() -> None:
 
 
 def test_yes_and_no_must_be_equal() -> None:
-    assert f1("yes it is", "yes") == 0.0
+    assert f1("yes it is", "yes") == f1("yes", "yes it is") == 0.0
     assert f1("Yes.", "yes") == 1.0
 
 
@@ -111,7 +117,7 @@ def test_answers_of_all_forms() -> None:
 
 
 def test_ruler_recall_is_the_share_found() -> None:
-    assert ruler_recall("values: 12, ABC", ["12", "abc", "7", "8"]) == 0.5
+    assert ruler_recall("values: 12, ABC", ["12", "aBc", "7", "8"]) == 0.5
 
 
 def test_the_better_of_the_whole_and_the_parsed_answer_counts() -> None:

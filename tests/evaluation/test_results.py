@@ -12,7 +12,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation import suite_plot
 from megatron_prolong.evaluation.averages import Average, averages
 from megatron_prolong.evaluation.changes import changes
-from megatron_prolong.evaluation.results import ASKED, Result, read_results
+from megatron_prolong.evaluation.results import ASKED, Result, judged_path, read_results
 from megatron_prolong.evaluation.suite_plot import _short, plot_suite
 from megatron_prolong.evaluation.suite_report import grids, notes, print_suite, summary
 from megatron_prolong.evaluation.suites import prolong
@@ -262,6 +262,17 @@ def test_a_judges_rows_have_the_mean_of_its_score_and_are_of_the_questions_they_
     assert found.values == tuple(expected) and found.truncated == 1
     assert found.questions == (("asked", "asked") if asked == "asked" else (0, 1))
     assert found.score == pytest.approx(found.interval.mean)
+
+
+def test_a_judges_score_is_stood_in_for_until_there_is_one_and_no_other_is(tmp_path: Path) -> None:
+    path, averaged = tmp_path / "x_in8192_shots2.json", {"str_em": 40.0, "rougeL_f1": 9.0}
+    write_result(path, [], averaged, ["str_em", "citation_rec"])
+    (cited,) = read_results(tmp_path)
+    assert cited.missing == ("citation_rec",) and cited.counted == [40.0]
+    write_result(path, [], averaged, ["gpt-4-f1"])
+    assert [one.counted for one in read_results(tmp_path)] == [[9.0]]
+    write_result(judged_path(path), [], {**averaged, "gpt-4-f1": 0.5}, ["gpt-4-f1"])
+    assert [one.counted for one in read_results(tmp_path)] == [[50.0]]
 
 
 def test_a_smoke_test_beside_the_results_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,11 @@ YARN = YarnScaling(factor=16.0, original_max_length=4096, attention_factor=yarn_
 ULTRALONG = YarnScaling(  # arXiv 2504.06214, section 2.1: alpha 1, beta 4, scale 128 for 1M tokens
     factor=128.0, original_max_length=8192, beta_fast=4.0, attention_factor=yarn_attention_factor(128.0)
 )
+# Ramps that begin before the first pair, end with it, and end behind the last.
+EDGES = [
+    YarnScaling(factor=4.0, original_max_length=length, beta_slow=slow, attention_factor=1.0)
+    for length, slow in ((64, 1.0), (4, 1.0), (2**19, 1.0), (4096, 1e-6))
+]
 ODD_YARN = YarnScaling(factor=4.0, original_max_length=1000, attention_factor=1.7, truncate=False)
 
 
@@ -28,7 +33,7 @@ def transformers_rotary(head_dim: int, base: float, scaling: RopeScaling | None)
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("base", [1e4, 5e5, 8e6, 1.28e8])
-@pytest.mark.parametrize("scaling", [None, LLAMA_31, LLAMA_32, YARN, ULTRALONG, ODD_YARN])
+@pytest.mark.parametrize("scaling", [None, LLAMA_31, LLAMA_32, YARN, ULTRALONG, ODD_YARN, *EDGES])
 def test_equal_to_transformers(head_dim, base, scaling):
     rotary = transformers_rotary(head_dim, base, scaling)
     ours = inverse_frequencies(head_dim, base, scaling)

@@ -437,6 +437,27 @@ def test_a_batch_without_targets_leaves_the_weights_alone(trained):
     assert all(torch.equal(*pair) for pair in zip(before, numbers(model, optimizer), strict=True))
 
 
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(trained, bad, clip):
+    """The loss may be a number all the same."""
+    model, optimizer, groups = trained
+    batch = collate_pieces([Piece(np.arange(1, 8, dtype=np.uint32), None)])
+    micro = micro_batch(batch, groups=groups, layout=Layout(), device=torch.device("cpu"))
+    before = numbers(model, optimizer)
+    *_, weight = model.chunks[0].parameters()
+
+    def spoil() -> None:
+        weight.main_grad.flatten()[0] = bad
+
+    spec = OptimizerSpec(clip=clip)
+    metrics = train_step(model, optimizer, [micro], groups, spec=spec, lr=1e-3, computed=spoil)
+    assert not metrics.updated and math.isfinite(metrics.loss) and not math.isfinite(metrics.grad_norm)
+    assert all(torch.equal(*pair) for pair in zip(before, numbers(model, optimizer), strict=True))
+    assert [group["step"] for group in optimizer.param_groups] == [1, 1]
+    assert train_step(model, optimizer, [micro], groups, spec=spec, lr=1e-3).updated
+
+
 class Exploit:
     """Unpickling it makes a directory."""
 

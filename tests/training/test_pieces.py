@@ -206,8 +206,9 @@ def test_what_a_stage_takes_from_the_one_before(tmp_path, carry, expected):
 
 def test_a_stage_is_built_with_its_own_settings(tmp_path, monkeypatch, one_rank):
     """Of which some only change memory, and would be missed nowhere."""
-    own = {"precision": "fp32", "recompute": "selective", "offload_activations": True, "rope_base": 8e6}
-    of = recipe(tmp_path)
+    own = {"precision": "bf16", "recompute": "selective", "offload_activations": True, "rope_base": 8e6}
+    whole = {"fp8_recipe": "blockwise", "fp8_parameters": True, "loss_chunk_tokens": 99}
+    of = recipe(tmp_path).model_copy(update={**whole, "precision": "fp32"})
     other = {"sequence_length": 128, "batch_tokens": 128, "layout": LayoutOverride(cp=2)}
     stage = of.stages[0].model_copy(update={**own, **other})
     built = {}
@@ -220,7 +221,7 @@ def test_a_stage_is_built_with_its_own_settings(tmp_path, monkeypatch, one_rank)
     start = StageInput(Checkpoint(Path("saved"), {"shape": SHAPE.to_dict()}), optimizer=True, resume=False)
     with pytest.raises(UserError, match="enough"):
         prepare.prepare_stage(of, stage, start, WORLD, None)
-    assert built.items() >= {**own, "max_length": 128, "rank_tokens": 64, "loss_chunk_tokens": 2048}.items()
+    assert built.items() >= {**own, **whole, "max_length": 128, "rank_tokens": 64}.items()
 
 
 def test_a_stages_yarn_stands_in_for_the_incoming_scaling(tmp_path):
@@ -229,6 +230,7 @@ def test_a_stages_yarn_stands_in_for_the_incoming_scaling(tmp_path):
     start = StageInput(Checkpoint(Path("saved"), saved), optimizer=True, resume=False)
     plain = recipe(tmp_path).stages[0]
     assert start.shape(plain).rope_scaling == llama3
+    assert start.shape(plain.model_copy(update={"sequence_length": 32})).max_length == 64
     yarn = start.shape(plain.model_copy(update={"yarn": Yarn(factor=2, original_length=64)})).rope_scaling
     expected = YarnScaling(factor=2.0, original_max_length=64, attention_factor=0.1 * math.log(2) + 1)
     assert yarn == expected
