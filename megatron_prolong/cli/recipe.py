@@ -60,11 +60,13 @@ def check(
 
 def _judge_evaluation(spec: EvaluationSpec, findings: Findings) -> None:
     """Its tasks and their data, which the recipe's own rules know nothing of."""
+    from megatron_prolong.evaluation.documents import check_documents
     from megatron_prolong.evaluation.suite import tasks_of
     from megatron_prolong.evaluation.suites import left_out
 
     try:
         tasks_of(spec)
+        check_documents(spec.held_out, [])
         findings.warnings += left_out(spec.suite, spec.lengths, spec.tasks)
     except UserError as error:
         findings.error(("evaluation",), str(error))

@@ -91,6 +91,7 @@ def check_start(recipe: Recipe, world_size: int) -> list[str]:
     check_room(recipe)
     if recipe.evaluation:
         from megatron_prolong.evaluation.backend import load_tokenizer
+        from megatron_prolong.evaluation.in_training import read_held_out
         from megatron_prolong.evaluation.suite import refuse_cramped, tasks_of
         from megatron_prolong.evaluation.suites import left_out
         from megatron_prolong.evaluation.task import Inputs
@@ -98,7 +99,9 @@ def check_start(recipe: Recipe, world_size: int) -> list[str]:
 
         tokenizer, spec = tokenizer_of(recipe), recipe.evaluation
         assert tokenizer is not None, "loading refuses a model without path and tokenizer"
-        refuse_cramped(tasks_of(spec), Inputs(spec.data, load_tokenizer(tokenizer_file(tokenizer).parent)))
+        directory = tokenizer_file(tokenizer).parent
+        refuse_cramped(tasks_of(spec), Inputs(spec.data, load_tokenizer(directory)))
+        read_held_out(spec, directory)
         warn(left_out(spec.suite, spec.lengths, spec.tasks))
     return [f"changed since the last start: {change}" for change in changes_since_start(recipe)]
 
@@ -152,12 +155,13 @@ def _replay(load: Callable[[], Recipe], step: str, trace: Path | None) -> None:
 
 def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
     """Check everything before any training; the recipe's `evaluation:`, for it to call."""
-    from megatron_prolong.evaluation.in_training import CheckpointEvaluation
+    from megatron_prolong.evaluation.in_training import CheckpointEvaluation, read_held_out
     from megatron_prolong.evaluation.suite import tasks_of
     from megatron_prolong.evaluation.suites import left_out
     from megatron_prolong.plan.disk import check_room
+    from megatron_prolong.recipe.inputs import tokenizer_file
     from megatron_prolong.recipe.run_files import EVALUATION
-    from megatron_prolong.recipe.validate import check
+    from megatron_prolong.recipe.validate import check, tokenizer_of
 
     warnings = check(recipe, world.size, on_cpu=world.device.type == "cpu")
     if world.is_main:
@@ -169,8 +173,11 @@ def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
     tasks = tasks_of(spec)
     if world.is_main:
         warn(left_out(spec.suite, spec.lengths, spec.tasks))
+    tokenizer = tokenizer_of(recipe)
+    assert tokenizer is not None, "loading refuses a model without path and tokenizer"
+    held_out = read_held_out(spec, tokenizer_file(tokenizer).parent)
     out = recipe.run_dir / EVALUATION
-    return CheckpointEvaluation(spec, tasks, out, world, lambda: stop.received is not None)
+    return CheckpointEvaluation(spec, tasks, held_out, out, world, lambda: stop.received is not None)
 
 
 def status(

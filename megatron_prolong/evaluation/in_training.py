@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import Backend, Prompt
+from megatron_prolong.evaluation.backend import Backend, Prompt, ScoringBackend, load_tokenizer
+from megatron_prolong.evaluation.documents import Passage, check_documents, read_passages
 from megatron_prolong.evaluation.identity import data_identity, model_identity
 from megatron_prolong.evaluation.megatron import open_megatron
 from megatron_prolong.evaluation.report import write_json
@@ -22,6 +26,7 @@ from megatron_prolong.runtime.agreement import from_main
 from megatron_prolong.runtime.launch import World
 
 SCORES = "scores.json"
+PASSAGES_SEED = 42
 
 
 @dataclass(frozen=True)
@@ -32,22 +37,29 @@ class CheckpointEvaluation:
     model's are allowed, because seeing them fail before a stage and work after it is the point.
 
     Attributes:
+        held_out: what `read_held_out` gives for the spec.
         interrupted: the main rank asks between prompts whether to leave the rest for another time.
     """
 
     spec: EvaluationSpec
     tasks: Sequence[Task]
+    held_out: Sequence[Passage]
     out: Path
     world: World
     interrupted: Callable[[], bool]
 
     def __call__(self, checkpoint: Path) -> dict[str, float]:
-        """TASK/LENGTH → 0 to 100, on the main rank; nothing elsewhere, when measured before, or interrupted."""
+        """TASK/LENGTH → 0 to 100 and held_out_loss/LENGTH → nats per token, on the main rank.
+
+        Nothing elsewhere, when measured before, or interrupted.
+        """
         out = self.out / checkpoint.parent.name / checkpoint.name
         identity = model_identity(checkpoint)
         tasks = [f"{task.name}/{task.length}" for task in self.tasks]
         data = [data_identity(task, self.spec.data) for task in self.tasks]
         about = {"model_identity": identity, "data": data, "samples": self.spec.samples, "tasks": tasks}
+        if self.held_out:
+            about["held_out"] = [passage.name for passage in self.held_out]
         # Rank 0's answer: file systems show a new file to others late.
         if from_main(_measured(out / SCORES, about)):
             return {}
@@ -57,6 +69,7 @@ class CheckpointEvaluation:
             inputs = Inputs(self.spec.data, backend.tokenizer, max_samples=self.spec.samples)
             settings = Settings(too_long="allow", model_identity=identity)
             try:
+                losses = self._losses(backend)
                 results = run_suite(
                     self.tasks, _Interruptible(backend, self.interrupted), inputs, settings, out
                 )
@@ -65,9 +78,30 @@ class CheckpointEvaluation:
             except (UserError, OSError) as error:  # no reason to lose days of training
                 print(f"warning: {out}: not measured, training goes on: {error}", file=sys.stderr)
                 return {}
-        scores = {f"{result.name}/{result.length}": result.score for result in results}
+        scores = losses | {f"{result.name}/{result.length}": result.score for result in results}
         write_json(out / SCORES, {**about, "scores": scores})
         return scores
+
+    def _losses(self, backend: ScoringBackend) -> dict[str, float]:
+        losses = []
+        for passage in self.held_out:
+            if self.interrupted():
+                raise _Interrupted
+            losses.append(-float(backend.token_logprobs(passage.tokens.tolist()).mean(dtype=np.float64)))
+        return {f"held_out_loss/{max(self.spec.lengths)}": statistics.fmean(losses)} if losses else {}
+
+
+def read_held_out(spec: EvaluationSpec, tokenizer: Path) -> list[Passage]:
+    """The passages of the spec's held-out documents, read before training so that they do not fail in it.
+
+    Raises:
+        UserError: no documents are there, none is long enough, or they were made with another tokenizer.
+    """
+    if not spec.held_out:
+        return []
+    check_documents(spec.held_out, [str(tokenizer)])
+    longest = max(spec.lengths)
+    return read_passages(spec.held_out, load_tokenizer(tokenizer), longest, spec.samples, PASSAGES_SEED)
 
 
 def _measured(scores: Path, about: Mapping[str, object]) -> bool:

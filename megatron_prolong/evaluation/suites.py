@@ -18,6 +18,7 @@ from megatron_prolong.recipe.numbers import format_count
 
 CATEGORIES = ("recall", "rag", "rerank", "icl", "longqa", "summ", "cite")
 SYNTHETIC_RULER = ("niah_s_1", "niah_mk_2", "niah_mk_3", "vt", "cwe", "fwe")
+NO_SUITE = "none"  # of a recipe that has held-out documents only
 WITH_ALL_DATA = 32 << 10
 PROLONG_LEFT_OUT = ("kilt_triviaqa", "infbench", "ruler", "alce")
 
@@ -77,6 +78,8 @@ def select(suite: str, lengths: Sequence[int], names: Iterable[str] = ()) -> lis
 
 def left_out(suite: str, lengths: Sequence[int], names: Iterable[str] = ()) -> list[str]:
     """In words: the categories that `select` leaves out at some lengths, since HELMET has no data for these."""
+    if suite == NO_SUITE:
+        return []
     wanted = list(names)
     everything = {task.category for task in select(suite, [*lengths, WITH_ALL_DATA], wanted)}
     found = []

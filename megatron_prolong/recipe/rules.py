@@ -34,6 +34,8 @@ def broken_rules(recipe: Recipe) -> Iterator[Broken]:
     """Every rule that the recipe's text breaks."""
     yield from model_rules(recipe.model)
     yield from _checkpoint(recipe.checkpoint)
+    if recipe.evaluation and recipe.evaluation.suite == "none" and not recipe.evaluation.held_out:
+        yield Broken(("evaluation", "suite"), "found none; without held_out there is nothing to measure")
     yield from _names(recipe)
     yield from _fp8_parameters(recipe)
     for index, stage in enumerate(recipe.stages):

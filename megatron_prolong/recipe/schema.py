@@ -328,8 +328,11 @@ class EvaluationSpec(_Frozen):
     every: Positive | None = None
     """Also after every so many steps of a stage; training pauses for it. Only at the end by default."""
 
-    suite: Literal["synthetic", "ruler", "helmet", "prolong"] = "synthetic"
-    """Which tasks; synthetic needs no data."""
+    held_out: tuple[UserPath, ...] = ()
+    """Held-out documents (data sets, text files, folders of text). The mean loss of as many as `samples`, each
+    of as many tokens as the longest of `lengths`, is measured too."""
+    suite: Literal["synthetic", "ruler", "helmet", "prolong", "none"] = "synthetic"
+    """Which tasks; synthetic needs no data, none is for held_out alone."""
     lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (8192,)
     """Prompt and answer together, in tokens."""
     samples: Positive = 20

@@ -84,10 +84,10 @@ class RunLog:
         self.say(f"{stage} {step}/{num_steps}  skipped (skip_steps)")
 
     def evaluation(self, stage: str, step: int, scores: Mapping[str, float]) -> None:
-        """Record what a checkpoint scored, 0 to 100 by task and length."""
+        """Record what a checkpoint scored, 0 to 100 by task and length; of held-out text the loss in nats."""
         self.event("evaluation", stage=stage, step=step, scores=scores)
         self._scalars(stage, step, {f"evaluation/{name}": score for name, score in scores.items()})
-        shown = "  ".join(f"{name} {score:.1f}" for name, score in scores.items())
+        shown = "  ".join(f"{name} {score:.4g}" for name, score in scores.items())
         self.say(f"{stage} {step} evaluation: {shown}")
 
     def _scalars(self, stage: str, step: int, values: Mapping[str, float]) -> None:

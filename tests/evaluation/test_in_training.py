@@ -129,6 +129,36 @@ def test_scores_of_other_questions_do_not_count(tmp_path: Path) -> None:
         assert not _measured(path, {**about, **changed})
 
 
+def test_the_loss_of_held_out_documents_is_that_of_eval_perplexity(runs: Runs) -> None:
+    held_out = runs.root / "held_out"
+    held_out.mkdir()
+    (held_out / "a.txt").write_text("The special magic number is 7. " * 60)
+    (held_out / "b.md").write_text("The key is mentioned in the text. " * 60)
+    of_text = f"evaluation: {{every: 3, lengths: [64, 128], samples: 2, suite: none, held_out: [{held_out}]}}"
+    output = runs.train("held", evaluation=of_text)
+    scores = runs.scores("held")
+    assert list(scores) == [3, 5] and all(found.keys() == {"held_out_loss/128"} for found in scores.values())
+    assert f"short 5 evaluation: held_out_loss/128 {scores[5]['held_out_loss/128']:.4g}" in output
+    command = [
+        "eval",
+        "perplexity",
+        str(runs.root / "held/short"),
+        "--data",
+        str(held_out),
+        "--lengths",
+        "128",
+    ]
+    assert CliRunner().invoke(app, [*command, "--out", str(runs.root / "measured")]).exit_code == 0
+    found = json.loads((runs.root / "measured/perplexity.json").read_text())["models"]["short"]["by_position"]
+    assert [bucket["end"] for bucket in found] == [128]
+    assert scores[5]["held_out_loss/128"] == pytest.approx(found[0]["loss"], abs=1e-5)
+    assert runs.train("held", evaluation=of_text).count("evaluation") == 0
+    output = runs.train("held", evaluation=of_text.replace("128", "64K"), code=2)
+    assert "no document of 65,536 tokens, the longest has" in output
+    check = ["recipe", "check", str(runs.recipe("held", of_text.replace("held_out]", "gone]")))]
+    assert "gone: no such file or directory" in str(CliRunner().invoke(app, check).exception)
+
+
 @pytest.mark.slow
 def test_two_ranks_measure_the_same(evaluated: Runs) -> None:
     """Trained on one rank; measured by two, each with half of the model."""

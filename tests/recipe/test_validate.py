@@ -72,6 +72,7 @@ MISTAKES = [
     (["stage.one.skip_steps=[1, 2-x]"], None, "stages.one.skip_steps: found [1, '2-x']; must be steps and ranges"),
     (["stage.one.steps=9", "stage.one.skip_steps=4-3"], None, "stages.one.skip_steps: found 4-3; must be steps of"),
     (["stage.one.steps=9", "stage.one.skip_steps=2,9-10"], None, "found 9-10; must be steps of the stage, 1 to 9"),
+    (["evaluation.suite=none"], None, "evaluation.suite: found none; without held_out there is nothing to"),
     (["stage.one.seed=-1"], None, "stages.one.seed: found -1"),
     (["precision=fp16"], None, "precision: found 'fp16'; must be 'fp32', 'bf16' or 'fp8'"),
     (["optimizer.beta1=1"], None, "optimizer.beta1: found 1; must be less than 1"),
