@@ -166,6 +166,19 @@ def test_null_is_as_good_as_absent() -> None:
     assert (found.rope_base, found.rope_scaling) == (10_000, None)
 
 
+def test_a_yarn_of_few_words_has_transformers_defaults() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192, "truncate": False}
+    config = {**to_hf_config(LLAMA3_8B), "rope_parameters": {**rope, "rope_theta": 5e5}}
+    assert ModelShape.from_hf(config, "config.json").rope_scaling == YarnScaling(
+        factor=4.0,
+        original_max_length=8192,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        attention_factor=0.1 * math.log(4) + 1,
+        truncate=False,
+    )
+
+
 def test_every_reason_is_given_at_once() -> None:
     with pytest.raises(UserError) as caught:
         ModelShape.from_hf({"model_type": "qwen2", "attention_bias": True}, "config.json")
