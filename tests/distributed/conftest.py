@@ -52,8 +52,8 @@ def checkpoint(tmp_path_factory) -> str:
         tie_word_embeddings=False,
         rope_parameters={
             "rope_type": "yarn",
-            "factor": 4.0,
-            "original_max_position_embeddings": 16,
+            "factor": 2.0,
+            "original_max_position_embeddings": 32,
             "rope_theta": 5e5,
         },
     )
