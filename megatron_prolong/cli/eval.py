@@ -81,9 +81,12 @@ def perplexity(
         paths = [path for _, path in models]
         check_documents(data, paths)
         check_models(paths)
+        if is_main(world):
+            _refuse_to_lose(out / "perplexity.json", about, models)
         out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
         return models
 
+    about = {"data": [str(path) for path in data], "seed": seed}
     results: dict[str, Perplexity] = {}
     with ranks() as world:
         models = on_all_ranks(world, prepare)
@@ -97,15 +100,8 @@ def perplexity(
     if not is_main(world):
         return
     print_perplexity(results)
-    write_json(
-        out / "perplexity.json",
-        {
-            "data": [str(path) for path in data],
-            "passages": [passage.name for passage in passages],
-            "seed": seed,
-            "models": results,
-        },
-    )
+    names = [passage.name for passage in passages]
+    write_json(out / "perplexity.json", {**about, "passages": names, "models": results})
     plot_perplexity(results, out / "perplexity.png")
     print(f"wrote {out / 'perplexity.json'} and {out / 'perplexity.png'}")
 
@@ -134,9 +130,12 @@ def needle(
         fractions, models = _depths(depths), models_of(model, compare)
         text = read_text(haystack) if haystack else needles.NOISE
         check_models([path for _, path in models])
+        if is_main(world):
+            _refuse_to_lose(out / "needle.json", about, models)
         out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
         return fractions, text, models
 
+    about = {"haystack": str(haystack or "noise"), "seed": seed}
     results: dict[str, Any] = {}
     with ranks() as world:
         fractions, text, models = on_all_ranks(world, prepare)
@@ -149,9 +148,25 @@ def needle(
     if not is_main(world):
         return
     print_needle(results)
-    write_json(out / "needle.json", {"haystack": str(haystack or "noise"), "seed": seed, "models": results})
+    write_json(out / "needle.json", {**about, "models": results})
     plot_needle(results, out / "needle.png")
     print(f"wrote {out / 'needle.json'} and {out / 'needle.png'}")
+
+
+def _refuse_to_lose(path: Path, about: dict[str, Any], models: list[tuple[str, str]]) -> None:
+    """Raises UserError when the file holds more than the same measurement of these models would replace."""
+    from megatron_prolong.recipe.shape import read_json
+
+    if not path.exists():
+        return
+    there = read_json(path)
+    lost = sorted(there.get("models", {}).keys() - {label for label, _ in models})
+    differing = [name for name, value in about.items() if there.get(name) != value]
+    if lost or differing:
+        holds = f"results of {', '.join(lost)}" if lost else f"results of another {' and '.join(differing)}"
+        raise UserError(
+            f"{path} holds {holds}, which would be lost; give another --out, or move the file away"
+        )
 
 
 @contextmanager

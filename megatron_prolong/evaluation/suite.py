@@ -50,7 +50,7 @@ def runnable(tasks: Sequence[Task], data: Path | None, skip_missing: bool) -> li
         task = cramped[0]
         raise UserError(
             f"{task.name} at a length of {task.length} tokens: its answer may take {task.max_new_tokens} of them; "
-            f"ask for a longer one ({task.length}K is {task.length << 10:,})"
+            f"ask for a longer one ({task.length}K is {task.length << 10:,}), or leave the task out (--tasks)"
         )
     able = [task for task in tasks if task.generated or not task.missing(data)]
     unable = [task for task in tasks if task not in able]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,40 @@ def test_a_place_that_cannot_be_written_is_met_before_measuring(
     more = ["--data", str(file)] if command == "perplexity" else []
     found = CliRunner().invoke(app, ["eval", command, str(hf_directory), "--out", str(file / "out"), *more])
     assert isinstance(found.exception, NotADirectoryError)
+
+
+@pytest.mark.parametrize(
+    ("there", "lost"),
+    [
+        ({"models": {"a": {}, "other": {}}}, "results of other"),
+        ({"models": {"a": {}}, "seed": 43}, "results of another seed"),
+        ({"models": {"a": {}}}, None),
+    ],
+)
+@pytest.mark.parametrize("command", ["perplexity", "needle"])
+def test_results_of_something_else_are_not_written_over(
+    command: str,
+    there: dict,
+    lost: str | None,
+    hf_directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def opened(*_: object, **__: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr("megatron_prolong.evaluation.backend.open_backend", opened)
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    asked = {"data": [str(text)]} if command == "perplexity" else {"haystack": "noise"}
+    (tmp_path / f"{command}.json").write_text(json.dumps({**asked, "seed": 42, **there}))
+    more = ["--data", str(text)] if command == "perplexity" else []
+    found = CliRunner().invoke(app, ["eval", command, f"a={hf_directory}", "--out", str(tmp_path), *more])
+    if lost is None:
+        assert isinstance(found.exception, InterruptedError)  # the same again, of the same model
+    else:
+        assert isinstance(found.exception, UserError)
+        assert f"{command}.json holds {lost}, which would be lost" in str(found.exception)
 
 
 def test_a_directory_with_an_equals_sign_in_its_name_is_a_directory(tmp_path, monkeypatch):

@@ -70,6 +70,6 @@ def _smallest(count_tokens: Callable[[int], int], limit: int) -> int:
     if tokens > limit:
         raise UserError(
             f"one unit of the task takes {tokens} tokens, more than the {limit} that the length allows; "
-            "ask for a longer --lengths"
+            "ask for longer --lengths, or leave the task out (--tasks)"
         )
     return tokens
