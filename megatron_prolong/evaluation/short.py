@@ -65,7 +65,6 @@ def run_short(
     out: Path,
     samples: int | None = None,
     tasks: tuple[ShortTask, ...] = TASKS,
-    task_directory: Path | None = None,
     overwrite: bool = False,
     batch_size: int = 1,
     world: World | None = None,
@@ -76,7 +75,6 @@ def run_short(
         model: a Hugging Face directory, which is asked by the harness's own model of transformers, or a checkpoint
             directory, which is asked in place by all ranks (the main one gets the scores, the others none).
         samples: questions per task; None asks all.
-        task_directory: further task definitions (YAML), e.g. an offline one.
         overwrite: run finished tasks again.
         batch_size: questions asked together, of a checkpoint by each replica.
         world: as of `open_backend`.
@@ -87,7 +85,7 @@ def run_short(
     with _open(model, batch_size, world) as asked:
         if asked is None:
             return {}
-        evaluate, manager, harness_version = _harness(task_directory)
+        evaluate, manager, harness_version = _harness()
         path = out / ("short.json" if samples is None else f"short_size{samples}.json")
         arguments = {
             "model_name_or_path": str(model),
@@ -155,10 +153,9 @@ def check_harness() -> None:
         raise UserError("the short suite needs lm-evaluation-harness: pip install 'megatron-prolong[eval]'")
 
 
-def _harness(task_directory: Path | None) -> tuple[Any, Any, str]:
+def _harness() -> tuple[Any, Any, str]:
     """The harness's function, its tasks, and its version."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(task_directory) if task_directory else None)
-    return simple_evaluate, manager, version("lm_eval")
+    return simple_evaluate, TaskManager(), version("lm_eval")

@@ -88,9 +88,7 @@ def test_a_checkpoint_in_place_answers_as_its_export_does(
         answers.append(found["samples"])
         return found
 
-    monkeypatch.setattr(
-        short, "_harness", lambda directory: (keeping, TaskManager(include_path=str(tasks)), "1")
-    )
+    monkeypatch.setattr(short, "_harness", lambda: (keeping, TaskManager(include_path=str(tasks)), "1"))
     scores = run_short(exported, tmp_path / "theirs", tasks=TINY)
     assert run_short(checkpoint, tmp_path / "ours", tasks=TINY, batch_size=5) == pytest.approx(
         scores, abs=1e-2
@@ -117,14 +115,14 @@ def test_what_is_scored_already_is_not_asked_again_unless_it_was_of_something_el
         assert options["model_args"]["add_bos_token"] is False, "as in the published scores"
         return {"results": {"tiny_choice": {"acc,none": len(asked) / 8}}}
 
-    monkeypatch.setattr(short, "_harness", lambda directory: (evaluate, None, "0.4.9"))
+    monkeypatch.setattr(short, "_harness", lambda: (evaluate, None, "0.4.9"))
     ask = partial(run_short, hf_directory, tmp_path, tasks=(ShortTask("tiny_choice", 3, "acc,none"),))
     assert ask(samples=9) == ask(samples=9) == {"tiny_choice": 12.5}
     assert ask() == {"tiny_choice": 25.0}
     assert ask(samples=9) == {"tiny_choice": 12.5}, "a smoke test neither replaces the whole nor is replaced"
     (tmp_path / "short.json").write_text("{}")  # as another version may have left it
     assert ask() == {"tiny_choice": 37.5}
-    monkeypatch.setattr(short, "_harness", lambda directory: (evaluate, None, "0.4.13"))
+    monkeypatch.setattr(short, "_harness", lambda: (evaluate, None, "0.4.13"))
     assert ask() == {"tiny_choice": 50.0}, "another version may ask otherwise"
     assert asked == [(["tiny_choice"], 3, limit) for limit in (9, None, None, None)]
 
@@ -137,7 +135,7 @@ def test_data_that_cannot_be_fetched_is_one_message(
             raise ConnectionError("Couldn't reach 'cais/mmlu' on the Hub")
         return {"results": {"hellaswag": {"acc_norm,none": 0.25}}}
 
-    monkeypatch.setattr(short, "_harness", lambda directory: (evaluate, None, "0.4.13"))
+    monkeypatch.setattr(short, "_harness", lambda: (evaluate, None, "0.4.13"))
     with pytest.raises(UserError, match=r"mmlu: Couldn't reach 'cais/mmlu' .*HF_HOME"):
         run_short(hf_directory, tmp_path)
     assert json.loads((tmp_path / "short.json").read_text())["scores"] == {"hellaswag": 25.0}
@@ -179,7 +177,7 @@ def test_the_command_runs_the_tasks_asked_for_and_refuses_what_it_cannot_use(
         asked.extend(options["tasks"])
         return {"results": {"gsm8k": {"exact_match,strict-match": 0.5}}}
 
-    monkeypatch.setattr(short, "_harness", lambda directory: (evaluate, None, "0.4.13"))
+    monkeypatch.setattr(short, "_harness", lambda: (evaluate, None, "0.4.13"))
     command = ["eval", "run", str(hf_directory), "--suite", "short", "--out", str(tmp_path)]
     for more in ([], [], ["--overwrite"]):
         assert CliRunner().invoke(app, [*command, "--tasks", "gsm8k", *more]).exit_code == 0
