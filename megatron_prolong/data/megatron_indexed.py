@@ -135,7 +135,7 @@ class IndexedReader:
                 f"{path}: version {version} with element code {code}; only integer tokens are read"
             )
         expected = start + 12 * num_sequences + 8 * num_edges
-        if len(data) == expected + num_sequences:
+        if len(data) == expected + num_sequences > expected:
             raise UserError(f"{path}: a multimodal data set; only text is read")
         if len(data) != expected:
             raise UserError(f"{path} has {len(data)} bytes, its header says {expected}; copy it again")
@@ -174,8 +174,9 @@ class IndexedReader:
         starts = self._offsets[span] // self._dtype.itemsize
         parts = [self._tokens[start : start + n] for start, n in zip(starts, lengths, strict=True)]
         tokens = np.concatenate([np.zeros(0, self._dtype), *parts])
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < 2**32:
-            raise UserError(f"{self.prefix}.bin, document {number}: token {tokens.min()} is no token id")
+        for token in (int(tokens.min(initial=0)), int(tokens.max(initial=0))):
+            if not 0 <= token < 2**32:
+                raise UserError(f"{self.prefix}.bin, document {number}: token {token} is no token id")
         return tokens.astype(np.uint32), lengths
 
     def __iter__(self) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.int64]]]:

@@ -96,6 +96,11 @@ def test_unpacked_documents_get_no_indices_and_empty_ones_are_counted(tmp_path: 
     assert [sample["input_ids"].tolist() for sample in reader] == [[1, 2], [3]]
 
 
+def test_a_data_set_without_documents_has_none(tmp_path: Path) -> None:
+    megatron_writes(tmp_path / "theirs", [], np.int32)
+    assert list(IndexedReader(tmp_path / "theirs")) == []
+
+
 def test_an_empty_sequence_in_a_pack_vanishes(tmp_path: Path) -> None:
     megatron_writes(tmp_path / "theirs", [[[1, 2], [], [3]]], np.int32)
     from_megatron(tmp_path / "theirs", tmp_path / "mds", "books")
@@ -177,6 +182,11 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         "negative": (tokens, index[:header] + b"\xff" * 4 + index[header + 4 :], "do not cover"),
         "before": (tokens, index[: header + 24 + 8] + (-8).to_bytes(8, "little", signed=True)
                    + index[header + 24 + 16 :], "do not cover"),
+        "between": (tokens, index[: header + 24 + 8] + (6).to_bytes(8, "little") + index[header + 24 + 16 :],
+                    "do not cover"),
+        "late": (tokens, index[: header + 72] + (1).to_bytes(8, "little") + index[header + 80 :], "do not cover"),
+        "back": (tokens, index[: header + 80] + (6).to_bytes(8, "little") + index[header + 88 :], "do not cover"),
+        "none": (tokens, index[: header - 8] + bytes(8) + index[header : header + 72], "do not cover"),
     }  # fmt: skip
     for name, (token_bytes, index_bytes, said) in broken.items():
         if token_bytes is not None:
@@ -188,6 +198,10 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "minus.idx").write_bytes(index)
     with pytest.raises(UserError, match=r"minus\.bin, document 0: token -1 is no token id"):
         IndexedReader(tmp_path / "minus")[0]
+    megatron_writes(tmp_path / "wide", [[[1, 2**32 - 1]], [[1, 2**32]]], np.int64)
+    assert IndexedReader(tmp_path / "wide")[0][0].tolist() == [1, 2**32 - 1]
+    with pytest.raises(UserError, match=r"wide\.bin, document 1: token 4294967296 is no token id"):
+        IndexedReader(tmp_path / "wide")[1]
 
 
 def test_a_killed_import_leaves_nothing_beside_the_next(tmp_path: Path) -> None:
