@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.convert import app
+from megatron_prolong.convert.checkpoint import shape_from_args
 from megatron_prolong.convert.describe import describe
 from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.convert.to_megatron import to_megatron
@@ -168,9 +169,21 @@ def test_what_is_not_a_llama_is_refused_with_every_reason(checkpoint: Path, tmp_
     changes = {
         "swiglu": False,
         "normalization": "LayerNorm",
+        "position_embedding_type": "none",
+        "add_bias_linear": True,
+        "add_qkv_bias": True,
+        "qk_layernorm": True,
+        "rotary_percent": 0.5,
+        "rotary_interleaved": True,
         "num_experts": 8,
-        "window_size": (64, 0),
+        "apply_layernorm_1p": True,
         "layernorm_zero_centered_gamma": True,
+        "multi_latent_attention": True,
+        "rotary_seq_len_interpolation_factor": 4,
+        "window_size": (64, 0),
+        "no_rope_freq": [0, 1],
+        "qk_l2_norm": True,
+        "softmax_type": "learnable",
         "use_mup": True,
         "apply_residual_connection_post_layernorm": True,
         "glu_linear_offset": 1.0,
@@ -180,6 +193,29 @@ def test_what_is_not_a_llama_is_refused_with_every_reason(checkpoint: Path, tmp_
         to_hf(checkpoint, tmp_path / "exported")
     for name, value in changes.items():
         assert f"{name} is {value!r}" in str(error.value)
+
+
+def test_what_an_older_version_does_not_say_is_as_its_own_default_was() -> None:
+    args = _args("llama3.2-tied", init_method_std=0.01, layernorm_epsilon=1e-6)
+    for name in (
+        "kv_channels",
+        "max_position_embeddings",
+        "norm_epsilon",
+        "untie_embeddings_and_output_weights",
+    ):
+        delattr(args, name)
+    args.seq_length = 64
+    args.group_query_attention = False  # num_query_groups, which is 2, says nothing then
+    shape = shape_from_args(args, "here")
+    assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (8, 8, 8)
+    assert (shape.max_length, shape.norm_eps, shape.initializer_range) == (64, 1e-6, 0.01)
+    assert shape.tie_embeddings
+    gpt = ("swiglu", "normalization", "position_embedding_type", "add_bias_linear")
+    for name in gpt:
+        delattr(args, name)
+    with pytest.raises(UserError) as error:
+        shape_from_args(args, "here")
+    assert [line.split()[1] for line in str(error.value).splitlines()[1:]] == list(gpt)
 
 
 def test_arguments_that_cannot_be_read_are_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_prolong.convert import dist_writer, hf_writer, transfer
+from megatron_prolong.convert.checkpoint import MegatronCheckpoint
 from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
@@ -154,7 +155,7 @@ class TestRope:
         to_megatron(save_family("llama3.1", tmp_path / "original"), tmp_path / "trained")
         path = tmp_path / "trained" / "prolong.json"
         manifest = json.loads(path.read_text())
-        manifest["shape"] |= {"rope_base": 1.28e8, "max_length": 4096}
+        manifest["shape"]["rope_base"] = 1.28e8
         path.write_text(json.dumps({**manifest, "sequence_length": 4096, "kind": "training"}))
         return tmp_path / "trained"
 
@@ -194,6 +195,11 @@ class TestRope:
             json.loads((tmp_path / "exported" / "config.json").read_text()), "exported"
         )
         assert (shape.rope_base, shape.max_length) == (5e5, 8192)
+
+    def test_a_stage_on_shorter_sequences_takes_nothing_of_the_length(self, trained: Path) -> None:
+        path = trained / "prolong.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "sequence_length": 64}))
+        assert MegatronCheckpoint.open(trained).shape.max_length == 128
 
     def test_agreeing_options_are_fine(self, trained: Path, tmp_path: Path) -> None:
         to_hf(trained, tmp_path / "exported", rope_base=1.28e8, max_length=1024)

@@ -19,7 +19,7 @@ from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation import short
 from megatron_prolong.evaluation.published import published
-from megatron_prolong.evaluation.short import ShortTask, print_short, run_short
+from megatron_prolong.evaluation.short import ShortTask, print_short, run_short, select_short
 
 CHOICE = """\
 task: tiny_choice
@@ -127,6 +127,17 @@ def test_what_is_scored_already_is_not_asked_again_unless_it_was_of_something_el
     assert asked == [(["tiny_choice"], 3, limit) for limit in (9, None, None, None)]
 
 
+def test_shots_and_metrics_are_those_of_the_old_leaderboard() -> None:
+    """Others give other scores, beside which the published ones would be no comparison."""
+    assert {task.name: (task.shots, task.metric.partition(",")[0]) for task in short.TASKS} == {
+        "hellaswag": (10, "acc_norm"),
+        "mmlu": (5, "acc"),
+        "arc_challenge": (25, "acc_norm"),
+        "winogrande": (5, "acc"),
+        "gsm8k": (5, "exact_match"),
+    }
+
+
 def test_data_that_cannot_be_fetched_is_one_message(
     hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +193,7 @@ def test_the_command_runs_the_tasks_asked_for_and_refuses_what_it_cannot_use(
     for more in ([], [], ["--overwrite"]):
         assert CliRunner().invoke(app, [*command, "--tasks", "gsm8k", *more]).exit_code == 0
     assert asked == ["gsm8k", "gsm8k"]
+    assert select_short([]) == short.TASKS
     for refused, why in (
         ("--chat=auto", "no use for --chat"),
         ("--cp=2", "no use for --cp"),
