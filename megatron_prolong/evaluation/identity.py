@@ -26,9 +26,8 @@ def model_identity(directory: Path) -> str:
 
 def data_identity(task: Task, data: Path | None) -> str:
     """Changes when a file that the task reads does, wherever `data` lies; empty when the task makes its rows."""
-    if data is None or not task.reads(data):
+    if data is None or not (places := task.files(data)):
         return ""
-    places = [data / name for name in (*task.needs, task.instead) if name]
     files = [file for place in places for file in (place, *place.rglob("*")) if file.is_file()]
     return _identity({file.relative_to(data).as_posix(): file for file in files})
 

@@ -116,12 +116,11 @@ def _data_of(task: Task, inputs: Inputs) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        if inputs.data is None or not task.reads(inputs.data):
+        if not (files := task.files(inputs.data)):
             raise
-        files = ", ".join(str(inputs.data / name) for name in (*task.needs, task.instead) if name)
         raise UserError(
-            f"{task.name}: its data is not as HELMET has it ({type(error).__name__}: {error}); get {files} anew "
-            "(`prolong eval data check`; --debug shows what was read)"
+            f"{task.name}: its data is not as HELMET has it ({type(error).__name__}: {error}); get "
+            f"{', '.join(map(str, files))} anew (`prolong eval data check`; --debug shows what was read)"
         ) from error
 
 

@@ -121,9 +121,11 @@ class Task:
             return []
         return [name for name in self.needs if data is None or not (data / name).exists()]
 
-    def reads(self, data: Path | None) -> bool:
-        """Whether `load` reads files that are there; else it makes the rows itself, or cannot."""
-        return data is not None and bool(self.needs) and not self.missing(data)
+    def files(self, data: Path | None) -> list[Path]:
+        """The files and directories that `load` reads; none where it makes the rows itself, or cannot."""
+        if data is None or self.missing(data):
+            return []
+        return [data / name for name in (*self.needs, self.instead) if name]
 
 
 def shuffled(rows: Sequence[Row], seed: int) -> list[Row]:

@@ -25,7 +25,7 @@ def test_a_length_that_no_file_has_names_none(capsys: pytest.CaptureFixture[str]
     data_check(suite="synthetic", lengths=[8000], tasks="json_kv")
     assert "dep6" not in capsys.readouterr().out
     (task,) = select("synthetic", [8000], ["json_kv"])
-    assert not task.reads(tmp_path) and data_identity(task, tmp_path) == data_identity(task, None)
+    assert not task.files(tmp_path) and data_identity(task, tmp_path) == data_identity(task, None)
 
 
 def test_a_suite_without_files_of_ours_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,10 +40,8 @@ def json_kv_task(length: int) -> Task:
 
 
 def _load(task: Task, inputs: Inputs) -> list[Row]:
-    if inputs.data is not None and task.reads(inputs.data):
-        rows = read_rows(inputs.data / task.test_file)
-    else:
-        rows = _generate(task, inputs)
+    files = task.files(inputs.data)
+    rows = read_rows(files[0]) if files else _generate(task, inputs)
     rows = [_with_demos(row, task.shots) for row in rows]
     return shuffled(rows, inputs.seed)[: task.samples(inputs)]
 
