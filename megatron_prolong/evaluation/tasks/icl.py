@@ -22,67 +22,52 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class LabelSet:
-    """One data set: its folder, text and label fields, and HELMET's number of shots by length."""
+    """One data set: its folder and label field, and HELMET's number of shots at each of LENGTHS."""
 
     folder: str
     label: str
     num_labels: int
-    shots: dict[int, int]
+    shots: tuple[int, ...]
     test_split: str | None = "test"
     """None: a tenth of the only split, chosen by the seed."""
 
 
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
 SETS = {
-    "trec_coarse": LabelSet(
-        "trec", "coarse_label", 6, dict(zip(LENGTHS, (400, 800, 1600, 3300, 6600), strict=True))
-    ),
-    "trec_fine": LabelSet(
-        "trec", "fine_label", 50, dict(zip(LENGTHS, (400, 800, 1600, 3200, 6400), strict=True))
-    ),
-    "banking77": LabelSet(
-        "banking77", "label", 77, dict(zip(LENGTHS, (360, 720, 1450, 2900, 5900), strict=True))
-    ),
-    "clinic150": LabelSet(
-        "clinc_oos",
-        "intent",
-        151,
-        dict(zip(LENGTHS, (440, 880, 1750, 3525, 7050), strict=True)),
-        "validation",
-    ),
-    "nlu": LabelSet(
-        "nlu_evaluation_data",
-        "label",
-        68,
-        dict(zip(LENGTHS, (510, 1020, 2040, 4080, 8296), strict=True)),
-        None,
-    ),
+    "trec_coarse": LabelSet("trec", "coarse_label", 6, (400, 800, 1600, 3300, 6600)),
+    "trec_fine": LabelSet("trec", "fine_label", 50, (400, 800, 1600, 3200, 6400)),
+    "banking77": LabelSet("banking77", "label", 77, (360, 720, 1450, 2900, 5900)),
+    "clinic150": LabelSet("clinc_oos", "intent", 151, (440, 880, 1750, 3525, 7050), "validation"),
+    "nlu": LabelSet("nlu_evaluation_data", "label", 68, (510, 1020, 2040, 4080, 8296), None),
 }
 
 
 def icl_tasks(length: int) -> list[Task]:
     """The five tasks; HELMET has shot counts for 8K to 128K only."""
-    return [
-        Task(
-            name=f"icl_{name}_{labels.shots[length]}shot_balance",
-            category="icl",
-            length=length,
-            template=TEMPLATE,
-            answer_prefix="label:",
-            load=partial(_load, labels),
-            score=_score,
-            max_new_tokens=20,
-            metrics=("exact_match",),
-            shots=0,
-            max_samples=500,
-            needs=(f"hf/{labels.folder}",),
-        )
-        for name, labels in SETS.items()
-        if length in labels.shots
-    ]
+    if length not in LENGTHS:
+        return []
+    return [_task(name, labels, length) for name, labels in SETS.items()]
 
 
-def _load(labels: LabelSet, task: Task, inputs: Inputs) -> list[Row]:
+def _task(name: str, labels: LabelSet, length: int) -> Task:
+    shots = labels.shots[LENGTHS.index(length)]
+    return Task(
+        name=f"icl_{name}_{shots}shot_balance",
+        category="icl",
+        length=length,
+        template=TEMPLATE,
+        answer_prefix="label:",
+        load=partial(_load, labels, shots),
+        score=_score,
+        max_new_tokens=20,
+        metrics=("exact_match",),
+        shots=0,
+        max_samples=500,
+        needs=(f"hf/{labels.folder}",),
+    )
+
+
+def _load(labels: LabelSet, shots: int, task: Task, inputs: Inputs) -> list[Row]:
     assert inputs.data is not None
     directory = inputs.data / "hf" / labels.folder
     train = read_split(directory, "train")
@@ -93,7 +78,7 @@ def _load(labels: LabelSet, task: Task, inputs: Inputs) -> list[Row]:
     wanted = task.samples(inputs)
     if len(test) > wanted:
         test = balanced(shuffled(test, inputs.seed), wanted, inputs.seed, labels.label)
-    return [_fill(row, train, labels, labels.shots[task.length], inputs.seed) for row in test]
+    return [_fill(row, train, labels, shots, inputs.seed) for row in test]
 
 
 def _tenth(rows: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
