@@ -12,7 +12,7 @@ from megatron_prolong.evaluation.task import Row
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a .jsonl or .json file (a list, or an object whose `data` is one) or a .parquet file.
+    """All rows of a .jsonl file, or of a .json file (a list, or an object whose `data` is one).
 
     Raises:
         UserError: missing or malformed, naming file and line.
@@ -21,8 +21,6 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f"{path}: no such file; `prolong eval data check` says how to get it")
     if path.suffix == ".jsonl":
         return [row for _, row in _json_lines(path)]
-    if path.suffix == ".parquet":
-        return list(_parquet(path, None, {}))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
