@@ -17,7 +17,7 @@ from typing import Any
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, ScoringBackend, encode
 from megatron_prolong.evaluation.synthetic.size import largest_fit
-from megatron_prolong.evaluation.words import word_list
+from megatron_prolong.evaluation.words import random_number, random_words
 from megatron_prolong.runtime.progress import track
 
 # RULER's noise haystack (niah_single_1).
@@ -65,7 +65,7 @@ def make_needle(tokenizer: Any, haystack: str, length: int, depth: float, seed: 
         UserError: not even the needle, its question and one sentence fit.
     """
     rng = random.Random(f"{seed}-{length}-{depth}")
-    key = f"{rng.choice(word_list('adjective'))}-{rng.choice(word_list('noun'))}"
+    key = random_words(rng)
     value, distractors = _numbers(tokenizer, rng)
     room = length - ANSWER_TOKENS
     sentences = sentences_of(haystack)
@@ -137,11 +137,11 @@ def _margins(backend: ScoringBackend, needles: Sequence[Needle]) -> list[float]:
 
 def _numbers(tokenizer: Any, rng: random.Random) -> tuple[str, tuple[str, ...]]:
     """A 7-digit number and distractors that take as many tokens, so that no length is favoured."""
-    value = str(rng.randint(1_000_000, 9_999_999))
+    value = random_number(rng)
     size = len(_value_ids(tokenizer, value))
     distractors: list[str] = []
     while len(distractors) < DISTRACTORS:
-        other = str(rng.randint(1_000_000, 9_999_999))
+        other = random_number(rng)
         if other != value and other not in distractors and len(_value_ids(tokenizer, other)) == size:
             distractors.append(other)
     return value, tuple(distractors)

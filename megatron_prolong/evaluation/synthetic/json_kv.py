@@ -7,9 +7,9 @@ Rows have HELMET's fields. Every object is asked six times, with the gold pair a
 from __future__ import annotations
 
 import random
-import uuid
 
 from megatron_prolong.evaluation.task import Row
+from megatron_prolong.evaluation.words import random_uuid
 
 DEPTHS = 6
 MAX_SHOTS = 2
@@ -20,7 +20,7 @@ def make_rows(num_pairs: int, num_rows: int, seed: int) -> list[Row]:
     rows: list[Row] = []
     for number in range(-(-num_rows // DEPTHS)):
         rng = random.Random(f"json_kv-{seed}-{num_pairs}-{number}")
-        pairs = [(_uuid(rng), _uuid(rng)) for _ in range(num_pairs)]
+        pairs = [(random_uuid(rng), random_uuid(rng)) for _ in range(num_pairs)]
         gold, others = pairs[0], pairs[1:]
         for depth in range(DEPTHS):
             place = round(depth * len(others) / (DEPTHS - 1))
@@ -42,7 +42,3 @@ def render(pairs: list[tuple[str, str]]) -> str:
     """The object as the prompt shows it."""
     lines = ",\n".join(f'    "{key}": "{value}"' for key, value in pairs)
     return f"JSON data:\n{{\n{lines}\n}}\n"
-
-
-def _uuid(rng: random.Random) -> str:
-    return str(uuid.UUID(int=rng.getrandbits(128), version=4))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_prolong.evaluation.needle import NOISE, sentences_of
 from megatron_prolong.evaluation.synthetic.size import fitting_rows
 from megatron_prolong.evaluation.task import Row
-from megatron_prolong.evaluation.words import word_list
+from megatron_prolong.evaluation.words import random_number, random_uuid, random_words
 
+RANDOM = {"words": random_words, "numbers": random_number, "uuids": random_uuid}
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 
 
@@ -62,18 +62,16 @@ def make_rows(
 
 def _row(kind: NeedleKind, units: tuple[str, ...], count: int, seed: int, index: int) -> Row:
     rng = random.Random(f"{kind}-{seed}-{index}")
-    keys = [_new(kind.key, rng) for _ in range(kind.keys)]
-    values = {key: [_new(kind.value, rng) for _ in range(kind.values)] for key in keys}
+    new_key, new_value = RANDOM[kind.key], RANDOM[kind.value]
+    keys = [new_key(rng) for _ in range(kind.keys)]
+    values = {key: [new_value(rng) for _ in range(kind.values)] for key in keys}
     needles = [NEEDLE.format(kind=kind.value, key=key, value=value) for key in keys for value in values[key]]
     rng.shuffle(needles)
     queries = rng.sample(keys, kind.queries)
     start = rng.randrange(len(units))
     count = max(count, len(needles))
     if kind.haystack == "needle":
-        body = [
-            NEEDLE.format(kind=kind.value, key=_new(kind.key, rng), value=_new(kind.value, rng))
-            for _ in range(count)
-        ]
+        body = [NEEDLE.format(kind=kind.value, key=new_key(rng), value=new_value(rng)) for _ in range(count)]
     else:
         body = [units[(start + place) % len(units)] for place in range(count)]
     for place, needle in zip(
@@ -88,15 +86,6 @@ def _row(kind: NeedleKind, units: tuple[str, ...], count: int, seed: int, index:
         "answer": [value for query in queries for value in values[query]],
         "type_needle_v": kind.value[:-1] if singular else kind.value,
     }
-
-
-def _new(kind: str, rng: random.Random) -> str:
-    """A fresh key or value: a 7-digit number, a UUID, or adjective-noun."""
-    if kind == "numbers":
-        return str(rng.randint(1_000_000, 9_999_999))
-    if kind == "uuids":
-        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-    return f"{rng.choice(word_list('adjective'))}-{rng.choice(word_list('noun'))}"
 
 
 def _listing(names: list[str]) -> str:
