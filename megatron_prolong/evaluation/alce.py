@@ -39,9 +39,14 @@ def remove_citations(text: str) -> str:
     return re.sub(r"\[\d+", "", re.sub(r" \[\d+", "", text)).replace(" |", "").replace("]", "")
 
 
+def answer_text(item: Row) -> str:
+    """The output without line breaks and citations."""
+    return remove_citations(clean_output(item["output"]))
+
+
 def str_em(item: Row) -> float:
     """ASQA: share of the sub-questions with a short answer in the output."""
-    text = normalize_answer(remove_citations(clean_output(item["output"])))
+    text = normalize_answer(answer_text(item))
     found = [
         any(normalize_answer(answer) in text for answer in pair["short_answers"]) for pair in item["qa_pairs"]
     ]
@@ -51,19 +56,13 @@ def str_em(item: Row) -> float:
 def rouge_l_sum(item: Row) -> float:
     """ASQA: ROUGE-L F1 over sentences, with that of two experts' long answers which is nearer."""
     experts = [expert["long_answer"] for expert in item.get("annotations") or []][:2] or [item["answer"]]
-    output, *answers = (
-        "\n".join(split_sentences(text.lower()))
-        for text in (remove_citations(clean_output(item["output"])), *experts)
-    )
+    output, *answers = ("\n".join(split_sentences(text.lower())) for text in (answer_text(item), *experts))
     return float(text_metrics(output, answers)["rougeLsum_f1"])
 
 
 def qampari_scores(item: Row) -> dict[str, float]:
     """QAMPARI: precision and recall of a comma-separated list; recall counts at most five answers (top5)."""
-    listed = [
-        normalize_answer(part.strip())
-        for part in _comma_parts(remove_citations(clean_output(item["output"])))
-    ]
+    listed = [normalize_answer(part.strip()) for part in _comma_parts(answer_text(item))]
     predictions = [text for text in listed if text]
     answers = [[normalize_answer(alias) for alias in aliases] for aliases in item["answers"]]
     aliases = {alias for group in answers for alias in group}
@@ -130,30 +129,34 @@ def summarise(items: Sequence[Row], entails: Entails | None, *, listed: bool) ->
 
     So is rougeLsum, since both want sentences; it is the mean, which HELMET estimates with an unseeded bootstrap.
     """
-    texts = [remove_citations(clean_output(item["output"])) for item in items]
-    summary: dict[str, float] = {"length": float(np.mean([len(text.split()) for text in texts]))}
+    summary = {"length": float(np.mean([len(answer_text(item).split()) for item in items]))}
     if listed:
         summary |= {"str_em": 0.0, "str_hit": 0.0}  # HELMET's, of a data set without sub-questions
         scores = [qampari_scores(item) for item in items]
         for name in scores[0]:
-            scale = 1 if name == "num_preds" else 100
-            summary[name] = scale * float(np.mean([score[name] for score in scores]))
+            values = [score[name] for score in scores]
+            summary[name] = float(np.mean(values)) if name == "num_preds" else _percent(values)
     else:
         values = [str_em(item) for item in items]
-        summary["str_em"] = 100 * float(np.mean(values))
-        summary["str_hit"] = 100 * float(np.mean([value == 1 for value in values]))
+        summary["str_em"] = _percent(values)
+        summary["str_hit"] = _percent([value == 1 for value in values])
     if entails is not None:
         if not listed:
-            summary["rougeLsum"] = 100 * float(np.mean([rouge_l_sum(item) for item in items]))
+            summary["rougeLsum"] = _percent([rouge_l_sum(item) for item in items])
         found = [citation_scores(item, listed, entails) for item in items]
         known = [citations for citations in found if citations is not None]
-        summary["citation_rec"] = 100 * float(np.mean([one.recall for one in known])) if known else 0.0
-        summary["citation_prec"] = 100 * float(np.mean([one.precision for one in known])) if known else 0.0
+        summary["citation_rec"] = _percent([one.recall for one in known])
+        summary["citation_prec"] = _percent([one.precision for one in known])
         positions = Counter(
             place for item in items for part in statements(item, listed) for place in cited(part)
         )
         summary["citation_positions"] = dict(positions)  # type: ignore[assignment]
     return summary
+
+
+def _percent(shares: Sequence[float]) -> float:
+    """100 times their mean; 0 of none."""
+    return 100 * float(np.mean(shares)) if shares else 0.0
 
 
 def _comma_parts(output: str) -> list[str]:
