@@ -30,15 +30,15 @@ def print_perplexity(results: dict[str, Perplexity]) -> None:
     """
     any_result = next(iter(results.values()))
     contexts = Table(
-        title=f"Loss of the same last {any_result.window} tokens, by context given (nats per token)"
+        "model",
+        *(format_count(at.context) for at in any_result.by_context),
+        title=f"Loss of the same last {any_result.window} tokens, by context given (nats per token)",
     )
-    positions = Table(title="Loss by position at the longest context (nats per token)")
-    for table in (contexts, positions):
-        table.add_column("model")
-    for at in any_result.by_context:
-        contexts.add_column(format_count(at.context))
-    for bucket in any_result.by_position:
-        positions.add_column(f"{bucket.start}–{bucket.end}")
+    positions = Table(
+        "model",
+        *(f"{bucket.start}–{bucket.end}" for bucket in any_result.by_position),
+        title="Loss by position at the longest context (nats per token)",
+    )
     for label, result in results.items():
         contexts.add_row(label, *(f"{at.loss:.3f}" for at in result.by_context))
         positions.add_row(label, *(f"{bucket.loss:.3f}" for bucket in result.by_position))
@@ -76,10 +76,8 @@ def print_needle(results: dict[str, Sequence[NeedleCell]]) -> None:
     """One table per model: ranking and recall (percent) by depth and length."""
     for label, cells in results.items():
         lengths = sorted({cell.length for cell in cells})
-        table = Table(title=f"{label}: needle ranked first / generated (percent)")
-        table.add_column("depth")
-        for length in lengths:
-            table.add_column(format_count(length))
+        title = f"{label}: needle ranked first / generated (percent)"
+        table = Table("depth", *map(format_count, lengths), title=title)
         for depth in sorted({cell.depth for cell in cells}):
             row = {cell.length: cell for cell in cells if cell.depth == depth}
             table.add_row(

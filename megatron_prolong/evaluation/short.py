@@ -138,9 +138,7 @@ def _open(model: Path, batch_size: int, world: World | None) -> Iterator[dict[st
 def print_short(results: Mapping[str, Mapping[str, float]]) -> None:
     """Models side by side with the published scores."""
     columns = {**results, **{f"{name} (published)": scores for name, scores in published("short", 0).items()}}
-    table = Table(title="Short tasks (0–100)")
-    for heading in ("task", *columns):
-        table.add_column(heading)
+    table = Table("task", *columns, title="Short tasks (0–100)")
     names = list(dict.fromkeys(name for scores in results.values() for name in scores))
     for name in names:
         table.add_row(name, *(f"{scores[name]:.1f}" if name in scores else "" for scores in columns.values()))

@@ -91,9 +91,7 @@ def _missing(results: Sequence[Result]) -> str:
 def print_suite(models: Models, suite: str | None) -> None:
     """The tables and notes on the terminal."""
     for grid in grids(models, suite):
-        table = Table(title=grid.title)
-        for heading in grid.headings:
-            table.add_column(heading)
+        table = Table(*grid.headings, title=grid.title)
         for row in grid.rows:
             table.add_row(*row)
         print_table(table)
