@@ -237,7 +237,5 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: no tokenizer that transformers can read: {error}") from error
-    tokenizer.model_max_length = (
-        VERY_LARGE_INTEGER  # it would warn of every longer text; a model's length counts
-    )
+    tokenizer.model_max_length = VERY_LARGE_INTEGER  # it would warn of longer texts; a model's length counts
     return tokenizer

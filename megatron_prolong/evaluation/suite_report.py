@@ -21,7 +21,7 @@ from megatron_prolong.evaluation.averages import (
 from megatron_prolong.evaluation.bootstrap import Interval
 from megatron_prolong.evaluation.changes import changes, unlike
 from megatron_prolong.evaluation.published import published
-from megatron_prolong.evaluation.results import Key, Models, Result, key_of
+from megatron_prolong.evaluation.results import Key, Models, Result, key_of, mean
 from megatron_prolong.evaluation.suites import CATEGORIES, SUITES
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.runtime.terminal import print_table
@@ -159,7 +159,7 @@ def _references(
             cells = found.setdefault(f"{model} (published)", {})
             cells.update({(length, category): score for category, score in scores.items()})
             if shown and all(category in scores for category in shown):
-                cells[length, MEAN] = sum(scores[category] for category in shown) / len(shown)
+                cells[length, MEAN] = mean([scores[category] for category in shown])
     return found
 
 

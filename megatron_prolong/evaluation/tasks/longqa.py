@@ -133,7 +133,7 @@ def load_infbench(split: str, example: Callable[[Row], str], task: Task, inputs:
 
 
 def _infbench_row(row: Row, split: str) -> Row:
-    filled = {**row, "question": row["input"], "demo": ""}
+    filled = {**row, "question": row["input"]}
     if split == "longbook_choice_eng":
         letter = "ABCD"[row["options"].index(row["answer"][0])]
         filled["options"] = "\n".join(
