@@ -21,6 +21,7 @@ from megatron_prolong.convert.transfer import (
     RowSource,
     chunks,
     gather,
+    grouped,
     write_files,
 )
 
@@ -32,7 +33,8 @@ def write_safetensors(
     directory: Path, tensors: list[tuple[Tensor2D, torch.dtype]], source: RowSource, workers: int = WORKERS
 ) -> None:
     """Write model.safetensors, or model-0000n-of-0000N.safetensors (`workers` at once) and their index."""
-    shards = _shards(tensors)
+    # Whole tensors, in the order of the model.
+    shards = grouped(tensors, lambda entry: _num_bytes(*entry), LARGEST_SHARD)
     names = (
         ["model.safetensors"]
         if len(shards) == 1
@@ -56,19 +58,6 @@ def write_safetensors(
             },
         }
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _shards(tensors: list[tuple[Tensor2D, torch.dtype]]) -> list[list[tuple[Tensor2D, torch.dtype]]]:
-    """Whole tensors in model order, a new shard when the next tensor would make it too large."""
-    shards: list[list[tuple[Tensor2D, torch.dtype]]] = [[]]
-    size = 0
-    for entry in tensors:
-        if shards[-1] and size + _num_bytes(*entry) > LARGEST_SHARD:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += _num_bytes(*entry)
-    return shards
 
 
 def _header(shard: list[tuple[Tensor2D, torch.dtype]]) -> bytes:

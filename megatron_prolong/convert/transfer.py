@@ -28,6 +28,7 @@ CHUNK_BYTES = 32 * 2**20
 WORKERS = min(4, usable_cores())
 
 File = TypeVar("File")
+T = TypeVar("T")
 
 
 class RowSource(Protocol):
@@ -121,15 +122,20 @@ def split_files(items: Sequence[Chunk], largest_bytes: int, workers: int) -> lis
     # One file per worker, so that they can write at once; a small model needs only one.
     wanted = workers if total > workers * CHUNK_BYTES else 1
     share = min(largest_bytes, -(-total // wanted))
-    files: list[list[Chunk]] = [[]]
+    return grouped(items, lambda chunk: chunk.num_bytes, share)
+
+
+def grouped(items: Sequence[T], num_bytes: Callable[[T], int], largest_bytes: int) -> list[list[T]]:
+    """Neighbours together, a new group where the next item would make one larger than `largest_bytes`."""
+    groups: list[list[T]] = [[]]
     size = 0
-    for chunk in items:
-        if files[-1] and size + chunk.num_bytes > share:
-            files.append([])
+    for item in items:
+        if groups[-1] and size + num_bytes(item) > largest_bytes:
+            groups.append([])
             size = 0
-        files[-1].append(chunk)
-        size += chunk.num_bytes
-    return files
+        groups[-1].append(item)
+        size += num_bytes(item)
+    return groups
 
 
 def write_files(
