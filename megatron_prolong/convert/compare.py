@@ -12,7 +12,7 @@ import torch
 from megatron_prolong.convert.any_checkpoint import AnyCheckpoint, open_checkpoint
 from megatron_prolong.convert.dtypes import dtype_name
 from megatron_prolong.convert.names import Tensor2D, hf_tensors
-from megatron_prolong.convert.transfer import WORKERS, chunks
+from megatron_prolong.convert.transfer import WORKERS, chunks, num_bytes
 from megatron_prolong.runtime.progress import progress
 
 # What decides which tensors there are and how large; without it there is nothing to compare tensor by tensor.
@@ -101,12 +101,12 @@ def compare(a: Path, b: Path, *, cast: bool = False) -> Comparison:
 
 def _compare_tensors(left: AnyCheckpoint, right: AnyCheckpoint, cast: bool) -> list[TensorDifference]:
     tensors = hf_tensors(left.shape)
-    total = sum(tensor.numel * left.dtype(tensor).itemsize for tensor in tensors)
+    total = sum(num_bytes(tensor, left.dtype(tensor)) for tensor in tensors)
     with progress("comparing", total, in_bytes=True) as advance:
 
         def one(tensor: Tensor2D) -> TensorDifference:
             difference = _compare_tensor(tensor, left, right, cast)
-            advance(tensor.numel * left.dtype(tensor).itemsize)
+            advance(num_bytes(tensor, left.dtype(tensor)))
             return difference
 
         with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:

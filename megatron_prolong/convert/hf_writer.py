@@ -22,6 +22,7 @@ from megatron_prolong.convert.transfer import (
     chunks,
     gather,
     grouped,
+    num_bytes,
     write_files,
 )
 
@@ -34,7 +35,7 @@ def write_safetensors(
 ) -> None:
     """Write model.safetensors, or model-0000n-of-0000N.safetensors (`workers` at once) and their index."""
     # Whole tensors, in the order of the model.
-    shards = grouped(tensors, lambda entry: _num_bytes(*entry), LARGEST_SHARD)
+    shards = grouped(tensors, lambda entry: num_bytes(*entry), LARGEST_SHARD)
     names = (
         ["model.safetensors"]
         if len(shards) == 1
@@ -52,7 +53,7 @@ def write_safetensors(
     write_files("writing safetensors", items, write, workers)
     if len(shards) > 1:
         index = {
-            "metadata": {"total_size": sum(_num_bytes(*entry) for entry in tensors)},
+            "metadata": {"total_size": sum(num_bytes(*entry) for entry in tensors)},
             "weight_map": {
                 tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor, _ in shard
             },
@@ -64,7 +65,7 @@ def _header(shard: list[tuple[Tensor2D, torch.dtype]]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor, dtype in shard:
-        end = offset + _num_bytes(tensor, dtype)
+        end = offset + num_bytes(tensor, dtype)
         header[tensor.name] = {
             "dtype": _DTYPE_NAMES[dtype],
             "shape": list(tensor.shape),
@@ -74,7 +75,3 @@ def _header(shard: list[tuple[Tensor2D, torch.dtype]]) -> bytes:
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)  # data starts aligned
     return len(content).to_bytes(8, "little") + content
-
-
-def _num_bytes(tensor: Tensor2D, dtype: torch.dtype) -> int:
-    return tensor.numel * dtype.itemsize

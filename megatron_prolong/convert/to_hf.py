@@ -17,7 +17,7 @@ from megatron_prolong.convert.sidecar import (
     write_tokenizers_config,
 )
 from megatron_prolong.convert.staging import staged_directory
-from megatron_prolong.convert.transfer import WORKERS, output_dtype
+from megatron_prolong.convert.transfer import WORKERS, num_bytes, output_dtype
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import HF_DIR, ModelShape, read_json
 
@@ -61,8 +61,7 @@ def to_hf(
     weights = open_weights(opened)
     try:
         tensors = [(tensor, output_dtype(tensor, weights, target_dtype)) for tensor in hf_tensors(shape)]
-        num_bytes = sum(tensor.numel * stored.itemsize for tensor, stored in tensors)
-        with staged_directory(Path(out), num_bytes) as partial:
+        with staged_directory(Path(out), sum(num_bytes(*entry) for entry in tensors)) as partial:
             changes = _write_sidecar(partial, opened, shape, dtype_name(tensors[0][1]))
             write_safetensors(partial, tensors, weights, workers)
     finally:

@@ -13,7 +13,7 @@ from megatron_prolong.convert.manifest import manifest, write_manifest
 from megatron_prolong.convert.names import megatron_tensors
 from megatron_prolong.convert.sidecar import copy_sidecar
 from megatron_prolong.convert.staging import staged_directory
-from megatron_prolong.convert.transfer import WORKERS, RowSource, output_dtype
+from megatron_prolong.convert.transfer import WORKERS, RowSource, num_bytes, output_dtype
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import HF_DIR, ModelShape, no_model, read_json
 from megatron_prolong.runtime.checksums import write_checksums
@@ -59,8 +59,7 @@ def write_checkpoint(
 ) -> None:
     """Write a whole checkpoint directory: weights read from `source`, hf/ from `sidecar`, prolong.json."""
     tensors = [(tensor, output_dtype(tensor, source, dtype)) for tensor in megatron_tensors(shape)]
-    num_bytes = sum(tensor.numel * stored.itemsize for tensor, stored in tensors)
-    with staged_directory(out, num_bytes) as partial:
+    with staged_directory(out, sum(num_bytes(*entry) for entry in tensors)) as partial:
         copy_sidecar(sidecar, partial / HF_DIR)
         sums = write_torch_dist(partial, tensors, source, workers)
         # The embedding stands for the model: mixed files keep norms in fp32 at most.

@@ -61,6 +61,11 @@ class Chunk:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def num_bytes(tensor: Tensor2D, dtype: torch.dtype) -> int:
+    """Size of a whole tensor."""
+    return tensor.numel * dtype.itemsize
+
+
 def output_dtype(tensor: Tensor2D, source: RowSource, dtype: torch.dtype | None) -> torch.dtype:
     """`dtype`, or by default the one the tensor's first row has in the source."""
     return dtype or source.dtype(next(tensor.sources(0, 1)))
