@@ -112,10 +112,8 @@ class DistWeights:
                 if key in wanted:
                     continue
                 wanted.add(key)
-                expected = (rule.rows,) if rule.columns is None else (rule.rows, rule.columns)
-                if stacked is not None:
-                    expected = (shape.num_layers, *expected)
-                problems += self._check_tensor(key, expected)
+                layers = () if stacked is None else (shape.num_layers,)
+                problems += self._check_tensor(key, (*layers, *rule.shape))
         if shape.tie_embeddings:
             wanted.add("output_layer.weight")
         problems += [

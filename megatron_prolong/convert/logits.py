@@ -101,7 +101,6 @@ def _read(weights: DistWeights, shape: ModelShape, key: str, layer: int | None) 
     """A whole Megatron tensor of one layer, in fp32."""
     (rule,) = [rule for rule in rules(shape) if rule.key == key]
     rows = Rows(key, layer, 0, rule.rows)
-    size = (rule.rows,) if rule.columns is None else (rule.rows, rule.columns)
-    out = torch.empty(size, dtype=weights.dtype(rows))
+    out = torch.empty(rule.shape, dtype=weights.dtype(rows))
     weights.read_into(rows, out)
     return out.float()

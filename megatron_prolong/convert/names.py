@@ -62,6 +62,11 @@ class Rule:
         """Rows of one layer."""
         return self.blocks * self.block_rows
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[rows, columns] of one layer, or [rows] for a vector."""
+        return (self.rows,) if self.columns is None else (self.rows, self.columns)
+
 
 @dataclass(frozen=True)
 class Tensor2D:
@@ -81,7 +86,7 @@ class Tensor2D:
     @property
     def shape(self) -> tuple[int, ...]:
         """[rows, columns], or [rows] for a vector."""
-        return (self.rows,) if self.rule.columns is None else (self.rows, self.rule.columns)
+        return (self.rows, *self.rule.shape[1:])
 
     @property
     def numel(self) -> int:
@@ -97,7 +102,7 @@ class Tensor2D:
             if self.part is None:
                 index, row = _part_at(rule, row)
                 name, part_rows = rule.parts[index]
-                name, layer, first = _hf_name(name, self.layer), None, block * part_rows + row
+                name, layer, first = name.format(layer=self.layer), None, block * part_rows + row
             else:
                 part_rows, before = step, sum(rows for _, rows in rule.parts[: self.part])
                 name, layer, first = rule.key, self.layer, block * rule.block_rows + before + row
@@ -166,7 +171,7 @@ def megatron_tensors(shape: ModelShape) -> list[Tensor2D]:
 def hf_tensors(shape: ModelShape) -> list[Tensor2D]:
     """Every Hugging Face tensor, in the order of the model."""
     return [
-        Tensor2D(rule, _hf_name(name, layer), layer, part)
+        Tensor2D(rule, name.format(layer=layer), layer, part)
         for rule, layer in _in_model_order(shape)
         for part, (name, _) in enumerate(rule.parts)
     ]
@@ -191,7 +196,3 @@ def _part_at(rule: Rule, row: int) -> tuple[int, int]:
             return index, row
         row -= rows
     raise AssertionError("row outside its block")
-
-
-def _hf_name(template: str, layer: int | None) -> str:
-    return template.format(layer=layer)
