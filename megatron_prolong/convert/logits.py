@@ -6,6 +6,7 @@ one matrix) and knows nothing of the mapping table, so a wrong table, RoPE base 
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -53,8 +54,7 @@ def megatron_logits(checkpoint: Path, tokens_T: Tensor, sidecar: Path | None = N
     """Logits [T, vocabulary], fp32, of one document; holds one layer of the model at a time."""
     opened = MegatronCheckpoint.open(checkpoint, sidecar)
     shape = opened.shape
-    weights = open_weights(opened)
-    try:
+    with contextlib.closing(open_weights(opened)) as weights:
         embedding = _read(weights, shape, "embedding.word_embeddings.weight", None)
         hidden_TH = F.embedding(tokens_T, embedding)
         if not shape.tie_embeddings:
@@ -65,8 +65,6 @@ def megatron_logits(checkpoint: Path, tokens_T: Tensor, sidecar: Path | None = N
         hidden_TH = F.rms_norm(hidden_TH, final.shape, final, shape.norm_eps)
         head = embedding if shape.tie_embeddings else _read(weights, shape, "output_layer.weight", None)
         return hidden_TH @ head.T
-    finally:
-        weights.close()
 
 
 def _layer(hidden_TH: Tensor, weights: DistWeights, shape: ModelShape, layer: int) -> Tensor:

@@ -19,7 +19,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 class PositionedFiles:
-    """Files opened on first use and read at offsets. Close it, or use it as a context manager."""
+    """Files opened on first use and read at offsets, until `close`."""
 
     def __init__(self) -> None:
         allow_open_files()  # a checkpoint has one from every rank

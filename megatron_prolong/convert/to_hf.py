@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from megatron_prolong.convert.checkpoint import MegatronCheckpoint, open_weights
@@ -58,14 +59,11 @@ def to_hf(
     opened = MegatronCheckpoint.open(Path(checkpoint), sidecar)
     shape = _exported_shape(opened, rope_base, max_length, contradict)
     target_dtype = parse_dtype(dtype)
-    weights = open_weights(opened)
-    try:
+    with contextlib.closing(open_weights(opened)) as weights:
         tensors = [(tensor, output_dtype(tensor, weights, target_dtype)) for tensor in hf_tensors(shape)]
         with staged_directory(Path(out), sum(num_bytes(*entry) for entry in tensors)) as partial:
             changes = _write_sidecar(partial, opened, shape, dtype_name(tensors[0][1]))
             write_safetensors(partial, tensors, weights, workers)
-    finally:
-        weights.close()
     return changes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -39,14 +40,11 @@ def to_megatron(
     if not (hf_dir / "config.json").exists():
         raise UserError(f"{hf_dir}: no config.json; expected a Hugging Face model directory")
     shape = ModelShape.from_hf(read_json(hf_dir / "config.json"), str(hf_dir / "config.json"))
-    weights = HFWeights(hf_dir)
-    try:
+    with contextlib.closing(HFWeights(hf_dir)) as weights:
         weights.check(shape)
         if dtype is None:
             weights.check_dtypes(shape)
         write_checkpoint(Path(out), shape, weights, parse_dtype(dtype), hf_dir, workers)
-    finally:
-        weights.close()
 
 
 def write_checkpoint(
