@@ -174,15 +174,20 @@ def hasher(algorithm: str) -> Any:
     raise UserError(f"unknown hash {algorithm!r}; known: xxh64, xxh128, sha1, sha256, … (xxhash, hashlib)")
 
 
-def check_hashes(path: Path, expected: Mapping[str, str], parts: Iterable[bytes | memoryview]) -> None:
-    """Compare the hashes of a file, given as parts, with the index. Raises UserError naming file and hash."""
-    hashers = {algorithm: hasher(algorithm) for algorithm in expected}
+def hash_parts(algorithms: Iterable[str], parts: Iterable[bytes | memoryview]) -> dict[str, str]:
+    """Hexadecimal hashes, by algorithm, of a file given as parts."""
+    hashers = {algorithm: hasher(algorithm) for algorithm in algorithms}
     for part in parts:
         for each in hashers.values():
             each.update(part)
-    for algorithm, each in hashers.items():
-        if each.hexdigest() != expected[algorithm]:
+    return {algorithm: each.hexdigest() for algorithm, each in hashers.items()}
+
+
+def check_hashes(path: Path, expected: Mapping[str, str], parts: Iterable[bytes | memoryview]) -> None:
+    """Compare the hashes of a file, given as parts, with the index. Raises UserError naming file and hash."""
+    for algorithm, found in hash_parts(expected, parts).items():
+        if found != expected[algorithm]:
             raise UserError(
-                f"{path}: its {algorithm} is {each.hexdigest()}, {INDEX} says {expected[algorithm]}; "
+                f"{path}: its {algorithm} is {found}, {INDEX} says {expected[algorithm]}; "
                 "the file is damaged, fetch or write it again"
             )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_prolong.data.mds.compression import compressed_writer, parse_compression
 from megatron_prolong.data.mds.encodings import encoding
-from megatron_prolong.data.mds.index import INDEX, hasher, index_text
+from megatron_prolong.data.mds.index import INDEX, hash_parts, hasher, index_text
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.publish import is_disk_full, publish, temporary_name
 
@@ -138,28 +138,28 @@ class MDSWriter:
     def _flush(self) -> None:
         raw_name = f"shard.{len(self._shards):05}.mds"
         name = raw_name + self._extension
-        hashers = {algorithm: hasher(algorithm) for algorithm in self._settings["hashes"]}
         path = self._temporary / name
         with disk_full_is_users(self.path), path.open("wb") as file:
-            if self._extension:
-                stream = compressed_writer(file, self._settings["compression"], self._num_bytes)
-                with stream as packer:
-                    _write_all(packer, self._shard_parts(), hashers)
-            else:
-                _write_all(file, self._shard_parts(), hashers)
-        raw = _file_entry(raw_name, self._num_bytes, hashers)
+            compression = self._settings["compression"]
+            packer = (
+                compressed_writer(file, compression, self._num_bytes) if compression else nullcontext(file)
+            )
+            with packer as stream:
+                for part in self._shard_parts():
+                    stream.write(part)
+        raw = self._file_entry(raw_name, self._num_bytes, self._shard_parts())
         packed = None
         if self._extension:
-            hashers = {algorithm: hasher(algorithm) for algorithm in self._settings["hashes"]}
             with path.open("rb") as file:
-                while part := file.read(1 << 22):
-                    for each in hashers.values():
-                        each.update(part)
-            packed = _file_entry(name, path.stat().st_size, hashers)
+                parts = iter(lambda: file.read(1 << 22), b"")
+                packed = self._file_entry(name, path.stat().st_size, parts)
         self._shards.append(
             self._settings | {"samples": len(self._ends) - 1, "raw_data": raw, "zip_data": packed}
         )
         self._clear()
+
+    def _file_entry(self, name: str, num_bytes: int, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+        return {"basename": name, "bytes": num_bytes, "hashes": hash_parts(self._settings["hashes"], parts)}
 
     def attach_json(self, name: str, value: Mapping[str, Any]) -> None:
         """A further file that appears together with the data set."""
@@ -217,15 +217,3 @@ def refuse_existing(path: Path) -> None:
     """Raise UserError if `path` is anything but absent or an empty directory; `.` has no name to appear under."""
     if path.exists() and not (path.name and path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists already; remove it or choose another name")
-
-
-def _write_all(stream: Any, parts: Iterator[bytes | memoryview], hashers: Mapping[str, Any]) -> None:
-    for part in parts:
-        stream.write(part)
-        for each in hashers.values():
-            each.update(part)
-
-
-def _file_entry(name: str, num_bytes: int, hashers: Mapping[str, Any]) -> dict[str, Any]:
-    digests = {algorithm: each.hexdigest() for algorithm, each in hashers.items()}
-    return {"basename": name, "bytes": num_bytes, "hashes": digests}
