@@ -148,7 +148,3 @@ class _ZstdStream(io.RawIOBase):
         count = min(len(buffer), len(self._unpacked))
         buffer[:count], self._unpacked = self._unpacked[:count], self._unpacked[count:]
         return count
-
-
-def is_compressed(path: str) -> bool:
-    return path.endswith(COMPRESSED)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from megatron_prolong.data.sources.base import MAX_RECORD_BYTES, Bad, Part, Record
-from megatron_prolong.data.sources.files import is_compressed, is_remote, list_files, open_bytes
+from megatron_prolong.data.sources.files import COMPRESSED, is_remote, list_files, open_bytes
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 _PART_BYTES = 1 << 26
@@ -24,8 +24,7 @@ class JsonLines:
     def parts(self, path: str) -> list[Part]:
         parts: list[Part] = []
         for name, size in list_files(path, SUFFIXES):
-            # A compressed or remote file cannot be entered in the middle, or not cheaply.
-            step = max(size, 1) if is_compressed(name) or is_remote(name) else _PART_BYTES
+            step = max(size, 1) if _is_whole(name) else _PART_BYTES
             parts += [
                 Part(name, start, min(start + step, size), min(step, size - start))
                 for start in range(0, max(size, 1), step)
@@ -33,7 +32,7 @@ class JsonLines:
         return parts
 
     def read(self, part: Part) -> Iterator[Record | Bad]:
-        whole = is_compressed(part.path) or is_remote(part.path)
+        whole = _is_whole(part.path)
         with open_bytes(part.path) as file:
             at = 0
             if part.start and not whole:
@@ -51,6 +50,11 @@ class JsonLines:
                     yield Bad(name, f"is longer than {MAX_RECORD_BYTES >> 20} MiB", "too long")
                 elif line.strip():
                     yield _parse(name, line)
+
+
+def _is_whole(path: str) -> bool:
+    """Whether the file is one part: a compressed or remote one cannot be entered in the middle, or not cheaply."""
+    return path.endswith(COMPRESSED) or is_remote(path)
 
 
 def _read_line(file: IO[bytes]) -> tuple[bytes | None, int]:
