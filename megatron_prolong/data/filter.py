@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -175,7 +174,7 @@ def filter_documents(
                 return None
             job.finish(tasks, lambda: _sum(job, tasks, options).as_json())
     report = FilterReport()
-    report.add(json.loads((Path(out) / REPORT).read_bytes()))
+    report.add(job.report())
     return report
 
 

@@ -131,6 +131,11 @@ class Job:
         assert None not in reports, "a task wrote no report"
         return [report for report in reports if report is not None]
 
+    def report(self) -> dict[str, Any]:
+        """What `finish` wrote as the report."""
+        content: dict[str, Any] = json.loads((self.out / REPORT).read_bytes())
+        return content
+
     def finish(self, tasks: Iterable[str], report: Callable[[], Mapping[str, Any]]) -> None:
         """Merge the indexes, write the report, give the directory its final name.
 

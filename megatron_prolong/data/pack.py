@@ -136,7 +136,7 @@ def pack(
             if not job.run(tasks, _Work(names, options, plan), executor or LocalProcesses(1), slurm):
                 return None
             job.finish(tasks, lambda: asdict(plan.report))
-    return PackReport(**json.loads((Path(out) / REPORT).read_bytes()))
+    return PackReport(**job.report())
 
 
 def _settings(inputs: Sequence[str], options: PackOptions) -> dict[str, Any]:

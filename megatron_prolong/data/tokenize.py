@@ -8,7 +8,6 @@ content alone (some 64 MiB each), so the result does not depend on how many work
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -114,7 +113,9 @@ def tokenize(
             if not job.run(tasks, _Work(str(tokenizer), options), executor or LocalProcesses(1), slurm):
                 return None
             job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
-    return _read_report(Path(out))
+    report = TokenizeReport()
+    report.add(job.report())
+    return report
 
 
 def _settings(
@@ -165,12 +166,6 @@ def _sum(job: Job, tasks: Iterable[str], options: TokenizeOptions) -> TokenizeRe
         reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(total.left_out.items()))
         raise UserError(f"{job.out}: not a single document in the sources; left out: {reasons or 'nothing'}")
     return total
-
-
-def _read_report(out: Path) -> TokenizeReport:
-    report = TokenizeReport()
-    report.add(json.loads((out / REPORT).read_bytes()))
-    return report
 
 
 Encoded = tuple[NDArray[np.uint32], NDArray[np.uint8] | None]
