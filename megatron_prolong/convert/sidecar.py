@@ -30,8 +30,8 @@ def copy_sidecar(source: Path, target: Path, tokenizer: Path | None = None) -> N
             config where it has none.
 
     Raises:
-        UserError: a link to nothing, such as of a cache whose download is not complete; a JSON file that is none:
-            whoever reads the copy could not say where it came from.
+        UserError: a link leads nowhere, as in a cache whose download is not complete; or a .json file is not JSON,
+            which whoever reads the copy could not trace back to here.
     """
     target.mkdir(parents=True, exist_ok=True)
     parts = ((source, _MODEL), (tokenizer or source, _TOKENIZER))

@@ -122,7 +122,7 @@ def _open(directory: str) -> MDSReader:
 
 
 def _is_plain(reader: MDSReader) -> bool:
-    """Every sample is one document, and no more has to be known of it than its length."""
+    """Every sample is one document, of which only the length has to be known."""
     return reader.columns["input_ids"] == "ndarray:uint32" and not {"mask", "indices"} & reader.columns.keys()
 
 

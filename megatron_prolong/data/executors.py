@@ -97,7 +97,7 @@ def _one_thread_each() -> None:
 
 
 def _end_with_parent() -> None:
-    """Workers whose parent was killed would wait for its next task for ever."""
+    """Without this, workers whose parent was killed would wait forever for its next task."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "this is a worker"
     parent.join()

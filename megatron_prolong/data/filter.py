@@ -219,7 +219,7 @@ def _duplicates(job: Job, data: TokenizedInputs, options: FilterOptions) -> Path
     if not path.exists():
         numbers = track(range(len(data)), len(data), "finding duplicates")
         with disk_full_is_users(job.out), whole_file(path) as temporary:
-            # One that its domain's length drops takes no copy in another domain along.
+            # A document dropped for its domain's length does not take a copy in another domain along.
             repeats = find_duplicates(
                 None if options.length_problem(sample.get("domain", ""), len(tokens)) else tokens
                 for sample, tokens in ((sample, sample["input_ids"]) for sample in map(data.read, numbers))

@@ -192,8 +192,8 @@ def _delete(path: Path) -> None:
 
 def lock_file(file: IO[Any], operation: int) -> bool | None:
     """Take a lock; False if it is held and not to be waited for. None on file systems without any (Lustre without
-    -o flock): two jobs that finish at the same moment may there get into each other's way, so that one ends with an
-    error, but they write the same.
+    -o flock): there two jobs that finish at the same moment may get in each other's way, so that one ends with an
+    error; what they write is the same.
     """
     try:
         fcntl.flock(file, operation)

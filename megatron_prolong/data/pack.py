@@ -50,7 +50,7 @@ class PackOptions:
     """mode: `single` cuts documents into chunks of `lengths` (default: the pack's length) and drops what is
     shorter; `concat` fills packs and lets the cut document go on in the next; `bestfit` cuts no document that
     fits, packs may be shorter. min_length, overlap, intact: see Rules. bos, eos: token ids to put around
-    every document that has them not; none by default, as in ProLong. shuffle_seed: take the documents in
+    every document that lacks them; none by default, as in ProLong. shuffle_seed: take the documents in
     random order. domain: name to write instead of the input's.
     """
 

@@ -125,9 +125,10 @@ def cited(text: str) -> list[int]:
 
 
 def summarise(items: Sequence[Row], entails: Entails | None, *, listed: bool) -> dict[str, float]:
-    """HELMET's .score content: percentages, length in words; citation scores only with a model for them.
+    """HELMET's .score content: percentages, length in words.
 
-    So is rougeLsum, since both want sentences; it is the mean, which HELMET estimates with an unseeded bootstrap.
+    Citation scores and rougeLsum, which need sentences, are there only with a model for `entails`. rougeLsum is the
+    mean itself, which HELMET estimates with an unseeded bootstrap.
     """
     summary = {"length": float(np.mean([len(answer_text(item).split()) for item in items]))}
     if listed:
@@ -155,7 +156,7 @@ def summarise(items: Sequence[Row], entails: Entails | None, *, listed: bool) ->
 
 
 def _percent(shares: Sequence[float]) -> float:
-    """100 times their mean; 0 of none."""
+    """100 times their mean; 0 for none."""
     return 100 * float(np.mean(shares)) if shares else 0.0
 
 

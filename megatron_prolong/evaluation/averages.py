@@ -17,7 +17,7 @@ DEVELOPMENT = (32 << 10, 64 << 10)
 class Average:
     """A category at one length, or MEAN of HELMET's. partial: some of its scores are missing or stand-ins.
 
-    length: 0 of those over DEVELOPMENT.
+    length: 0 for those over DEVELOPMENT.
     """
 
     category: str

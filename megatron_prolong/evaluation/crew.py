@@ -30,7 +30,7 @@ _DISMISSED: Call = ("", ())
 
 @dataclass(frozen=True)
 class Crew:
-    """The ranks of a job with one model each replica of which is spread over some of them.
+    """The ranks of a job, which hold one or several replicas of a model, each spread over some of them.
 
     The methods are those of `InferenceModel`; only the main rank calls them.
 

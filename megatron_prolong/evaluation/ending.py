@@ -16,7 +16,7 @@ class Ending:
     """What a model's answers end at.
 
     Attributes:
-        directory: where the tokenizer lies; read when first needed, on ranks that meet no stop text never.
+        directory: where the tokenizer lies; read when first needed, so never on ranks that meet no stop text.
         stop_ids: the stop tokens of the generation config.
     """
 

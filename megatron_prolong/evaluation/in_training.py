@@ -92,7 +92,7 @@ class CheckpointEvaluation:
 
 
 def read_held_out(spec: EvaluationSpec, tokenizer: Path) -> list[Passage]:
-    """The passages of the spec's held-out documents, read before training so that they do not fail in it.
+    """The passages of the spec's held-out documents, read before training, so that nothing in them can stop it.
 
     Raises:
         UserError: no documents are there, none is long enough, or they were made with another tokenizer.

@@ -44,7 +44,7 @@ class Result:
         questions: which question each row asks.
         truncated: rows whose context was cut.
         settings: ASKED, ANSWERED and the judge's model.
-        identity: of the model's weights; empty of a served one.
+        identity: of the model's weights; empty for a served one.
         prompts: a digest of all of them, without a chat template; empty in results of versions that kept none.
     """
 
@@ -104,7 +104,7 @@ Models = Mapping[str, Sequence[Result]]
 
 
 def mean(scores: Sequence[float]) -> float:
-    """NaN of none."""
+    """Their mean; NaN for none."""
     return sum(scores) / len(scores) if scores else float("nan")
 
 
@@ -119,7 +119,7 @@ def judged_path(path: Path) -> Path:
 
 
 def read_arguments(path: Path) -> Any:
-    """The `args` of a result, without reading the rest where they stand at its front; None of another JSON file."""
+    """The `args` of a result, without reading the rest where they stand at its front; None for other JSON files."""
     with path.open(encoding="utf-8") as file:
         front = file.read(_FRONT_CHARACTERS)
     if begin := _ARGUMENTS.match(front):

@@ -36,7 +36,7 @@ def read_chosen(
     HELMET asks a tenth of what its files hold, which are gigabytes at 128K: no more than the chosen rows are kept.
 
     Args:
-        name: of a row; None of one that is not to be asked.
+        name: of a row; None for one that is not to be asked.
         choose: some of all names.
     """
     names = {place: name(row) for place, row in _json_lines(path)}

@@ -89,10 +89,10 @@ def _no_data(tasks: Sequence[Task], names: str, data: Path | None) -> UserError:
 
 
 def refuse_cramped(tasks: Sequence[Task], inputs: Inputs) -> None:
-    """Ask every generated task for no question at the shortest length: it may have no room there for any.
+    """Have every generated task make no rows at the shortest length, which fails where not one would fit.
 
     Raises:
-        UserError: so it is.
+        UserError: a task has no room there.
     """
     shortest = min((task.length for task in tasks), default=0)
     for task in tasks:

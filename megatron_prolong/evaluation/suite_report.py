@@ -122,7 +122,7 @@ def _averages(models: Mapping[str, Sequence[Average]], suite: str | None) -> Gri
 
 
 def _of_all_categories(average: Average, models: Mapping[str, Sequence[Average]]) -> bool:
-    """False of a mean over fewer categories than are shown at its length: it would compare other things."""
+    """False for a mean over fewer categories than are shown at its length: it would compare other things."""
     everyone = [one for found in models.values() for one in found if one.length == average.length]
     shown = {one.category for one in everyone if one.category in CATEGORIES}
     return average.category != MEAN or shown <= {category for _, category, _ in average.tasks}

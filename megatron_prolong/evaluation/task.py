@@ -75,7 +75,7 @@ class Task:
         load: reads or makes the rows.
         needs: files or directories under the data directory that `load` reads; or `instead`, when given.
         generated: without those files, `load` makes the rows itself.
-        prose: hides needles in the inputs' haystack when it does.
+        prose: when it makes them, it hides needles in the inputs' haystack.
         metrics: the scores that enter the averages.
         summarise: makes the averages (and more) from the finished items, instead of plain means.
         question: field that says which rows ask the same question (for confidence intervals).

@@ -29,7 +29,7 @@ def has_llama2(inputs: Inputs) -> bool:
 
 
 def document_cutter(inputs: Inputs, least: int, budget: int) -> Callable[[str], str | None]:
-    """A function that gives what is shown of a document (see `cut_document`); None of one below `least` tokens.
+    """A function that gives what is shown of a document (see `cut_document`); None for one below `least` tokens.
 
     Many questions are asked about one document, and to tokenize it takes a second: it is done once.
     """
@@ -45,7 +45,7 @@ def document_cutter(inputs: Inputs, least: int, budget: int) -> Callable[[str], 
 def cut_document(tokenizer: Any, text: str, least: int, budget: int) -> str | None:
     """The document's beginning and a note, in about `budget` tokens (HELMET's truncate_llama2).
 
-    None of a document below `least` tokens. Special ones are counted.
+    None for a document below `least` tokens, special ones counted.
     """
     encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
     total = len(encoded["input_ids"])
