@@ -76,7 +76,6 @@ class Mixture:
         vocab_size: int | None = None,
     ) -> None:
         assert batch_sequences > 0 and num_steps > 0
-        self.sequence_length = sequence_length
         self.batch_sequences = batch_sequences
         self.num_steps = num_steps
         self.seed = seed

@@ -34,9 +34,6 @@ class Permutation:
         self._half_mask = (1 << self._half_bits) - 1
         self._round_keys = [mix(*key, number) for number in range(_NUM_ROUNDS)]
 
-    def __len__(self) -> int:
-        return self.size
-
     def __getitem__(self, position: int) -> int:
         if not 0 <= position < self.size:
             raise IndexError(position)
