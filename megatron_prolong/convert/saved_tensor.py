@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_prolong.convert.positioned import PositionedFiles
-from megatron_prolong.convert.unpickle import SafeUnpickler
+from megatron_prolong.convert.unpickle import SafeUnpickler, saved_entries
 from megatron_prolong.errors import UserError
 
 _PIECE_BYTES = 2**20
@@ -35,7 +35,7 @@ def locate_tensor(
     try:
         view = _FileView(files, path, offset, length)
         with zipfile.ZipFile(view) as archive:
-            entries = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+            entries = saved_entries(archive)
             saved = SafeUnpickler(archive.open(entries["data.pkl"])).load()
             storage, first, size, stride = saved.args[:4]
             _, storage_type, storage_name, *_ = storage.args[0]

@@ -14,7 +14,7 @@ import pickle
 import zipfile
 from operator import attrgetter
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
@@ -134,7 +134,7 @@ def load_common(directory: Path) -> dict[str, Any] | None:
         with path.open("rb") as file:
             file.seek(offset)
             with zipfile.ZipFile(io.BytesIO(file.read(length))) as archive:
-                content = SafeUnpickler(_entry(archive, "data.pkl")).load()
+                content = SafeUnpickler(archive.open(saved_entries(archive)["data.pkl"])).load()
         if path.name != "common.pt":  # objects lie in a list
             (content,) = content
     except Exception as error:  # a damaged pickle can fail in any way
@@ -144,7 +144,6 @@ def load_common(directory: Path) -> dict[str, Any] | None:
     return content
 
 
-def _entry(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    """torch.save puts its entries into a directory named after the file."""
-    (match,) = [entry for entry in archive.namelist() if entry.split("/", 1)[-1] == name]
-    return archive.open(match)
+def saved_entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """What torch.save wrote, by name without the directory that it names after the file."""
+    return {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
