@@ -53,16 +53,21 @@ def test_our_files_are_megatrons_byte_for_byte(tmp_path: Path) -> None:
         assert (tmp_path / f"ours.{ending}").read_bytes() == (tmp_path / f"theirs.{ending}").read_bytes()
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.uint16, np.int64, np.uint8])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16])
 def test_we_read_what_megatron_writes(tmp_path: Path, dtype: type) -> None:
-    documents = [[[1, 2], [3]], [[4, 5, 200]], [[7]]]
+    largest = min(int(np.iinfo(dtype).max), 2**32 - 1)
+    documents = [[[1, 2], [3]], [[4, 5, largest]], [[7]]]
     megatron_writes(tmp_path / "theirs", documents, dtype)
     assert from_megatron(tmp_path / "theirs", tmp_path / "mds", "books") == (3, 0)
     samples = list(MDSReader(tmp_path / "mds"))
-    assert [sample["input_ids"].tolist() for sample in samples] == [[1, 2, 3], [4, 5, 200], [7]]
+    assert [sample["input_ids"].tolist() for sample in samples] == [[1, 2, 3], [4, 5, largest], [7]]
     assert [sample["indices"].tolist() for sample in samples] == [[[0, 2], [2, 3]], [[0, 3]], [[0, 1]]]
     assert {sample["domain"] for sample in samples} == {"books"}
     assert [sample["length"] for sample in samples] == [3, 3, 1]
+    if np.iinfo(dtype).min < 0:
+        megatron_writes(tmp_path / "minus", [[[-1]]], dtype)
+        with pytest.raises(UserError, match="token -1 is no token id"):
+            IndexedReader(tmp_path / "minus")[0]
 
 
 packs = st.lists(
