@@ -32,10 +32,7 @@ def four_ranks() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> str:
-    """A random Llama (4 layers, 8 heads in 4 groups), written by transformers and converted.
-
-    Its positions are YaRN's, so that scores are not just divided by the root of the head size.
-    """
+    """A random Llama (4 layers, 8 heads in 4 groups), written by transformers and converted."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from megatron_prolong.convert.to_megatron import to_megatron
@@ -50,12 +47,7 @@ def checkpoint(tmp_path_factory) -> str:
         num_key_value_heads=4,
         max_position_embeddings=SEQUENCE_LENGTH,
         tie_word_embeddings=False,
-        rope_parameters={
-            "rope_type": "yarn",
-            "factor": 2.0,
-            "original_max_position_embeddings": 32,
-            "rope_theta": 5e5,
-        },
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     )
     hf = LlamaForCausalLM(config).float()
     with torch.no_grad():

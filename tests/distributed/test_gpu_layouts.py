@@ -26,9 +26,8 @@ from megatron_prolong.recipe.fp8 import Fp8Recipe, fp8_problem
 pytestmark = pytest.mark.gpu
 
 # Numbers with 3 bits behind the point: single products are off by up to 6%, most of it averages out, but one batch
-# has a single target (7% where `delayed` has just begun its maxima anew). The update's direction (cosine): bf16
-# weights, near one in a norm, round most of it away.
-FP8_LOSS, FP8_GRAD_NORM, FP8_UPDATE = 5e-2, 8e-2, 0.7
+# has a single target. The update's direction (cosine): bf16 weights, near one in a norm, round most of it away.
+FP8_LOSS, FP8_GRAD_NORM, FP8_UPDATE = 5e-2, 6e-2, 0.7
 # Transformer Engine's p2p rounds attention's sums to bf16 cp times: roundings of 2**-8 too, within the same bounds.
 CASES = [("one", "none"), *((name, "none") for name in LAYOUTS), *QUICK_CASES, ("cp2 p2p", "selective")]
 
