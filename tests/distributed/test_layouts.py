@@ -9,12 +9,18 @@ ones.
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from rank_pool import RankPool
 from small_training import Job, assemble, train
+
+from megatron_prolong.recipe.rope import YarnScaling
+from megatron_prolong.recipe.shape import MANIFEST
 
 EXCHANGES = ("all_gather", "p2p", "a2a", "a2a+p2p")
 LAYOUTS = {
@@ -72,6 +78,21 @@ def test_trains_like_one_process(request, name, recompute, checkpoint, single):
         np.testing.assert_allclose(rank.losses, expected.losses, rtol=1e-5)
         np.testing.assert_allclose(rank.grad_norms, expected.grad_norms, rtol=1e-5)
     assert_equal_weights(assemble(ranks), expected_weights, 1e-5)
+
+
+def test_yarns_positions_and_temperature_too(one_rank, two_ranks, checkpoint, single, tmp_path):
+    """The same weights; an exchange that lost what YaRN does to the scores would give another loss."""
+    shutil.copytree(checkpoint, tmp_path / "yarn")
+    manifest = json.loads((tmp_path / "yarn" / MANIFEST).read_text())
+    scaling = YarnScaling(factor=4.0, original_max_length=16, attention_factor=1.2)
+    manifest["shape"]["rope_scaling"] = asdict(scaling)
+    (tmp_path / "yarn" / MANIFEST).write_text(json.dumps(manifest))
+    job = Job({"distributed_optimizer": False}, str(tmp_path / "yarn"), last=2)
+    (expected,) = one_rank.run(train, job)
+    assert abs(expected.losses[0] - single[0].losses[0]) > 1e-3
+    for exchange in EXCHANGES[:3]:
+        for rank in two_ranks.run(train, replace(job, layout=LAYOUTS[f"cp2 {exchange}"])):
+            np.testing.assert_allclose(rank.losses, expected.losses, rtol=1e-5)
 
 
 # Activations and products rounded to 8 bits: two orders of the same sum differ by some of their last bits
