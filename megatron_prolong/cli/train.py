@@ -84,7 +84,7 @@ def check_start(recipe: Recipe, world_size: int) -> list[str]:
         What has changed since the last start.
     """
     from megatron_prolong.plan.disk import check_room
-    from megatron_prolong.recipe.validate import check, tokenizer_of
+    from megatron_prolong.recipe.validate import check
     from megatron_prolong.training.changes import changes_since_start
 
     warn(check(recipe, world_size))
@@ -95,11 +95,8 @@ def check_start(recipe: Recipe, world_size: int) -> list[str]:
         from megatron_prolong.evaluation.suite import refuse_cramped, tasks_of
         from megatron_prolong.evaluation.suites import left_out
         from megatron_prolong.evaluation.task import Inputs
-        from megatron_prolong.recipe.inputs import tokenizer_file
 
-        tokenizer, spec = tokenizer_of(recipe), recipe.evaluation
-        assert tokenizer is not None, "loading refuses a model without path and tokenizer"
-        directory = tokenizer_file(tokenizer).parent
+        spec, directory = recipe.evaluation, _tokenizer_directory(recipe)
         refuse_cramped(tasks_of(spec), Inputs(spec.data, load_tokenizer(directory)))
         read_held_out(spec, directory)
         warn(left_out(spec.suite, spec.lengths, spec.tasks))
@@ -159,9 +156,8 @@ def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
     from megatron_prolong.evaluation.suite import tasks_of
     from megatron_prolong.evaluation.suites import left_out
     from megatron_prolong.plan.disk import check_room
-    from megatron_prolong.recipe.inputs import tokenizer_file
     from megatron_prolong.recipe.run_files import EVALUATION
-    from megatron_prolong.recipe.validate import check, tokenizer_of
+    from megatron_prolong.recipe.validate import check
 
     warnings = check(recipe, world.size, on_cpu=world.device.type == "cpu")
     if world.is_main:
@@ -173,11 +169,18 @@ def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
     tasks = tasks_of(spec)
     if world.is_main:
         warn(left_out(spec.suite, spec.lengths, spec.tasks))
-    tokenizer = tokenizer_of(recipe)
-    assert tokenizer is not None, "loading refuses a model without path and tokenizer"
-    held_out = read_held_out(spec, tokenizer_file(tokenizer).parent)
+    held_out = read_held_out(spec, _tokenizer_directory(recipe)) if world.is_main else []
     out = recipe.run_dir / EVALUATION
     return CheckpointEvaluation(spec, tasks, held_out, out, world, lambda: stop.received is not None)
+
+
+def _tokenizer_directory(recipe: Recipe) -> Path:
+    from megatron_prolong.recipe.inputs import tokenizer_file
+    from megatron_prolong.recipe.validate import tokenizer_of
+
+    tokenizer = tokenizer_of(recipe)
+    assert tokenizer is not None, "loading refuses a model without path and tokenizer"
+    return tokenizer_file(tokenizer).parent
 
 
 def status(

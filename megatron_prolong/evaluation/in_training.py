@@ -37,7 +37,7 @@ class CheckpointEvaluation:
     model's are allowed, because seeing them fail before a stage and work after it is the point.
 
     Attributes:
-        held_out: what `read_held_out` gives for the spec.
+        held_out: what `read_held_out` gives for the spec, on the main rank; the others need none.
         interrupted: the main rank asks between prompts whether to leave the rest for another time.
     """
 

@@ -109,13 +109,13 @@ def _carry(key: Key, stage: Stage, *, starts_from_path: bool) -> Iterator[Broken
 
 
 def _budget(key: Key, stage: Stage) -> Iterator[Broken]:
-    if (stage.steps is None) == (stage.tokens is None):
+    if not stage.has_budget:
         found = "neither" if stage.steps is None else "both"
         yield Broken(key, f"found {found} of steps and tokens; give one", ((*key, "steps"), (*key, "tokens")))
 
 
 def _skipped(key: Key, stage: Stage) -> Iterator[Broken]:
-    last = stage.num_steps if (stage.steps is None) != (stage.tokens is None) else math.inf
+    last = stage.num_steps if stage.has_budget else math.inf
     for steps in steps_of(stage.skip_steps or ""):
         if not steps or steps[-1] > last:
             rule = f"found {steps.start}-{steps.stop - 1}; must be steps of the stage, 1 to {last}, in their order"

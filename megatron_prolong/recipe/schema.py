@@ -280,9 +280,14 @@ class Stage(_Frozen):
     """Whether this stage's activations wait in host memory, where it differs from the recipe's."""
 
     @property
+    def has_budget(self) -> bool:
+        """Whether one of steps and tokens is given; loading refuses neither and both."""
+        return (self.steps is None) != (self.tokens is None)
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of the stage."""
-        assert (self.steps is None) != (self.tokens is None), "loading refuses a stage with neither or both"
+        assert self.has_budget
         return self.steps if self.steps is not None else -(-(self.tokens or 0) // self.batch_tokens)
 
     @property

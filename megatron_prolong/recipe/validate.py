@@ -252,8 +252,7 @@ def _mixture(findings: Findings, stage: Stage, tokenizer: str | None) -> None:
 
 def _is_done(recipe: Recipe, stage: Stage) -> bool:
     """Whether the last checkpoint of the stage is there."""
-    one_budget = (stage.steps is None) != (stage.tokens is None)
-    return one_budget and stage.num_steps in complete_checkpoints(recipe.run_dir / stage.name)
+    return stage.has_budget and stage.num_steps in complete_checkpoints(recipe.run_dir / stage.name)
 
 
 def _layout(findings: Findings, stage: Stage, shape: ModelShape | None, world_size: int | None) -> None:
