@@ -216,15 +216,18 @@ def _tasks(inputs: Sequence[str]) -> dict[str, tuple[int, int]]:
 def _duplicates(job: Job, data: TokenizedInputs, options: FilterOptions) -> Path:
     """The file that says of every sample whether it repeats an earlier one; made once per job."""
     path = job.directory / "duplicates"
-    if not path.exists():
-        numbers = track(range(len(data)), len(data), "finding duplicates")
-        with disk_full_is_users(job.out), whole_file(path) as temporary:
-            # A document dropped for its domain's length does not take a copy in another domain along.
-            repeats = find_duplicates(
-                None if options.length_problem(sample.get("domain", ""), len(tokens)) else tokens
-                for sample, tokens in ((sample, sample["input_ids"]) for sample in map(data.read, numbers))
-            )
-            temporary.write_bytes(repeats.tobytes())
+    with job.alone():
+        if not path.exists():
+            numbers = track(range(len(data)), len(data), "finding duplicates")
+            with disk_full_is_users(job.out), whole_file(path) as temporary:
+                # A document dropped for its domain's length does not take a copy in another domain along.
+                repeats = find_duplicates(
+                    None if options.length_problem(sample.get("domain", ""), len(tokens)) else tokens
+                    for sample, tokens in (
+                        (sample, sample["input_ids"]) for sample in map(data.read, numbers)
+                    )
+                )
+                temporary.write_bytes(repeats.tobytes())
     return path
 
 

@@ -64,12 +64,35 @@ class Job:
             self._begin(lock)
             try:
                 yield
-            except (OSError, UserError):
+            except (OSError, UserError) as error:
                 if self.is_finished:
                     return
-                if self.directory.exists() and not self._content(SETTINGS, LOCK):
+                if not self.directory.exists():
+                    if not isinstance(error, FileNotFoundError):
+                        raise
+                    raise UserError(
+                        f"{self.out}: another process of this job refused the result; see why there"
+                    ) from None
+                # Others may be at work that have nothing to show yet.
+                alone = lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) is not False
+                if alone and not self._content(SETTINGS, LOCK):
                     remove(self.directory)
                 raise
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For what one process of this job does while the others wait; where there are no locks, they do not.
+
+        Raises FileNotFoundError, which `open` explains, when another took the directory away meanwhile.
+        """
+        with (self.directory / SETTINGS).open("r+") as lock:  # NFS locks only what may be written
+            if lock_file(lock, fcntl.LOCK_EX) is None:
+                print(
+                    f"warning: {lock.name}: no locks on this file system; going on without", file=sys.stderr
+                )
+            if not self.directory.exists():
+                raise FileNotFoundError(self.directory)
+            yield
 
     def _begin(self, lock: IO[str]) -> None:
         """Write the settings, or find the same. All that are at work share the lock; who has it alone may clear."""
@@ -142,32 +165,19 @@ class Job:
         A UserError of `report` refuses the result: other inputs or settings are needed, so none of it is kept.
         Several jobs of an array may come here at once: one does it, the others find it done.
         """
-        try:
-            with (self.directory / SETTINGS).open("r+") as lock:  # NFS locks only what may be written
-                if lock_file(lock, fcntl.LOCK_EX) is None:
-                    warning = f"warning: {lock.name}: no locks on this file system; finishing without"
-                    print(warning, file=sys.stderr)
-                if not self.directory.exists():
-                    raise FileNotFoundError(self.directory)
-                if self.is_finished:
-                    remove(self.directory)
-                    return
-                try:
-                    account = report()
-                except UserError:
-                    remove(self.directory)
-                    raise
-                with disk_full_is_users(self.out):
-                    self._assemble(tasks, account)
-                self.directory.replace(self.out)
-                (self.out / LOCK).unlink(missing_ok=True)  # of a process that came since
-        except FileNotFoundError:
-            if self.directory.exists():
+        with self.alone():
+            if self.is_finished:
+                remove(self.directory)
+                return
+            try:
+                account = report()
+            except UserError:
+                remove(self.directory)
                 raise
-            if not self.is_finished:
-                raise UserError(
-                    f"{self.out}: another process of this job refused the result; see why there"
-                ) from None
+            with disk_full_is_users(self.out):
+                self._assemble(tasks, account)
+            self.directory.replace(self.out)
+            (self.out / LOCK).unlink(missing_ok=True)  # of a process that came since
 
     def _assemble(self, tasks: Iterable[str], report: Mapping[str, Any]) -> None:
         parents = sorted({str(Path(task).parent) for task in tasks})

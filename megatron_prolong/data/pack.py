@@ -33,7 +33,7 @@ from megatron_prolong.data.mds import INDEX, MDSWriter
 from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.packing import Losses, Pack, Rules, best_fit, concatenate, cut_by_lengths
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import publish, temporary_name
+from megatron_prolong.runtime.publish import publish, remove, temporary_name
 
 Mode = Literal["single", "concat", "bestfit"]
 TASK_TOKENS = 1 << 26
@@ -184,32 +184,35 @@ class _Plan:
 def _plan(job: Job, inputs: Sequence[str], options: PackOptions) -> _Plan:
     """Make the plan, or take the one that an earlier or concurrent run of this job made."""
     directory = job.directory / "plan"
-    if not directory.exists():
-        temporary = temporary_name(directory)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            with disk_full_is_users(job.out):
-                report = _make_plan(temporary, TokenizedInputs(inputs), options)
-                write_json(temporary / REPORT, asdict(report))
-                publish(temporary, directory)
-        except FileExistsError:  # another job of the array was first, with the same plan
-            pass
-        except OSError:
-            if not directory.exists():
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    report = PackReport(**json.loads((directory / REPORT).read_bytes()))
-    if not sum(report.packs.values()):
-        shutil.rmtree(directory)
-        reasons = [f"{reason}: {count:,} tokens" for reason, count in report.dropped.items() if count]
-        raise UserError.many(
-            f"{job.out}: not a single pack of {options.length} tokens comes of "
-            f"{report.documents:,} documents with {report.tokens:,} tokens; dropped:",
-            reasons,
-        )
+    with job.alone():
+        if not directory.exists():
+            _write_plan(job, directory, inputs, options)
+        report = PackReport(**json.loads((directory / REPORT).read_bytes()))
+        if not sum(report.packs.values()):
+            remove(job.directory)
+            reasons = [f"{reason}: {count:,} tokens" for reason, count in report.dropped.items() if count]
+            raise UserError.many(
+                f"{job.out}: not a single pack of {options.length} tokens comes of "
+                f"{report.documents:,} documents with {report.tokens:,} tokens; dropped:",
+                reasons,
+            )
     return _Plan(directory, options.length, report)
+
+
+def _write_plan(job: Job, directory: Path, inputs: Sequence[str], options: PackOptions) -> None:
+    temporary = temporary_name(directory)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        with disk_full_is_users(job.out):
+            report = _make_plan(temporary, TokenizedInputs(inputs), options)
+            write_json(temporary / REPORT, asdict(report))
+            publish(temporary, directory)
+    except OSError:  # where there are no locks, another job of the array may be first, with the same plan
+        if not directory.exists():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _make_plan(directory: Path, inputs: TokenizedInputs, options: PackOptions) -> PackReport:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
@@ -16,8 +18,10 @@ from documents import files_of, write_documents
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_prolong.data import filter as filter_module
 from megatron_prolong.data import pack as pack_module
 from megatron_prolong.data.executors import LocalProcesses, Ray, array_share
+from megatron_prolong.data.filter import FilterOptions, filter_documents
 from megatron_prolong.data.pack import PackOptions, pack
 from megatron_prolong.errors import UserError
 
@@ -148,6 +152,42 @@ def test_a_list_of_array_ids_is_refused() -> None:
     }
     with pytest.raises(UserError, match="--array=0-1"):
         array_share([1], array)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "step", "options"),
+    [
+        (pack_module, "_make_plan", pack, PackOptions(16, "concat")),
+        (filter_module, "find_duplicates", filter_documents, FilterOptions(duplicates=True)),
+    ],
+)
+def test_what_needs_all_documents_is_done_by_one_job_of_an_array(
+    module: ModuleType,
+    name: str,
+    step: Callable[..., object],
+    options: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every one of a thousand that began together read the whole input."""
+    monkeypatch.setattr(pack_module, "TASK_TOKENS", 64)
+    monkeypatch.setattr(filter_module, "TASK_BYTES", 1)
+    source = write_documents(tmp_path / "documents", [30] * 20, size_limit=1500)
+    work, done = getattr(module, name), []
+
+    def slowly(*given: object) -> object:
+        done.append(name)
+        time.sleep(0.1)
+        return work(*given)
+
+    def share(job: int) -> object:
+        array = {"SLURM_ARRAY_TASK_ID": str(job), "SLURM_ARRAY_TASK_COUNT": "3"}
+        return step([source], tmp_path / "out", options, slurm=array)
+
+    monkeypatch.setattr(module, name, slowly)
+    with ThreadPoolExecutor(3) as pool:
+        assert any(pool.map(share, range(3)))
+    assert done == [name] and {path.name for path in tmp_path.iterdir()} == {"documents", "out"}
 
 
 @pytest.mark.slow

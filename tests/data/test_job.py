@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -45,6 +48,29 @@ def test_who_joins_a_job_leaves_the_file_that_others_lock(tmp_path: Path) -> Non
         before = settings.stat().st_ino
         with Job(tmp_path / "out", {"step": "test"}).open():
             assert settings.stat().st_ino == before, held
+
+
+def test_those_that_begin_together_write_the_settings_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one would lock the file that another replaces."""
+    written: list[Path] = []
+    write_json = job_module.write_json
+
+    def slowly(path: Path, value: dict[str, str]) -> None:
+        time.sleep(0.1)
+        write_json(path, value)
+        written.append(path)
+
+    def begin(_: int) -> None:
+        with Job(tmp_path / "out", {"step": "test"}).open():
+            begun.wait(60)
+
+    begun = threading.Barrier(3)
+    monkeypatch.setattr(job_module, "write_json", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(begin, range(3)))
+    assert len(written) == 1
 
 
 def test_other_settings_are_refused_while_a_process_is_at_work(tmp_path: Path) -> None:
@@ -90,7 +116,7 @@ def test_what_a_killed_process_began_gives_way_to_other_settings(tmp_path: Path)
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EIO])
-def test_a_file_system_without_locks_finishes_without(
+def test_a_file_system_without_locks_goes_on_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: int
 ) -> None:
     """Lustre without -o flock, NFS without lockd. Another error is not taken for that."""
@@ -130,8 +156,19 @@ def test_a_refused_result_and_a_failed_beginning_leave_nothing(tmp_path: Path) -
         assert (job.directory / "00000" / "index.json").exists()
 
 
-def test_what_killed_workers_left_vanishes(tmp_path: Path) -> None:
+def test_an_error_takes_nothing_away_from_others_that_have_just_begun(tmp_path: Path) -> None:
+    """Looking for duplicates takes an hour in which there is nothing to see; its result found no directory then."""
     job = Job(tmp_path / "out", {"step": "test"})
+    with job.open():
+        with pytest.raises(UserError, match="bad record"), Job(tmp_path / "out", {"step": "test"}).open():
+            raise UserError("bad record")
+        write(job.directory / "00000", 1)
+        job.finish(["00000"], lambda: {"tokens": 3})
+    assert job.is_finished
+
+
+def test_what_killed_workers_left_vanishes(tmp_path: Path) -> None:
+    job = Job(tmp_path / "new" / "out", {"step": "test"})
     with job.open():
         write(job.directory / "8-16" / "00000", 1)
         (job.directory / "8-16" / "00001.tmp-1").mkdir()
