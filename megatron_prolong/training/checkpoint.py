@@ -32,7 +32,7 @@ from megatron_prolong.recipe.shape import HF_DIR
 from megatron_prolong.runtime.agreement import against_main, on_main, together
 from megatron_prolong.runtime.checksums import CHECKSUMS, Entries, verify_checksums, write_checksums
 from megatron_prolong.runtime.publish import is_disk_full, is_forbidden, publish, remove
-from megatron_prolong.training.run_directory import prune, write_pointer
+from megatron_prolong.training.run_directory import prune, remove_unfinished, write_pointer
 
 T = TypeVar("T")
 
@@ -168,7 +168,7 @@ class CheckpointWriter:
             )
 
     def _make_room(self, partial: Path, num_bytes: int) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_unfinished(self._stage_dir)  # first of all: it may be what fills the disk
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
         if free < num_bytes:
@@ -181,7 +181,7 @@ class CheckpointWriter:
 
     def _complete(self, partial: Path, manifest: dict[str, Any], entries: Entries) -> None:
         try:
-            shutil.copytree(self._sidecar, partial / HF_DIR)
+            _copy(self._sidecar, partial / HF_DIR)
             (partial / RESOLVED_RECIPE).write_text(self._recipe)
             write_manifest(partial, manifest)
             write_checksums(partial, entries)
@@ -190,9 +190,9 @@ class CheckpointWriter:
                 remove(final)
             publish(partial, final)
             write_pointer(self._stage_dir, final.name)
-        except OSError:
+        except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
+            raise _not_saved(partial, [_explained(error)]) from error
         prune(self._stage_dir, self._spec.keep, self._spec.keep_every)
 
 
@@ -217,6 +217,16 @@ def _refuse_other_copy(directory: Path, main: bytes, own: bytes) -> None:
     """A model may lie on each node's own disk; ranks that load an older copy would mix two models."""
     if own != main:
         raise UserError(f"{directory} is not what rank 0 has under this name; copy it to this node again")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A directory; shutil.copytree's error would not tell that the disk is full."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_dir():
+            _copy(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
 
 
 def _give_up(partial: Path, problems: Sequence[UserError]) -> None:
@@ -259,6 +269,7 @@ def _full_disks_explained(partial: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if not is_disk_full(error):
             raise
+        shutil.rmtree(partial, ignore_errors=True)
         raise _not_saved(partial, [_explained(error)]) from error
 
 

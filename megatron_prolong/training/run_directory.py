@@ -68,7 +68,7 @@ def write_pointer(stage_dir: Path, name: str) -> None:
 
 
 def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and those of every `keep_every`-th step; and leftovers.
+    """Delete all but the newest `keep` checkpoints and those of every `keep_every`-th step.
 
     The newest is the one that `latest` names. After a run was put back to an older one, those beyond it are of
     another history, and stay until the run comes to their step.
@@ -78,6 +78,10 @@ def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
     for step, old in history[:-keep]:
         if keep_every is None or step % keep_every:
             remove(old)
+
+
+def remove_unfinished(stage_dir: Path) -> None:
+    """Delete what killed processes were saving or deleting there; nobody may be saving."""
     remove_leftovers(stage_dir)
     for leftover in stage_dir.glob("step_*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)

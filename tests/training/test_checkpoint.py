@@ -235,6 +235,24 @@ def test_an_old_checkpoint_that_cannot_be_deleted_yet_stops_nothing(tmp_path, mo
     assert bench.names == ["latest", "step_00000003"]
 
 
+def test_what_killed_processes_left_is_gone_before_space_is_looked_for(bench, monkeypatch):
+    """A disk that holds a checkpoint more than is kept has no room for half a one and another one."""
+    bench.save(1)
+    bench.writer.finish()
+    for leftover in ("step_00000002.partial", "step_00000000.removed.tmp-elsewhere-1"):
+        (bench.stage / leftover).mkdir()
+        (bench.stage / leftover / "weights").touch()
+    usage = shutil.disk_usage(bench.stage)
+
+    def free(path):
+        left = list(bench.stage.glob("*/weights"))
+        return usage._replace(free=30 - 10 * len(left))
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", free)
+    bench.save(3)
+    assert bench.names == ["latest", "step_00000001", "step_00000003.partial"]
+
+
 def test_no_space_is_seen_before_anything_is_written(bench, monkeypatch):
     bench.save(1)
     bench.writer.finish()
@@ -269,9 +287,30 @@ def test_a_disk_that_is_full_for_megatrons_own_files_names_the_checkpoint(bench,
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "take_snapshot", full)
+    with monkeypatch.context() as at_the_beginning:
+        at_the_beginning.setattr(checkpoint, "take_snapshot", full)
+        with pytest.raises(UserError, match=r"step_00000001 could not be saved:\n  - the disk is full"):
+            bench.save(1)
+    assert bench.names == []
+    monkeypatch.setattr(FakeSnapshot, "finish", full)
+    bench.save(1)
     with pytest.raises(UserError, match=r"step_00000001 could not be saved:\n  - the disk is full"):
-        bench.save(1)
+        bench.writer.finish()
+    assert bench.names == [], "the weights would fill the disk for ever"
+
+
+def test_a_disk_with_no_room_for_the_tokenizer_is_full(small_disk, monkeypatch):
+    """Not a file server's fault that may go: a batch script would start the run again, to no end."""
+    bench = Bench(small_disk, monkeypatch)
+    (small_disk / "hf" / "templates").mkdir()
+    (small_disk / "hf" / "templates" / "tokenizer.json").write_bytes(bytes(400_000))
+    bench.num_bytes = 500_000
+    bench.save(1)
+    with pytest.raises(
+        UserError, match=r"step_00000001 could not be saved:\n  - the disk is full"
+    ) as refused:
+        bench.writer.finish()
+    assert refused.value.exit_code == 2 and bench.names == []
 
 
 def test_what_cannot_be_completed_is_no_checkpoint(bench):
