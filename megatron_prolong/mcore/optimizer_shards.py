@@ -118,8 +118,7 @@ def _boxes(
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Offsets and sizes of the boxes that hold the flat elements start … stop of a vector or matrix, in order."""
     if len(shape) == 1:
-        if start < stop:
-            yield (start,), (stop - start,)
+        yield (start,), (stop - start,)
         return
     _, columns = shape
     while start < stop:

@@ -323,6 +323,20 @@ def test_what_cannot_be_completed_is_no_checkpoint(bench):
     assert bench.newest == 1 and bench.names == ["latest", "step_00000001"]
 
 
+def test_latest_never_names_what_has_not_got_its_name_yet(bench, monkeypatch):
+    bench.save(1)
+    bench.writer.finish()
+    bench.save(2)
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(checkpoint, "publish", stale)
+    with pytest.raises(UserError, match=r"step_00000002 could not be saved:\n  - rank 0: .*Stale") as refused:
+        bench.writer.finish()
+    assert refused.value.exit_code == 1 and bench.newest == 1
+
+
 def test_what_could_not_be_written_is_named_also_where_it_cannot_be_deleted(bench):
     bench.slow = True
     bench.save(1)
