@@ -6,8 +6,10 @@ Equality with the package that defines the format is in tests/parity/test_mds_st
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -424,6 +426,20 @@ def test_compressed_shards_are_unpacked_beside_or_on_a_read_only_disk_elsewhere(
     assert (small_disk / "data" / "shard.00000.mds").exists()
 
 
+def test_shards_unpacked_elsewhere_take_a_bounded_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them stayed: reading 100 GB from a read-only place filled /tmp, and then there were no open files."""
+    monkeypatch.setattr(reader_module, "temporary_name", lambda path: path / "read-only")
+    monkeypatch.setattr(reader_module, "_MAX_UNNAMED", 2)
+    write(tmp_path / "data", [50] * 6, size_limit=1, compression="zstd")
+    reader = MDSReader(tmp_path / "data")
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
+    for number in (0, 1, 2, 3, 4, 5, 1):
+        assert reader[number]["domain"] == f"d{number}"
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before + 2
+
+
 def test_processes_that_want_the_same_compressed_shard_unpack_it_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,10 +467,23 @@ def test_a_full_disk_is_not_a_damaged_shard(small_disk: Path) -> None:
     with MDSWriter(small_disk / "data", {"input_ids": "ndarray:uint32"}, compression="zstd") as writer:
         writer.write({"input_ids": np.zeros(1 << 20, np.uint32)})
     with pytest.raises(
-        UserError, match=r"shard.00000.mds: the disk is full; unpacked it takes 4,194,\d+ bytes"
+        UserError, match=r"shard.00000.mds: the disk is full; shard.00000.mds.zstd takes 4,194,\d+ bytes"
     ):
         MDSReader(small_disk / "data")[0]
     assert not list((small_disk / "data").glob("*.tmp-*"))
+
+
+def test_a_full_temporary_directory_is_named(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message was about the data set's own disk, and there was none where only the last bytes found no room."""
+    monkeypatch.setattr(reader_module, "temporary_name", lambda path: path / "read-only")
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    write(tmp_path / "data", [5000], compression="zstd")
+    disk, unpacked = os.statvfs(small_disk), MDSReader(tmp_path / "data").shards[0].raw.num_bytes
+    (small_disk / "filler").write_bytes(bytes(disk.f_bsize * (disk.f_bavail - unpacked // disk.f_bsize)))
+    with pytest.raises(UserError, match=rf"^{small_disk}: the disk is full; shard.00000.mds.zstd takes"):
+        MDSReader(tmp_path / "data")[0]
 
 
 def test_full_disk(small_disk: Path) -> None:

@@ -4,7 +4,7 @@ Opening reads index.json only. A shard is mapped when one of its samples is aske
 mapped, as many as open files are allowed (a map costs address space and a file descriptor, not memory); arrays are
 views of the map and keep it. A compressed shard is unpacked once, by one of the processes that want it, beside the
 compressed file as the format's own reader does; when the directory is read-only, by each into an unnamed temporary
-file, kept mapped.
+file, which is gone when it is no longer mapped.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ _CHUNK_BYTES = 1 << 20
 # ranks that open a shard for every sample anew are a burden to the file server.
 _SHARE_OF_OPEN_FILES = 64
 _MAX_MAPS = 1024
+_MAX_UNNAMED = 64
+"""Shards unpacked into unnamed files that stay mapped: 4 GiB of the temporary directory, however large the data."""
 
 
 class MDSReader(Sequence[dict[str, Any]]):
@@ -61,7 +63,6 @@ class MDSReader(Sequence[dict[str, Any]]):
         self._starts = [shard.first for shard in self.shards]
         self._length = sum(shard.num_samples for shard in self.shards)
         self._maps: dict[int, mmap.mmap] = {}  # oldest first
-        self._unnamed: dict[int, mmap.mmap] = {}
         stored = self.shards[0].columns if self.shards else {}
         wanted = stored.keys() if columns is None else set(columns)
         self.columns = {name: kind for name, kind in stored.items() if name in wanted}
@@ -161,8 +162,6 @@ class MDSReader(Sequence[dict[str, Any]]):
         raise UserError(f"{self.shards[number].path}: column {column} has arrays of more than one axis")
 
     def _map(self, number: int) -> mmap.mmap:
-        if number in self._unnamed:
-            return self._unnamed[number]
         shard = self.shards[number]
         with _open(shard) as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -171,12 +170,10 @@ class MDSReader(Sequence[dict[str, Any]]):
                 f"{shard.path} holds {int.from_bytes(data[:4], 'little')} samples, index.json says "
                 f"{shard.num_samples}; fetch or write the data set again"
             )
-        if shard.packed is None or shard.path.exists():
-            if len(self._maps) == self._max_maps:
-                del self._maps[next(iter(self._maps))]
-            self._maps[number] = data
-        else:
-            self._unnamed[number] = data
+        is_named = shard.packed is None or shard.path.exists()
+        if len(self._maps) >= (self._max_maps if is_named else min(self._max_maps, _MAX_UNNAMED)):
+            del self._maps[next(iter(self._maps))]
+        self._maps[number] = data
         return data
 
     def verify(self, number: int) -> None:
@@ -251,10 +248,10 @@ def _unpack(shard: Shard) -> IO[bytes]:
     except OSError:
         # A read-only place: unpack into a file that vanishes with this process.
         raw = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
-        _decompress(shard, raw)
+        _decompress(shard, raw, Path(tempfile.gettempdir()))
         return raw
     try:
-        _decompress(shard, raw)
+        _decompress(shard, raw, shard.path)
         temporary.replace(shard.path)
     except BaseException:
         raw.close()
@@ -264,7 +261,8 @@ def _unpack(shard: Shard) -> IO[bytes]:
     return raw
 
 
-def _decompress(shard: Shard, raw: IO[bytes]) -> None:
+def _decompress(shard: Shard, raw: IO[bytes], place: Path) -> None:
+    """place: where `raw` lies, for messages."""
     path, _ = shard.delivered
     try:
         algorithm, _ = parse_compression(shard.compression or "")
@@ -274,14 +272,14 @@ def _decompress(shard: Shard, raw: IO[bytes]) -> None:
         with open_compressed(path, algorithm) as stream:
             while part := stream.read(_CHUNK_BYTES):
                 raw.write(part)
+        raw.flush()
     except (EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
         if is_disk_full(error):
             raise UserError(
-                f"{shard.path}: the disk is full; unpacked it takes {shard.raw.num_bytes:,} bytes. Free space and "
-                "run the same command again"
+                f"{place}: the disk is full; {path.name} takes {shard.raw.num_bytes:,} bytes unpacked. Free space "
+                "and run the same command again"
             ) from None
         raise UserError(f"{path}: cannot be unpacked ({error}); fetch or write it again") from None
-    raw.flush()
     if raw.tell() != shard.raw.num_bytes:
         raise UserError(f"{path} unpacks to {raw.tell()} bytes, index.json says {shard.raw.num_bytes}")
     raw.seek(0)
