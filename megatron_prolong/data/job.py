@@ -184,7 +184,7 @@ class Job:
         for parent in parents:
             members = [self.directory / task for task in tasks if str(Path(task).parent) == parent]
             merge_indexes(members, self.directory / parent)
-        keep = {Path(task).parts[0] for task in tasks} | {SETTINGS, REPORT, INDEX}
+        keep = {Path(task).parts[0] for task in tasks} | {SETTINGS, INDEX}
         for path in self._content(*keep):  # plans, and temporary directories of killed workers
             _delete(path)
         for parent in parents:

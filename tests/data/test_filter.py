@@ -16,6 +16,7 @@ from llama3 import llama3_tokenizer
 from packs import record_tokenizer
 
 from megatron_prolong.data import filter as filter_module
+from megatron_prolong.data.duplicates import find_duplicates
 from megatron_prolong.data.executors import LocalProcesses
 from megatron_prolong.data.filter import (
     Candidate,
@@ -73,6 +74,12 @@ def test_duplicates_across_inputs_keep_the_first(tmp_path: Path) -> None:
         ("a", 7),
         ("b", 8),
     ]
+
+
+def test_a_document_that_is_dropped_anyway_is_nobodys_duplicate() -> None:
+    tokens = [tokens_of(1, 5), tokens_of(2, 4)]
+    given = [None, *tokens, None, tokens[0], np.zeros(4, np.uint32), tokens[1]]
+    assert find_duplicates(given).tolist() == [False, False, False, False, True, False, True]
 
 
 def test_a_document_that_its_length_drops_takes_no_copy_along(tmp_path: Path) -> None:

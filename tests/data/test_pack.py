@@ -223,6 +223,7 @@ def test_running_again_does_nothing_and_other_settings_are_refused(tmp_path: Pat
         ({"mode": "best"}, "mode 'best' is none of"),
         ({"lengths": (5,)}, "lengths belong to mode single"),
         ({"mode": "single", "lengths": (5, 16)}, "chunk length 5 does not divide the pack's length 16"),
+        ({"mode": "single", "lengths": (0, 16)}, "chunk length 0 does not divide the pack's length 16"),
         ({"overlap": 16}, "overlap 16 must be less than"),
         ({"mode": "single", "lengths": (8,), "overlap": 8}, "overlap 8 must be less than"),
         ({"min_length": 17}, "min_length 17 is longer than a pack"),

@@ -120,6 +120,11 @@ def test_a_cut_document_goes_on_with_the_overlap_that_was_asked_for(make, last: 
     assert losses.repeated == 9
 
 
+def test_an_overlap_longer_than_the_piece_before_begins_with_the_document() -> None:
+    packs = list(concatenate([(0, 9), (1, 11)], Rules(10, overlap=3), losses := Losses()))
+    assert packs == [[(0, 0, 9), (1, 0, 1)], [(1, 0, 10)]] and losses.repeated == 1 + 3
+
+
 def test_best_fit_windows_change_neither_account_nor_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_WINDOW_DOCUMENTS", 3)
     lengths = [3, 9, 4, 25, 1, 1, 8]

@@ -300,6 +300,11 @@ def test_jsonl_line_beyond_the_limit_is_passed_over(tmp_path: Path, monkeypatch:
         assert isinstance(long, Bad) and long.reason == "too long"
 
 
+def test_a_file_of_a_byte_order_mark_has_no_lines(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"a.jsonl": b"\xef\xbb\xbf", "b.jsonl": b'\xef\xbb\xbf\n{"text": "x"}\n'})
+    assert [found[1] for found in read("jsonl", tmp_path)] == [{"text": "x"}]
+
+
 def test_empty_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     assert read("jsonl", tmp_path) == []

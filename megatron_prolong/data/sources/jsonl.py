@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import IO
 
@@ -48,7 +49,7 @@ class JsonLines:
                 at += num_bytes
                 if line is None:
                     yield Bad(name, f"is longer than {MAX_RECORD_BYTES >> 20} MiB", "too long")
-                elif line.strip():
+                elif line.removeprefix(BOM_UTF8).strip():
                     yield _parse(name, line)
 
 
