@@ -6,7 +6,6 @@ disk. RUN/STAGE/latest names the newest one.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +82,8 @@ def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
 def remove_unfinished(stage_dir: Path) -> None:
     """Delete what killed processes were saving or deleting there; nobody may be saving."""
     remove_leftovers(stage_dir)
-    for leftover in stage_dir.glob("step_*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for partial in stage_dir.glob("step_*.partial"):
+        remove(partial)
 
 
 @dataclass(frozen=True)

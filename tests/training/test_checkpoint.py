@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import default_planner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -36,6 +37,7 @@ from megatron_prolong.mcore.checkpoint import (
     _model_state,
     _WeightsOnlyPlanner,
     load_weights_and_optimizer,
+    state_bytes,
     take_snapshot,
     training_state,
 )
@@ -253,6 +255,19 @@ def test_what_killed_processes_left_is_gone_before_space_is_looked_for(bench, mo
     assert bench.names == ["latest", "step_00000001", "step_00000003.partial"]
 
 
+def test_half_a_checkpoint_that_cannot_be_deleted_yet_stops_nothing(bench, monkeypatch):
+    """A killed process may still have its file open, and the run has come to the same step again."""
+    (bench.stage / "step_00000001.partial").mkdir(parents=True)
+
+    def busy(path, **_):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    bench.save(1)
+    bench.writer.finish()
+    assert bench.newest == 1
+
+
 def test_no_space_is_seen_before_anything_is_written(bench, monkeypatch):
     bench.save(1)
     bench.writer.finish()
@@ -398,11 +413,42 @@ def test_a_snapshot_is_of_its_moment(trained, tmp_path):
     for _ in range(2):
         optimizer.step()
     assert not any(torch.equal(*pair) for pair in zip(expected, numbers(model, optimizer), strict=True))
-    snapshot.write()
+    entries = snapshot.write()
+    assert entries == hash_files(tmp_path, ["__0_0.distcp"])
     snapshot.finish()
     load_weights_and_optimizer(tmp_path, model, optimizer)
     for found, wanted in zip(numbers(model, optimizer), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_the_size_of_a_checkpoint_counts_what_several_ranks_hold_once(trained):
+    model, optimizer, _ = trained
+    num_weights = sum(weight.numel() for weight in model.chunks[0].parameters())
+    state = training_state(model, optimizer)
+    assert state_bytes(state) == 16 * num_weights  # fp32: weights twice, and two moments
+    for replica in nested_values(state["model"]):
+        replica.replica_id = (0, 0, 1)
+    assert state_bytes(state) == 12 * num_weights
+
+
+def test_a_rank_may_have_nothing_to_write(trained, tmp_path):
+    """All it holds may be written by others that hold the same."""
+    snapshot = take_snapshot(tmp_path, {"step": 1})
+    assert snapshot.write() == {}
+    snapshot.finish()
+    assert not list(tmp_path.glob("*.distcp"))
+
+
+def test_a_disk_that_turns_out_full_at_the_end_is_noticed(trained, tmp_path, monkeypatch):
+    """NFS takes a file and says only when it is synced that there is no room for it."""
+    snapshot = take_snapshot(tmp_path, training_state(trained.model, trained.optimizer))
+
+    def full(_):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(saved.os, "fsync", full)
+    with pytest.raises(OSError, match="quota"):
+        snapshot.write()
 
 
 def test_saving_compares_no_boxes_and_the_table_of_contents_says_all_once(trained, tmp_path, monkeypatch):
