@@ -97,7 +97,7 @@ class Bench:
         monkeypatch.setattr(checkpoint, "state_bytes", lambda state: 10)
         monkeypatch.setattr(checkpoint, "take_snapshot", self._take)
         (root / "hf").mkdir()
-        (root / "hf" / "tokenizer.json").touch()
+        (root / "hf" / "tokenizer.json").write_text("{}")
         self.stage = root / "stage"
         self.writer = checkpoint.CheckpointWriter(
             self.stage, CheckpointSpec(**spec), root / "hf", "name: test\n", self.reports.append
@@ -350,6 +350,30 @@ def test_latest_never_names_what_has_not_got_its_name_yet(bench, monkeypatch):
     with pytest.raises(UserError, match=r"step_00000002 could not be saved:\n  - rank 0: .*Stale") as refused:
         bench.writer.finish()
     assert refused.value.exit_code == 1 and bench.newest == 1
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_changed_byte_is_noticed_by_the_rank_that_reads_the_file(bench, monkeypatch, num_ranks):
+    bench.save(1)
+    bench.writer.finish()
+    directory = bench.stage / "step_00000001"
+    monkeypatch.setattr(checkpoint, "against_main", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "together", lambda action: action())
+    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: num_ranks)
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != "checksums.json"]
+    assert len(files) == 5
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(b"?" + content[1:])
+        noticed = 0
+        for rank in range(num_ranks):
+            monkeypatch.setattr(checkpoint.dist, "get_rank", lambda rank=rank: rank)
+            try:
+                checkpoint.verify_checkpoint(directory)
+            except UserError as error:
+                noticed += f"{path.relative_to(directory)}: contents changed" in str(error)
+        assert noticed == 1, path
+        path.write_bytes(content)
 
 
 def test_what_could_not_be_written_is_named_also_where_it_cannot_be_deleted(bench):
