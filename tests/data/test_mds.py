@@ -407,13 +407,21 @@ def test_a_compression_that_is_not_read_is_told_with_the_file(tmp_path: Path) ->
         MDSReader(tmp_path)[0]
 
 
-def test_a_compressed_shard_of_another_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"bytes": 7}, r"shard.00000.mds.zstd unpacks to \d+ bytes, index.json says 7"),
+        ({"hashes": {"xxh64": "0123"}}, r"shard.00000.mds: its xxh64 is \w+, index.json says 0123"),
+    ],
+)
+def test_a_compressed_shard_of_another_content(tmp_path: Path, change: dict, said: str) -> None:
     write(tmp_path, [500] * 5, compression="zstd")
     index = json.loads((tmp_path / "index.json").read_text())
-    index["shards"][0]["raw_data"]["bytes"] += 1
+    index["shards"][0]["raw_data"] |= change
     (tmp_path / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"shard.00000.mds.zstd unpacks to \d+ bytes, index.json says \d+"):
+    with pytest.raises(UserError, match=said):
         MDSReader(tmp_path)[0]
+    assert not (tmp_path / "shard.00000.mds").exists()
 
 
 def test_compressed_shards_are_unpacked_beside_or_on_a_read_only_disk_elsewhere(small_disk: Path) -> None:
