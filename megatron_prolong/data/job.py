@@ -13,6 +13,7 @@ import errno
 import fcntl
 import json
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -96,7 +97,8 @@ class Job:
 
     def _begin(self, lock: IO[str]) -> None:
         """Write the settings, or find the same. All that are at work share the lock; who has it alone may clear."""
-        alone = lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) is not False
+        locked = lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = locked is not False
         if not alone:
             lock_file(lock, fcntl.LOCK_SH)
         begun = _read(self.directory / SETTINGS)
@@ -111,6 +113,9 @@ class Job:
         if begun is None:  # once, as it is the file that `finish` locks
             with disk_full_is_users(self.out):
                 write_json(self.directory / SETTINGS, dict(self.settings))
+        if locked:  # then killed processes of this machine left these; other machines may not see the lock
+            for path in list(self.directory.rglob(f"*.tmp-{socket.gethostname()}-*")):
+                _delete(path)
         lock_file(lock, fcntl.LOCK_SH)
 
     def _content(self, *but: str) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -176,6 +177,21 @@ def test_what_killed_workers_left_vanishes(tmp_path: Path) -> None:
         job.finish(["8-16/00000"], lambda: {"tokens": 3})
     found = {str(path.relative_to(job.out)) for path in job.out.rglob("*") if path.suffix != ".json"}
     assert found == {"8-16", "8-16/00000", "8-16/00000/shard.00000.mds"}
+
+
+def test_what_killed_workers_left_does_not_pile_up(tmp_path: Path) -> None:
+    """A job that is preempted every hour had each time as much more as its workers were at."""
+    job, again = (Job(tmp_path / "out", {"step": "test"}) for _ in range(2))
+    here, elsewhere = f"00001.tmp-{socket.gethostname()}-1", "00001.tmp-elsewhere-1"
+    with job.open():
+        for name in (here, f"8-16/{here}", elsewhere):
+            write(job.directory / "killed", 1)
+            (job.directory / name).parent.mkdir(exist_ok=True)
+            (job.directory / "killed").rename(job.directory / name)
+        with again.open():  # which is not alone
+            assert len(list(job.directory.rglob("*.tmp-*"))) == 3
+    with again.open():
+        assert [path.name for path in job.directory.rglob("*.tmp-*")] == [elsewhere]
 
 
 def test_leftovers_that_somebody_else_deletes_meanwhile_are_no_error(
