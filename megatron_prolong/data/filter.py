@@ -184,7 +184,7 @@ def _settings(inputs: Sequence[str], options: FilterOptions) -> dict[str, Any]:
 
     settings = asdict(options) | {
         "step": "filter",
-        "inputs": {name: digest(Path(name) / INDEX) for name in inputs},
+        "inputs": [f"{name}, index {digest(Path(name) / INDEX)}" for name in inputs],
         "against": {path: digest(Path(path)) if Path(path).is_file() else path for path in options.against},
     }
     if options.tokenizer:

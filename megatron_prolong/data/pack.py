@@ -141,10 +141,10 @@ def pack(
 
 def _settings(inputs: Sequence[str], options: PackOptions) -> dict[str, Any]:
     TokenizedInputs(inputs)  # a missing or unsuitable input is better reported by it
-    indexes = {
-        name: f"index sha256 {hashlib.sha256((Path(name) / INDEX).read_bytes()).hexdigest()}"
+    indexes = [
+        f"{name}, index sha256 {hashlib.sha256((Path(name) / INDEX).read_bytes()).hexdigest()}"
         for name in inputs
-    }
+    ]
     return {"step": "pack", "inputs": indexes, **asdict(options), "lengths": list(options.lengths)}
 
 

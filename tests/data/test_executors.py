@@ -190,6 +190,21 @@ def test_what_needs_all_documents_is_done_by_one_job_of_an_array(
     assert done == [name] and {path.name for path in tmp_path.iterdir()} == {"documents", "out"}
 
 
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [(pack, PackOptions(16, "concat")), (filter_documents, FilterOptions(min_length={"": 1}))],
+)
+def test_inputs_in_another_order_are_another_job(
+    step: Callable[..., object], options: object, tmp_path: Path
+) -> None:
+    """What a stopped one had planned was carried on with the documents of the wrong inputs."""
+    a, b = (write_documents(tmp_path / name, [30] * 4) for name in "ab")
+    step([a, b], tmp_path / "out", options)
+    for others in ([b, a], [a, b, b]):
+        with pytest.raises(UserError, match="out exists already"):
+            step(others, tmp_path / "out", options)
+
+
 @pytest.mark.slow
 def test_ray_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
