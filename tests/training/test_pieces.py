@@ -285,7 +285,7 @@ def test_half_a_line_of_a_process_that_died_does_not_spoil_the_next(tmp_path):
 def test_without_a_pointer_the_last_checkpoint_is_the_newest(tmp_path):
     """A run would otherwise start anew, and overwrite the steps of the one before as it came to them."""
     assert latest_checkpoint(tmp_path) is None
-    for step in (2, 4):
+    for step in (2, 3, 4):
         save(tmp_path, step)
     (tmp_path / "step_00000006.partial").mkdir()
     (tmp_path / "latest").unlink()
@@ -336,6 +336,10 @@ def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"holds no prolong\.json; copy it again, or .* into .*latest: step_00000001$"
     ):
+        latest_checkpoint(tmp_path / "short")
+    for step in (1, 2):
+        (tmp_path / "short" / f"step_{step:08d}").rmdir()
+    with pytest.raises(UserError, match=r"'step_00000002' is no checkpoint there; .*: none left$"):
         latest_checkpoint(tmp_path / "short")
 
 
