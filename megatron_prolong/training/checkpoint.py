@@ -168,7 +168,7 @@ class CheckpointWriter:
             )
 
     def _make_room(self, partial: Path, num_bytes: int) -> None:
-        remove_unfinished(self._stage_dir)  # first of all: it may be what fills the disk
+        remove_unfinished(self._stage_dir.parent)  # first of all: it may be what fills the disk
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
         if free < num_bytes:

@@ -79,11 +79,12 @@ def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
             remove(old)
 
 
-def remove_unfinished(stage_dir: Path) -> None:
-    """Delete what killed processes were saving or deleting there; nobody may be saving."""
-    remove_leftovers(stage_dir)
-    for partial in stage_dir.glob("step_*.partial"):
-        remove(partial)
+def remove_unfinished(run_dir: Path) -> None:
+    """Delete what killed processes were saving or deleting in any stage; nobody may be saving."""
+    for stage_dir in run_dir.iterdir():
+        remove_leftovers(stage_dir, "step_*")
+        for partial in stage_dir.glob("step_*.partial"):
+            remove(partial)
 
 
 @dataclass(frozen=True)

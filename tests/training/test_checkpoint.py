@@ -241,14 +241,20 @@ def test_what_killed_processes_left_is_gone_before_space_is_looked_for(bench, mo
     """A disk that holds a checkpoint more than is kept has no room for half a one and another one."""
     bench.save(1)
     bench.writer.finish()
-    for leftover in ("step_00000002.partial", "step_00000000.removed.tmp-elsewhere-1"):
-        (bench.stage / leftover).mkdir()
-        (bench.stage / leftover / "weights").touch()
+    stage_before = bench.stage.parent / "before"
+    leftovers = [
+        bench.stage / "step_00000002.partial",
+        bench.stage / "step_00000000.removed.tmp-elsewhere-1",
+        stage_before / "step_00000008.removed.tmp-elsewhere-1",  # at the end of its last save
+    ]
+    for leftover in leftovers:
+        leftover.mkdir(parents=True)
+        (leftover / "weights").touch()
     usage = shutil.disk_usage(bench.stage)
 
     def free(path):
-        left = list(bench.stage.glob("*/weights"))
-        return usage._replace(free=30 - 10 * len(left))
+        left = [leftover for leftover in leftovers if leftover.exists()]
+        return usage._replace(free=10 - len(left))
 
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", free)
     bench.save(3)
