@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +14,6 @@ from megatron_prolong.convert.names import Tensor2D, hf_tensors
 from megatron_prolong.convert.transfer import WORKERS, chunks, num_bytes
 from megatron_prolong.runtime.progress import progress
 
-# What decides which tensors there are and how large; without it there is nothing to compare tensor by tensor.
-_SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_embeddings",
-)
-
 
 @dataclass(frozen=True)
 class TensorDifference:
@@ -34,13 +21,10 @@ class TensorDifference:
 
     name: str
     dtypes: tuple[str, str]
+    exact: bool
+    """Same dtype and same bits: 0 is not -0."""
     max_difference: float
     """Largest absolute difference, in fp32; NaN where a part that differs holds a NaN."""
-
-    @property
-    def exact(self) -> bool:
-        """Same dtype and same numbers."""
-        return self.dtypes[0] == self.dtypes[1] and self.max_difference == 0
 
 
 @dataclass(frozen=True)
@@ -94,8 +78,8 @@ def compare(a: Path, b: Path, *, cast: bool = False) -> Comparison:
             for name in fields
             if fields[name] != others[name] and name != "initializer_range"
         ]
-        if any(fields[name] != others[name] for name in _SIZES):
-            return Comparison(config, [])
+        if hf_tensors(left.shape) != hf_tensors(right.shape):
+            return Comparison(config, [])  # other names, or rows in other places
         return Comparison(config, _compare_tensors(left, right, cast))
 
 
@@ -116,15 +100,16 @@ def _compare_tensors(left: AnyCheckpoint, right: AnyCheckpoint, cast: bool) -> l
 def _compare_tensor(
     tensor: Tensor2D, left: AnyCheckpoint, right: AnyCheckpoint, cast: bool
 ) -> TensorDifference:
-    largest = 0.0
+    exact, largest = True, torch.zeros(())
     dtypes = (right.dtype(tensor) if cast else left.dtype(tensor), right.dtype(tensor))
     for chunk in chunks(tensor, left.dtype(tensor)):
         mine = left.read(tensor, chunk.start, chunk.stop).to(dtypes[0])
         other = right.read(tensor, chunk.start, chunk.stop)
         if mine.dtype == other.dtype and torch.equal(mine.view(torch.uint8), other.view(torch.uint8)):
             continue
-        difference = float((mine.float() - other.float()).abs().max())
-        largest = difference if math.isnan(difference) else max(largest, difference)
-        if math.isnan(largest):
-            break
-    return TensorDifference(tensor.name, (dtype_name(dtypes[0]), dtype_name(dtypes[1])), largest)
+        exact = False
+        difference = (mine.float() - other.float()).abs().max()
+        largest = torch.maximum(largest, difference)  # a NaN wins
+    return TensorDifference(
+        tensor.name, (dtype_name(dtypes[0]), dtype_name(dtypes[1])), exact, float(largest)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.convert import app
+from megatron_prolong.convert import transfer
 from megatron_prolong.convert.compare import compare
 from megatron_prolong.convert.describe import describe
 from megatron_prolong.convert.dist_weights import DistWeights
 from megatron_prolong.convert.logits import largest_logit_difference
 from megatron_prolong.convert.names import Rows
 from megatron_prolong.convert.to_megatron import to_megatron
+from megatron_prolong.errors import UserError
 
 
 @pytest.fixture
@@ -41,15 +44,52 @@ def test_equal_across_formats(pair: tuple[Path, Path]) -> None:
     assert comparison.lines() == ["39 of 39 tensors are bit-equal, 0 config differences"]
 
 
-def test_one_changed_row_is_found(pair: tuple[Path, Path]) -> None:
+def test_changed_rows_are_found(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two chunks, which hold a few rows each; the larger difference is told."""
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 1000)
     original, converted = pair
     name = "model.layers.2.self_attn.k_proj.weight"
     before = load_file(original / "model.safetensors")[name][3]
     _edit(original, name, row=3, value=7.0)
+    _edit(original, name, row=9, value=0.0)
     comparison = compare(original, converted)
     assert [tensor.name for tensor in comparison.tensors if not tensor.exact] == [name]
     expected = (7.0 - before).abs().max()
     assert f"{name}: float32, largest difference {expected:g}" in comparison.lines()
+
+
+def test_minus_zero_is_not_bit_equal_to_zero(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for number, name in ((0.0, "one"), (-0.0, "other")):
+        shutil.copytree(pair[0], tmp_path / name)
+        _edit(tmp_path / name, "model.norm.weight", row=0, value=number)
+    comparison = compare(tmp_path / "one", tmp_path / "other")
+    assert not comparison.equal
+    assert comparison.lines() == [
+        "model.norm.weight: float32, largest difference 0",
+        "38 of 39 tensors are bit-equal, 0 config differences",
+    ]
+
+
+def test_models_of_other_sizes_are_not_compared_tensor_by_tensor(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Nor where Hugging Face's tensors have the same sizes, for Megatron's rows lie in another order."""
+    manifest = json.loads((pair[1] / "prolong.json").read_text())
+    manifest["shape"] |= {"num_heads": 4, "num_kv_heads": 1, "head_dim": 16}
+    (pair[1] / "prolong.json").write_text(json.dumps(manifest))
+    for other in (pair[1], save_family("llama3.2-tied", tmp_path / "tied")):
+        comparison = compare(pair[0], other)
+        assert not comparison.equal and not comparison.same_tensors
+        assert comparison.lines()[-1].startswith("0 of 0 tensors are bit-equal")
+    assert len(comparison.config) == 3, comparison.config  # head_dim, tie_embeddings, RoPE's factor
+
+
+def test_a_tensor_that_is_missing_is_named(pair: tuple[Path, Path]) -> None:
+    tensors = load_file(pair[0] / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, pair[0] / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.norm\.weight: missing"):
+        compare(*pair)
 
 
 @pytest.mark.parametrize("spoilt", ["original", "converted"])
@@ -83,9 +123,9 @@ def test_dtype_and_config_differences_are_found(pair: tuple[Path, Path], tmp_pat
     config["rope_parameters"]["rope_theta"] = 1e6
     config["initializer_range"] = 0.01  # decided the first weights of a training, not what these compute
     (original / "config.json").write_text(json.dumps(config))
-    assert compare(original, converted).config == [
-        f"rope_base: 1000000.0 in {original}, 500000.0 in {converted}"
-    ]
+    comparison = compare(original, converted)
+    assert comparison.config == [f"rope_base: 1000000.0 in {original}, 500000.0 in {converted}"]
+    assert comparison.same_tensors and not comparison.equal
 
 
 @pytest.mark.parametrize("family", FAMILIES)
