@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from megatron_prolong.convert.initial import write_initial
+from megatron_prolong.convert.initial import RandomWeights, write_initial
+from megatron_prolong.convert.names import Rows
 from megatron_prolong.convert.sidecar import copy_sidecar
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import InitSpec
@@ -29,6 +32,33 @@ def test_a_checkpoint_lends_its_tokenizer(tmp_path: Path) -> None:
         assert (first / HF_DIR / name).read_bytes() == (second / HF_DIR / name).read_bytes()
     with pytest.raises(UserError, match=r"absent: no tokenizer\.json"):
         write_initial(INIT, tmp_path / "absent", tmp_path / "third", seed=1)
+
+
+def test_weights_are_those_of_the_seed_whatever_rows_are_read() -> None:
+    """Of matrices as transformers begins them, every row and tensor its own; norms are one."""
+    weights = RandomWeights(INIT.shape(100), seed=1)
+
+    def read(
+        weights: RandomWeights, start: int, count: int, name: str = "model.embed_tokens.weight"
+    ) -> Tensor:
+        out = torch.empty(count, 512)
+        weights.read_into(Rows(name, None, start, count), out)
+        return out
+
+    whole = read(weights, 0, 100)
+    assert abs(float(whole.std()) - 0.02) < 4e-4 and abs(float(whole.mean())) < 4e-4
+    assert torch.equal(read(weights, 40, 7), whole[40:47])
+    assert len(whole.unique(dim=0)) == 100
+    for other in (
+        read(RandomWeights(INIT.shape(100), seed=2), 0, 100),
+        read(weights, 0, 100, "lm_head.weight"),
+    ):
+        assert not torch.equal(other, whole)
+    narrow = RandomWeights(INIT.shape(100).replace(initializer_range=0.01), seed=1)
+    assert torch.equal(2 * read(narrow, 0, 100), whole)
+    norm = torch.empty(8)
+    weights.read_into(Rows("model.norm.weight", None, 0, 8), norm)
+    assert norm.tolist() == [1.0] * 8
 
 
 CHAT = (

@@ -62,6 +62,10 @@ def test_three_workers_write_three_files_at_once_and_the_same_tensors(
     assert compare(original, tmp_path / "hf-3").equal
 
 
+def test_neighbours_fill_a_file_to_its_last_byte() -> None:
+    assert transfer.grouped([2, 2, 1, 5, 9, 3, 1], lambda item: item, 4) == [[2, 2], [1], [5], [9], [3, 1]]
+
+
 def test_no_worker_is_no_number(tmp_path: Path) -> None:
     result = CliRunner().invoke(
         app, ["convert", "to-hf", str(tmp_path), str(tmp_path / "out"), "--workers", "0"]
