@@ -114,8 +114,6 @@ class DistWeights:
                 wanted.add(key)
                 layers = () if stacked is None else (shape.num_layers,)
                 problems += self._check_tensor(key, (*layers, *rule.shape))
-        if shape.tie_embeddings:
-            wanted.add("output_layer.weight")
         problems += [
             f"{key}: unexpected, not part of this Llama"
             for key in self.tensors

@@ -19,6 +19,19 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import ModelShape, read_json
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Those of quantised and other models are refused, by their own names.
+_KNOWN_DTYPES = {
+    **SAFETENSORS_DTYPES,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _HEAD = "lm_head.weight"
 # Buffers that old checkpoints carry and that are computed, not trained.
@@ -193,11 +206,11 @@ def _read_header(path: Path) -> dict[str, _Stored]:
 
 
 def _from_header(path: Path, data_start: int, entry: dict[str, Any]) -> _Stored:
-    # Other dtypes get a placeholder: `check` complains about them, unless the tensor is ignored.
-    dtype = SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8)
+    # What is not known (four bits, complex) gets a placeholder: `check` complains about it, unless it is ignored.
+    dtype = _KNOWN_DTYPES.get(entry["dtype"], torch.uint8)
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    if dtype is not torch.uint8 and end - begin != torch.Size(shape).numel() * dtype.itemsize:
+    if entry["dtype"] in _KNOWN_DTYPES and end - begin != torch.Size(shape).numel() * dtype.itemsize:
         raise ValueError(f"{end - begin} bytes for a tensor of shape {list(shape)}, dtype {entry['dtype']}")
     return _Stored(dtype, shape, path, data_start + begin)
 
@@ -213,7 +226,7 @@ def _read_bin(path: Path) -> dict[str, _Stored]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected tensors by name")
     return {
-        name: _Stored(tensor.dtype, tuple(tensor.shape), path, mapped=tensor)
+        name: _Stored(tensor.dtype, tuple(tensor.shape), path, mapped=tensor.detach())
         for name, tensor in content.items()
         if isinstance(tensor, Tensor)
     }

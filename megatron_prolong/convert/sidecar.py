@@ -36,7 +36,7 @@ def copy_sidecar(source: Path, target: Path, tokenizer: Path | None = None) -> N
     target.mkdir(parents=True, exist_ok=True)
     parts = ((source, _MODEL), (tokenizer or source, _TOKENIZER))
     paths = [(origin, path) for origin, names in parts for path in _matching(origin, names)]
-    if broken := [str(path) for _, path in paths if path.is_symlink() and not path.exists()]:
+    if broken := [str(path) for _, path in paths if not path.exists()]:
         raise UserError.many(
             "these links lead nowhere; fetch the model again, or remove them:", sorted(broken)
         )
@@ -120,7 +120,7 @@ def raise_limits(directory: Path, max_length: int) -> list[str]:
         limit = config.get(field)
         if isinstance(limit, int) and limit < max_length:
             config[field] = max_length
-            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             changes.append(f"{name}: {field}: {limit} -> {max_length}")
     return changes
 

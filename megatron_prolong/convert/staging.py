@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +43,7 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
     new_parents = [parent for parent in final.parents if not parent.exists()]  # the innermost first
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(final.parent, final.name)
+        remove_leftovers(final.parent, glob.escape(final.name))
         free = shutil.disk_usage(final.parent).free
         if free < needed_bytes:
             raise UserError(f"{final}: needs {needed_bytes:,} bytes, but the disk has {free:,} free")
@@ -51,8 +53,11 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:
         if is_disk_full(error):
             raise UserError(f"{final}: the disk is full; nothing was kept") from error
-        if is_forbidden(error):
+        # Once there is a place to write into, what is forbidden is to read a file of the source.
+        if is_forbidden(error) and not partial.exists():
             raise UserError(f"{final}: cannot be written: {error.strerror}") from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UserError(f"{final}: another process has made it meanwhile; nothing was kept") from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

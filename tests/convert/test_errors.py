@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from megatron_prolong.convert import staging, transfer
 from megatron_prolong.convert.compare import compare
 from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.convert.to_megatron import to_megatron
-from megatron_prolong.convert.unpickle import load_common, load_metadata
+from megatron_prolong.convert.unpickle import Inert, SafeUnpickler, load_common, load_metadata
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.checksums import verify_checksums
 
@@ -60,7 +62,8 @@ def test_every_wrong_tensor_is_listed(original: Path, tmp_path: Path) -> None:
     tensors["model.norm.weight"] = torch.zeros(63)
     tensors["model.layers.9.mlp.up_proj.weight"] = torch.zeros(2)
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
-    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(64, 64, dtype=torch.int8)
+    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(64, 64, dtype=torch.float8_e4m3fn)
+    tensors["model.layers.0.self_attn.o_proj.weight"] = torch.zeros(64, 64, dtype=torch.float64)
     save_file(tensors, path)
     message = _refused(lambda out: to_megatron(original, out), tmp_path)
     assert "model.layers.1.mlp.up_proj.weight: missing" in message
@@ -68,7 +71,13 @@ def test_every_wrong_tensor_is_listed(original: Path, tmp_path: Path) -> None:
     assert "model.norm.weight: shape [63], config.json asks for [64]" in message
     assert "model.layers.9.mlp.up_proj.weight: unexpected" in message
     assert "model.layers.0.self_attn.q_proj.bias: unexpected" in message
-    assert "model.layers.0.self_attn.q_proj.weight: dtype" in message
+    assert "model.layers.0.self_attn.q_proj.weight: dtype torch.float8_e4m3fn; only fp32" in message
+    assert "model.layers.0.self_attn.o_proj.weight: dtype torch.float64; only fp32" in message
+
+
+def test_a_file_without_tensors(original: Path, tmp_path: Path) -> None:
+    save_file({}, original / "model.safetensors")
+    assert "model.norm.weight: missing" in _refused(lambda out: to_megatron(original, out), tmp_path)
 
 
 def test_a_model_saved_without_its_head_is_one_sentence(original: Path, tmp_path: Path) -> None:
@@ -135,7 +144,7 @@ def test_truncated_safetensors(original: Path, tmp_path: Path, keep: int) -> Non
     path = original / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     message = _refused(lambda out: to_megatron(original, out), tmp_path)
-    assert str(path) in message and "truncated" in message
+    assert message.startswith(f"{path}: ") and "truncated" in message.removeprefix(str(path))
 
 
 @pytest.mark.parametrize(
@@ -215,6 +224,10 @@ def test_the_target_exists(
         with pytest.raises(UserError, match="already exists"):
             convert()
     assert [path.name for path in taken.iterdir()] == ["precious"]
+    with pytest.raises(UserError, match="precious: already exists"):
+        to_megatron(original, taken / "precious")
+    (tmp_path / "empty").mkdir()
+    to_megatron(original, tmp_path / "empty")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="link: already exists"):
         to_megatron(original, tmp_path / "link")
@@ -260,6 +273,14 @@ def test_one_changed_bit_of_a_weight(original: Path, converted: Path, tmp_path: 
         assert str(data) in message and "damaged, copy it again (BadZipFile: Bad CRC-32" in message
 
 
+def test_a_dtype_that_is_none_of_a_llama(converted: Path, tmp_path: Path) -> None:
+    contents = pickle.loads((converted / ".metadata").read_bytes())
+    contents.state_dict_metadata["output_layer.weight"].properties.dtype = torch.float64
+    (converted / ".metadata").write_bytes(pickle.dumps(contents))
+    said = _refused(lambda out: to_hf(converted, out), tmp_path)
+    assert "output_layer.weight: dtype torch.float64; only fp32, fp16 and bf16 are supported" in said
+
+
 def test_a_checkpoint_that_lacks_a_chunk(converted: Path, tmp_path: Path) -> None:
     contents = pickle.loads((converted / ".metadata").read_bytes())
     contents.state_dict_metadata["decoder.final_layernorm.weight"].chunks.pop()
@@ -280,11 +301,19 @@ def test_a_converted_checkpoint_has_checksums(converted: Path) -> None:
 
 def test_a_checkpoint_of_another_shape(converted: Path, tmp_path: Path) -> None:
     manifest = json.loads((converted / "prolong.json").read_text())
-    manifest["shape"] |= {"num_layers": 5, "ffn_hidden_size": 100}
-    (converted / "prolong.json").write_text(json.dumps(manifest))
-    message = _refused(lambda out: to_hf(converted, out), tmp_path)
+
+    def said(**shape: object) -> str:
+        changed = {**manifest, "shape": {**manifest["shape"], **shape}}
+        (converted / "prolong.json").write_text(json.dumps(changed))
+        return _refused(lambda out: to_hf(converted, out), tmp_path)
+
+    message = said(num_layers=5, ffn_hidden_size=100)
     assert "linear_fc1.weight: shape [4, 344, 64], expected [5, 200, 64]" in message
     assert "linear_fc2.weight: shape [4, 64, 172], expected [5, 64, 100]" in message
+    # Only a vocabulary may be larger than it is said to be.
+    assert "linear_fc2.weight: shape [4, 64, 172], expected [3, 64, 172]" in said(num_layers=3)
+    # As of Hugging Face: a head that would be left out without a word.
+    assert "output_layer.weight: unexpected, not part of this Llama" in said(tie_embeddings=True)
 
 
 def test_not_enough_space(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,11 +360,43 @@ def test_a_real_disk_that_fills_up(
 def test_what_a_killed_conversion_left_is_removed(original: Path, tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
-    left = tmp_path / f"out.tmp-{socket.gethostname()}-{dead.pid}"
-    left.mkdir()
-    (left / "__0_0.distcp").write_bytes(b"half")
-    to_megatron(original, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"original", "out"}
+    for name in ("out[1]", "out1"):
+        left = tmp_path / f"{name}.tmp-{socket.gethostname()}-{dead.pid}"
+        left.mkdir()
+        (left / "__0_0.distcp").write_bytes(b"half")
+    to_megatron(original, tmp_path / "out[1]")
+    assert {path.name for path in tmp_path.iterdir()} == {"original", "out[1]", left.name}
+
+
+def test_what_is_forbidden_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of the source that may not be read was told as a target that cannot be written."""
+    forbidden = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "__3_0.distcp"))
+    with (
+        pytest.raises(PermissionError, match=r"__3_0\.distcp"),
+        staging.staged_directory(tmp_path / "out", 0),
+    ):
+        raise forbidden
+
+    def refuse(*_: object, **__: object) -> None:
+        raise forbidden
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(UserError, match="out: cannot be written: Permission denied"),
+        staging.staged_directory(tmp_path / "out", 0),
+    ):
+        pass
+
+
+def test_two_conversions_into_one_directory(tmp_path: Path) -> None:
+    """The first to be complete stays."""
+    with (
+        pytest.raises(UserError, match="out: another process has made it meanwhile"),
+        staging.staged_directory(tmp_path / "out", 0),
+    ):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "first").touch()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "first"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -396,3 +457,9 @@ def test_pickles_run_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the metadata"):
         load_metadata(tmp_path / ".metadata")
     assert not (tmp_path / "ran").exists()
+
+    class Member:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (getattr, (OrderedDict, "fromkeys"))  # only an enum's members are looked up
+
+    assert isinstance(SafeUnpickler(io.BytesIO(pickle.dumps(Member()))).load(), Inert)

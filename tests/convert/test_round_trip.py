@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -133,12 +134,25 @@ def test_legacy_bin_is_loaded_as_weights_only(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_legacy_bin_of_parameters(tmp_path: Path) -> None:
+    """As dict(model.named_parameters()) is saved: comparing the tied head wrote into what wants a gradient."""
+    original = save_family("llama3.2-tied", tmp_path / "original")
+    tensors = _load(original)
+    (original / "model.safetensors").unlink()
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
+    parameters["lm_head.weight"] = parameters["model.embed_tokens.weight"]
+    torch.save(parameters, original / "pytorch_model.bin")
+    to_megatron(original, tmp_path / "megatron")
+    to_hf(tmp_path / "megatron", tmp_path / "exported")
+    _assert_same_weights(_load(tmp_path / "exported"), tensors)
+
+
 def test_a_tied_head_and_old_rotary_buffers_in_the_file_are_ignored(tmp_path: Path) -> None:
     original = save_family("llama3.2-tied", tmp_path / "original")
     tensors = _load(original)
     extra = {
         "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8, dtype=torch.float64),
     }
     save_file({**tensors, **extra}, original / "model.safetensors", metadata={"format": "pt"})
     to_megatron(original, tmp_path / "megatron")
@@ -173,13 +187,16 @@ class TestRope:
         assert loaded.rope_parameters["rope_theta"] == 1.28e8
         assert ModelShape.from_hf(config, "exported").rope_base == 1.28e8
 
-    def test_generate_accepts_the_length(self, trained: Path, tmp_path: Path) -> None:
+    def test_generate_accepts_the_length(
+        self, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Llama-3-8B-Instruct ships max_length 4096: generate refused any longer prompt."""
         path = trained / "hf" / "generation_config.json"
-        shipped = {**json.loads(path.read_text()), "max_length": 64}
-        path.write_text(json.dumps(shipped))
+        shipped = {**json.loads(path.read_text()), "max_length": 64, "stop_strings": ["<｜end｜>"]}
+        path.write_text(json.dumps(shipped, ensure_ascii=False), encoding="utf-8")
+        monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "ascii")  # the locale's
         assert "generation_config.json: max_length: 64 -> 4096" in to_hf(trained, tmp_path / "exported")
-        written = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+        written = json.loads((tmp_path / "exported" / "generation_config.json").read_text("utf-8"))
         assert written == {**shipped, "max_length": 4096}
 
     def test_a_contradiction_is_refused_unless_meant(self, trained: Path, tmp_path: Path) -> None:
