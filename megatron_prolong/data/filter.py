@@ -208,7 +208,7 @@ def _tasks(inputs: Sequence[str]) -> dict[str, tuple[int, int]]:
             if num_bytes >= TASK_BYTES:
                 ranges.append((first, at))
                 first, num_bytes = at, 0
-    if at > first or not ranges:
+    if at > first:
         ranges.append((first, at))
     return {f"{number:05}": each for number, each in enumerate(ranges)}
 

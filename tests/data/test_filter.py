@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -99,6 +100,65 @@ def test_result_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.M
     filter_documents([source], tmp_path / "two", options, executor=LocalProcesses(2))
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     assert len(list((tmp_path / "one").glob("0*"))) > 5
+
+
+def test_tasks_hold_every_document_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the last ones, and what repeats one of another task."""
+    monkeypatch.setattr(filter_module, "TASK_BYTES", 2000)
+    a = write_documents(tmp_path / "a", [*range(40, 70), 45], size_limit=900)
+    b = write_documents(tmp_path / "b", range(30, 50), first=1, domain="again", size_limit=900)
+    with MDSWriter(tmp_path / "c", {"input_ids": "ndarray:uint32"}) as writer:
+        for number in (6, 3):  # a's sixth and third
+            writer.write({"input_ids": tokens_of(number, 39 + number)})
+    report = run([a, b, tmp_path / "c"], tmp_path / "out", duplicates=True, min_length={"": 31})
+    kept = [sample["input_ids"].tolist() for sample in MDSReader(tmp_path / "out")]
+    expected = zip([*range(1, 32), *range(2, 21)], [*range(40, 70), 45, *range(31, 50)], strict=True)
+    assert kept == [tokens_of(number, length).tolist() for number, length in expected]
+    assert report.dropped == {"too short": [1, 30], "duplicate": [2, 87]}
+    size = sum(shard.raw.num_bytes for name in "abc" for shard in MDSReader(tmp_path / name).shards)
+    assert size / 2900 <= len(list((tmp_path / "out").glob("0*"))) <= size / 2000 + 1
+
+
+def test_other_questions_are_another_job(tokenizer: Path, tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "documents", [30, 40])
+    evaluation = tmp_path / "eval.txt"
+    evaluation.write_text(POEM)
+    asked = {"min_length": {"": 5}, "against": (str(evaluation),), "tokenizer": str(tokenizer)}
+    run([source], tmp_path / "out", **asked)
+    assert run([source], tmp_path / "out", **asked).kept_documents == 2
+    with pytest.raises(UserError, match="out exists already"):
+        run([source], tmp_path / "out", **asked | {"min_length": {"": 6}})
+    evaluation.write_text(POEM + " queen")
+    with pytest.raises(UserError, match="out exists already"):
+        run([source], tmp_path / "out", **asked)
+    evaluation.write_text(POEM)
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content, indent=1))
+    with pytest.raises(UserError, match="out exists already"):
+        run([source], tmp_path / "out", **asked | {"tokenizer": str(tmp_path)})
+    shutil.rmtree(source)
+    write_documents(source, [30, 41])
+    with pytest.raises(UserError, match="out exists already"):
+        run([source], tmp_path / "out", **asked)
+
+
+def test_the_first_places_of_contamination_are_shown(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filter_module, "_MAX_EXAMPLES", 3)
+    parts = [write_texts(tmp_path / name, [f"{name} {n} {POEM}" for n in range(2)]) for name in "ab"]
+    parts.append(write_texts(tmp_path / "c", ["kept"]))
+    (tmp_path / "eval.txt").write_text(POEM)
+    for task_bytes in (1, 1 << 28):
+        monkeypatch.setattr(filter_module, "TASK_BYTES", task_bytes)
+        out = tmp_path / f"out{task_bytes}"
+        report = run(parts, out, against=(str(tmp_path / "eval.txt"),), tokenizer=str(tokenizer))
+        assert [example.split(":")[0].split("/")[-1] for example in report.examples] == [
+            f"{name}, shard shard.00000.mds, sample {number}" for name, number in ("a0", "a1", "b0")
+        ]
+        assert len(json.loads((out / "00000" / "report.json").read_text())["examples"]) == min(
+            3, 1 + task_bytes
+        )
 
 
 def test_contaminated_documents(tokenizer: Path, tmp_path: Path) -> None:
