@@ -229,13 +229,13 @@ def _make_plan(directory: Path, inputs: TokenizedInputs, options: PackOptions) -
         if subset not in writers:
             writers[subset] = _PlanWriter(directory, subset, table)
         writers[subset].add(pieces)
-    for subset, writer in sorted(writers.items()):
+    for subset, writer in writers.items():
         writer.close()
         report.packs[subset] = writer.num_packs
         report.packed += writer.num_tokens
         report.capacity += writer.num_packs * options.length
     report.repeated = losses.repeated
-    report.dropped = {reason: count for reason, count in sorted(losses.dropped.items()) if count}
+    report.dropped = {reason: count for reason, count in losses.dropped.items() if count}
     assert report.balances, f"tokens were lost: {report}"
     return report
 

@@ -152,7 +152,7 @@ def _into_tasks(parts: Sequence[tuple[str, Part]]) -> list[list[tuple[str, Part]
             tasks.append([])
             room = TASK_BYTES
         tasks[-1].append((kind, part))
-        room -= max(part.num_bytes, 1)
+        room -= part.num_bytes
     return tasks
 
 

@@ -170,7 +170,7 @@ def test_what_needs_all_documents_is_done_by_one_job_of_an_array(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every one of a thousand that began together read the whole input."""
-    monkeypatch.setattr(pack_module, "TASK_TOKENS", 64)
+    monkeypatch.setattr(pack_module, "TASK_TOKENS", 1)
     monkeypatch.setattr(filter_module, "TASK_BYTES", 1)
     source = write_documents(tmp_path / "documents", [30] * 20, size_limit=1500)
     work, done = getattr(module, name), []

@@ -284,7 +284,7 @@ def test_predicate(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_long_text_is_decoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filter_module, "_DECODE_TOKENS", 3)
     backend = llama3_tokenizer().backend_tokenizer
-    text = "é中😀 What is the capital? " * 5
+    text = "é中😀 What is the capital?<|eot_id|> " * 5
     tokens = np.array(backend.encode(text, add_special_tokens=False).ids, np.uint32)
     assert Candidate(tokens, "d", "n", backend).text == text
     with pytest.raises(UserError, match="needs --tokenizer"):

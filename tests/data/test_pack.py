@@ -214,6 +214,9 @@ def test_running_again_does_nothing_and_other_settings_are_refused(tmp_path: Pat
         packed([source], tmp_path / "file", PackOptions(16, "concat"))
     with pytest.raises(UserError, match="packs exists already"):
         pack([source], tmp_path / "packs", PackOptions(8, "concat"))
+    packed([source], tmp_path / "chunks", PackOptions(16, "single", lengths=(8, 16)))
+    with pytest.raises(UserError, match="chunks exists already"):
+        pack([source], tmp_path / "chunks", PackOptions(16, "single", lengths=(4, 16)))
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.data import app
+from megatron_prolong.data import encoder as encoder_module
 from megatron_prolong.data import tokenize as tokenize_module
 from megatron_prolong.data.executors import LocalProcesses
 from megatron_prolong.data.mds import MDSReader
+from megatron_prolong.data.sources import Record
 from megatron_prolong.data.tokenize import TokenizeOptions, TokenizeReport, tokenize
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import tokenizer_fingerprint
@@ -53,6 +55,25 @@ def test_columns_tokens_and_report(tokenizer: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text())["tokens"] == report.tokens
     run([source], tokenizer, tmp_path / "by", domain="none", domain_field="from")
     assert [sample["domain"] for sample in MDSReader(tmp_path / "by")] == ["a", "b"]
+
+
+def test_batches_hold_every_record_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No longer than asked for by more than their last record, nor many thousands of empty ones."""
+    monkeypatch.setattr(tokenize_module, "_BATCH_BYTES", 10)
+    for lengths, sizes in (([4, 4, 4, 4, 12, 1], [3, 2, 1]), ([0] * 5000, [4096, 904]), ([10, 1, 9], [1, 2])):
+        records = [Record(str(number), {"text": "x" * length}) for number, length in enumerate(lengths)]
+        batches = list(tokenize_module._batches(iter(records)))
+        assert [len(batch) for batch in batches] == sizes
+        assert [record for batch in batches for record in batch] == records
+
+
+def test_places_cut_by_force_are_counted(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_tasks: None
+) -> None:
+    monkeypatch.setattr(encoder_module, "SEGMENT_CHARACTERS", 100)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x" * 350)
+    assert run([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer, tmp_path / "out").forced_cuts == 6
 
 
 def test_nested_fields(tokenizer: Path, tmp_path: Path) -> None:
@@ -117,6 +138,19 @@ def test_other_settings_do_not_continue_a_begun_run(
         tokenize(sources, tokenizer, tmp_path / "out", TokenizeOptions(domain="x"))
     with pytest.raises(UserError, match=r"begun with other settings.*\n  - domain: was x, now y"):
         tokenize(sources, tokenizer, tmp_path / "out", TokenizeOptions(domain="y"))
+
+
+def test_files_of_other_lengths_are_another_job(tokenizer: Path, tmp_path: Path) -> None:
+    """Even as many of them, of as many bytes together."""
+    source = tmp_path / "texts"
+    source.mkdir()
+    for first, second in (("three", "four"), ("four", "three")):
+        (source / "a.txt").write_text(first)
+        (source / "b.txt").write_text(second)
+        if first == "three":
+            run([source], tokenizer, tmp_path / "out")
+    with pytest.raises(UserError, match="out exists already"):
+        run([source], tokenizer, tmp_path / "out")
 
 
 def test_a_job_that_bad_input_stopped_goes_on_with_skip(

@@ -142,3 +142,8 @@ def test_another_template_is_another_job(tmp_path: Path, tokenizer: Path) -> Non
     llama3_tokenizer(template=TEMPLATE.replace(" | trim", "")).save_pretrained(tokenizer)
     with pytest.raises(UserError, match="exists already"):
         tokenize([source], tokenizer, tmp_path / "out", options)
+    llama3_tokenizer().save_pretrained(tokenizer)
+    config = tokenizer / "tokenizer_config.json"  # where older tokenizers have it
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": TEMPLATE}))
+    with pytest.raises(UserError, match="exists already"):
+        tokenize([source], tokenizer, tmp_path / "out", options)
