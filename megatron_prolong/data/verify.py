@@ -12,12 +12,17 @@ from pathlib import Path
 
 from megatron_prolong.data.domain import check_vocabulary
 from megatron_prolong.data.mds import MDSReader, Shard
+from megatron_prolong.data.mds.compression import KNOWN
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.progress import track
 from megatron_prolong.runtime.publish import is_temporary
 
 _SHOWN_PER_SHARD = 3
+_ENDINGS = (
+    ".mds",
+    *(f".{algorithm}" for algorithm in KNOWN),
+)  # not .metadata and .lock, which `hf download` leaves
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def _unlisted(directory: Path, shards: list[Shard]) -> list[str]:
     files = sorted(
         path
         for path in Path(directory).rglob("shard.*.mds*")
-        if path not in known and not is_temporary(path, Path(directory))
+        if path not in known and path.suffix in _ENDINGS and not is_temporary(path, Path(directory))
     )
     return [f"{path}: not named by {directory}/index.json, so its samples are never read" for path in files]
 

@@ -124,8 +124,13 @@ def test_shards_the_index_does_not_know_are_found(tmp_path: Path) -> None:
     index["shards"].pop(3)
     (directory / "index.json").write_text(json.dumps(index))
     (directory / "shard.00001.mds.tmp-host-17").write_bytes(b"a process was killed while unpacking")
-    (problem,) = verify(directory).problems
-    assert "shard.00003.mds: not named by" in problem
+    downloads = directory / ".cache/huggingface/download"  # as `hf download --local-dir` leaves it
+    downloads.mkdir(parents=True)
+    for name in ("shard.00001.mds.metadata", "shard.00001.mds.zstd.metadata", "shard.00001.mds.lock"):
+        (downloads / name).touch()
+    (directory / "shard.00009.mds.zstd").touch()
+    for number, problem in zip((3, 9), verify(directory).problems, strict=True):
+        assert f"shard.0000{number}.mds" in problem and "not named by" in problem
 
 
 def test_text_is_checked_as_far_as_it_goes(tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ import zstandard
 
 from megatron_prolong.errors import UserError
 
-_KNOWN = ("zstd", "gz", "bz2")
+KNOWN = ("zstd", "gz", "bz2")
 
 
 def parse_compression(name: str) -> tuple[str, int | None]:
     """`zstd:9` to ("zstd", 9); the first part is also the file name's extension. Raises UserError."""
     algorithm, _, level = name.partition(":")
-    if algorithm not in _KNOWN or (level and not level.isdigit()):
-        raise UserError(f"compression {name!r} is not supported; known: {', '.join(_KNOWN)} (zstd:3)")
+    if algorithm not in KNOWN or (level and not level.isdigit()):
+        raise UserError(f"compression {name!r} is not supported; known: {', '.join(KNOWN)} (zstd:3)")
     return algorithm, int(level) if level else None
 
 
