@@ -19,10 +19,8 @@ from megatron_prolong.runtime.progress import track
 from megatron_prolong.runtime.publish import is_temporary
 
 _SHOWN_PER_SHARD = 3
-_ENDINGS = (
-    ".mds",
-    *(f".{algorithm}" for algorithm in KNOWN),
-)  # not .metadata and .lock, which `hf download` leaves
+# Of shards; not .metadata and .lock, which `hf download` leaves.
+_ENDINGS = (".mds", *(f".{algorithm}" for algorithm in KNOWN))
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,19 @@ def test_packing_packs_again_keeps_the_boundaries(tmp_path: Path) -> None:
     assert second[0]["indices"].tolist() == [[0, 5], [5, 12], [12, 14], [14, 17], [17, 24]]
 
 
+def test_documents_and_packs_together(tmp_path: Path) -> None:
+    """The ends of documents were lost if no sample of the others had any."""
+    plain = write_documents(tmp_path / "plain", [5, 9])
+    packed([plain], tmp_path / "short", PackOptions(12, "concat"))
+    for inputs, first in (([plain, tmp_path / "short"], 5), ([tmp_path / "short", plain], 5)):
+        report = packed(inputs, tmp_path / f"long{inputs[0].name}", PackOptions(26, "concat"))
+        assert (report.documents, report.tokens) == (4, 26)
+        (sample,) = MDSReader(tmp_path / f"long{inputs[0].name}")
+        assert len(sample["indices"]) == 4 and sample["indices"][0].tolist() == [0, first]
+        with pytest.raises(UserError, match="packed already"):
+            filter_documents(inputs, tmp_path / "kept", FilterOptions(min_length={"": 1}))
+
+
 def test_chunks_of_each_length_fill_packs_of_their_own(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "documents", [8, 4, 9, 4, 3])
     report = packed([source], tmp_path / "packs", PackOptions(8, "single", lengths=(4, 8)))

@@ -76,6 +76,20 @@ def test_places_cut_by_force_are_counted(
     assert run([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer, tmp_path / "out").forced_cuts == 6
 
 
+def test_what_is_left_out_of_several_tasks_and_of_repositories_is_counted(
+    tokenizer: Path, tmp_path: Path, small_tasks: None
+) -> None:
+    for number in range(3):
+        root = tmp_path / "src" / str(number)
+        root.mkdir(parents=True)
+        (root / "a.py").write_text("print(1)\n" * 40)
+        (root / "b.bin").write_bytes(bytes(range(9)))
+    (tmp_path / "src" / "README").touch()
+    report = run([tmp_path / "src"], tokenizer, tmp_path / "out", kind="repositories")
+    assert len(list((tmp_path / "out").glob("0*"))) > 1 and report.documents == 3
+    assert report.left_out == {"file: binary": 3, "document: a file beside the repositories": 1}
+
+
 def test_nested_fields(tokenizer: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"a": {"b": "x y"}}, {"a.b": "z"}])
     assert run([source], tokenizer, tmp_path / "out", text_field="a.b").documents == 2
