@@ -21,6 +21,7 @@ from megatron_prolong.cli.eval import (
     one_of,
     ranks,
 )
+from megatron_prolong.cli.eval_harness import lm_eval
 from megatron_prolong.cli.eval_results import compare as compare_results
 from megatron_prolong.cli.eval_results import judge, report
 from megatron_prolong.cli.recipe import warn
@@ -40,6 +41,7 @@ def register(app: typer.Typer) -> None:
     app.command()(run)
     app.command("compare")(compare_results)
     app.command()(judge)
+    app.command("lm-eval")(lm_eval)
     app.add_typer(data_app, name="data")
 
 
@@ -242,7 +244,8 @@ def _run_short(
     overwrite: bool,
     batch_size: int,
 ) -> None:
-    from megatron_prolong.evaluation.short import SCORES, check_harness, print_short, run_short, select_short
+    from megatron_prolong.evaluation.harness_scores import check_harness
+    from megatron_prolong.evaluation.short import SCORES, print_short, run_short, select_short
     from megatron_prolong.evaluation.suite import refuse_another_model
 
     def prepare() -> tuple[tuple[ShortTask, ...], list[tuple[str, Path]]]:

@@ -102,14 +102,21 @@ def find_problem(messages: Any, control: re.Pattern[str]) -> str | None:
     return None if "assistant" in turns else "no message of this chat is the assistant's"
 
 
-def apply_template(tokenizer: Any, messages: Sequence[Message], *, open_turn: bool = False) -> str:
+def apply_template(
+    tokenizer: Any, messages: Sequence[Message], *, open_turn: bool = False, open_message: bool = False
+) -> str:
     """The chat template's text of the messages, the same on every day.
 
-    open_turn: the assistant's next turn is begun. Raises jinja2.TemplateError when the template refuses them.
+    open_turn: the assistant's next turn is begun. open_message: the last message is not ended, for the model to go
+    on with. Raises jinja2.TemplateError when the template refuses them.
     """
     return str(
         tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=open_turn, **_TEMPLATE_VARIABLES
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=open_turn,
+            continue_final_message=open_message,
+            **_TEMPLATE_VARIABLES,
         )
     )
 

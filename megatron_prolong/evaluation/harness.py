@@ -6,6 +6,7 @@ reading of its prompt, several questions are read side by side, and replicas of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -14,23 +15,45 @@ from typing import Any, TypeVar
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatron_prolong.evaluation.backend import Prompt, ScoringBackend, batches
+from megatron_prolong.data.chat import apply_template
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.backend import Prompt, ScoringBackend, batches, declares
 from megatron_prolong.runtime.progress import track
 
 T = TypeVar("T")
+_Pair = tuple[list[int], list[int]]
+"""Context and continuation."""
 _Request = tuple[object, list[int], list[int]]
-"""What the harness asked in words, prompt, and continuation."""
+"""What the harness asked in words, and a pair."""
 
 ANSWER_TOKENS = 256  # where a task does not say; the harness's
+_MOST_TOKENS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # say it, first of these
 
 
 class HarnessModel(TemplateLM):
-    """Texts begin with BOS or not, whatever the tokenizer does; a prompt that is too long is cut on the left."""
+    """A prompt that is too long loses its beginning, as the harness has it.
 
-    def __init__(self, backend: ScoringBackend, *, add_bos: bool) -> None:
+    Attributes:
+        cut_requests: how many have lost theirs (a question of four choices is four).
+    """
+
+    def __init__(self, backend: ScoringBackend, *, add_bos: bool | None, ask_greedy: bool) -> None:
+        """What suites differ in.
+
+        Args:
+            add_bos: whether texts begin with BOS; None leaves it to the tokenizer, and to a text that has it.
+            ask_greedy: whether to find out if a prompt's only continuation is the greedy one, which takes another
+                reading of the prompt. Of several it is not asked; False stands for all that is not known.
+        """
         super().__init__()
         self.tokenizer = backend.tokenizer
-        self._backend, self._add_bos = backend, add_bos
+        self.cut_requests = 0
+        self._backend, self._add_bos, self._ask_greedy = backend, add_bos, ask_greedy
 
     @property
     def eot_token_id(self) -> int:
@@ -43,26 +66,72 @@ class HarnessModel(TemplateLM):
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
+    @property
+    def tokenizer_name(self) -> str:
+        """In the harness's records."""
+        return str(self.tokenizer.name_or_path)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a chat, with the assistant's turn begun, or with its last message to be gone on with."""
+        return apply_template(
+            self.tokenizer,
+            chat_history,
+            open_turn=add_generation_prompt,
+            open_message=not add_generation_prompt,
+        )
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Token ids of a text."""
         add = self._add_bos if add_special_tokens is None else add_special_tokens
+        if add is None:
+            bos = self.tokenizer.bos_token
+            add = not (bos and string.startswith(bos))
         return list(self.tokenizer.encode(string, add_special_tokens=add))
 
     def _loglikelihood_tokens(self, requests: Sequence[_Request], **_: object) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation. Whether it is the greedy one, no metric of ours asks: False."""
+        """Log-probability of each continuation, and whether it is the greedy one, where that is asked."""
+        pairs = [(context, continuation) for _words, context, continuation in requests]
+        logprobs = self._logprobs(pairs)
+        greedy: dict[int, bool] = {}
+        if self._ask_greedy:
+            times = Counter(tuple(context) for context, _ in pairs)
+            alone = [number for number, (context, _) in enumerate(pairs) if times[tuple(context)] == 1]
+            greedy = dict(zip(alone, self._are_greedy([pairs[number] for number in alone]), strict=True))
+        return [(logprob, greedy.get(number, False)) for number, logprob in enumerate(logprobs)]
+
+    def _logprobs(self, pairs: Sequence[_Pair]) -> list[float]:
+        """Of whole continuations; each context is read once."""
         asked: dict[tuple[int, ...], list[int]] = {}
-        for number, (_words, context, continuation) in enumerate(requests):
-            kept = context[-(self._backend.max_length + 1 - len(continuation)) :]
+        for number, (context, continuation) in enumerate(pairs):
+            kept = self._cut(context, self._backend.max_length + 1 - len(continuation))
             asked.setdefault(tuple(kept), []).append(number)
-        logprobs = [0.0] * len(requests)
+        logprobs = [0.0] * len(pairs)
         longest_first = sorted(asked, key=len, reverse=True)  # what does not fit in memory is met at once
         for some in self._batches(longest_first, "questions"):
-            questions = [(prompt, [requests[number][2] for number in asked[prompt]]) for prompt in some]
+            questions = [(prompt, [pairs[number][1] for number in asked[prompt]]) for prompt in some]
             answers = self._backend.continuation_logprobs(questions)
             for prompt, answer in zip(some, answers, strict=True):
                 for number, logprob in zip(asked[prompt], answer, strict=True):
                     logprobs[number] = logprob
-        return [(logprob, False) for logprob in logprobs]
+        return logprobs
+
+    def _are_greedy(self, pairs: Sequence[_Pair]) -> list[bool]:
+        """Whether the model's own answer to each context is the continuation."""
+        found = [False] * len(pairs)
+        lengths = [len(continuation) for _, continuation in pairs]
+        for tokens, same in groupby(sorted(range(len(pairs)), key=lengths.__getitem__), lengths.__getitem__):
+            room = self._backend.max_length + 1 - tokens
+            for some in self._batches(list(same), "answers"):
+                answers = self._backend.generate([Prompt("", ids=pairs[n][0][-room:]) for n in some], tokens)
+                for number, answer in zip(some, answers, strict=True):
+                    found[number] = answer == self.tokenizer.decode(pairs[number][1])
+        return found
+
+    def _cut(self, context: list[int], room: int) -> list[int]:
+        self.cut_requests += len(context) > room
+        return context[-room:]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text."""
@@ -71,17 +140,24 @@ class HarnessModel(TemplateLM):
             windows = get_rolling_token_windows(
                 self.tok_encode(text), self.prefix_token_id, self._backend.max_length, context_len=1
             )
-            found = self._loglikelihood_tokens([("", *make_disjoint_window(window)) for window in windows])
-            totals.append(sum(logprob for logprob, _ in found))
+            totals.append(sum(self._logprobs([make_disjoint_window(window) for window in windows])))
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy text up to the task's stop strings."""
         texts: list[str] = []
         for options, same in groupby((request.args for request in requests), key=itemgetter(1)):
-            until, tokens = options.get("until", []), int(options.get("max_gen_toks", ANSWER_TOKENS))
+            until = options.get("until") or []
+            tokens = int(next((options[name] for name in _MOST_TOKENS if name in options), ANSWER_TOKENS))
             room = self._backend.max_length - tokens
-            prompts = [Prompt(text, ids=self.tok_encode(text)[-room:]) for text, _ in same]
+            if options.get("do_sample") or options.get("num_beams", 1) != 1:
+                raise UserError(f"a task draws its answers ({options}), but here they are greedy")
+            if room < 1:
+                raise UserError(
+                    f"a task's answers may take {tokens:,} tokens, which leaves no room for its prompts: "
+                    + declares(self._backend.model, self._backend.max_length)
+                )
+            prompts = [Prompt(text, ids=self._cut(self.tok_encode(text), room)) for text, _ in same]
             stop = [until] if isinstance(until, str) else until
             for some in self._batches(prompts, "answers"):
                 texts += self._backend.generate(some, tokens, stop)

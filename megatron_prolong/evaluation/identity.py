@@ -32,6 +32,12 @@ def data_identity(task: Task, data: Path | None) -> str:
     return _identity({file.relative_to(data).as_posix(): file for file in files})
 
 
+def directory_identity(directory: Path) -> str:
+    """Changes when a file in it does, wherever it lies."""
+    files = [file for file in directory.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    return _identity({file.relative_to(directory).as_posix(): file for file in files})
+
+
 def _identity(files: Mapping[str, Path]) -> str:
     stats = [(name, file.stat()) for name, file in sorted(files.items())]
     text = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)

@@ -7,11 +7,10 @@ every harness of that time left it out, and later ones (0.4.9.2) add it where th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +19,9 @@ from rich.table import Table
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import backend_kind, open_backend
+from megatron_prolong.evaluation.harness_scores import remembered
 from megatron_prolong.evaluation.identity import model_identity
 from megatron_prolong.evaluation.published import published
-from megatron_prolong.evaluation.report import write_json
-from megatron_prolong.evaluation.run import is_of
-from megatron_prolong.recipe.shape import read_json
 from megatron_prolong.runtime.terminal import print_table
 
 if TYPE_CHECKING:
@@ -82,6 +79,7 @@ def run_short(
     Raises:
         UserError: a task's data is not there and cannot be fetched.
     """
+    by_name = {task.name: task for task in tasks}
     with _open(model, batch_size, world) as asked:
         if asked is None:
             return {}
@@ -95,24 +93,14 @@ def run_short(
             "lm_eval": harness_version,
             "tasks": [asdict(task) for task in TASKS],
         }
-        scores = dict(read_json(path)["scores"]) if path.exists() and is_of(path, arguments) else {}
-        for task in tasks:
-            if task.name in scores and not overwrite:
-                continue
-            scores[task.name] = _score(evaluate, task, **asked, limit=samples, task_manager=manager)
-            write_json(path, {"args": arguments, "scores": scores})
-    return scores
 
+        def ask(name: str) -> float:
+            task = by_name[name]
+            how = {"num_fewshot": task.shots, "limit": samples, "task_manager": manager, "bootstrap_iters": 0}
+            found = evaluate(tasks=[name], **how, **asked)
+            return 100 * float(found["results"][name][task.metric])
 
-def _score(evaluate: Callable[..., Any], task: ShortTask, **how: Any) -> float:
-    try:
-        found = evaluate(tasks=[task.name], num_fewshot=task.shots, bootstrap_iters=0, **how)
-    except OSError as error:
-        raise UserError(
-            f"{task.name}: {error}; lm-evaluation-harness fetches its data from the Hugging Face Hub: run it once "
-            "where that can be reached, with the same HF_HOME (finished tasks are kept)"
-        ) from error
-    return 100 * float(found["results"][task.name][task.metric])
+        return remembered(path, arguments, list(by_name), ask, overwrite)
 
 
 @contextmanager
@@ -132,7 +120,7 @@ def _open(model: Path, batch_size: int, world: World | None) -> Iterator[dict[st
         else:
             from megatron_prolong.evaluation.harness import HarnessModel
 
-            yield {"model": HarnessModel(backend, add_bos=ADD_BOS)}
+            yield {"model": HarnessModel(backend, add_bos=ADD_BOS, ask_greedy=False)}
 
 
 def print_short(results: Mapping[str, Mapping[str, float]]) -> None:
@@ -143,12 +131,6 @@ def print_short(results: Mapping[str, Mapping[str, float]]) -> None:
     for name in names:
         table.add_row(name, *(f"{scores[name]:.1f}" if name in scores else "" for scores in columns.values()))
     print_table(table)
-
-
-def check_harness() -> None:
-    """Raises UserError when it is not installed."""
-    if find_spec("lm_eval") is None:
-        raise UserError("the short suite needs lm-evaluation-harness: pip install 'megatron-prolong[eval]'")
 
 
 def _harness() -> tuple[Any, Any, str]:

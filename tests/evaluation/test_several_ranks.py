@@ -32,6 +32,29 @@ def test_a_second_model_is_measured_as_the_first(checkpoint: Path, tmp_path: Pat
     assert models["one"] == models["two"] and len(models["one"]) == 1
 
 
+@pytest.mark.slow
+def test_ranks_answer_the_harness_together(checkpoint: Path, tmp_path: Path) -> None:
+    """Split by tensor parallelism, and with prompts shared (--cp 2), as one process does."""
+    rows = [{"question": f"The key {n}" * 100, "answer": "in text"} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+    data = f"dataset_path: json\n{file}test_split: test\n"
+    words = 'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+    perplexity = "output_type: loglikelihood\nmetric_list: [{metric: perplexity}, {metric: acc}]\n"
+    (tmp_path / "own.yaml").write_text("task: own\n" + data + words + perplexity)
+    asked = ["lm-eval", f"tiny={checkpoint}", "--tasks", "own", "--include", tmp_path, "--out"]
+    assert CliRunner().invoke(app, ["eval", *map(str, asked), str(tmp_path / "one")]).exit_code == 0
+    found = eval_on_two_ranks(*asked, tmp_path / "tp"), eval_on_two_ranks(*asked, tmp_path / "cp", "--cp", 2)
+    assert all(one.returncode == 0 for one in found), found
+    one, tp, cp = (
+        json.loads((tmp_path / name / "tiny" / "lm_eval.json").read_text())["scores"]["own"]["own"]
+        for name in ("one", "tp", "cp")
+    )
+    assert tp == pytest.approx(one, rel=1e-3) and cp == pytest.approx(
+        one, rel=1e-3
+    )  # fp32, sums in another order
+
+
 def test_what_every_rank_meets_is_said_once(hf_directory: Path, tmp_path: Path) -> None:
     found = eval_on_two_ranks(
         "run", hf_directory, "--suite", "synthetic", "--lengths", 512, "--out", tmp_path

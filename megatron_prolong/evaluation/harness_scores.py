@@ -1,0 +1,51 @@
+"""Scores that lm-evaluation-harness gives, task by task, in a file that a stopped run goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.report import write_json
+from megatron_prolong.evaluation.run import is_of
+from megatron_prolong.recipe.shape import read_json
+
+T = TypeVar("T")
+
+
+def check_harness() -> None:
+    """Raises UserError when it is not installed."""
+    if find_spec("lm_eval") is None:
+        raise UserError("this needs lm-evaluation-harness: pip install 'megatron-prolong[eval]'")
+
+
+def remembered(
+    path: Path, arguments: dict[str, Any], names: Sequence[str], ask: Callable[[str], T], overwrite: bool
+) -> dict[str, T]:
+    """The scores of tasks by name: those in the file, if it is of the same arguments, and the rest asked and added.
+
+    Args:
+        overwrite: ask again what is there.
+    """
+    scores = dict(read_json(path)["scores"]) if path.exists() and is_of(path, arguments) else {}
+    for name in names:
+        if name not in scores or overwrite:
+            with _fetched(name):
+                scores[name] = ask(name)
+            write_json(path, {"args": arguments, "scores": scores})
+    return scores
+
+
+@contextmanager
+def _fetched(task: str) -> Iterator[None]:
+    """Raises UserError when the task's data is not there and cannot be had."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{task}: {error}; lm-evaluation-harness fetches its data from the Hugging Face Hub: run it once "
+            "where that can be reached, with the same HF_HOME (finished tasks are kept)"
+        ) from error

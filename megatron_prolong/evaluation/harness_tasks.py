@@ -1,0 +1,200 @@
+"""Any task of lm-evaluation-harness (extra `eval`), or in its format: LongBench, BABILong, one's own.
+
+The harness's defaults are kept: shots, metrics and answer lengths are the task's, BOS is there where the tokenizer
+adds it, and a prompt that is too long loses its beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.backend import declares, load_tokenizer, open_backend, tokenizer_directory
+from megatron_prolong.evaluation.harness_scores import check_harness, remembered
+from megatron_prolong.evaluation.identity import directory_identity, model_identity
+from megatron_prolong.runtime.publish import write_durably
+from megatron_prolong.runtime.terminal import print_table
+
+if TYPE_CHECKING:
+    from megatron_prolong.evaluation.backend import ScoringBackend
+    from megatron_prolong.runtime.launch import World
+
+SCORES = "lm_eval*.json"
+REPETITIONS = (
+    100  # for the standard error of what is no mean; the harness's 100,000 can take longer than the answers
+)
+Rows = dict[str, dict[str, float]]
+"""By task, or by the parts of a group, then by "metric,filter"; as the harness gives them, most of them 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What every model is asked.
+
+    Attributes:
+        tasks: names of tasks, groups or tags.
+        include: a directory with tasks of one's own (YAML files, as the harness reads them).
+        metadata: what some tasks read, such as max_seq_lengths.
+        chat: prompts go through the chat template.
+        samples: so many of every task; None asks all.
+    """
+
+    tasks: tuple[str, ...]
+    include: Path | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    chat: bool = False
+    samples: int | None = None
+
+    def check(self, models: Sequence[Path]) -> None:
+        """Before the first is asked.
+
+        Raises:
+            UserError: the harness is not installed; a directory or task that is not there; no chat template.
+        """
+        check_harness()
+        if self.include and not self.include.is_dir():
+            raise UserError(f"--include {self.include}: no such directory")
+        known = self.manager(None).all_tasks
+        if not self.tasks:
+            raise UserError("--tasks: name at least one")
+        for name in self.tasks:
+            if name not in known:
+                near = get_close_matches(name, known)
+                hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
+                raise UserError(f"--tasks {name}: lm-evaluation-harness has no such task; {hint}")
+        for model in models if self.chat else ():
+            if not load_tokenizer(tokenizer_directory(model)).chat_template:
+                raise UserError(
+                    f"--chat: {model} has no chat template; leave --chat out, as for a base model"
+                )
+
+    def manager(self, tokenizer: Path | None) -> Any:
+        """The harness's index of tasks. Those that are made to a length count in tokens of this tokenizer."""
+        from lm_eval.tasks import TaskManager
+
+        own = {"tokenizer": str(tokenizer)} if tokenizer else {}
+        include = str(self.include) if self.include else None
+        return TaskManager(include_path=include, metadata={**own, **self.metadata})
+
+
+def run_questions(
+    model: Path,
+    questions: Questions,
+    out: Path,
+    *,
+    batch_size: int = 1,
+    cp: int = 1,
+    overwrite: bool = False,
+    world: World | None = None,
+) -> dict[str, Rows]:
+    """Scores by the names asked for. Finished ones are kept in OUT, and not asked again with these settings.
+
+    Args:
+        model: a Hugging Face directory, or a checkpoint directory, which is asked in place by all ranks (the main
+            one gets the scores, the others none).
+        batch_size, cp, world: as of `open_backend`.
+        overwrite: ask finished tasks again.
+
+    Raises:
+        UserError: a task's data is not there and cannot be fetched; a task that draws its answers at random.
+    """
+    with open_backend(model, batch_size=batch_size, cp=cp, world=world) as backend:
+        if backend is None:  # a rank that only lent its part of the model
+            return {}
+        size = "" if questions.samples is None else f"_size{questions.samples}"
+        arguments = {
+            "model_name_or_path": str(model),
+            "model_identity": model_identity(model),
+            "max_test_samples": questions.samples,
+            "use_chat_template": questions.chat,
+            "include_identity": directory_identity(questions.include) if questions.include else "",
+            "metadata": dict(questions.metadata),
+            "lm_eval": version("lm_eval"),
+        }
+
+        manager = questions.manager(tokenizer_directory(model))
+
+        def ask(name: str) -> Rows:
+            found = _ask(backend, questions, manager, name)
+            _write_answers(out / f"lm_eval{size}_{name}.jsonl", found["samples"])
+            return rows_of(found)
+
+        return remembered(out / f"lm_eval{size}.json", arguments, questions.tasks, ask, overwrite)
+
+
+def _ask(backend: ScoringBackend, questions: Questions, manager: Any, name: str) -> dict[str, Any]:
+    """What the harness finds; says how many requests lost their beginning."""
+    from lm_eval import simple_evaluate
+
+    from megatron_prolong.evaluation.harness import HarnessModel
+
+    asked = HarnessModel(backend, add_bos=None, ask_greedy=True)
+    found: dict[str, Any] = simple_evaluate(
+        model=asked,
+        tasks=[name],
+        limit=questions.samples,
+        task_manager=manager,
+        apply_chat_template=questions.chat,
+        bootstrap_iters=REPETITIONS,
+    )
+    if asked.cut_requests:
+        print(
+            f"warning: {name}: {asked.cut_requests:,} requests lost their beginning; "
+            + declares(backend.model, backend.max_length),
+            file=sys.stderr,
+        )
+    return found
+
+
+def rows_of(found: Mapping[str, Any]) -> Rows:
+    """The scores in what the harness found, without its remarks.
+
+    Without exact_match of choices, too: whether one is the greedy answer was not asked (`HarnessModel`).
+    """
+    rows: Rows = {}
+    for name, scores in found["results"].items():
+        choices = found["configs"].get(name, {}).get("output_type") == "multiple_choice"
+        rows[name] = {
+            metric: float(score)
+            for metric, score in scores.items()
+            if "," in metric and isinstance(score, int | float)
+            if not (choices and metric.startswith("exact_match"))
+        }
+    return rows
+
+
+def _write_answers(path: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """A line for every question: the answer and its scores, without document and prompt, which may be long."""
+    lines = []
+    for task, answered in samples.items():
+        for sample in answered:
+            kept = ("doc_id", "target", "filter", "filtered_resps", *sample.get("metrics", ()))
+            line = {"task": task, **{name: sample.get(name) for name in kept}}
+            lines.append(json.dumps(line, default=str) + "\n")  # tasks of Python may answer with anything
+    write_durably(path, "".join(lines))
+
+
+def print_questions(results: Mapping[str, Mapping[str, Rows]]) -> None:
+    """Models side by side, by task and metric, with the standard error where there is one."""
+    table = Table("task", "metric", *results)
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for label, by_name in results.items():
+        for task, scores in (item for rows in by_name.values() for item in rows.items()):
+            for metric, score in scores.items():
+                name, _, how = metric.partition(",")
+                if not name.endswith("_stderr"):
+                    error = scores.get(f"{name}_stderr,{how}")
+                    shown = f"{score:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+                    cells.setdefault((task, metric.removesuffix(",none")), {})[label] = shown
+    for (task, metric), row in cells.items():
+        table.add_row(task, metric, *(row.get(label, "") for label in results))
+    print_table(table)

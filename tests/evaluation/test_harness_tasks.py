@@ -1,0 +1,243 @@
+"""`prolong eval lm-eval` beside lm-evaluation-harness's own model of transformers; no task needs the network."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from megatron_prolong.cli.main import app
+from megatron_prolong.convert.to_megatron import to_megatron
+from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.harness_tasks import rows_of
+
+LONGER_THAN_THE_MODEL = "The key is mentioned in the text. " * 150  # of 1,024 tokens
+TASKS = {
+    "own_choice": """\
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: ["the key", "in text", "a b"]
+doc_to_target: label
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "own_greedy": """\
+output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: "{{continued}}"
+target_delimiter: ""
+metric_list: [{metric: acc}, {metric: perplexity}]
+""",
+    "own_answer": """\
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{continued}}"
+num_fewshot: 1
+generation_kwargs: {until: ["x", "z"], max_new_tokens: 6}
+metric_list: [{metric: exact_match}]
+""",
+    "own_prefilled": """\
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{continued}}"
+gen_prefix: "The"
+generation_kwargs: {until: ["x"], max_gen_toks: 5, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+    "own_text": """\
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}{{continued}}"
+metric_list: [{metric: bits_per_byte}]
+""",
+}
+DATA = """\
+task: NAME
+dataset_path: json
+dataset_kwargs: {data_files: {test: "FILE"}}
+test_split: test
+fewshot_split: test
+"""
+GROUP = "group: own\ntask: [own_choice, own_greedy]\naggregate_metric_list: [{metric: acc}]\n"
+
+
+@pytest.fixture(scope="module")
+def model(hf_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its tokenizer begins texts with BOS, as Llama's does, and so does its chat template."""
+    directory = tmp_path_factory.mktemp("bos") / "tiny"
+    module = AutoModelForCausalLM.from_pretrained(hf_directory)
+    module.generation_config.eos_token_id = 1
+    module.save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(hf_directory)
+    inner: Tokenizer = tokenizer.backend_tokenizer
+    inner.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer.chat_template = (
+        "<bos>{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer.save_pretrained(directory)
+    assert AutoTokenizer.from_pretrained(directory)("The")["input_ids"][0] == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as a checkpoint of ours."""
+    target = tmp_path_factory.mktemp("trained") / "ours"
+    to_megatron(model, target, None)
+    return target
+
+
+@pytest.fixture(scope="module")
+def own(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of tasks; every other question goes on as the model itself would."""
+    directory = tmp_path_factory.mktemp("own")
+    tokenizer, module = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    rows = [{"question": LONGER_THAN_THE_MODEL, "continued": " the key", "label": 0}]
+    for number in range(1000):
+        question = f"The magic number {number} is"
+        ids = tokenizer(question, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            continued = module.generate(ids, max_new_tokens=1 + number % 2, do_sample=False)[0].tolist()
+        text = tokenizer.decode(continued[ids.shape[1] :])
+        if tokenizer(question + text)["input_ids"] == continued and text.strip() == text:
+            rows += [
+                {"question": question, "continued": text, "label": number % 3},
+                {"question": f"{question} {number}", "continued": " the key", "label": 1},
+            ]
+        if len(rows) == 9:
+            break
+    file = directory / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, task in TASKS.items():
+        text = DATA.replace("NAME", name).replace("FILE", str(file)) + task
+        (directory / f"{name}.yaml").write_text(text)
+    (directory / "group.yaml").write_text(GROUP)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def offline_and_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness's own 15,000 tasks are not read, nor the versions of all packages."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+
+
+def ask(model: Path, own: Path, out: Path, *more: str) -> Any:
+    command = ["eval", "lm-eval", f"tiny={model}", "--include", str(own), "--out", str(out), *more]
+    return CliRunner().invoke(app, command)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_scores_and_answers_are_the_harness_s_own(
+    chat: bool, model: Path, trained: Path, own: Path, tmp_path: Path
+) -> None:
+    """A checkpoint in place and a Hugging Face directory, three questions at a time, beside the harness's model."""
+    names = [name for name in TASKS if chat or name != "own_prefilled"]
+    theirs = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(model)},
+        tasks=names,
+        device="cpu",
+        batch_size=1,
+        task_manager=TaskManager(include_path=str(own), include_defaults=False),
+        apply_chat_template=chat,
+        bootstrap_iters=0,
+    )
+    flags = ["--tasks", ",".join(names), "--batch-size", "3", *(["--chat"] if chat else [])]
+    for source in (model, trained):
+        out = tmp_path / source.name
+        found = ask(source, own, out, *flags)
+        assert found.exit_code == 0, found.output
+        scores = json.loads((out / "tiny" / "lm_eval.json").read_text())["scores"]
+        for name, rows in rows_of(theirs).items():
+            ours = {key: score for key, score in scores[name][name].items() if "_stderr" not in key}
+            assert ours == pytest.approx(rows, rel=1e-3), name  # fp32, sums in another order
+        for name in ("own_answer", "own_prefilled")[: 2 if chat else 1]:
+            lines = (out / "tiny" / f"lm_eval_{name}.jsonl").read_text().splitlines()
+            answers = {line["doc_id"]: line["filtered_resps"] for line in map(json.loads, lines)}
+            assert answers == {one["doc_id"]: one["filtered_resps"] for one in theirs["samples"][name]}
+            assert len(set(map(str, answers.values()))) > 2, "all alike would prove little"
+        if not chat:
+            assert scores["own_greedy"]["own_greedy"]["acc,none"] == pytest.approx(4 / 9)
+            assert "own_greedy: 1 requests lost their beginning" in found.stderr
+
+
+def test_finished_tasks_are_kept_until_a_task_file_changes(
+    trained: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group shows its parts too, and models stand side by side."""
+    asked = []
+
+    def counting(**how: Any) -> Any:
+        asked.append((*how["tasks"], how["limit"]))
+        return simple_evaluate(**how)
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", counting)
+    for more in ("own", "own", "own,own_answer"):
+        found = ask(trained, own, tmp_path, "--tasks", more, "--samples", "2")
+        assert found.exit_code == 0, found.output
+    assert asked == [("own", 2), ("own_answer", 2)]
+    table = [line.split() for line in found.stdout.splitlines()]
+    assert ["task", "metric", "tiny"] in table
+    assert {row[0] for row in table if row[1:2] == ["acc"]} == {"own", "own_choice", "own_greedy"}
+    assert any(row[:2] == ["own_choice", "acc"] and row[3] == "±" for row in table)
+    (own / "own_choice.yaml").touch()
+    assert ask(trained, own, tmp_path, "--tasks", "own", "--samples", "2").exit_code == 0
+    assert asked[2:] == [("own", 2)]
+
+
+def test_what_cannot_be_asked_is_told_before_a_model_is_opened(
+    model: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_prolong.evaluation.harness_tasks.open_backend", pytest.fail)
+
+    def refusal(*more: str) -> str:
+        error = ask(model, own, tmp_path, *more).exception
+        assert isinstance(error, UserError)
+        return str(error)
+
+    assert "no such task; did you mean own_choice" in refusal("--tasks", "own_choices")
+    assert "name at least one" in refusal("--tasks", ",")
+    assert "not JSON" in refusal("--tasks", "own", "--metadata", "{")
+    assert "must be a JSON object" in refusal("--tasks", "own", "--metadata", "[]")
+    assert "gone: no such directory" in refusal("--tasks", "own", "--include", str(tmp_path / "gone"))
+    monkeypatch.setattr(
+        "megatron_prolong.evaluation.harness_tasks.load_tokenizer", lambda _: Mock(chat_template=None)
+    )
+    assert "has no chat template" in refusal("--tasks", "own", "--chat")
+
+
+def test_answers_drawn_at_random_and_answers_without_room_are_refused(
+    trained: Path, own: Path, tmp_path: Path
+) -> None:
+    answer = (own / "own_answer.yaml").read_text()
+    for name, old, new in (
+        ("drawn", "max_new_tokens: 6", "max_new_tokens: 6, do_sample: true"),
+        ("endless", "max_new_tokens: 6", "max_new_tokens: 1024"),
+    ):
+        text = answer.replace("task: own_answer", f"task: {name}").replace(old, new)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert "draws its answers" in str(ask(trained, tmp_path, tmp_path, "--tasks", "drawn").exception)
+    assert "no room for its prompts" in str(ask(trained, tmp_path, tmp_path, "--tasks", "endless").exception)
+
+
+def test_whether_a_choice_is_the_greedy_answer_is_not_reported_as_no() -> None:
+    results = {
+        "choice": {"acc,none": 0.5, "acc_stderr,none": "N/A", "exact_match,none": 0.0, "alias": "choice"}
+    }
+    assert rows_of({"results": results, "configs": {"choice": {"output_type": "multiple_choice"}}}) == {
+        "choice": {"acc,none": 0.5}
+    }
+    assert "exact_match,none" in rows_of({"results": results, "configs": {}})["choice"]
