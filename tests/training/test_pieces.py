@@ -320,6 +320,17 @@ def test_a_step_after_a_stage_is_made_again_without_the_runs_model(tmp_path):
         _start(of, short, 1)
 
 
+def test_a_step_is_made_again_from_the_newest_checkpoint_before_it(tmp_path):
+    of = recipe(tmp_path)
+    of.run_dir.mkdir()
+    (of.run_dir / "recipe.yaml").touch()
+    for step in (1, 2, 3, 5):
+        save(of.run_dir / "short", step)
+    for step, expected in ((5, 3), (4, 3), (3, 2)):
+        start = _start(of, of.stages[0], step)
+        assert (start.checkpoint.step, start.optimizer, start.resume) == (expected, True, True)
+
+
 def test_what_is_not_there_is_named(tmp_path):
     of = recipe(tmp_path)
     with pytest.raises(UserError, match="no run is here"):
