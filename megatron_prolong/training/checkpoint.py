@@ -31,8 +31,8 @@ from megatron_prolong.recipe.schema import CheckpointSpec
 from megatron_prolong.recipe.shape import HF_DIR
 from megatron_prolong.runtime.agreement import against_main, on_main, together
 from megatron_prolong.runtime.checksums import CHECKSUMS, Entries, verify_checksums, write_checksums
-from megatron_prolong.runtime.publish import is_disk_full, is_forbidden, publish, remove
-from megatron_prolong.training.run_directory import prune, remove_unfinished, write_pointer
+from megatron_prolong.runtime.publish import is_disk_full, is_forbidden, publish
+from megatron_prolong.training.run_directory import prune, remove_given_up, remove_unfinished, write_pointer
 
 T = TypeVar("T")
 
@@ -186,8 +186,7 @@ class CheckpointWriter:
             write_manifest(partial, manifest)
             write_checksums(partial, entries)
             final = partial.with_suffix("")
-            if final.exists():  # of another history, before the run was put back to an older checkpoint
-                remove(final)
+            remove_given_up(self._stage_dir, final.name)
             publish(partial, final)
             write_pointer(self._stage_dir, final.name)
         except OSError as error:

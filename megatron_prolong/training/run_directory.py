@@ -66,11 +66,22 @@ def write_pointer(stage_dir: Path, name: str) -> None:
     write_durably(stage_dir / LATEST, name + "\n")
 
 
+def remove_given_up(stage_dir: Path, name: str) -> None:
+    """Delete the checkpoints between `latest` and `name`, which is being saved: those of the history that was given
+    up when `latest` was put back."""
+    pointer = stage_dir / LATEST
+    if not pointer.exists():
+        return
+    newest = pointer.read_text().strip()
+    for path in complete_checkpoints(stage_dir).values():
+        if newest < path.name <= name:
+            remove(path)
+
+
 def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and those of every `keep_every`-th step.
 
-    The newest is the one that `latest` names. After a run was put back to an older one, those beyond it are of
-    another history, and stay until the run comes to their step.
+    The newest is the one that `latest` names; those beyond it stay until `remove_given_up` comes to them.
     """
     newest = (stage_dir / LATEST).read_text().strip()
     history = [item for item in complete_checkpoints(stage_dir).items() if item[1].name <= newest]

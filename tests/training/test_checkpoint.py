@@ -200,7 +200,8 @@ def test_the_newest_and_every_nth_are_kept(tmp_path, monkeypatch):
 
 
 def test_a_run_put_back_to_an_older_checkpoint_keeps_what_it_saves(tmp_path, monkeypatch):
-    """Newer ones of the history that was given up do not count: `latest` never names one that was deleted."""
+    """Newer ones of the history that was given up do not count: `latest` never names one that was deleted. Nor do
+    they become the run's own when it has passed them: going back once more would end in that history."""
     bench = Bench(tmp_path, monkeypatch, keep=2, keep_every=10, async_save=False)
     for step in range(5, 35, 5):
         bench.save(step)
@@ -214,6 +215,9 @@ def test_a_run_put_back_to_an_older_checkpoint_keeps_what_it_saves(tmp_path, mon
     bench.save(20)  # in place of the one of the other history
     assert bench.newest == 20
     assert bench.names == ["latest", "step_00000010", "step_00000017", *later]
+    bench.save(27)  # past another of them
+    assert bench.newest == 27
+    assert bench.names == ["latest", "step_00000010", "step_00000020", "step_00000027", "step_00000030"]
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_yet_stops_nothing(tmp_path, monkeypatch):
