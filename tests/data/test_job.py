@@ -236,9 +236,12 @@ def test_who_is_late_does_not_begin_a_finished_job_anew(
             write(job.directory / "00000", 1)
             job.finish(["00000"], lambda: {"tokens": 3})
 
+    def do_again(directory: Path, value: int) -> None:
+        raise AssertionError(f"{directory} is done")
+
     monkeypatch.setattr(job_module, "refuse_existing", finish_meanwhile)
     with job.open():
-        assert job.run({"00000": 2}, write, LocalProcesses(1))
+        assert job.run({"00000": 2}, do_again, LocalProcesses(1))
         job.finish(["00000"], lambda: {"tokens": 3})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert MDSReader(tmp_path / "out")[0]["input_ids"].tolist() == [1, 1, 1]
@@ -256,6 +259,26 @@ def test_a_result_that_another_one_refused_is_no_traceback(tmp_path: Path) -> No
                 remove(job.directory)
             job.finish(["00000"], refuse)
     assert not job.directory.exists()
+
+
+def test_who_waited_for_one_that_refused_does_not_begin_anew(tmp_path: Path) -> None:
+    job, other = (Job(tmp_path / "out", {"step": "test"}) for _ in range(2))
+    begun = threading.Event()
+
+    def wait_and_begin() -> None:
+        with other.open():
+            begun.set()
+            with other.alone():
+                raise AssertionError("its directory is gone")
+
+    with job.open(), ThreadPoolExecutor(1) as pool:
+        with job.alone():
+            waiting = pool.submit(wait_and_begin)
+            assert begun.wait(60)
+            time.sleep(0.05)  # so that it comes to the lock
+            remove(job.directory)
+        with pytest.raises(UserError, match="another process of this job refused the result"):
+            waiting.result()
 
 
 def test_a_task_that_another_process_finished_with_the_job_is_no_error(tmp_path: Path) -> None:

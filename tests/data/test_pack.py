@@ -15,6 +15,7 @@ from documents import files_of, mask_of, tokens_of, write_documents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_prolong.data import documents as documents_module
 from megatron_prolong.data import pack as pack_module
 from megatron_prolong.data.executors import LocalProcesses
 from megatron_prolong.data.filter import FilterOptions, filter_documents
@@ -120,8 +121,9 @@ def test_packing_packs_again_keeps_the_boundaries(tmp_path: Path) -> None:
     assert second[0]["indices"].tolist() == [[0, 5], [5, 12], [12, 14], [14, 17], [17, 24]]
 
 
-def test_documents_and_packs_together(tmp_path: Path) -> None:
-    """The ends of documents were lost if no sample of the others had any."""
+def test_documents_and_packs_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ends of documents would be lost if those of all inputs had to have some."""
+    monkeypatch.setattr(documents_module, "_BLOCK_DOCUMENTS", 3)
     plain = write_documents(tmp_path / "plain", [5, 9])
     packed([plain], tmp_path / "short", PackOptions(12, "concat"))
     for inputs, first in (([plain, tmp_path / "short"], 5), ([tmp_path / "short", plain], 5)):
