@@ -159,6 +159,11 @@ def test_bos_and_eos_are_not_doubled(tmp_path: Path) -> None:
         options = PackOptions(len(expected), "concat", **ids)
         assert packed([tmp_path / "documents"], tmp_path / name, options).added == len(expected) - 6
         assert MDSReader(tmp_path / name)[0]["input_ids"].tolist() == expected
+    with MDSWriter(tmp_path / "pack", {"input_ids": "ndarray:uint32", "indices": "ndarray:uint32"}) as writer:
+        spans = np.array([[0, 3], [3, 6], [6, 8]], np.uint32)
+        writer.write({"input_ids": np.array([7, 1, 9, 3, 4, 9, 7, 5], np.uint32), "indices": spans})
+    packed([tmp_path / "pack"], tmp_path / "again", PackOptions(10, "concat", bos=7, eos=9))
+    assert MDSReader(tmp_path / "again")[0]["input_ids"].tolist() == [7, 1, 9, 7, 3, 4, 9, 7, 5, 9]
 
 
 def test_domains(tmp_path: Path) -> None:
