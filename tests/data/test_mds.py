@@ -194,6 +194,9 @@ def test_merge_refuses_other_columns_and_leaves_the_old_index(tmp_path: Path) ->
     write(tmp_path / "a", [3])
     with MDSWriter(tmp_path / "b", {"text": "str"}) as writer:
         writer.write({"text": "x"})
+    with pytest.raises(UserError, match=r"b/shard.00000.mds has the columns text \(str\)"):
+        merge_indexes([tmp_path / "a", tmp_path / "b"], tmp_path)
+    assert not (tmp_path / "index.json").exists()
     merge_indexes([tmp_path / "a"], tmp_path)
     with pytest.raises(UserError, match=r"b/shard.00000.mds has the columns text \(str\)"):
         merge_indexes([tmp_path / "a", tmp_path / "b"], tmp_path)
