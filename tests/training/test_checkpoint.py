@@ -159,17 +159,18 @@ def test_it_is_not_complete_before_every_rank_has_written(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("others_can", [False, True])
-def test_data_that_no_rank_can_read_loses_no_save(bench, monkeypatch, others_can):
+@pytest.mark.parametrize("kind", [UserError, OSError])
+def test_data_that_no_rank_can_read_loses_no_save(bench, monkeypatch, kind, others_can):
     def batches():
         yield "batch"
-        raise UserError("a damaged shard")
+        raise kind("a damaged shard")
 
     read = bench.writer.reading(batches())
     assert next(read) == "batch"
     bench.save(1)
     if others_can:
         monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 2)
-    with pytest.raises(UserError, match="a damaged shard"):
+    with pytest.raises(kind, match="a damaged shard"):
         next(read)
     assert bench.newest == (None if others_can else 1)
 
@@ -322,6 +323,89 @@ def test_a_disk_that_is_full_for_megatrons_own_files_names_the_checkpoint(bench,
     with pytest.raises(UserError, match=r"step_00000001 could not be saved:\n  - the disk is full"):
         bench.writer.finish()
     assert bench.names == [], "the weights would fill the disk for ever"
+
+
+def test_of_torchs_errors_only_those_over_a_full_disk_are_explained(bench, monkeypatch):
+    """Another one may say that a rank is lost."""
+    for cause in (OSError(errno.ENOSPC, "No space left on device"), None):
+
+        def fail(*_, cause=cause):
+            raise RuntimeError("unexpected pos 64 vs 0") from cause
+
+        monkeypatch.setattr(checkpoint, "take_snapshot", fail)
+        kind, said = (UserError, "the disk is full") if cause else (RuntimeError, "unexpected pos")
+        with pytest.raises(kind, match=said):
+            bench.save(1)
+
+
+def another_rank(monkeypatch, entries: Entries, problem: UserError | None) -> None:
+    """Let it have written its share."""
+
+    def all_gather_object(found, own, group=None):
+        found[0] = own
+        if isinstance(own[0], dict):
+            found.append((entries, problem))
+
+    monkeypatch.setattr(checkpoint.dist, "all_gather_object", all_gather_object)
+
+
+FULL = "the disk is full; make room and start again: the run continues from its newest checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "exit_code", "said"),
+    [
+        (RuntimeError("torn"), None, 1, ["rank 0: RuntimeError: torn"]),
+        (OSError(errno.EROFS, "Read-only"), None, 2, ["rank 0: OSError: [Errno 30] Read-only"]),
+        (OSError(errno.EIO, "I/O"), UserError(FULL), 2, ["rank 0: OSError: [Errno 5] I/O", FULL]),
+        (OSError(errno.EDQUOT, "Quota"), UserError(FULL), 2, [FULL]),
+    ],
+    ids=["torch", "forbidden", "two", "the same"],
+)
+def test_what_ranks_met_is_said_once_and_whether_to_start_again(
+    bench, monkeypatch, own, others, exit_code, said
+):
+    def write(self):
+        raise own
+
+    monkeypatch.setattr(FakeSnapshot, "write", write)
+    another_rank(monkeypatch, {}, others)
+    bench.save(1)
+    with pytest.raises(UserError, match="step_00000001 could not be saved") as refused:
+        bench.writer.finish()
+    assert str(refused.value).split("\n  - ")[1:] == said and refused.value.exit_code == exit_code
+
+
+def test_checksums_are_of_what_every_rank_has_written_not_of_what_is_read_later(bench, monkeypatch):
+    another_rank(monkeypatch, {"theirs": [3, "of another content"]}, None)
+    bench.save(1)
+    bench.writer._pending.thread.join()
+    for name in ("weights", "theirs"):
+        (bench.snapshots[0].directory / name).write_text("bad")
+    bench.writer.finish()
+    with pytest.raises(UserError, match=r"theirs: contents changed(?s:.*)weights: 3 bytes, written as"):
+        verify_checksums(bench.stage / "step_00000001")
+
+
+def test_a_report_says_how_long_training_stood_still(bench, monkeypatch):
+    clock = [0.0]
+
+    def take(directory, state):
+        clock[0] += 2
+        return bench._take(directory, state)
+
+    def finish(self):
+        clock[0] += 3
+
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(checkpoint, "take_snapshot", take)
+    monkeypatch.setattr(FakeSnapshot, "finish", finish)
+    monkeypatch.setattr(checkpoint.dist, "all_reduce", lambda number: number.mul_(2))  # two ranks
+    bench.save(7)
+    clock[0] += 10
+    bench.writer.finish()
+    expected = {"stage": "stage", "step": 7, "bytes": 20, "seconds": 15, "stall_seconds": 5}
+    assert bench.reports == [expected]
 
 
 def test_a_disk_with_no_room_for_the_tokenizer_is_full(small_disk, monkeypatch):
