@@ -63,7 +63,10 @@ Seed = Annotated[int, typer.Option(min=0, help="Chooses passages, haystacks and 
 @app.command()
 def perplexity(
     model: Model,
-    data: Annotated[list[Path], typer.Option(help="Held-out documents: MDS directory, text file or folder.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="Held-out documents: MDS directory, JSON Lines, Parquet, text, or a folder."),
+    ],
     out: Out,
     lengths: Lengths = LENGTHS,
     compare: Compare = None,

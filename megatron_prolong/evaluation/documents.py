@@ -1,4 +1,4 @@
-"""Held-out documents for perplexity and haystacks: MDS shards, text files, or directories of these."""
+"""Held-out documents for perplexity, and haystacks: data sets of ours, JSON Lines, Parquet, text, or folders."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from megatron_prolong.data.mds import MDSReader, common_tokenizer, read_index
 from megatron_prolong.data.packed import Identity, PackedSequence, open_tokens, read_boundaries
-from megatron_prolong.data.sources import jsonl
+from megatron_prolong.data.sources import Bad, find_kind, jsonl, source_of
 from megatron_prolong.data.sources.files import COMPRESSED
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import tokenizer_fingerprint
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py"}
 RECORD_SUFFIXES = {*jsonl.SUFFIXES, ".parquet", *COMPRESSED}  # their bytes are not the text that is meant
+TEXT_FIELD = "text"  # of their records
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +58,13 @@ def check_documents(data: Sequence[Path], models: Sequence[str]) -> None:
     """Look before a model is loaded.
 
     Raises:
-        UserError: a path holds no documents, or tokens of another tokenizer than a model's.
+        UserError: a path holds no documents, records without text, or tokens of another tokenizer than a model's.
     """
-    packs = [part for path in data for part in _parts(path) if part.is_dir()]
+    parts = [part for path in data for part in _parts(path)]
+    packs = [part for part in parts if part.is_dir()]
+    for file in set(parts) - set(packs):
+        if file.suffix.lower() in RECORD_SUFFIXES:
+            next(_texts(file), None)
     made_with = {str(pack): read_index(pack).tokenizer for pack in packs}
     for model in models:
         common_tokenizer({**made_with, model: tokenizer_fingerprint(Path(model))})
@@ -67,7 +72,7 @@ def check_documents(data: Sequence[Path], models: Sequence[str]) -> None:
 
 def read_text(path: Path) -> str:
     """All text of a file or directory, for a haystack. Raises UserError when there is none."""
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in _text_files(path)]
+    texts = [text for file in _text_files(path) for _, text in _texts(file)]
     if not (words := " ".join(texts).split()):
         raise UserError(f"{path}: empty; a haystack needs text")
     return " ".join(words)
@@ -86,18 +91,37 @@ def _documents(path: Path, tokenizer: Any) -> Iterator[_Document]:
     for part in _parts(path):
         if part.is_dir():
             yield from _packed_documents(part)
-        else:
-            encode = partial(_encode, tokenizer, part)
-            yield _Document(str(part), len(encode()), encode)
+            continue
+        for name, text in _texts(part):
+            encode = partial(_encode, tokenizer, text)
+            yield _Document(name, len(encode()), encode)
 
 
-def _encode(tokenizer: Any, path: Path) -> NDArray[np.int64]:
-    text = path.read_text(encoding="utf-8", errors="replace")
+def _encode(tokenizer: Any, text: str) -> NDArray[np.int64]:
     return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
 
 
+def _texts(file: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of the documents in a file; a text file is one. Raises UserError for a record without text."""
+    if file.suffix.lower() not in RECORD_SUFFIXES:
+        yield str(file), file.read_text(encoding="utf-8", errors="replace")
+        return
+    source = source_of(find_kind(str(file)))
+    for part in source.parts(str(file)):
+        for record in source.read(part):
+            if isinstance(record, Bad):
+                raise UserError(f"{record.name} {record.problem}")
+            text = record.fields.get(TEXT_FIELD)
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{record.name}: no text in the field {TEXT_FIELD}; it has {', '.join(record.fields)}; "
+                    "`prolong data tokenize --text-field` makes a data set of others"
+                )
+            yield record.name, text
+
+
 def _parts(path: Path) -> list[Path]:
-    """Directories of MDS shards, or else text files."""
+    """Directories of MDS shards, or else files of text or records."""
     if (path / "index.json").exists():
         return [path]  # a merged index names the shards of the folders below
     return sorted(index.parent for index in path.rglob("index.json")) or _text_files(path)
@@ -119,14 +143,18 @@ def _read_packed(reader: MDSReader, number: int, span: slice) -> NDArray[np.int6
 
 
 def _text_files(path: Path) -> list[Path]:
-    if path.is_file() and path.suffix.lower() not in RECORD_SUFFIXES:
+    if path.is_file():
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES) if path.is_dir() else []
+    found = sorted(path.rglob("*")) if path.is_dir() else []
+    kinds = sorted(TEXT_SUFFIXES | RECORD_SUFFIXES)
+    texts = [
+        file for file in found if file.suffix.lower() in TEXT_SUFFIXES
+    ]  # beside them records are remarks
+    files = texts or [file for file in found if file.suffix.lower() in RECORD_SUFFIXES]
     if not files:
-        kinds = ", ".join(sorted(TEXT_SUFFIXES))
         problem = "no text here" if path.exists() else "no such file or directory"
         raise UserError(
             f"{path}: {problem}; give a directory of MDS shards (`prolong data tokenize` makes it), a text "
-            f"file, or a folder of {kinds}"
+            f"file, or a folder of {', '.join(kinds)}"
         )
     return files

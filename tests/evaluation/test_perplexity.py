@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -81,3 +83,28 @@ def test_passages_begin_documents_that_are_long_enough(tmp_path: Path, tokenizer
     assert len(read_passages([tmp_path], tokenizer, 41, 9, seed=1)) == 1
     with pytest.raises(UserError, match="no document of 61 tokens, the longest has 60"):
         read_passages([tmp_path], tokenizer, 61, 9, seed=1)
+
+
+def test_passages_are_read_from_records_too(tmp_path: Path, tokenizer: Any) -> None:
+    """JSON Lines, compressed or not, and Parquet give the passages that text files of the same words give."""
+    words = [f"The special magic number {n} is mentioned in the text. " * 9 for n in range(3)]
+    (tmp_path / "text").mkdir()
+    for number, text in enumerate(words):
+        (tmp_path / "text" / f"{number}.txt").write_text(text)
+    (tmp_path / "text" / "sizes.json").write_text('{"of": "the texts"}')
+    records = "".join(json.dumps({"text": text}) + "\n" for text in words)
+    (tmp_path / "records.jsonl").write_text(records)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "records.jsonl.gz").write_bytes(gzip.compress(records.encode()))
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": words}), tmp_path / "records.parquet")
+    wanted = [
+        passage.tokens.tolist() for passage in read_passages([tmp_path / "text"], tokenizer, 64, 9, seed=1)
+    ]
+    assert len({tuple(tokens) for tokens in wanted}) == 3
+    for name in ("records.jsonl", "folder", "records.parquet"):
+        found = read_passages([tmp_path / name], tokenizer, 64, 9, seed=1)
+        assert [passage.tokens.tolist() for passage in found] == wanted, name
+    (tmp_path / "records.jsonl").write_text(records + "{")
+    with pytest.raises(UserError, match="is not JSON"):
+        read_passages([tmp_path / "records.jsonl"], tokenizer, 64, 9, seed=1)
