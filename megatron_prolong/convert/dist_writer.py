@@ -86,7 +86,7 @@ def write_torch_dist(
     contents = _table_of_contents(tensors, entries)
     _add_empty_extra_state(directory, contents)
     (directory / ".metadata").write_bytes(pickle.dumps(contents))
-    torch.save({}, directory / "common.pt")
+    _save({}, directory / "common.pt")
     config = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,
@@ -129,13 +129,19 @@ def _add_empty_extra_state(directory: Path, contents: Metadata) -> None:
         if key.startswith(LAYERS) and isinstance(entry, TensorStorageMetadata)
     )
     name = "__0_extra_state.distcp"
-    torch.save([None], directory / name)
+    _save([None], directory / name)
     info = _StorageInfo(name, 0, (directory / name).stat().st_size)
     for module in _EXTRA_STATE:
         for layer in range(num_layers):
             key = f"{module}/shard_{layer}_{num_layers}"
             contents.state_dict_metadata[key] = BytesStorageMetadata()
             contents.storage_data[MetadataIndex(key)] = info
+
+
+def _save(content: object, path: Path) -> None:
+    """torch.save; given the path itself, it would not tell that the disk is full."""
+    with path.open("wb") as file:
+        torch.save(content, file)
 
 
 def _stored_shape(chunk: Chunk) -> tuple[int, ...]:

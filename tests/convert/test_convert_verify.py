@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.convert import app
-from megatron_prolong.convert import transfer
+from megatron_prolong.convert import logits, transfer
 from megatron_prolong.convert.compare import compare
 from megatron_prolong.convert.describe import describe
 from megatron_prolong.convert.dist_weights import DistWeights
@@ -135,6 +136,16 @@ def test_logits_agree_with_transformers(family: str, tmp_path: Path) -> None:
     difference = largest_logit_difference(original, tmp_path / "megatron")
     # fp32 sums in another order, through four layers of large random weights.
     assert difference is not None and difference < 1e-4
+
+
+def test_logits_are_not_computed_where_they_do_not_fit(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = sum(tensor.nbytes for tensor in load_file(pair[0] / "model.safetensors").values())
+    for available, computed in ((weights, False), (3 * weights, True)):
+        memory = SimpleNamespace(available=available)
+        monkeypatch.setattr(logits.psutil, "virtual_memory", lambda memory=memory: memory)
+        assert (largest_logit_difference(*pair) is not None) == computed
 
 
 @pytest.mark.parametrize(

@@ -357,6 +357,21 @@ def test_a_real_disk_that_fills_up(
     assert (small_disk / "precious").read_bytes() == bytes(900_000)
 
 
+def test_a_disk_that_is_full_for_the_small_files_after_the_weights(
+    original: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two of them torch.save said "iostream error", which ended in a traceback."""
+    before = shutil.disk_usage(small_disk)
+    to_megatron(original, small_disk / "out")
+    needed = before.free - shutil.disk_usage(small_disk).free
+    shutil.rmtree(small_disk / "out")
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: before._replace(free=10**9))
+    for missing_pages in range(1, 8):
+        (small_disk / "fill").write_bytes(bytes(before.free - needed + 4096 * missing_pages))
+        message = _refused(lambda out: to_megatron(original, out), small_disk)
+        assert "the disk is full; nothing was kept" in message
+
+
 def test_what_a_killed_conversion_left_is_removed(original: Path, tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
