@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import io
+import math
 import pickle
 import zipfile
 from operator import attrgetter
@@ -112,7 +113,9 @@ def _look_up_all(content: metadata.Metadata) -> None:
             attrgetter("size", "properties.dtype")(entry)
             for chunk in entry.chunks:
                 place = content.storage_data[metadata.MetadataIndex(key, chunk.offsets)]
-                attrgetter("relative_path", "offset", "length")(place)
+                math.prod(chunk.sizes)
+                attrgetter("offset", "length")(place)
+                Path(place.relative_path)
 
 
 def load_common(directory: Path) -> dict[str, Any] | None:

@@ -237,7 +237,7 @@ def test_the_target_exists(
         to_megatron(original, Path())
 
 
-_NAMES_IN_METADATA = (b"state_dict_metadata", b"properties", b"relative_path", b"offsets")
+_NAMES_IN_METADATA = (b"state_dict_metadata", b"properties", b"relative_path", b"offsets", b"sizes")
 
 
 def test_damaged_torch_dist_files(converted: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_prolong.convert.initial import RandomWeights, write_initial
 from megatron_prolong.convert.names import Rows
-from megatron_prolong.convert.sidecar import copy_sidecar
+from megatron_prolong.convert.sidecar import copy_sidecar, write_tokenizers_config
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import InitSpec
 from megatron_prolong.recipe.shape import HF_DIR, read_json, read_shape
@@ -92,7 +92,17 @@ def test_answers_of_a_chat_end_with_their_turn(
         (tmp_path / "tokenizer" / "generation_config.json").write_text(json.dumps(own))
     write_initial(INIT, tmp_path / "tokenizer", tmp_path / "model", seed=1)
     generation = tmp_path / "model" / HF_DIR / "generation_config.json"
-    assert (read_json(generation)["eos_token_id"] if generation.exists() else None) == stops
+    written = read_json(generation) if generation.exists() else {}
+    assert written.get("eos_token_id") == stops
+    assert written.get("bos_token_id") == (0 if isinstance(stops, list) else None)
+
+
+def test_a_tokenizer_that_names_no_beginning_and_an_unknown_end(tmp_path: Path) -> None:
+    Tokenizer(models.WordLevel({"a": 0, "b": 6}, "a")).save(str(tmp_path / "tokenizer.json"))
+    for special, expected in (({"eos_token": "b"}, {"eos_token_id": 6}), ({"eos_token": "c"}, {})):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, **special}))
+        write_tokenizers_config(tmp_path, {})
+        assert read_json(tmp_path / "config.json") == expected
 
 
 def test_another_tokenizer_leaves_the_models_own_stop_tokens(tmp_path: Path) -> None:
