@@ -93,7 +93,8 @@ def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
 def remove_unfinished(run_dir: Path) -> None:
     """Delete what killed processes were saving or deleting in any stage; nobody may be saving."""
     for stage_dir in run_dir.iterdir():
-        remove_leftovers(stage_dir, "step_*")
+        for name in ("step_*.removed", LATEST):  # others may be making something else there
+            remove_leftovers(stage_dir, name)
         for partial in stage_dir.glob("step_*.partial"):
             remove(partial)
 

@@ -249,12 +249,15 @@ def test_what_killed_processes_left_is_gone_before_space_is_looked_for(bench, mo
     stage_before = bench.stage.parent / "before"
     leftovers = [
         bench.stage / "step_00000002.partial",
+        bench.stage / "latest.tmp-elsewhere-1",
         bench.stage / "step_00000000.removed.tmp-elsewhere-1",
         stage_before / "step_00000008.removed.tmp-elsewhere-1",  # at the end of its last save
     ]
     for leftover in leftovers:
         leftover.mkdir(parents=True)
         (leftover / "weights").touch()
+    export = stage_before / "step_00000008-hf.tmp-elsewhere-1"  # at work on another machine, maybe
+    export.mkdir()
     usage = shutil.disk_usage(bench.stage)
 
     def free(path):
@@ -264,6 +267,7 @@ def test_what_killed_processes_left_is_gone_before_space_is_looked_for(bench, mo
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", free)
     bench.save(3)
     assert bench.names == ["latest", "step_00000001", "step_00000003.partial"]
+    assert export.exists()
 
 
 def test_half_a_checkpoint_that_cannot_be_deleted_yet_stops_nothing(bench, monkeypatch):
