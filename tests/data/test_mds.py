@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from megatron_prolong.data.mds import MDSReader, MDSWriter, Shard, merge_indexes, merge_tree
 from megatron_prolong.data.mds import reader as reader_module
+from megatron_prolong.data.mds import writer as writer_module
 from megatron_prolong.data.mds.encodings import encoding
 from megatron_prolong.errors import UserError
 
@@ -60,6 +61,32 @@ def test_every_sample_comes_back_whatever_the_shards(
     assert all(shard.first <= number < shard.first + shard.num_samples for number, shard in enumerate(shards))
     with pytest.raises(IndexError):
         reader[len(lengths)]
+
+
+def test_shards_larger_than_the_first_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is of 64 MiB, however large a shard may become."""
+    monkeypatch.setattr(writer_module, "SHARD_BYTES", 100)
+    write(tmp_path / "data", [20, 5, 300, 1, 70], size_limit=5000)
+    reader = MDSReader(tmp_path / "data")
+    assert len(reader.shards) == 1
+    for number, (length, sample) in enumerate(zip([20, 5, 300, 1, 70], reader, strict=True)):
+        assert sample["input_ids"].tolist() == [*range(number, number + length)]
+
+
+def test_a_shard_ends_before_the_sample_that_would_exceed_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "data", [20, 20], size_limit=999)
+    (shard,) = MDSReader(tmp_path / "data").shards
+    for less in (0, 1):
+        write(tmp_path / f"less{less}", [20, 20], size_limit=shard.raw.num_bytes - less)
+        assert len(MDSReader(tmp_path / f"less{less}").shards) == 1 + less
+    monkeypatch.setattr(writer_module, "_MAX_SHARD_BYTES", shard.raw.num_bytes)
+    write(tmp_path / "most", [20, 20], size_limit=shard.raw.num_bytes)
+    with pytest.raises(UserError, match=r"sample 1: \d+ bytes do not fit into the MDS format's 4 GiB shards"):
+        write(tmp_path / "more", [20, 60], size_limit=shard.raw.num_bytes)
+    with pytest.raises(UserError, match=rf"shard size limit {shard.raw.num_bytes + 1} is not"):
+        write(tmp_path / "more", [20], size_limit=shard.raw.num_bytes + 1)
 
 
 def test_arrays_are_views_of_the_file(tmp_path: Path) -> None:
@@ -349,6 +376,7 @@ def test_index_that_is_none(data: Path, text: str) -> None:
     ("change", "said"),
     [
         ({"raw_data": {"basename": "../secret.mds", "bytes": 8}}, "lies outside the data set"),
+        ({"raw_data": {"basename": "/secret.mds", "bytes": 8}}, "lies outside the data set"),
         ({"format": "json"}, "format 'json' version 2, expected 'mds' version 2"),
         ({"version": 3}, "format 'mds' version 3, expected"),
         ({"column_encodings": ["str"]}, "argument 2 is shorter than argument 1"),
