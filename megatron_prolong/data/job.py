@@ -98,6 +98,9 @@ class Job:
     def _begin(self, lock: IO[str]) -> None:
         """Write the settings, or find the same. All that are at work share the lock; who has it alone may clear."""
         locked = lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if locked:  # then killed processes of this machine left these; other machines may not see the lock
+            for path in list(self.directory.rglob(f"*.tmp-{socket.gethostname()}-*")):
+                _delete(path)
         alone = locked is not False
         if not alone:
             lock_file(lock, fcntl.LOCK_SH)
@@ -113,9 +116,6 @@ class Job:
         if begun is None:  # once, as it is the file that `finish` locks
             with disk_full_is_users(self.out):
                 write_json(self.directory / SETTINGS, dict(self.settings))
-        if locked:  # then killed processes of this machine left these; other machines may not see the lock
-            for path in list(self.directory.rglob(f"*.tmp-{socket.gethostname()}-*")):
-                _delete(path)
         lock_file(lock, fcntl.LOCK_SH)
 
     def _content(self, *but: str) -> list[Path]:

@@ -109,6 +109,7 @@ def test_what_a_killed_process_began_gives_way_to_other_settings(tmp_path: Path)
     killed, job = (Job(tmp_path / "out", {"length": length}) for length in (8, 16))
     with killed.open():
         (killed.directory / "plan").mkdir()
+        write(killed.directory / f"00000.tmp-{socket.gethostname()}-1", 1)  # whole, but not renamed
     with job.open():
         assert not (job.directory / "plan").exists()
         write(job.directory / "00000", 1)
