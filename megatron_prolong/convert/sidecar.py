@@ -77,7 +77,11 @@ def _special_tokens(directory: Path) -> dict[str, int]:
     path, names = directory / "tokenizer.json", directory / _TOKENIZER_CONFIG
     if not path.exists() or not names.exists():
         return {}
-    tokenizer, config, ids = Tokenizer.from_file(str(path)), read_json(names), {}
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"tokenizer.json: no tokenizer that can be read here ({error})") from error
+    config, ids = read_json(names), {}
     for role in ("bos_token", "eos_token"):
         name = config.get(role)
         token = name.get("content") if isinstance(name, dict) else name

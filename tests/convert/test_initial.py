@@ -97,12 +97,18 @@ def test_answers_of_a_chat_end_with_their_turn(
     assert written.get("bos_token_id") == (0 if isinstance(stops, list) else None)
 
 
-def test_a_tokenizer_that_names_no_beginning_and_an_unknown_end(tmp_path: Path) -> None:
+def test_tokenizers_that_do_not_say_where_texts_begin_and_end(tmp_path: Path) -> None:
     Tokenizer(models.WordLevel({"a": 0, "b": 6}, "a")).save(str(tmp_path / "tokenizer.json"))
     for special, expected in (({"eos_token": "b"}, {"eos_token_id": 6}), ({"eos_token": "c"}, {})):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, **special}))
         write_tokenizers_config(tmp_path, {})
         assert read_json(tmp_path / "config.json") == expected
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "of a later version"}}')
+    with pytest.raises(UserError, match=r"tokenizer\.json: no tokenizer that can be read here"):
+        write_tokenizers_config(tmp_path, {})
+    (tmp_path / "tokenizer.json").unlink()  # a tokenizer.model lies there instead, say
+    write_tokenizers_config(tmp_path, {})
+    assert read_json(tmp_path / "config.json") == {}
 
 
 def test_another_tokenizer_leaves_the_models_own_stop_tokens(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,19 @@ def test_dtype_is_converted_as_torch_does(tmp_path: Path) -> None:
     _assert_same_weights(_load(tmp_path / "exported"), expected)
     assert json.loads((tmp_path / "megatron" / "prolong.json").read_text())["dtype"] == "bfloat16"
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_the_hubs_cache_is_read_through_its_links(tmp_path: Path) -> None:
+    original = save_family("llama3", tmp_path / "original")
+    (tmp_path / "blobs").mkdir()
+    for path in original.iterdir():
+        path.rename(tmp_path / "blobs" / path.name)
+        path.symlink_to(f"../blobs/{path.name}")
+    to_megatron(original, tmp_path / "megatron")
+    to_hf(tmp_path / "megatron", tmp_path / "exported")
+    shutil.rmtree(tmp_path / "blobs")
+    assert len(_load(tmp_path / "exported")) == 39
+    assert (tmp_path / "exported" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_an_index_that_an_earlier_save_left_is_not_read(tmp_path: Path) -> None:
