@@ -26,7 +26,7 @@ from megatron_prolong.training import stage as stage_module
 from megatron_prolong.training.changes import changes_since_start
 from megatron_prolong.training.log import open_log
 from megatron_prolong.training.prepare import StageInput, first_state
-from megatron_prolong.training.replay import _recorded, _start
+from megatron_prolong.training.replay import _recorded, _start, parse_step
 from megatron_prolong.training.run_directory import (
     MANIFEST,
     Checkpoint,
@@ -329,6 +329,17 @@ def test_a_step_is_made_again_from_the_newest_checkpoint_before_it(tmp_path):
     for step, expected in ((5, 3), (4, 3), (3, 2)):
         start = _start(of, of.stages[0], step)
         assert (start.checkpoint.step, start.optimizer, start.resume) == (expected, True, True)
+
+
+def test_the_only_stage_needs_no_name_where_a_step_is_chosen(tmp_path):
+    of = recipe(tmp_path)
+    for text, step in (("1", 1), ("5", 5), ("short:3", 3)):
+        assert parse_step(text, of) == (of.stages[0], step)
+    for text in ("0", "6", "-1", "last", "", "short:", "short:0", "short:last"):
+        with pytest.raises(UserError, match=r"stage short has the steps 1 to 5$"):
+            parse_step(text, of)
+    with pytest.raises(UserError, match=r"no stage long; it has short$"):
+        parse_step("long:1", of)
 
 
 def test_what_is_not_there_is_named(tmp_path):
