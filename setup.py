@@ -31,7 +31,7 @@ CORE = [
     "wonderwords>=3,<4",  # the word lists of RULER's synthetic tasks
 ]
 DATA = ["pyarrow>=21,<27", "datasets>=5.2,<6", "fsspec>=2024.2"]
-EVAL = ["lm-eval[hf]>=0.4.9,<0.5"]
+EVAL = ["lm-eval[hf]>=0.4.10,<0.5"]
 EXTRAS = {
     # Imported lazily; NVIDIA's PyTorch image brings it, the Dockerfile's 2.12; that and 2.13 were rehearsed
     # (docs/rehearsal.md). Before 2.10, FP8's tensorwise scale came from a norm's output before its rounding to bf16
