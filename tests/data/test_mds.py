@@ -402,6 +402,30 @@ def test_invalid_utf8_names_sample_and_column(data: Path) -> None:
         list(MDSReader(data))
 
 
+@pytest.mark.parametrize(
+    ("kind", "more", "later"),
+    [("str", 100, 100), ("str", -2, 0), ("ndarray:uint32", -2, 0), ("ndarray:uint32", 4, 0)],
+)
+def test_a_sample_of_another_size_is_noticed_without_hashes(
+    tmp_path: Path, kind: str, more: int, later: int
+) -> None:
+    """Though what there is of it may decode: the end of a text was missing, or the length of an array another."""
+    with MDSWriter(tmp_path / "data", {"a": kind}, hashes=[]) as writer:
+        writer.write({"a": "some text" if kind == "str" else np.zeros(9, np.uint32)})
+    shard = tmp_path / "data" / "shard.00000.mds"
+    content = bytearray(shard.read_bytes())
+    begin, end = np.frombuffer(content, "<u4", 2, 4).tolist()
+    size = int.from_bytes(content[begin : begin + 4], "little")
+    content[begin : begin + 4] = (size + more).to_bytes(4, "little")
+    content[8:12] = (end + later).to_bytes(4, "little")
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard\.00000\.mds, sample 0 .*: columns end at byte"):
+        MDSReader(tmp_path / "data")[0]
+    if kind != "str":
+        with pytest.raises(UserError, match=r"shard\.00000\.mds, sample 0 .*: columns end at byte"):
+            MDSReader(tmp_path / "data").array_lengths("a", 0)
+
+
 def test_garbage_never_crashes_the_reader(data: Path) -> None:
     """Any single byte changed: the samples decode, to something, or a UserError names the shard."""
     shard = data / "shard.00000.mds"
