@@ -336,6 +336,19 @@ def test_truncated_shard(data: Path) -> None:
         reader.verify(1)
 
 
+def test_a_shard_with_more_than_the_index_says(data: Path) -> None:
+    """Else the samples that the index does not count would be missing in silence."""
+    index = json.loads((data / "index.json").read_text())
+    index["shards"][0]["samples"] -= 1
+    (data / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"shard.00000.mds holds \d samples, index.json says \d"):
+        MDSReader(data)[0]
+    with (data / "shard.00001.mds").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match=r"shard.00001.mds: too long, \d+ bytes where index.json says \d+"):
+        MDSReader(data)[index["shards"][0]["samples"]]
+
+
 def test_wrong_hash(data: Path) -> None:
     flip(data / "shard.00001.mds", -1)
     assert len(list(MDSReader(data))) == 20  # unnoticed without a check
