@@ -229,7 +229,7 @@ def test_a_stages_yarn_stands_in_for_the_incoming_scaling(tmp_path):
     saved = {"shape": SHAPE.replace(rope_scaling=llama3).to_dict()}
     start = StageInput(Checkpoint(Path("saved"), saved), optimizer=True, resume=False)
     plain = recipe(tmp_path).stages[0]
-    assert start.shape(plain).rope_scaling == llama3
+    assert start.shape(plain).rope_scaling == llama3 and start.shape(plain).rope_base == 1e4
     assert start.shape(plain.model_copy(update={"sequence_length": 32})).max_length == 64
     yarn = start.shape(plain.model_copy(update={"yarn": Yarn(factor=2, original_length=64)})).rope_scaling
     expected = YarnScaling(factor=2.0, original_max_length=64, attention_factor=0.1 * math.log(2) + 1)
