@@ -90,8 +90,25 @@ class HarnessModel(TemplateLM):
             add = not (bos and string.startswith(bos))
         return list(self.tokenizer.encode(string, add_special_tokens=add))
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, and whether it is the greedy one, where that is asked.
+
+        A few contexts at a time: as tokens, all of a task would take more memory than the model.
+        """
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        asked: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            asked.setdefault(request.args[0], []).append(number)
+        longest_first = sorted(asked, key=len, reverse=True)  # what does not fit in memory is met at once
+        for some in self._batches(longest_first, "questions"):
+            numbers = [number for context in some for number in asked[context]]
+            answers = super().loglikelihood([requests[number] for number in numbers], disable_tqdm=True)
+            for number, answer in zip(numbers, answers, strict=True):
+                found[number] = answer
+        return found
+
     def _loglikelihood_tokens(self, requests: Sequence[_Request], **_: object) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether it is the greedy one, where that is asked."""
+        """The same of tokens."""
         pairs = [(context, continuation) for _words, context, continuation in requests]
         logprobs = self._logprobs(pairs)
         greedy: dict[int, bool] = {}
@@ -107,14 +124,13 @@ class HarnessModel(TemplateLM):
         for number, (context, continuation) in enumerate(pairs):
             kept = self._cut(context, self._backend.max_length + 1 - len(continuation))
             asked.setdefault(tuple(kept), []).append(number)
+        questions = [(prompt, [pairs[number][1] for number in numbers]) for prompt, numbers in asked.items()]
         logprobs = [0.0] * len(pairs)
-        longest_first = sorted(asked, key=len, reverse=True)  # what does not fit in memory is met at once
-        for some in self._batches(longest_first, "questions"):
-            questions = [(prompt, [pairs[number][1] for number in asked[prompt]]) for prompt in some]
-            answers = self._backend.continuation_logprobs(questions)
-            for prompt, answer in zip(some, answers, strict=True):
-                for number, logprob in zip(asked[prompt], answer, strict=True):
-                    logprobs[number] = logprob
+        for numbers, answers in zip(
+            asked.values(), self._backend.continuation_logprobs(questions), strict=True
+        ):
+            for number, logprob in zip(numbers, answers, strict=True):
+                logprobs[number] = logprob
         return logprobs
 
     def _are_greedy(self, pairs: Sequence[_Pair]) -> list[bool]:
@@ -123,10 +139,10 @@ class HarnessModel(TemplateLM):
         lengths = [len(continuation) for _, continuation in pairs]
         for tokens, same in groupby(sorted(range(len(pairs)), key=lengths.__getitem__), lengths.__getitem__):
             room = self._backend.max_length + 1 - tokens
-            for some in self._batches(list(same), "answers"):
-                answers = self._backend.generate([Prompt("", ids=pairs[n][0][-room:]) for n in some], tokens)
-                for number, answer in zip(some, answers, strict=True):
-                    found[number] = answer == self.tokenizer.decode(pairs[number][1])
+            numbers = list(same)
+            answers = self._backend.generate([Prompt("", ids=pairs[n][0][-room:]) for n in numbers], tokens)
+            for number, answer in zip(numbers, answers, strict=True):
+                found[number] = answer == self.tokenizer.decode(pairs[number][1])
         return found
 
     def _cut(self, context: list[int], room: int) -> list[int]:
@@ -136,7 +152,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text."""
         totals = []
-        for (text,) in (request.args for request in requests):
+        for (text,) in track((request.args for request in requests), len(requests), "texts"):
             windows = get_rolling_token_windows(
                 self.tok_encode(text), self.prefix_token_id, self._backend.max_length, context_len=1
             )
@@ -157,10 +173,10 @@ class HarnessModel(TemplateLM):
                     f"a task's answers may take {tokens:,} tokens, which leaves no room for its prompts: "
                     + declares(self._backend.model, self._backend.max_length)
                 )
-            prompts = [Prompt(text, ids=self._cut(self.tok_encode(text), room)) for text, _ in same]
             stop = [until] if isinstance(until, str) else until
-            for some in self._batches(prompts, "answers"):
-                texts += self._backend.generate(some, tokens, stop)
+            for some in self._batches([text for text, _ in same], "answers"):
+                prompts = [Prompt(text, ids=self._cut(self.tok_encode(text), room)) for text in some]
+                texts += self._backend.generate(prompts, tokens, stop)
         return texts
 
     def _batches(self, asked: Sequence[T], what: str) -> Iterator[Sequence[T]]:
