@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class CheckpointRoom:
     Attributes:
         one: bytes of a checkpoint.
         needed: bytes of all to come, as many as lie on the disk at once.
-        free: bytes.
+        free: bytes, with those that the next save frees first.
         directory: run_dir, or the nearest one above it that exists.
     """
 
@@ -50,7 +51,8 @@ def checkpoint_room(recipe: Recipe, shape: ModelShape) -> CheckpointRoom:
     one = (16 if recipe.precision == "fp32" else 14) * num_parameters(shape)
     directory = recipe.run_dir.absolute()
     existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    return CheckpointRoom(one, one * _to_come(recipe), shutil.disk_usage(existing).free, existing)
+    free = shutil.disk_usage(existing).free + _left_over(directory)
+    return CheckpointRoom(one, one * _to_come(recipe), free, existing)
 
 
 def check_room(recipe: Recipe) -> None:
@@ -62,6 +64,16 @@ def check_room(recipe: Recipe) -> None:
     room = checkpoint_room(recipe, incoming_shape(recipe))
     if not room.fits:
         raise UserError(f"no room for the checkpoints: {room}; {REMEDY}")
+
+
+def _left_over(run_dir: Path) -> int:
+    """Bytes of what killed processes were saving or deleting."""
+    total = 0
+    for name in ("step_*.partial", "step_*.removed.tmp-*"):
+        for path in run_dir.glob(f"*/{name}/**/*"):
+            with suppress(FileNotFoundError):  # the processes may not be dead
+                total += path.stat().st_size
+    return total
 
 
 def _to_come(recipe: Recipe) -> int:

@@ -71,6 +71,21 @@ def test_a_disk_that_will_be_full_is_refused(tmp_path: Path, monkeypatch: pytest
         check_room(recipe(tmp_path / "run", "checkpoint.keep_every=5000"))
 
 
+def test_half_a_checkpoint_of_a_killed_run_is_room_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk of the right size, a batch job that starts itself again would stop there for ever."""
+    free = 6.9 * 112.5e9
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free, 0, free))
+    with pytest.raises(UserError, match="no room"):
+        check_room(recipe(tmp_path))
+    for leftover in ("64k/step_00000125.partial", "64k/step_00000000.removed.tmp-elsewhere-1"):
+        (tmp_path / leftover / "hf").mkdir(parents=True)
+        with (tmp_path / leftover / "__1_0.distcp").open("wb") as file:
+            file.truncate(6 * 10**9)  # takes no room in truth
+    check_room(recipe(tmp_path))
+
+
 def test_a_small_model_is_told_in_megabytes(tmp_path: Path) -> None:
     room = CheckpointRoom(480_000, 1_440_000, 1_000_000, tmp_path)
     assert str(room) == f"1.4 MB at most (0.5 each), 1 MB free at {tmp_path}"
