@@ -46,6 +46,16 @@ def test_released_and_taken_again(tmp_path):
             DirectoryLock(tmp_path / "new" / "run").acquire()
 
 
+def test_what_is_released_is_free_and_names_nobody(tmp_path):
+    first = DirectoryLock(tmp_path)
+    with first:
+        pass
+    assert first.path.read_text() == ""
+    with DirectoryLock(tmp_path):
+        first.release()  # once more: it must not empty the file of the one who holds it now
+        assert json.loads(first.path.read_text())["pid"] == os.getpid()
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/run"):

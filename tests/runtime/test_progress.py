@@ -19,6 +19,16 @@ def test_a_log_gets_lines_of_items_or_of_bytes(monkeypatch, capsys):
     assert copied.startswith("copying: 1.0 of 4.0 GB, ") and " GB/s, ETA " in copied
 
 
+def test_what_is_left_is_told_from_the_time_so_far(monkeypatch, capsys):
+    clock = iter([1000.0, 1009.0, 1020.0, 1029.0, 1040.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    assert list(track("abcd", 40, "reading", amount=lambda _: 5)) == list("abcd")
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 10 of 40 (25%), ETA 0:01:00",
+        "reading: 20 of 40 (50%), ETA 0:00:40",
+    ]
+
+
 def test_short_work_prints_no_line(capsys):
     assert list(track("abc", 3, "reading")) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""

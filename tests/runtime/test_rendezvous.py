@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime import rendezvous
-from megatron_prolong.runtime.rendezvous import read_rendezvous
+from megatron_prolong.runtime.rendezvous import Rendezvous, read_rendezvous
 
 BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 """Slurm describes the whole job to the script, which is one process."""
@@ -35,10 +36,26 @@ stages: [{name: one, sequence_length: 64, batch_tokens: 512, steps: 1, lr: 1e-3,
 def test_a_batch_script_is_one_process_and_a_step_is_all_of_them() -> None:
     assert read_rendezvous(BATCH_SCRIPT).size == 1
     step = read_rendezvous(STEP)
-    assert (step.rank, step.local_rank, step.size, step.address, step.port) == (5, 1, 8, "node1", 29500)
+    assert step == Rendezvous(rank=5, size=8, local_rank=1, local_size=8, address="node1", port=29500)
     assert read_rendezvous({**BATCH_SCRIPT, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}).size == 1
     with pytest.raises(UserError, match="started by srun, but MASTER_ADDR, MASTER_PORT not set"):
         read_rendezvous({**BATCH_SCRIPT, "SLURM_STEP_ID": "0"})
+
+
+def test_a_process_alone_meets_itself_at_a_port_of_its_own() -> None:
+    """So does one in a step that says nothing of tasks."""
+    for variables in ({}, {"SLURM_STEP_ID": "0"}, {"RANK": "1"}):
+        alone = read_rendezvous(variables)
+        assert alone == Rendezvous(0, 1, 0, 1, "127.0.0.1", alone.port)
+        with socket.socket() as free:
+            free.bind((alone.address, alone.port))
+
+
+def test_what_a_launcher_other_than_torchrun_leaves_out() -> None:
+    with pytest.raises(UserError, match="started by torchrun, but MASTER_ADDR, MASTER_PORT not set"):
+        read_rendezvous({"RANK": "1", "WORLD_SIZE": "2"})
+    there = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    assert read_rendezvous(there) == Rendezvous(1, 2, 0, 2, "node1", 29500)
 
 
 @pytest.mark.parametrize(
