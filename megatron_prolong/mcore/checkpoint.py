@@ -6,16 +6,18 @@ configs of the source, travelling along). Directories are written aside and rena
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import pickle
 import queue
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
@@ -43,10 +45,11 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_prolong.convert.unpickle import load_metadata
-from megatron_prolong.errors import UserError
+from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.mcore.optimizer_shards import METADATA, optimizer_state
 from megatron_prolong.mcore.replace import replaced
+from megatron_prolong.runtime.agreement import together
 from megatron_prolong.runtime.checksums import Entries, HashingFile
 
 
@@ -228,7 +231,7 @@ class _WeightsOnlyPlanner(torch_dist.MCoreLoadPlanner):
 
 
 def _read(directory: Path, state: ShardedStateDict) -> dict[str, Any]:
-    # The third pickle, common.pt, is loaded as weights only since torch 2.6; the tensors always were.
+    together(lambda: _refuse_damage(directory))
     reader = _SafeReader(str(directory))  # one for all, as Megatron asks for the table of contents twice
     without_code = [
         (torch_dist, "_get_filesystem_reader", lambda *_, **__: reader),
@@ -240,13 +243,33 @@ def _read(directory: Path, state: ShardedStateDict) -> dict[str, Any]:
             return dist_checkpointing.load(state, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"checkpoint {directory} does not fit this model: {error}") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {directory} holds more than tensors and plain values: {error}"
-        ) from error
-    except CheckpointException as error:
-        causes = sorted({str(cause).splitlines()[0] for cause, _ in error.failures.values()})
-        raise UserError.many(f"checkpoint {directory} cannot be read:", causes) from error
+    except CheckpointException as error:  # on all ranks, with what any of them met
+        causes = sorted({_first_line(cause) for cause, _ in error.failures.values()})
+        message = str(UserError.many(f"checkpoint {directory} cannot be read:", causes))
+        raise JointError(message, said_here=dist.get_rank() == 0) from error
+
+
+def _refuse_damage(directory: Path) -> None:
+    """The two small files that Megatron reads itself, expecting no damage. common.pt is a pickle, loaded as weights
+    only since torch 2.6, as the tensors always were."""
+    readers: dict[str, Callable[[Path], object]] = {
+        "metadata.json": lambda path: dist_checkpointing.core.CheckpointingConfig(
+            **json.loads(path.read_text())
+        ),
+        "common.pt": lambda path: torch.load(path, weights_only=True),
+    }
+    for name, read in readers.items():
+        path = directory / name
+        try:
+            read(path)
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: no such file; the checkpoint is incomplete") from error
+        except Exception as error:  # a damaged file can fail in any way
+            raise UserError(f"{path}: damaged, or not plain values ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 def _tensors(state: ShardedStateDict) -> list[ShardedTensor | ShardedTensorFactory]:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from megatron_prolong.convert.unpickle import load_metadata
 from megatron_prolong.data.batch import collate_pieces
 from megatron_prolong.data.packed import Piece
-from megatron_prolong.errors import UserError
+from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.mcore import checkpoint as saved
 from megatron_prolong.mcore.build import StageModel, build_model
 from megatron_prolong.mcore.checkpoint import (
@@ -714,6 +714,31 @@ def test_loading_runs_nothing_from_the_files(trained, tmp_path, name):
     with pytest.raises(UserError, match=str(directory)):
         load_weights_and_optimizer(directory, model, optimizer)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metadata.json", None, "{path}: no such file; the checkpoint is incomplete"),
+        ("metadata.json", b"[]", "{path}: damaged, or not plain values (.*must be a mapping, not list)"),
+        ("metadata.json", b'{"sharded', "{path}: damaged, or not plain values (Unterminated string.*)"),
+        ("common.pt", None, "{path}: no such file; the checkpoint is incomplete"),
+        ("common.pt", b"", "{path}: damaged, or not plain values (EOFError())"),
+        ("common.pt", b"PK", "{path}: damaged, or not plain values (.*)"),
+        ("__0_0.distcp", None, "checkpoint {directory} cannot be read:\n  - .*No such file.*"),
+        ("__0_0.distcp", b"", "checkpoint {directory} cannot be read:\n  - EOFError()"),
+    ],
+)
+def test_damage_is_told_in_a_sentence_where_no_checksums_tell_it(trained, tmp_path, name, content, said):
+    """As when a copy was cut off, of a checkpoint that another program wrote."""
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    save_weights_and_optimizer(directory, trained.model, trained.optimizer)
+    path = directory / name
+    path.unlink() if content is None else path.write_bytes(content)
+    pattern = said.format(path=path, directory=directory).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(JointError, match=f"^{pattern}$"):
+        load_weights_and_optimizer(directory, trained.model, trained.optimizer)
 
 
 def test_stored_objects_are_plain_values_too(tmp_path):
