@@ -58,6 +58,7 @@ def refuse_changes(before: Recipe, now: Recipe, statuses: list[StageStatus]) -> 
         *_run_changes(before, now),
         *_stage_changes(before, statuses),
         *_removed_stages(before, now),
+        *_added_stages(before, now, statuses),
         *_reordered_stages(before, now, statuses),
     ]
     if refused := [str(change) for change in changes if change.refusal]:
@@ -107,8 +108,21 @@ def _removed_stages(before: Recipe, now: Recipe) -> Iterator[Change]:
         )
 
 
+def _added_stages(before: Recipe, now: Recipe, statuses: list[StageStatus]) -> Iterator[Change]:
+    """Those that have begun all the same, as one that left the recipe and comes back."""
+    for status in statuses:
+        name, directory = status.stage.name, now.run_dir / status.stage.name
+        if status.step and name not in {stage.name for stage in before.stages}:
+            yield Change(
+                f"stage {name}: added",
+                f"it is at step {status.step}, of a recipe that {now.run_dir / RESOLVED_RECIPE} does not tell; put "
+                f"the {RESOLVED_RECIPE} of its newest checkpoint in that one's place, or move {directory} away",
+            )
+
+
 def _reordered_stages(before: Recipe, now: Recipe, statuses: list[StageStatus]) -> Iterator[Change]:
-    begun = {status.stage.name for status in statuses if status.word != "waiting"}
+    in_both = {stage.name for stage in before.stages} & {stage.name for stage in now.stages}
+    begun = in_both & {status.stage.name for status in statuses if status.step}
     old, new = ([stage.name for stage in of.stages if stage.name in begun] for of in (before, now))
     if old != new:
         yield Change(f"order of the stages: {old} → {new}", "they have begun")

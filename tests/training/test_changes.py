@@ -66,8 +66,11 @@ def test_a_stage_that_is_done_stays_one_that_waits_is_free_and_one_in_progress_k
 
 def test_steps_to_come_may_be_passed_over_and_those_made_are_what_they_are():
     assert told(recipe({"second": {"skip_steps": [5, "7-8"]}})) == ["stage.second.skip_steps: None → 5, 7-8"]
-    with pytest.raises(UserError, match=r"second\.skip_steps: None → 4-5 \(the stage is at step 4\)"):
-        told(recipe({"second": {"skip_steps": "4 - 5"}}))
+    for given, shown in {"4 - 5": "4-5", "1": "1"}.items():
+        with pytest.raises(
+            UserError, match=rf"second\.skip_steps: None → {shown} \(the stage is at step 4\)"
+        ):
+            told(recipe({"second": {"skip_steps": given}}))
     with pytest.raises(UserError, match=r"first\.skip_steps: None → 10 \(the stage is at step 10\)"):
         told(recipe({"first": {"skip_steps": 10}}))
 
@@ -103,6 +106,18 @@ def test_stages_that_have_begun_keep_their_order():
 def test_a_stage_may_leave_before_it_has_begun(tmp_path):
     now = recipe(order=("first", "second"), run_dir=tmp_path)
     assert told(now) == ["stage third: removed"]
+
+
+def test_a_stage_that_comes_back_is_compared_with_the_recipe_it_was_trained_by(tmp_path):
+    """Nothing else tells what it was trained with."""
+    now = recipe(run_dir=tmp_path)
+    without = recipe(order=("first", "third"), run_dir=tmp_path)
+    with pytest.raises(UserError) as refused:
+        refuse_changes(without, now, statuses(now))
+    (said,) = str(refused.value).splitlines()[1:]
+    assert said.startswith("  - stage second: added (it is at step 4, of a recipe that ")
+    assert said.endswith(f"newest checkpoint in that one's place, or move {tmp_path}/second away)")
+    assert refuse_changes(without, now, statuses(now, STEPS | {"second": 0})) == []
 
 
 @pytest.mark.parametrize(

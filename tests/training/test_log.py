@@ -86,3 +86,26 @@ def test_one_odd_step_does_not_move_the_time_left() -> None:
         for step, seconds in enumerate([60.0, 60.0, 600.0, 6.0], 1):
             log.step("512k", step, 10, FACTS | {"step_seconds": seconds}, show=step > 2)
     assert [line.split("ETA ")[1] for line in shown.getvalue().splitlines()] == ["0:07:00", "0:06:00"]
+
+
+def test_steps_of_the_stage_before_tell_nothing_of_the_time_left() -> None:
+    """They were shorter, by the square of the length."""
+    shown = io.StringIO()
+    log = RunLog(Console(file=shown), io.StringIO(), Mock())
+    for stage, seconds in (("64k", 10.0), ("64k", 10.0), ("512k", 60.0)):
+        with log.stage(stage, 0, 2):
+            log.step(stage, 1, 2, FACTS | {"step_seconds": seconds}, show=True)
+    assert shown.getvalue().endswith("ETA 0:01:00\n")
+
+
+def test_scores_and_steps_passed_over_are_recorded_and_shown() -> None:
+    shown, metrics = io.StringIO(), io.StringIO()
+    log = RunLog(Console(file=shown), metrics, Mock())
+    log.evaluation("64k", 50, {"recall/65536": 98.76543})
+    log.skipped("64k", 51, 60, {"tokens": 7})
+    evaluation, skipped = (json.loads(line) for line in metrics.getvalue().splitlines())
+    assert evaluation.items() >= {"event": "evaluation", "stage": "64k", "step": 50}.items()
+    assert evaluation["scores"] == {"recall/65536": 98.76543}
+    assert skipped.items() >= {"stage": "64k", "step": 51, "tokens": 7}.items() and "loss" not in skipped
+    assert log.tensorboard.add_scalar.call_args_list == [call("64k/evaluation/recall/65536", 98.76543, 50)]
+    assert shown.getvalue() == ("64k 50 evaluation: recall/65536 98.77\n64k 51/60  skipped (skip_steps)\n")
