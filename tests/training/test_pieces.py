@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import JointError, UserError
+from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.recipe.rope import Llama3Scaling, YarnScaling
 from megatron_prolong.recipe.schema import Carry, CheckpointSpec, LayoutOverride, LoggingSpec, Recipe, Yarn
 from megatron_prolong.recipe.shape import ModelShape
@@ -207,6 +208,21 @@ def test_a_run_that_goes_wrong_stops_and_completes_what_it_saved_before(tmp_path
     told = walk(recipe(tmp_path), monkeypatch, [0.0], metrics, until=5)
     assert told[:-1] == STEP * 4 + ["collected", "polled", "finished"]
     assert told[-1].startswith("stage short: 5 steps in a row had no targets")
+
+
+def test_a_line_of_the_log_is_about_its_own_step_and_a_single_rank():
+    at = SimpleNamespace(
+        model=SimpleNamespace(shape=SHAPE),
+        world=World(1, 4, 0, torch.device("cpu")),
+        stragglers=Stragglers([]),
+    )
+    sequence = PackedSequence(np.zeros(64, np.uint32), np.array([0, 20, 64]), None, Identity("data", "-", 0))
+    metrics = StepMetrics(2.0, grad_norm=1.0, lr=1e-3, num_targets=3, updated=True)
+    before, after = (TrainState(stage="short", step=step, tokens=64 * step) for step in (7, 8))
+    facts = stage_module._facts(at, before, after, metrics, [sequence], 2.0)
+    assert (facts["tokens"], facts["tokens_per_second"]) == (512, 32)
+    assert facts["tflops_per_rank"] == pytest.approx(model_flops(SHAPE, 64, 20**2 + 44**2) / 2 / 4 / 1e12)
+    assert 2**26 < facts["peak_memory_bytes"] < 2**40
 
 
 @pytest.mark.parametrize(
