@@ -2,9 +2,9 @@
 
 The library's result holds some hundred bytes per token (strings, offsets), so a long document is encoded in
 segments. A segment may only end where the tokenizer's own splitting regex ends a match whatever follows:
-after a single newline between two visible characters, or before a single blank with a letter behind it (longer
-runs of blanks are split by what follows them). That is true of byte-level BPE with GPT-2's or Llama-3's regex;
-for any other tokenizer documents are encoded whole.
+after a single newline between two visible characters, or before a blank that follows on a visible character, as
+blanks only begin a match or are all of it. That is true of byte-level tokenizers with GPT-2's or Llama-3's regex;
+for any other documents are encoded whole.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_prolong.recipe.inputs import fingerprint, tokenizer_file
 
 SEGMENT_CHARACTERS = 1 << 17
 _BATCH_CHARACTERS = 1 << 19
-_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= [^\W\d_])")
+_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= )")
 _SEARCH_CHARACTERS = 1 << 12
 
 
@@ -57,7 +57,7 @@ class TextEncoder:
                     self._encode_batch(batch, owners, pieces)
                     owners, batch, room = [], [], _BATCH_CHARACTERS
         self._encode_batch(batch, owners, pieces)
-        return [_join(parts) for parts in pieces]
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in pieces]
 
     def _encode_batch(
         self, batch: list[str], owners: list[int], pieces: list[list[NDArray[np.uint32]]]
@@ -67,13 +67,10 @@ class TextEncoder:
             pieces[owner].append(np.array(encoding.ids, np.uint32))
 
     def _segments(self, text: str) -> Iterator[str]:
-        if not self.splits or len(text) <= SEGMENT_CHARACTERS:
-            yield text
-            return
         start = 0
-        while len(text) - start > SEGMENT_CHARACTERS:
+        while self.splits and len(text) - start > SEGMENT_CHARACTERS:
             end = start + SEGMENT_CHARACTERS
-            cut = _last_cut(text, end - _SEARCH_CHARACTERS, end) or _last_cut(text, start + 1, end)
+            cut = _last_cut(text, end - _SEARCH_CHARACTERS, end) or _last_cut(text, start, end)
             if cut is None:
                 cut = end
                 self.forced_cuts += 1
@@ -108,23 +105,14 @@ def _load(path: Path, modified: int) -> Any:
 def _last_cut(text: str, start: int, end: int) -> int | None:
     """The last position in (start, end] where a segment may end. One character beyond `end` is looked at."""
     last = None
-    for match in _SAFE_CUT.finditer(text, start, min(end + 2, len(text))):
-        if start < match.start() <= end:
-            last = match.start()
+    for match in _SAFE_CUT.finditer(text, start + 1, end + 1):
+        last = match.start()
     return last
 
 
-def _join(parts: list[NDArray[np.uint32]]) -> NDArray[np.uint32]:
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint32)
-
-
 def _may_be_split(tokenizer: dict[str, Any]) -> bool:
-    """Byte-level BPE whose pre-tokenizer splits by regex and adds no blank in front, and whose added tokens hold no
-    place to cut; see the module."""
-    if tokenizer["model"]["type"] != "BPE":
-        return False
+    """Whether the pre-tokenizer splits by a known regex into bytes and adds no blank in front, and no added token
+    holds a place to cut; see the module."""
     normalizer = tokenizer["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":
         return False
@@ -146,8 +134,9 @@ def _may_be_split(tokenizer: dict[str, Any]) -> bool:
 
 def _may_be_cut(added: dict[str, Any]) -> bool:
     """Whether a segment may end inside an added token or a blank that goes with it; special ones are text here."""
-    within = added["lstrip"] or added["rstrip"] or _SAFE_CUT.search(added["content"])
-    return bool(within and not added["special"])
+    text = f"x{added['content']}x"  # with what may be around it
+    within = any(1 < match.start() < len(text) - 1 for match in _SAFE_CUT.finditer(text))
+    return bool(not added["special"] and (within or added["lstrip"] or added["rstrip"]))
 
 
 _GPT4_STYLE = (
