@@ -18,6 +18,7 @@ from typing import IO
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -300,16 +301,67 @@ def test_unfitting_values_name_sample_and_column(sample: dict, message: str, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["uint8", "int16", "uint64", "int", "float16"])
-def test_numbers_that_do_not_fit_are_refused(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [
+        ("uint8", 0, 255),
+        ("int16", -(2**15), 2**15 - 1),
+        ("uint64", 0, 2**64 - 1),
+        ("int", -(2**63), 2**63 - 1),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(kind: str, least: int, most: int) -> None:
     coder = encoding(kind)
-    assert coder.decode(b"".join(coder.encode(7)), 0, coder.size or 0) == 7
-    if kind != "float16":
+    for value in (least, 7, most):
+        assert coder.decode(b"".join(coder.encode(value)), 0, coder.size or 0) == value
+    for value in (least - 1, most + 1, 1.0, np.ones(1, np.int8), "7", None):
         with pytest.raises((OverflowError, TypeError)):
-            coder.encode(2**70)
+            coder.encode(value)
 
 
-@pytest.mark.parametrize("kind", ["jpeg", "pkl", "ndarray:complex64", "ndarray:uint8:a", "int:3"])
+@pytest.mark.parametrize("value", [1.5, -7, float("inf"), float("nan")])
+def test_whatever_is_a_number_fits_into_floats(value: float) -> None:
+    coder = encoding("float16")
+    np.testing.assert_equal(coder.decode(b"".join(coder.encode(value)), 0, 2), np.float16(value))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code"),
+    {
+        **{"u1": 8, "i1": 9, "u2": 16, "i2": 17, "f2": 18, "u4": 32, "i4": 33, "f4": 34},
+        **{"u8": 64, "i8": 65, "f8": 66},
+    }.items(),
+)
+@pytest.mark.parametrize("shape", [(3,), (255,), (256,), (2, 300), (70_000, 1)])
+def test_arrays_say_what_they_are(dtype: str, code: int, shape: tuple[int, ...]) -> None:
+    """By the codes of mosaicml-streaming, and whatever the order of their bytes in memory."""
+    coder = encoding("ndarray")
+    for order in "<>":
+        array = (np.arange(np.prod(shape)) % 127).astype(order + dtype).reshape(shape)
+        stored = b"".join(coder.encode(array.T if order == ">" else array))
+        assert stored[0] == code
+        found = coder.decode(stored, 0, len(stored))
+        assert found.dtype == np.dtype("<" + dtype)
+        np.testing.assert_array_equal(found, array.T if order == ">" else array)
+
+
+def test_arrays_that_the_format_or_the_column_does_not_have_are_refused() -> None:
+    for kind, array in {"ndarray": np.array(1), "ndarray:int8": np.zeros((2, 0), np.int8)}.items():
+        with pytest.raises(ValueError, match="no arrays without elements and no arrays without axes"):
+            encoding(kind).encode(array)
+    with pytest.raises(ValueError, match=r"expected shape \(2, 3\), found \(3, 2\)"):
+        encoding("ndarray:int8:2,3").encode(np.zeros((3, 2), np.int8))
+    coder = encoding("ndarray:int16")
+    stored = b"".join(coder.encode(np.zeros(5, np.int16)))
+    assert stored[:2] == b"\x04\x05"
+    for count in (4, 6):
+        with pytest.raises(ValueError, match=rf"an array of int16 \[{count}\] does not fill its 12 bytes"):
+            coder.decode(stored[:1] + bytes([count]) + stored[2:] + bytes(9), 0, len(stored))
+    assert encoding("json").encode({"a": 1}) == [b'{"a": 1}']
+    assert encoding("json").encode(np.array([1, 2])) == [b"[1, 2]"]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "pkl", "ndarray:complex64", "ndarray:uint8:a", "int:3", "int32:3"])
 def test_unknown_column_types_are_refused(kind: str) -> None:
     with pytest.raises(UserError):
         encoding(kind)
@@ -451,6 +503,24 @@ def test_garbage_never_crashes_the_reader(data: Path) -> None:
             MDSReader(data).array_lengths("input_ids", 0)
         except UserError as error:
             assert "shard.00000.mds" in str(error)
+
+
+def test_compressed_shards_are_the_same_every_time_and_of_the_level_that_is_asked_for(tmp_path: Path) -> None:
+    """And zstd's say how large they are unpacked, which mosaicml-streaming asks for."""
+    size: dict[str, int] = {}
+    for level in ("zstd:1", "zstd:19", "gz:1", "gz:9", "bz2:1", "bz2:9"):
+        write(tmp_path / level, [30_000] * 2, compression=level)
+        (file,) = (tmp_path / level).glob(f"shard.00000.mds.{level.partition(':')[0]}")
+        size[level] = file.stat().st_size
+        if level.startswith("zstd"):
+            raw = MDSReader(tmp_path / level).shards[0].raw.num_bytes
+            assert zstandard.frame_content_size(file.read_bytes()) == raw
+    for low, high in (("zstd:1", "zstd:19"), ("gz:1", "gz:9"), ("bz2:1", "bz2:9")):
+        assert abs(size[high] - size[low]) > 8, "the name of the level is in the file, too"
+    gz = next((tmp_path / "gz:9").glob("*.gz")).read_bytes()
+    assert gz[3:8] == bytes(5), "neither a name nor a time"
+    with pytest.raises(UserError, match="compression 'zstd:high' is not supported"):
+        write(tmp_path / "other", [3], compression="zstd:high")
 
 
 def test_damaged_compressed_shard(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def _encode_array(
         head += bytes([array.ndim << 2 | power]) + np.array(array.shape, _SHAPE_DTYPES[power]).tobytes()
     elif array.shape != shape:
         raise ValueError(f"expected shape {shape}, found {array.shape}")
-    return [head, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data]
+    return [head, np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data]
 
 
 def _decode_array(
