@@ -50,8 +50,8 @@ class NgramIndex:
     def _hashes(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Hash of the n-gram that begins at each word, uint64 [words - n + 1]."""
         count = len(numbers) - self.n + 1
-        total = np.zeros(max(count, 0), np.uint64)
-        for offset in range(self.n if count > 0 else 0):
+        total = np.zeros(count, np.uint64)
+        for offset in range(self.n):
             total = (total ^ numbers[offset : offset + count]) * _MULTIPLIER
             total ^= total >> np.uint64(29)
         return total
@@ -60,8 +60,6 @@ class NgramIndex:
         """The distinct n-grams of `text` that an evaluation set has, in the order of the text."""
         words = _WORD.findall(text.lower())
         numbers = self._lookup(words)
-        if len(numbers) < self.n or not len(self):
-            return []
         known = np.concatenate([[0], np.cumsum(numbers > 0)])
         starts = np.flatnonzero(known[self.n :] - known[: -self.n] == self.n)
         if not len(starts):

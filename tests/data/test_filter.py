@@ -212,17 +212,19 @@ def test_domains_without_number_are_counted_in_no_time(tmp_path: Path) -> None:
 
 
 @given(
-    words=st.lists(st.sampled_from("abcd"), max_size=40),
-    evaluation=st.lists(st.lists(st.sampled_from("abcde"), max_size=12), max_size=5),
+    words=st.lists(st.sampled_from("abcdBC"), max_size=40),
+    evaluation=st.lists(st.lists(st.sampled_from("abcdeAB"), max_size=12), max_size=5),
     n=st.integers(1, 5),
 )
 def test_ngrams_are_found_exactly(words: list[str], evaluation: list[list[str]], n: int) -> None:
-    """Against sets of tuples."""
+    """Against sets of tuples; whatever the case of their letters."""
     index = NgramIndex([" ".join(each) for each in evaluation], n)
+    text = " ".join(words)
+    words, *evaluation = ([word.lower() for word in each] for each in (words, *evaluation))
     known = {tuple(each[i : i + n]) for each in evaluation for i in range(len(each) - n + 1)}
     expected = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     expected = [each for each in dict.fromkeys(expected) if each in known]
-    assert index.find(" ".join(words)) == [" ".join(each) for each in expected]
+    assert index.find(text) == [" ".join(each) for each in expected]
     assert len(index) == len(known)
 
 
