@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_prolong.data.packed import Identity, PackedSequence
-from megatron_prolong.errors import UserError
+from megatron_prolong.errors import JointError, UserError
+from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.recipe.rope import Llama3Scaling, YarnScaling
-from megatron_prolong.recipe.schema import Carry, LayoutOverride, Recipe, Yarn
+from megatron_prolong.recipe.schema import Carry, CheckpointSpec, LayoutOverride, LoggingSpec, Recipe, Yarn
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training import prepare, run
@@ -131,7 +132,12 @@ def test_ranks_go_by_what_rank_0_sees_and_wait_for_its_conversion(tmp_path):
     torch.multiprocessing.spawn(_two_views, (str(tmp_path),), nprocs=2)
 
 
-def walk(of: Recipe, monkeypatch, clock: list[float], metrics: StepMetrics, until: int) -> list[str]:
+STEP = ["collected", "polled", "5 s", "shown", "saved"]
+
+
+def walk(
+    of: Recipe, monkeypatch, clock: list[float], metrics: StepMetrics, until: int, stop=False
+) -> list[str]:
     """The loop of a stage whose data takes 3 s, its update 2, its saving 100, and 50 to complete what was saved
     in the background; returns what it told in order."""
     told: list[str] = []
@@ -148,7 +154,7 @@ def walk(of: Recipe, monkeypatch, clock: list[float], metrics: StepMetrics, unti
         take(100)
 
     writer = SimpleNamespace(
-        poll=lambda: take(50),
+        poll=lambda: told.append("polled") or take(50),
         finish=lambda: told.append("finished"),
         save=save,
         reading=lambda batches: batches,
@@ -163,10 +169,12 @@ def walk(of: Recipe, monkeypatch, clock: list[float], metrics: StepMetrics, unti
     monkeypatch.setattr(stage_module, "_manifest", lambda *_: {})
     monkeypatch.setattr(stage_module, "_facts", lambda *facts: told.append(f"{facts[-1]:.0f} s"))
     monkeypatch.setattr(stage_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    log, watchdog = SimpleNamespace(step=lambda *_, **__: None), SimpleNamespace(feed=lambda _: None)
+    monkeypatch.setattr(stage_module, "gc", SimpleNamespace(collect=lambda: told.append("collected")))
+    log = SimpleNamespace(step=lambda *_, show: told.append("shown" if show else "not shown"))
+    watchdog = SimpleNamespace(feed=lambda _: None)
     try:
-        stage_module._walk(session(of, log), at, TrainState(stage="short"), until, watchdog)
-    except UserError as error:
+        stage_module._walk(session(of, log, stop), at, TrainState(stage="short"), until, watchdog)
+    except (JointError, Preempted) as error:
         told.append(str(error).partition(";")[0])
     return told
 
@@ -175,14 +183,46 @@ def test_waiting_for_data_is_part_of_a_steps_time_and_saving_is_not(tmp_path, mo
     """Or a slow disk would show nowhere, and a checkpoint as a slow step."""
     metrics = StepMetrics(2.0, grad_norm=1.0, lr=1e-3, num_targets=3, updated=True)
     told = walk(recipe(tmp_path), monkeypatch, [0.0], metrics, until=3)
-    assert told == ["5 s", "saved"] * 3 + ["finished"]
+    assert told == STEP * 3 + ["finished"]
+
+
+def test_asked_to_stop_it_completes_what_it_saves(tmp_path, monkeypatch):
+    """In the background, it would be lost with the process."""
+    metrics = StepMetrics(2.0, grad_norm=1.0, lr=1e-3, num_targets=3, updated=True)
+    of = recipe(tmp_path).model_copy(update={"checkpoint": CheckpointSpec(every=100)})
+    told = walk(of, monkeypatch, [0.0], metrics, until=3, stop=True)
+    assert told == [*STEP, "finished", "stopped after step 1 of stage short"]
+    assert walk(of, monkeypatch, [0.0], metrics, until=1, stop=True) == [*STEP, "finished"]
+
+
+def test_every_so_many_steps_and_the_last_are_shown_and_saved(tmp_path, monkeypatch):
+    metrics = StepMetrics(2.0, grad_norm=1.0, lr=1e-3, num_targets=3, updated=True)
+    often = {"checkpoint": CheckpointSpec(every=3), "logging": LoggingSpec(every=2)}
+    told = walk(recipe(tmp_path).model_copy(update=often), monkeypatch, [0.0], metrics, until=5)
+    quiet, shown = [*STEP[:3], "not shown"], STEP[:4]
+    assert told == [*quiet, *shown, *quiet, "saved", *shown, *shown, "saved", "finished"]
 
 
 def test_a_run_that_goes_wrong_stops_and_completes_what_it_saved_before(tmp_path, monkeypatch):
     metrics = StepMetrics(math.nan, grad_norm=math.nan, lr=1e-3, num_targets=3, updated=False)
     told = walk(recipe(tmp_path), monkeypatch, [0.0], metrics, until=5)
-    assert told[:-1] == ["5 s", "saved"] * 4 + ["finished"]
+    assert told[:-1] == STEP * 4 + ["collected", "polled", "finished"]
     assert told[-1].startswith("stage short: 5 steps in a row had no targets")
+
+
+def test_a_line_of_the_log_is_about_its_own_step_and_a_single_rank():
+    at = SimpleNamespace(
+        model=SimpleNamespace(shape=SHAPE),
+        world=World(1, 4, 0, torch.device("cpu")),
+        stragglers=Stragglers([]),
+    )
+    sequence = PackedSequence(np.zeros(64, np.uint32), np.array([0, 20, 64]), None, Identity("data", "-", 0))
+    metrics = StepMetrics(2.0, grad_norm=1.0, lr=1e-3, num_targets=3, updated=True)
+    before, after = (TrainState(stage="short", step=step, tokens=64 * step) for step in (7, 8))
+    facts = stage_module._facts(at, before, after, metrics, [sequence], 2.0)
+    assert (facts["tokens"], facts["tokens_per_second"]) == (512, 32)
+    assert facts["tflops_per_rank"] == pytest.approx(model_flops(SHAPE, 64, 20**2 + 44**2) / 2 / 4 / 1e12)
+    assert 2**26 < facts["peak_memory_bytes"] < 2**40
 
 
 @pytest.mark.parametrize(
