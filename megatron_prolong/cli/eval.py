@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -86,12 +87,12 @@ def perplexity(
         check_models(paths)
         if is_main(world):
             _refuse_to_lose(out / "perplexity.json", about, models)
-        out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
+            make(out)
         return models
 
     about = {"data": [str(path) for path in data], "seed": seed}
     results: dict[str, Perplexity] = {}
-    with ranks() as world:
+    with folders() as make, ranks() as world:
         models = on_all_ranks(world, prepare)
         for label, path in models:
             with open_backend(path, world=world) as backend:
@@ -135,12 +136,12 @@ def needle(
         check_models([path for _, path in models])
         if is_main(world):
             _refuse_to_lose(out / "needle.json", about, models)
-        out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
+            make(out)
         return fractions, text, models
 
     about = {"haystack": str(haystack or "noise"), "seed": seed}
     results: dict[str, Any] = {}
-    with ranks() as world:
+    with folders() as make, ranks() as world:
         fractions, text, models = on_all_ranks(world, prepare)
         for label, path in models:
             with open_backend(path, batch_size=trials, world=world) as backend:
@@ -206,6 +207,25 @@ def check_models(paths: list[str], kind: str = "auto", cp: int = 1) -> None:
 def is_main(world: World | None) -> bool:
     """True on the one rank that prints and writes."""
     return world is None or world.is_main
+
+
+@contextmanager
+def folders() -> Iterator[Callable[[Path], None]]:
+    """Gives what makes a folder for results, before hours of measuring; those empty at the end are removed."""
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        made.extend(each for each in (folder, *folder.parents) if not each.exists())
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):  # may it be written in?
+            pass
+
+    try:
+        yield make
+    finally:
+        for folder in sorted(made, reverse=True):  # what lies in another first
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 def models_of(model: str, compare: list[str] | None) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from megatron_prolong.cli.eval import (
     Compare,
     Model,
     check_models,
+    folders,
     is_main,
     models_of,
     on_all_ranks,
@@ -136,11 +137,11 @@ def run(
             words = tokenizer if backend == "openai" else tokenizer_directory(Path(name))
             if words is not None:
                 refuse_cramped(chosen, Inputs(data, load_tokenizer(words), seed, haystack=text))
-            (out / label).mkdir(parents=True, exist_ok=True)  # before hours of measuring
+            make(out / label)
         return models, chosen, text, entails
 
     results = {}
-    with ranks() as world:
+    with folders() as make, ranks() as world:
         models, chosen, text, entails = on_all_ranks(world, prepare)
         for label, name, identity in models:
             settings = Settings(tag, chat, too_long, stop_newline, overwrite, identity)

@@ -53,7 +53,7 @@ class Client:
             text = choice["message"]["content"] if "message" in choice else choice["text"]
         except (KeyError, IndexError, TypeError) as error:
             raise UserError(
-                f"{self.base_url}/{path}: its answer has no text: {json.dumps(answer)[:500]}; is it "
+                f"{self.base_url}/{path}: its answer has no text: {in_short(answer)}; is it "
                 "OpenAI-compatible?"
             ) from error
         # Half an emoji cannot be written or tokenized.
@@ -98,9 +98,7 @@ class Client:
         try:
             return ask()
         except APIStatusError as error:
-            problem = (
-                f"{error.status_code} {error.response.reason_phrase}: {error.response.text[:500].strip()}"
-            )
+            problem = f"{error.status_code} {error.response.reason_phrase}: {in_short(error.response.text)}"
             if error.status_code in (401, 403):
                 problem += " (the key is read from OPENAI_API_KEY)"
         except APIConnectionError as error:
@@ -108,3 +106,9 @@ class Client:
         except (OpenAIError, ValueError) as error:
             problem = error
         raise UserError(f"{self.base_url}/{path}: {problem}")
+
+
+def in_short(answer: object) -> str:
+    """What a server answered, for a message: proxies and web sites answer with pages."""
+    text = answer.strip() if isinstance(answer, str) else json.dumps(answer)
+    return "an HTML page" if text.startswith("<") else text[:500]

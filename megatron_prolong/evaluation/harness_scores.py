@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.report import write_json
+from megatron_prolong.evaluation.results import read_whole
 from megatron_prolong.evaluation.run import is_of
-from megatron_prolong.recipe.shape import read_json
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ def remembered(
     Args:
         overwrite: ask again what is there.
     """
-    scores = dict(read_json(path)["scores"]) if path.exists() and is_of(path, arguments) else {}
+    scores = dict(read_whole(path)["scores"]) if path.exists() and is_of(path, arguments) else {}
     for name in names:
         if name not in scores or overwrite:
             with _fetched(name):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -188,7 +189,9 @@ def print_questions(results: Mapping[str, Mapping[str, Rows]]) -> None:
     table = Table("task", "metric", *results)
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for label, by_name in results.items():
-        for task, scores in (item for rows in by_name.values() for item in rows.items()):
+        times = Counter(task for rows in by_name.values() for task in rows)
+        for asked, part, scores in ((name, *item) for name, rows in by_name.items() for item in rows.items()):
+            task = part if times[part] == 1 else f"{part} (of {asked})"  # each group may give it other shots
             for metric, score in scores.items():
                 name, _, how = metric.partition(",")
                 if not name.endswith("_stderr"):

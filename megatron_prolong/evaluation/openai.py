@@ -6,14 +6,13 @@ model's tokenizer is needed here as well, because prompts are counted and cut be
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, encode
-from megatron_prolong.evaluation.client import Client
+from megatron_prolong.evaluation.client import Client, in_short
 from megatron_prolong.evaluation.ending import cut_at_stop
 
 UNKNOWN_LENGTH = 1 << 62
@@ -43,7 +42,7 @@ class OpenAIBackend:
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{client.base_url}/models: its answer lists no models and lengths: {json.dumps(listed)[:500]}"
+                f"{client.base_url}/models: its answer lists no models and lengths: {in_short(listed)}"
             ) from error
         if model not in served:
             raise UserError(f"{client.base_url} does not serve {model}; it serves {', '.join(served)}")

@@ -61,6 +61,8 @@ class PartialOutputs:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        if self.path.exists() and not self.path.stat().st_size:  # failed at the first
+            self.path.unlink()
 
 
 def sample_key(*parts: object) -> str:

@@ -125,7 +125,15 @@ def read_arguments(path: Path) -> Any:
     if begin := _ARGUMENTS.match(front):
         with suppress(ValueError):
             return json.JSONDecoder().raw_decode(front, begin.end())[0]
-    return read_json(path).get("args")
+    return read_whole(path).get("args")
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """All of a result. Raises UserError, with the remedy, when it was copied by half, say."""
+    try:
+        return read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; delete it, and run the task again") from error
 
 
 def read_result(path: Path) -> Result:
@@ -137,7 +145,7 @@ def read_result(path: Path) -> Result:
     judged = judged_path(path)
     written = judged if judged.exists() else path
     with whole_result(written):
-        return _result(path, read_json(written))
+        return _result(path, read_whole(written))
 
 
 @contextmanager
@@ -205,7 +213,7 @@ def result_paths(directory: Path) -> list[Path]:
 
 def _result_paths(directory: Path) -> list[Path]:
     paths = [path for path in sorted(directory.glob("*.json")) if not path.name.endswith(JUDGED)]
-    return [path for path in paths if _is_result(path)]
+    return [path for path in paths if "_in" in path.name and "_shots" in path.name]
 
 
 def _refuse_several(directory: Path, results: Iterable[Result]) -> None:
@@ -221,12 +229,6 @@ def _refuse_several(directory: Path, results: Iterable[Result]) -> None:
                 for (length, _, name), found in several.items()
             ),
         )
-
-
-def _is_result(path: Path) -> bool:
-    with path.open(encoding="utf-8") as file:
-        head = file.read(1)
-    return head == "{" and "_in" in path.name and "_shots" in path.name
 
 
 def _row_value(item: dict[str, Any], metric: str) -> float:

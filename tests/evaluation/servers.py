@@ -14,7 +14,7 @@ class Server(ThreadingHTTPServer):
     """Answers like an OpenAI-compatible server; the first `stumbles` requests fail with 503.
 
     `refused_after`, if not None: so many requests are answered, then none. `whole_answer`, if not None, is the
-    JSON answer to everything.
+    JSON answer to everything; `page`, if any, an HTML page that is, with its status.
     """
 
     def __init__(self, answer: str = "") -> None:
@@ -24,6 +24,7 @@ class Server(ThreadingHTTPServer):
         self.refused_after: int | None = None
         self.answer = answer
         self.whole_answer: object = None
+        self.page: tuple[int, str] | None = None
         self.lock = threading.Lock()
 
 
@@ -56,8 +57,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, status: int, content: dict[str, Any]) -> None:
         whole = self.server.whole_answer
         payload = json.dumps(content if whole is None else whole).encode()
+        kind = "application/json"
+        if self.server.page is not None:
+            status, kind, payload = self.server.page[0], "text/html", self.server.page[1].encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Retry-After-Ms", "10")
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_prolong.cli import eval_suite
-from megatron_prolong.cli.eval import models_of
+from megatron_prolong.cli.eval import folders, models_of
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 
@@ -72,6 +72,29 @@ def test_a_place_that_cannot_be_written_is_met_before_measuring(
     more = ["--data", str(file)] if command == "perplexity" else []
     found = CliRunner().invoke(app, ["eval", command, str(hf_directory), "--out", str(file / "out"), *more])
     assert isinstance(found.exception, NotADirectoryError)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failed_run_leaves_no_empty_folders(
+    there: bool, hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(*_: object) -> None:
+        assert (out / "tiny").is_dir(), "made before hours of measuring"
+        raise InterruptedError
+
+    monkeypatch.setattr(eval_suite, "_open", opened)
+    out = tmp_path / "new" / "results"
+    if there:
+        out.mkdir(parents=True)
+    asked = ["--suite", "synthetic", "--lengths", "1K", "--tasks", "ruler_niah_s_1"]
+    found = CliRunner().invoke(app, ["eval", "run", str(hf_directory), "--out", str(out), *asked])
+    assert isinstance(found.exception, InterruptedError)
+    assert list(tmp_path.rglob("*")) == ([out.parent, out] if there else [])
+
+
+def test_a_folder_that_cannot_be_written_in_is_met_before_measuring() -> None:
+    with pytest.raises(OSError), folders() as make:
+        make(Path("/proc"))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from megatron_prolong.cli.main import app
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.harness_tasks import rows_of
+from megatron_prolong.evaluation.harness_tasks import print_questions, rows_of
 
 LONGER_THAN_THE_MODEL = "The key is mentioned in the text. " * 150  # of 1,024 tokens
 TASKS = {
@@ -231,6 +231,17 @@ def test_answers_drawn_at_random_and_answers_without_room_are_refused(
         (tmp_path / f"{name}.yaml").write_text(text)
     assert "draws its answers" in str(ask(trained, tmp_path, tmp_path, "--tasks", "drawn").exception)
     assert "no room for its prompts" in str(ask(trained, tmp_path, tmp_path, "--tasks", "endless").exception)
+
+
+def test_a_task_of_two_groups_is_shown_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    """They may ask it with other shots."""
+    print_questions(
+        {"tiny": {"one": {"a": {"acc,none": 0.5}}, "two": {"a": {"acc,none": 0.25}, "b": {"acc,none": 1}}}}
+    )
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row for row in rows if row[-2:-1] == ["acc"]] == [
+        ["a", "(of", "one)", "acc", "0.5000"], ["a", "(of", "two)", "acc", "0.2500"], ["b", "acc", "1.0000"],
+    ]  # fmt: skip
 
 
 def test_whether_a_choice_is_the_greedy_answer_is_not_reported_as_no() -> None:

@@ -17,6 +17,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation import results, run, suite
 from megatron_prolong.evaluation.changes import changes
 from megatron_prolong.evaluation.identity import model_identity
+from megatron_prolong.evaluation.partial import Generated, PartialOutputs
 from megatron_prolong.evaluation.results import read_arguments
 from megatron_prolong.evaluation.run import Settings, run_task
 from megatron_prolong.evaluation.suite import refuse_another_model, run_suite
@@ -126,3 +127,14 @@ def test_lengths_beyond_a_model_are_refused_before_the_first_is_measured(
         found = CliRunner().invoke(app, [*arguments, "--suite", "synthetic", "--lengths", "512,2K"])
         assert isinstance(found.exception, UserError), found.output
         assert f"at 2K: {second} declares at most 1,024" in str(found.exception)
+
+
+def test_a_task_that_fails_at_its_first_answer_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.partial.jsonl"
+    with pytest.raises(InterruptedError), PartialOutputs(path):
+        raise InterruptedError
+    assert not path.exists()
+    with pytest.raises(InterruptedError), PartialOutputs(path) as partial:
+        partial.add(Generated("key", "said", 1, 1, 0, "asked"))
+        raise InterruptedError
+    assert PartialOutputs(path).done.keys() == {"key"}

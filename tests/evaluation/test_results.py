@@ -287,6 +287,17 @@ def test_a_smoke_test_beside_the_results_is_refused(tmp_path: Path) -> None:
     assert [one.name for one in read_results(tmp_path)] == ["x", "y"]
 
 
+@pytest.mark.parametrize("kept", [0, 60, 200])
+def test_a_result_that_was_copied_by_half_is_named_and_not_left_out(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "x_in8192_shots2.json"
+    write_result(path, [], {"f1": 50.0}, ["f1"])
+    path.write_text(path.read_text()[:kept])
+    with pytest.raises(
+        UserError, match=r"x_in8192_shots2\.json: cannot be read .*; delete it, and run the task"
+    ):
+        read_results(tmp_path)
+
+
 def test_a_directory_of_several_models_results_names_them(tmp_path: Path) -> None:
     for model in ("base", "long"):
         (tmp_path / model).mkdir()

@@ -134,6 +134,17 @@ def test_an_answer_without_text_is_shown(
         OpenAIBackend.connect(refused, "tiny", tokenizer)
 
 
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_page_of_a_web_site_is_called_one(server: Server, tokenizer: Any, status: int) -> None:
+    server.page = (status, "\n<!DOCTYPE html>\n<html>" + "<p>no such page</p>" * 9)
+    asked = client(server, retries=0)
+    with pytest.raises(UserError, match=r"/models: .*an HTML page$"):
+        OpenAIBackend.connect(asked, "tiny", tokenizer)
+    with pytest.raises(UserError, match=r"/completions: .*an HTML page") as error:
+        list(OpenAIBackend(asked, "tiny", tokenizer, 512).generate([Prompt("a")], 4))
+    assert "<" not in str(error.value)
+
+
 def test_half_an_emoji_is_a_question_mark(server: Server, tokenizer: Any) -> None:
     server.whole_answer = {"choices": [{"text": "\ud83d x"}]}
     assert list(OpenAIBackend(client(server), "tiny", tokenizer, 512).generate([Prompt("a")], 4)) == ["? x"]
