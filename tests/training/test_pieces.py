@@ -102,6 +102,42 @@ def test_asked_to_stop_it_begins_no_further_piece(tmp_path, monkeypatch, one_ran
         next(pieces)
 
 
+def test_a_run_walks_its_stages_and_measures_what_is_to_be_measured(tmp_path, monkeypatch, one_rank):
+    """The first stage goes on from where it was stopped; what had been measured before is not told again."""
+    short = {**recipe(tmp_path).stages[0].model_dump(), "mixture": "mock"}
+    stages = [short, {**short, "name": "long", "steps": 3}]
+    fields = recipe(tmp_path).model_dump() | {"model": {"path": tmp_path / "somewhere"}, "stages": stages}
+    of = Recipe.model_validate(fields)
+    save(of.run_dir / "short", 1)
+    trained, measured = [], []
+
+    def train_stage(session, stage, start, until):
+        trained.append(f"{stage.name} {start.checkpoint.directory.name[-1]}-{until}")
+        save(session.recipe.run_dir / stage.name, until)
+
+    def evaluate(directory):
+        measured.append(f"{directory.parent.name} {directory.name[-1]}")
+        return {"recall": 1.0} if "long" in measured[-1] else {}
+
+    monkeypatch.setattr(run, "train_stage", train_stage)
+    monkeypatch.setattr(run, "_write_sidecar", lambda *_: None)
+    assert run.train(of, WORLD, lambda: False, evaluate) == of.run_dir / "long/step_00000003"
+    assert trained == ["short 1-2", "short 2-4", "short 4-5", "long 5-2", "long 2-3"]
+    assert measured == ["short 2", "short 4", "short 5", "long 2", "long 3"]
+    lines = map(json.loads, (of.run_dir / "metrics.jsonl").read_text().splitlines())
+    assert [(line["stage"], line["step"]) for line in lines] == [("long", 2), ("long", 3)]
+    other = of.model_copy(update={"stages": [stage.model_copy(update={"seed": 7}) for stage in of.stages]})
+    with pytest.raises(UserError, match=r"short\.seed: 42 → 7 \(the stage is at step 5\)"):
+        run.train(other, WORLD, lambda: False)
+
+
+def test_asked_to_stop_while_it_measures_it_stops_after_that(tmp_path):
+    of = recipe(tmp_path)
+    checkpoint = Checkpoint(Path("saved"), {"step": 2})
+    with pytest.raises(Preempted, match="stopped while evaluating step 2 of stage short"):
+        run._evaluate(session(of, stop=True), lambda _: {}, of.stages[0], checkpoint)
+
+
 def _slowly(init, tokenizer, directory: Path, seed: int) -> None:
     """Converting a large model takes longer than ranks may keep each other waiting elsewhere."""
     time.sleep(5)
