@@ -84,11 +84,14 @@ class Stragglers:
         self._recent.append(pace)
 
     def news(self) -> dict[int, float]:
-        """Ranks found slow since the last call, and how many times longer than the others they take."""
+        """Ranks found slow since the last call, and how many times longer than the others they take. One that has
+        recovered may be found again."""
         if len(self._recent) < WINDOW:
             return {}
         usual = np.median(self._recent, axis=0)
         found = {rank: float(usual[rank]) for rank in np.flatnonzero(usual > SLOW).tolist()}
+        # Not where it is near SLOW: it would be told again and again.
+        self._told -= set(np.flatnonzero(usual < (1 + SLOW) / 2).tolist())
         new = {rank: times for rank, times in found.items() if rank not in self._told}
         self._told.update(new)
         return new

@@ -42,6 +42,17 @@ def test_a_slow_node_is_named_once() -> None:
     assert stragglers.news() == {}
 
 
+def test_a_rank_that_has_recovered_is_named_again_and_one_that_comes_near_is_not() -> None:
+    """A stage takes weeks, and a GPU may be hot every afternoon."""
+    stragglers = Stragglers(PLACES)
+    found = []
+    for times in (1.4, 1.12, 1.4, 1.0, 1.4):
+        for _ in range(WINDOW):
+            stragglers._take(USUAL * np.where(np.arange(8) == 6, times, 1.0), np.array(PLANNED))
+        found.append(list(stragglers.news()))
+    assert found == [[6], [], [], [], [6]]
+
+
 def test_it_takes_many_slow_steps() -> None:
     slower = USUAL * np.where(np.arange(8) == 4, SLOW * 2, 1.0)
     assert found(slower, WINDOW - 1)[0] == {}
