@@ -28,6 +28,7 @@ from megatron_prolong.data.job import REPORT, Job
 from megatron_prolong.data.mds import INDEX, MDSWriter, common_tokenizer, read_index
 from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.ngrams import DEFAULT_N, NgramIndex, evaluation_texts
+from megatron_prolong.data.sources import find_kind, source_of
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import tokenizer_file, tokenizer_fingerprint
 from megatron_prolong.runtime.progress import track
@@ -179,22 +180,31 @@ def filter_documents(
 
 
 def _settings(inputs: Sequence[str], options: FilterOptions) -> dict[str, Any]:
-    def digest(path: Path) -> str:
-        return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
-
     settings = asdict(options) | {
         "step": "filter",
-        "inputs": [f"{name}, index {digest(Path(name) / INDEX)}" for name in inputs],
-        "against": {path: digest(Path(path)) if Path(path).is_file() else path for path in options.against},
+        "inputs": [f"{name}, index {_digest(Path(name) / INDEX)}" for name in inputs],
+        "against": {path: _state(path) for path in options.against},
     }
     if options.tokenizer:
-        settings["tokenizer"] = digest(tokenizer_file(options.tokenizer))
+        settings["tokenizer"] = _digest(tokenizer_file(options.tokenizer))
     if options.predicate:
         load_predicate(options.predicate)
         module = sys.modules[options.predicate.partition(":")[0]]
         if rules := getattr(module, "__file__", None):  # builtins have none
-            settings["predicate"] = [options.predicate, digest(Path(rules))]
+            settings["predicate"] = [options.predicate, _digest(Path(rules))]
     return settings
+
+
+def _digest(path: Path) -> str:
+    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def _state(path: str) -> str:
+    """Of an evaluation set: the content of a file; which files, of how many bytes, of a directory or a URL."""
+    if Path(path).is_file():
+        return _digest(Path(path))
+    parts = source_of(find_kind(path)).parts(path)
+    return f"{len(parts)} parts, sha256 {hashlib.sha256(repr(parts).encode()).hexdigest()}"
 
 
 def _tasks(inputs: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -288,8 +298,7 @@ class _Judge:
         self.tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
         self._ngrams: NgramIndex | None = None
         if options.against:
-            modified = [Path(path).stat().st_mtime_ns for path in options.against if Path(path).is_file()]
-            self._ngrams = _ngrams(tuple(options.against), options.n, *modified)
+            self._ngrams = _ngrams(options.against, options.n, *map(_state, options.against))
         self._predicate = load_predicate(options.predicate) if options.predicate else None
 
     def reason(self, candidate: Candidate, repeats: bool, report: FilterReport) -> str | None:
@@ -320,7 +329,7 @@ class _Judge:
 
 
 @lru_cache(maxsize=1)  # reading an evaluation set takes as long as filtering some tasks against it
-def _ngrams(against: tuple[str, ...], n: int, *modified: int) -> NgramIndex:
+def _ngrams(against: tuple[str, ...], n: int, *states: str) -> NgramIndex:
     index = NgramIndex(evaluation_texts(against), n)
     if not len(index):
         raise UserError(f"{', '.join(against)}: no text of at least {n} words, so nothing could match")

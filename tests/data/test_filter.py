@@ -142,6 +142,22 @@ def test_other_questions_are_another_job(tokenizer: Path, tmp_path: Path) -> Non
         run([source], tmp_path / "out", **asked)
 
 
+def test_another_file_in_a_directory_of_evaluation_sets_is_another_job(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    """The old result was shown as that of all of them."""
+    source = write_texts(tmp_path / "texts", [f"before {POEM}", "nothing to see here"])
+    asked = {"against": (str(tmp_path / "eval"),), "tokenizer": str(tokenizer)}
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "a.txt").write_text("other words " * 20)
+    for _ in range(2):
+        assert run([source], tmp_path / "out", **asked).kept_documents == 2
+    (tmp_path / "eval" / "b.txt").write_text(POEM)
+    with pytest.raises(UserError, match="out exists already"):
+        run([source], tmp_path / "out", **asked)
+    assert run([source], tmp_path / "out2", **asked).kept_documents == 1
+
+
 def test_the_first_places_of_contamination_are_shown(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,8 +189,9 @@ def test_contaminated_documents(tokenizer: Path, tmp_path: Path) -> None:
     assert report.dropped["contaminated"][0] == 1 and report.kept_documents == 3
     (example,) = report.examples
     assert "sample 1" in example and "the quick brown fox" in example
-    many = run([source], tmp_path / "out2", hits=50, **against)
-    assert many.kept_documents == 4
+    num_ngrams = len(POEM.split()) - 12
+    for hits, kept in ((num_ngrams, 3), (num_ngrams + 1, 4)):
+        assert run([source], tmp_path / f"hits{hits}", hits=hits, **against).kept_documents == kept
     with pytest.raises(UserError, match=r"eval\.jsonl: no text of at least 99 words, so nothing could match"):
         run([source], tmp_path / "out3", n=99, **against)
     record_tokenizer(source)
@@ -265,6 +282,8 @@ def test_predicate(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         UserError, match=r"sample 0: predicate my_rules:broken raised KeyError.*my_rules\.py:\d"
     ):
         run([source], tmp_path / "out2", predicate="my_rules:broken")
+    with pytest.raises(UserError, match=r"sample 0: reading the text of tokens needs --tokenizer$"):
+        run([source], tmp_path / "out2", predicate="my_rules:keep")
     (tmp_path / "my_rules.py").write_text("def keep(document):\n    return True\n")
     with pytest.raises(UserError, match="out exists already"):  # not the old rule's answer
         run([source], tmp_path / "out", predicate="my_rules:keep", tokenizer=str(tokenizer))
@@ -275,7 +294,9 @@ def test_predicate(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "no_python:keep": r"cannot be imported: SyntaxError.*no_python\.py:2\)",
         "no_dependency:keep": r"cannot be imported: ModuleNotFoundError.*no_dependency\.py:2\)",
         "my_rules": "write it as module:function",
+        ":keep": "write it as module:function",
         "nowhere_to_be_found:keep": "No module named",
+        "nowhere_to_be_found.rules:keep": "No module named .*; it is looked for here",
         "my_rules:other": "module my_rules has no other",
         "my_rules:__name__": "is str, not a function",
     }.items():
@@ -317,6 +338,9 @@ def test_refusals(tmp_path: Path) -> None:
         FilterOptions()
     with pytest.raises(UserError, match="needs the data's --tokenizer"):
         FilterOptions(against=("x.txt",))
+    for number in ({"n": 0}, {"hits": 0}):
+        with pytest.raises(UserError, match="n-grams have at least 1 word, and at least 1 hit"):
+            FilterOptions(duplicates=True, **number)
     with pytest.raises(
         UserError, match=r"not one of 2 documents is left; dropped:\n  - too short: 2 documents"
     ):
