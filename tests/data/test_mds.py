@@ -88,6 +88,15 @@ def test_a_shard_ends_before_the_sample_that_would_exceed_the_limit(
         write(tmp_path / "more", [20, 60], size_limit=shard.raw.num_bytes)
     with pytest.raises(UserError, match=rf"shard size limit {shard.raw.num_bytes + 1} is not"):
         write(tmp_path / "more", [20], size_limit=shard.raw.num_bytes + 1)
+    with pytest.raises(UserError, match="shard size limit 0 is not"):
+        write(tmp_path / "more", [20], size_limit=0)
+
+
+def test_a_data_set_without_samples_has_no_shards(tmp_path: Path) -> None:
+    """As of a filter's task whose documents are all dropped."""
+    write(tmp_path / "data", [])
+    assert MDSReader(tmp_path / "data").shards == [] and list(MDSReader(tmp_path / "data")) == []
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["index.json"]
 
 
 def test_arrays_are_views_of_the_file(tmp_path: Path) -> None:
@@ -176,6 +185,16 @@ def test_merge_keeps_order_and_reads_nested_directories(tmp_path: Path) -> None:
     assert [each["domain"] for each in MDSReader(tmp_path / "all")] == ["d1", "d2", "d0"]
 
 
+def test_merge_takes_any_name_of_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links and relative names, and a job's directory that was copied under its unfinished name."""
+    write(tmp_path / "all.partial" / "a", [3])
+    (tmp_path / "link").symlink_to("all.partial")
+    monkeypatch.chdir(tmp_path)
+    for inside, out in (("link/a", "all.partial"), ("all.partial/a", "link")):
+        assert merge_indexes([Path(inside)], Path(out)) == 1
+    assert merge_tree(Path("all.partial")) == 1
+
+
 def test_columns_in_another_order_are_not_mixed_up(tmp_path: Path) -> None:
     """Those of the second shard were read under each other's names."""
     with MDSWriter(tmp_path / "data", {"input_ids": "ndarray:uint32", "labels": "ndarray:uint32"}) as writer:
@@ -192,6 +211,9 @@ def test_columns_in_another_order_are_not_mixed_up(tmp_path: Path) -> None:
 def test_merge_refuses_what_would_lose_samples(tmp_path: Path) -> None:
     """The first lost those of the directory itself, with its index; the second counted half a job."""
     write(tmp_path / "own", [3, 4])
+    for nothing in (tmp_path / "own", tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="no data set in its subdirectories"):
+            merge_tree(nothing)
     write(tmp_path / "own" / "sub", [5])
     with pytest.raises(UserError, match=r"own holds shards itself"):
         merge_tree(tmp_path / "own")
@@ -284,6 +306,7 @@ def test_existing_data_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.
     ("sample", "message"),
     [
         ({"length": "3"}, r"sample 0, column length \(int\): expected one int64, found str"),
+        ({"length": 2**63}, r"column length \(int\): 9223372036854775808 does not fit into int64"),
         ({"length": 1.5}, r"column length \(int\): expected one int64, found float"),
         ({"domain": 7}, r"column domain \(str\): expected str, found int"),
         (
@@ -346,6 +369,8 @@ def test_arrays_say_what_they_are(dtype: str, code: int, shape: tuple[int, ...])
 
 
 def test_arrays_that_the_format_or_the_column_does_not_have_are_refused() -> None:
+    with pytest.raises(TypeError, match="the format has no arrays of bool"):
+        encoding("ndarray").encode(np.zeros(3, bool))
     for kind, array in {"ndarray": np.array(1), "ndarray:int8": np.zeros((2, 0), np.int8)}.items():
         with pytest.raises(ValueError, match="no arrays without elements and no arrays without axes"):
             encoding(kind).encode(array)
@@ -428,9 +453,15 @@ def test_missing_index_names_what_is_there(data: Path) -> None:
         MDSReader(data)
     with pytest.raises(UserError, match="no such directory"):
         MDSReader(data / "nowhere")
+    with pytest.raises(UserError, match=r"00000\.mds: not an MDS data set"):
+        MDSReader(data / "shard.00000.mds")
+    with pytest.raises(UserError, match="are memory-mapped, so copy it to a disk first"):
+        MDSReader("s3://bucket/data")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"shards": [{}]}', '{"shards": 3}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"shards": [3]}', '{"shards": [{}]}', '{"shards": 3}', "\xff"]
+)
 def test_index_that_is_none(data: Path, text: str) -> None:
     (data / "index.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"index\.json"):
@@ -515,6 +546,7 @@ def test_compressed_shards_are_the_same_every_time_and_of_the_level_that_is_aske
         if level.startswith("zstd"):
             raw = MDSReader(tmp_path / level).shards[0].raw.num_bytes
             assert zstandard.frame_content_size(file.read_bytes()) == raw
+        MDSReader(tmp_path / level).verify(0)
     for low, high in (("zstd:1", "zstd:19"), ("gz:1", "gz:9"), ("bz2:1", "bz2:9")):
         assert abs(size[high] - size[low]) > 8, "the name of the level is in the file, too"
     gz = next((tmp_path / "gz:9").glob("*.gz")).read_bytes()

@@ -136,6 +136,8 @@ def _encode_array(
         raise ValueError("the format has no arrays without elements and no arrays without axes")
     head = b""
     if dtype is None:
+        if array.dtype.name not in _CODE_OF_DTYPE:
+            raise TypeError(f"the format has no arrays of {array.dtype.name}")
         head += bytes([_CODE_OF_DTYPE[array.dtype.name]])
     if shape is None:
         power = next(p for p in range(4) if max(array.shape) < 1 << (8 * 2**p))

@@ -119,7 +119,7 @@ class MDSWriter:
         for name, each in self._encodings.items():
             try:
                 value = each.encode(sample[name])
-            except (TypeError, ValueError, OverflowError, KeyError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise UserError(
                     f"{self.path}, sample {self.num_samples}, column {name} ({each.name}): {error}"
                 ) from None
