@@ -18,8 +18,17 @@ import torch.distributed as dist
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.plan.flops import model_flops
+from megatron_prolong.recipe.fp8 import TOKEN_MULTIPLE
 from megatron_prolong.recipe.rope import Llama3Scaling, YarnScaling
-from megatron_prolong.recipe.schema import Carry, CheckpointSpec, LayoutOverride, LoggingSpec, Recipe, Yarn
+from megatron_prolong.recipe.schema import (
+    Carry,
+    CheckpointSpec,
+    LayoutOverride,
+    LoggingSpec,
+    Recipe,
+    Yarn,
+    settings_of,
+)
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.training import prepare, run
@@ -35,6 +44,7 @@ from megatron_prolong.training.run_directory import (
     latest_checkpoint,
     write_pointer,
 )
+from megatron_prolong.training.schedule import learning_rate
 from megatron_prolong.training.stage import Preempted, Session
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics
@@ -298,6 +308,39 @@ def test_a_stage_is_built_with_its_own_settings(tmp_path, monkeypatch, one_rank)
     with pytest.raises(UserError, match="enough"):
         prepare.prepare_stage(of, stage, start, WORLD, None)
     assert built.items() >= {**own, **whole, "max_length": 128, "rank_tokens": 64}.items()
+
+
+def test_an_update_has_the_rate_of_its_step_and_times_each_ranks_own_part(tmp_path, monkeypatch):
+    of = recipe(tmp_path)
+    stage = of.stages[0].model_copy(update={"skip_steps": "2", "precision": "fp8"})
+    told = []
+
+    def train_step(*_, spec, lr, computed):
+        told.append((spec, lr))
+        computed()
+
+    def micro_batches(*_, token_multiple):
+        told.append(token_multiple)
+
+    plans = [
+        [SimpleNamespace(share=SimpleNamespace(seconds=seconds)) for seconds in share]
+        for share in ([1, 2], [4])
+    ]
+    clock = SimpleNamespace(
+        start=lambda: told.append("start"), stop=lambda: told.append("stop"), seconds=lambda: 9.0
+    )
+    monkeypatch.setattr(prepare, "share_out", lambda *_: plans)
+    monkeypatch.setattr(prepare, "micro_batches", micro_batches)
+    monkeypatch.setattr(prepare, "train_step", train_step)
+    stragglers = SimpleNamespace(note=lambda *found: told.append(found))
+    at = prepare.StageRun(
+        of, stage, settings_of(of, stage), WORLD, None, None, None, None, None, clock, stragglers
+    )
+    at.update(0, [])
+    assert told == ["start", TOKEN_MULTIPLE, (of.optimizer, learning_rate(stage, 0)), "stop", (9.0, [3, 4])]
+    assert not at.update(1, []).wanted and len(told) == 5
+    at.update(2, [])
+    assert told[7] == (of.optimizer, learning_rate(stage, 2)) and told[7] != told[2]
 
 
 def test_a_stages_yarn_stands_in_for_the_incoming_scaling(tmp_path):
