@@ -401,6 +401,20 @@ def test_half_a_line_of_a_process_that_died_does_not_spoil_the_next(tmp_path):
     assert [json.loads(line)["step"] for line in lines[:2]] == [1, 2] and len(lines) == 3
 
 
+def test_what_was_recorded_of_a_step_is_the_last_line_of_its_stage_with_a_loss(tmp_path):
+    of = recipe(tmp_path)
+    with open_log(of) as log:
+        for stage, step, facts in (
+            ("short", 1, {"loss": 2.0}),
+            ("short", 1, {"loss": math.nan}),
+            ("short", 2, {"tokens": 64}),  # passed over
+            ("long", 1, {"loss": 3.0}),
+        ):
+            log._write({"stage": stage, "step": step, **facts})
+    recorded = _recorded(of.run_dir / "metrics.jsonl", "short")
+    assert recorded.keys() == {1} and math.isnan(recorded[1]["loss"])
+
+
 def test_without_a_pointer_the_last_checkpoint_is_the_newest(tmp_path):
     """A run would otherwise start anew, and overwrite the steps of the one before as it came to them."""
     assert latest_checkpoint(tmp_path) is None
@@ -437,6 +451,19 @@ def test_a_step_after_a_stage_is_made_again_without_the_runs_model(tmp_path):
     assert _start(of, of.stages[1], 1).checkpoint.step == 5
     with pytest.raises(UserError, match="no checkpoint before step 1 of stage short"):
         _start(of, short, 1)
+
+
+def test_a_step_of_a_stage_that_takes_nothing_over_is_made_again_from_the_first_weights(tmp_path):
+    of = recipe(tmp_path)
+    short = of.stages[0]
+    fresh = short.model_copy(update={"name": "fresh", "carry": Carry(weights=False, optimizer=False)})
+    of = of.model_copy(update={"stages": [short, fresh]})
+    save(of.run_dir / "short", 5)
+    save(of.run_dir, 0)
+    (of.run_dir / "step_00000000").rename(of.run_dir / "initial")
+    (of.run_dir / "recipe.yaml").touch()
+    start = _start(of, fresh, 1)
+    assert (start.checkpoint.directory.name, start.optimizer, start.resume) == ("initial", False, False)
 
 
 def test_a_step_is_made_again_from_the_newest_checkpoint_before_it(tmp_path):
