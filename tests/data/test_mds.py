@@ -604,18 +604,36 @@ def test_compressed_shards_are_unpacked_beside_or_on_a_read_only_disk_elsewhere(
     assert (small_disk / "data" / "shard.00000.mds").exists()
 
 
+@pytest.mark.parametrize(("unnamed", "open_files"), [(2, 1 << 16), (64, 2 * 64)])
 def test_shards_unpacked_elsewhere_take_a_bounded_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: int, open_files: int
 ) -> None:
     """All of them stayed: reading 100 GB from a read-only place filled /tmp, and then there were no open files."""
-    monkeypatch.setattr(reader_module, "temporary_name", lambda path: path / "read-only")
-    monkeypatch.setattr(reader_module, "_MAX_UNNAMED", 2)
+    monkeypatch.setattr(reader_module, "_MAX_UNNAMED", unnamed)
+    monkeypatch.setattr(reader_module, "allow_open_files", lambda: open_files)
+    unpack, unpacked = reader_module._unpack, []
+    monkeypatch.setattr(
+        reader_module, "_unpack", lambda shard: unpacked.append(shard.raw.basename) or unpack(shard)
+    )
     write(tmp_path / "data", [50] * 6, size_limit=1, compression="zstd")
+    with monkeypatch.context() as read_only:
+        read_only.setattr(reader_module, "temporary_name", lambda path: path / "read-only")
+        reader = MDSReader(tmp_path / "data")
+        open_before = len(list(Path("/proc/self/fd").iterdir()))
+        for number in (0, 1, 2, 3, 4, 5, 4, 1, 5):
+            assert reader[number]["domain"] == f"d{number}"
+        assert len(list(Path("/proc/self/fd").iterdir())) == open_before + 2
+        assert unpacked == [f"shard.{number:05}.mds" for number in (0, 1, 2, 3, 4, 5, 1)], "the oldest went"
     reader = MDSReader(tmp_path / "data")
-    open_before = len(list(Path("/proc/self/fd").iterdir()))
-    for number in (0, 1, 2, 3, 4, 5, 1):
-        assert reader[number]["domain"] == f"d{number}"
-    assert len(list(Path("/proc/self/fd").iterdir())) == open_before + 2
+    assert len(list(reader)) == 6  # unpacked beside: these take no room that they did not take anyway
+    assert len(reader._maps) == min(6, open_files // 64)
+
+
+def test_half_a_shard_beside_the_compressed_one_is_unpacked_again(tmp_path: Path) -> None:
+    """As a killed process of mosaicml-streaming leaves it."""
+    write(tmp_path, [500], compression="zstd")
+    (tmp_path / "shard.00000.mds").write_bytes(b"half")
+    assert MDSReader(tmp_path)[0]["length"] == 500
 
 
 def test_processes_that_want_the_same_compressed_shard_unpack_it_once(

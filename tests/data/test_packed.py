@@ -13,7 +13,7 @@ from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.data.megatron_indexed import to_megatron
 from megatron_prolong.data.mixture import Mixture, SampleRef
 from megatron_prolong.data.pack import PackOptions, pack
-from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.data.packed import Identity, PackedSequence, open_tokens
 from megatron_prolong.data.sources import Record, source_of
 from megatron_prolong.data.verify import verify
 from megatron_prolong.errors import UserError
@@ -23,6 +23,16 @@ HERE = Identity("data/books", "shard.00002.mds", 17)
 
 def sample(num_tokens: int, **columns: object) -> dict[str, object]:
     return {"input_ids": np.arange(num_tokens, dtype=np.uint32), **columns}
+
+
+def test_data_sets_with_samples_have_tokens(tmp_path: Path) -> None:
+    for text in ([], ["hello"]):
+        with MDSWriter(tmp_path / f"{len(text)}", {"text": "str"}) as writer:
+            for each in text:
+                writer.write({"text": each})
+    assert len(open_tokens(tmp_path / "0")) == 0
+    with pytest.raises(UserError, match="1: no column input_ids, only text; tokenize it first"):
+        open_tokens(tmp_path / "1")
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20))
@@ -79,6 +89,7 @@ def test_arrays_do_not_refer_to_the_file() -> None:
         ({"input_ids": np.zeros((3, 1), np.uint32)}, r"found uint32 \[3, 1\]"),
         (sample(0, indices=np.zeros((0, 2), np.uint32)), "input_ids is empty"),
         (sample(5, indices=np.array([0, 5], np.uint32)), r"must be \[documents, 2\], found \[2\]"),
+        (sample(5, indices=np.array([[0, 5, 5]], np.uint32)), r"must be \[documents, 2\], found \[1, 3\]"),
         (sample(5, indices=np.array([[0, 2], [3, 5]], np.uint32)), r"span \[3, 5\).*ends at 2"),
         (sample(5, indices=np.array([[0, 3], [2, 5]], np.uint32)), r"span \[2, 5\).*ends at 3"),
         (sample(5, indices=np.array([[1, 5]], np.uint32)), r"span \[1, 5\).*ends at 0"),
