@@ -565,6 +565,12 @@ def test_damaged_compressed_shard(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"shard.00000.mds.{compression}"):
             MDSReader(path)[0]
         assert [each.name for each in path.iterdir() if "tmp" in each.name] == []
+        file.write_bytes(content[:-5])
+        with pytest.raises(UserError, match=rf"shard.00000.mds.{compression}: truncated"):
+            MDSReader(path)[0]
+        file.unlink()
+        with pytest.raises(UserError, match=rf"shard.00000.mds.{compression}: this shard is missing"):
+            MDSReader(path)[0]
 
 
 def test_a_compression_that_is_not_read_is_told_with_the_file(tmp_path: Path) -> None:
