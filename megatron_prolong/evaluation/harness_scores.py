@@ -46,6 +46,7 @@ def _fetched(task: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{task}: {error}; lm-evaluation-harness fetches its data from the Hugging Face Hub: run it once "
-            "where that can be reached, with the same HF_HOME (finished tasks are kept)"
+            f"{task}: {error}; files of your own must be there; what lies on the Hugging Face Hub is fetched by "
+            "lm-evaluation-harness: run it once where the Hub can be reached, with the same HF_HOME (finished "
+            "tasks are kept)"
         ) from error

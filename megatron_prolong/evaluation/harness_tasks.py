@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -139,14 +141,15 @@ def _ask(backend: ScoringBackend, questions: Questions, manager: Any, name: str)
     from megatron_prolong.evaluation.harness import HarnessModel
 
     asked = HarnessModel(backend, add_bos=None, ask_greedy=True)
-    found: dict[str, Any] = simple_evaluate(
-        model=asked,
-        tasks=[name],
-        limit=questions.samples,
-        task_manager=manager,
-        apply_chat_template=questions.chat,
-        bootstrap_iters=REPETITIONS,
-    )
+    with _the_tasks_own(name):
+        found: dict[str, Any] = simple_evaluate(
+            model=asked,
+            tasks=[name],
+            limit=questions.samples,
+            task_manager=manager,
+            apply_chat_template=questions.chat,
+            bootstrap_iters=REPETITIONS,
+        )
     if asked.cut_requests:
         print(
             f"warning: {name}: {asked.cut_requests:,} requests lost their beginning; "
@@ -154,6 +157,28 @@ def _ask(backend: ScoringBackend, questions: Questions, manager: Any, name: str)
             file=sys.stderr,
         )
     return found
+
+
+@contextmanager
+def _the_tasks_own(name: str) -> Iterator[None]:
+    """Around the harness: what fails in it, and not in the model it asks, is a mistake in the task.
+
+    Raises:
+        UserError: that; of data that is not there `remembered` tells.
+    """
+    from megatron_prolong.evaluation import harness
+
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        if any(frame.filename == harness.__file__ for frame in extract_tb(error.__traceback__)):
+            raise
+        raise UserError(
+            f"{name}: lm-evaluation-harness cannot ask this task ({type(error).__name__}: {error}); mend its YAML, "
+            "its Python or its data (--debug shows where)"
+        ) from error
 
 
 def rows_of(found: Mapping[str, Any]) -> Rows:

@@ -21,6 +21,7 @@ from megatron_prolong.cli.main import app
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.harness_tasks import print_questions, rows_of
+from megatron_prolong.evaluation.hf import HuggingFaceBackend
 
 LONGER_THAN_THE_MODEL = "The key is mentioned in the text. " * 150  # of 1,024 tokens
 TASKS = {
@@ -231,6 +232,33 @@ def test_answers_drawn_at_random_and_answers_without_room_are_refused(
         (tmp_path / f"{name}.yaml").write_text(text)
     assert "draws its answers" in str(ask(trained, tmp_path, tmp_path, "--tasks", "drawn").exception)
     assert "no room for its prompts" in str(ask(trained, tmp_path, tmp_path, "--tasks", "endless").exception)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("{{question}}", "{{quest}}", "UndefinedError: 'quest' is undefined"),
+        ("metric: exact_match", "metric: exact_mach", "KeyError"),
+        ("num_fewshot: 1", "num_fewshot: 99", "ValueError: Sample larger than population"),
+    ],
+)
+def test_a_mistake_in_a_task_of_ones_own_is_one_message(
+    hf_directory: Path, own: Path, tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    text = (
+        (own / "own_answer.yaml").read_text().replace("task: own_answer", "task: mistaken").replace(old, new)
+    )
+    (tmp_path / "mistaken.yaml").write_text(text)
+    error = ask(hf_directory, tmp_path, tmp_path / "out", "--tasks", "mistaken").exception
+    assert isinstance(error, UserError), error
+    assert f"mistaken: lm-evaluation-harness cannot ask this task ({said}" in str(error)
+
+
+def test_a_fault_of_the_model_keeps_its_traceback(
+    hf_directory: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HuggingFaceBackend, "generate", lambda *_: {}["ours"])
+    assert isinstance(ask(hf_directory, own, tmp_path, "--tasks", "own_answer").exception, KeyError)
 
 
 def test_a_task_of_two_groups_is_shown_for_each(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,26 @@ def test_citation_scores_are_what_helmet_gave(listed: bool, monkeypatch: pytest.
     assert 10 < ours["citation_rec"] < 90 and 10 < ours["citation_prec"] < 90
 
 
+def test_marks_are_no_words_of_an_answer() -> None:
+    assert alce.remove_citations("a [12][3] | b.") == "a b."
+    assert alce.clean_output("a\n\nb<|im_end|>") == "a b"
+
+
+@pytest.mark.parametrize(
+    ("num_answers", "num_said", "top5"), [(2, 2, 1.0), (2, 1, 0.5), (9, 4, 0.8), (9, 7, 1.0)]
+)
+def test_five_answers_of_a_list_are_enough(num_answers: int, num_said: int, top5: float) -> None:
+    answers = [f"x{number}" for number in range(num_answers)]
+    item = {"output": ", ".join(answers[:num_said]), "answers": [[answer] for answer in answers]}
+    scores = alce.qampari_scores(item)
+    assert (scores["qampari_rec"], scores["qampari_rec_top5"]) == (num_said / num_answers, top5)
+
+
+def test_without_experts_the_answer_itself_is_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alce, "split_sentences", split)
+    assert alce.rouge_l_sum({"output": "In Paris [1].", "answer": "in Paris."}) == 1.0
+
+
 @needs_helmet
 @pytest.mark.parametrize("listed", [False, True])
 def test_citation_scores_are_helmets(listed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
