@@ -49,7 +49,6 @@ from megatron_prolong.recipe.schema import CheckpointSpec, Layout, OptimizerSpec
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime import publish
 from megatron_prolong.runtime.checksums import Entries, hash_files, verify_checksums
-from megatron_prolong.runtime.publish import remove_leftovers, temporary_name
 from megatron_prolong.training import checkpoint
 from megatron_prolong.training.run_directory import latest_checkpoint
 from megatron_prolong.training.step import train_step
@@ -482,20 +481,6 @@ def test_what_could_not_be_written_is_named_also_where_it_cannot_be_deleted(benc
     with pytest.raises(UserError, match="step_00000001 could not be saved") as refused:
         bench.writer.finish()
     assert refused.value.exit_code == 1, "a file server's fault may go"
-
-
-def test_what_killed_processes_left_goes_and_what_others_are_doing_stays(tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    mine = temporary_name(tmp_path / "a").name
-    gone = mine.replace(str(os.getpid()), str(dead.pid))
-    stay = {gone.replace("a", "b", 1), mine, "a", "a.tmp-notes"}
-    for name in stay | {gone, "a.tmp-elsewhere-1"}:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").touch()
-    (tmp_path / "a.tmp-elsewhere-2").touch()
-    remove_leftovers(tmp_path, "a")
-    assert {path.name for path in tmp_path.iterdir()} == stay
 
 
 class Trained(NamedTuple):
