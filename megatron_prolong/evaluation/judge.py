@@ -219,8 +219,12 @@ def judge_prompts(script: Path, names: Sequence[str]) -> dict[str, str]:
         raise UserError(
             f"{script}: no such file; --helmet wants a checkout of https://github.com/princeton-nlp/HELMET"
         )
+    try:
+        parsed = ast.parse(script.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{script}: no Python ({error}); take HELMET's checkout anew") from error
     found: dict[str, str] = {}
-    for node in ast.parse(script.read_text(encoding="utf-8")).body:
+    for node in parsed.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
             for target in node.targets:
                 if isinstance(target, ast.Name) and isinstance(node.value.value, str):

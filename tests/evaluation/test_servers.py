@@ -15,7 +15,13 @@ from servers import Server, client
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, encode
 from megatron_prolong.evaluation.client import Client
-from megatron_prolong.evaluation.judge import Judge, judge_results, last_object, summary_scores
+from megatron_prolong.evaluation.judge import (
+    Judge,
+    judge_prompts,
+    judge_results,
+    last_object,
+    summary_scores,
+)
 from megatron_prolong.evaluation.openai import UNKNOWN_LENGTH, OpenAIBackend
 from megatron_prolong.evaluation.prompts import prepare
 from megatron_prolong.evaluation.results import judged_path
@@ -306,3 +312,10 @@ def test_a_damaged_result_is_named(server: Server, tmp_path: Path) -> None:
     judged_path(result).write_text("{")
     with pytest.raises(UserError, match=judged_path(result).name):
         judge_results(tmp_path, judge, helmet)
+
+
+def test_a_script_of_helmets_that_is_damaged_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "eval_gpt4_longqa.py"
+    script.write_text("judge_prompt = (")
+    with pytest.raises(UserError, match=r"eval_gpt4_longqa\.py: no Python .*never closed"):
+        judge_prompts(script, ["judge_prompt"])
