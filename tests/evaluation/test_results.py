@@ -338,3 +338,14 @@ def test_a_tasks_name_is_one_at_all_lengths() -> None:
     assert [_short(name) for name in names] == [
         "narrativeqa", "icl_trec_coarse_balance", "kilt_popqa_3", "ruler_niah_mk_2", "json_kv",
     ]  # fmt: skip
+
+
+def test_a_result_without_a_digest_of_its_prompts_is_known_by_its_questions() -> None:
+    """One of an older version, beside a new one."""
+    old, new = result("a", "rag", [0.5]), result("a", "rag", [0.5], prompts="digest")
+    assert old.asks_as(new) and new.asks_as(old)
+    assert not new.asks_as(result("a", "rag", [0.5], prompts="another"))
+
+
+def test_the_judged_form_of_a_name_with_dots_keeps_them() -> None:
+    assert judged_path(Path("a_t0.0p1.0_42.json")).name == "a_t0.0p1.0_42-gpt4eval_o.json"
