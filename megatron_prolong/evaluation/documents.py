@@ -113,8 +113,11 @@ def _texts(file: Path) -> Iterator[tuple[str, str]]:
                 raise UserError(f"{record.name} {record.problem}")
             text = record.fields.get(TEXT_FIELD)
             if not isinstance(text, str):
+                fields = ", ".join(
+                    f"{name} ({type(value).__name__})" for name, value in record.fields.items()
+                )
                 raise UserError(
-                    f"{record.name}: no text in the field {TEXT_FIELD}; it has {', '.join(record.fields)}; "
+                    f"{record.name}: no text in the field {TEXT_FIELD}; it has {fields}; "
                     "`prolong data tokenize --text-field` makes a data set of others"
                 )
             yield record.name, text
@@ -147,10 +150,11 @@ def _text_files(path: Path) -> list[Path]:
         return [path]
     found = sorted(path.rglob("*")) if path.is_dir() else []
     kinds = sorted(TEXT_SUFFIXES | RECORD_SUFFIXES)
-    texts = [
-        file for file in found if file.suffix.lower() in TEXT_SUFFIXES
-    ]  # beside them records are remarks
-    files = texts or [file for file in found if file.suffix.lower() in RECORD_SUFFIXES]
+    texts = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
+    records = [file for file in found if file.suffix.lower() in RECORD_SUFFIXES]
+    # Records beside texts are remarks on them, but a README beside records is one on those.
+    about_records = records and all(file.stem.lower() == "readme" for file in texts)
+    files = records if about_records else texts
     if not files:
         problem = "no text here" if path.exists() else "no such file or directory"
         raise UserError(

@@ -95,6 +95,7 @@ def test_passages_are_read_from_records_too(tmp_path: Path, tokenizer: Any) -> N
     records = "".join(json.dumps({"text": text}) + "\n" for text in words)
     (tmp_path / "records.jsonl").write_text(records)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "README.md").write_text("A data set. " * 99)
     (tmp_path / "folder" / "records.jsonl.gz").write_bytes(gzip.compress(records.encode()))
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"text": words}), tmp_path / "records.parquet")

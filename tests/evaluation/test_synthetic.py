@@ -262,7 +262,7 @@ def test_a_length_without_its_k_is_refused_before_any_model_is_opened(tokenizer:
     ("name", "problem"),
     [
         ("no_data", "no such file or directory"),
-        ("records.jsonl", "line at byte 0: no text in the field text; it has words"),
+        ("records.jsonl", "line at byte 0: no text in the field text; it has words (str)"),
         ("records.jsonl.gz", "cannot be read to its end (Not a gzipped file"),
     ],
 )
