@@ -57,8 +57,10 @@ def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
 
 
 def checkpoints(stage_dir: Path) -> list[Checkpoint]:
-    """The complete checkpoints of a stage, oldest first."""
-    return [Checkpoint.open(path) for path in complete_checkpoints(stage_dir).values()]
+    """The complete checkpoints that led to the newest, oldest first; none of a history that was given up."""
+    newest = latest_checkpoint(stage_dir)
+    paths = complete_checkpoints(stage_dir).values()
+    return [Checkpoint.open(path) for path in paths if newest and path.name <= newest.directory.name]
 
 
 def write_pointer(stage_dir: Path, name: str) -> None:

@@ -475,6 +475,8 @@ def test_a_step_is_made_again_from_the_newest_checkpoint_before_it(tmp_path):
     for step, expected in ((5, 3), (4, 3), (3, 2)):
         start = _start(of, of.stages[0], step)
         assert (start.checkpoint.step, start.optimizer, start.resume) == (expected, True, True)
+    (of.run_dir / "short" / "latest").write_text("step_00000002\n")  # what came after it is given up
+    assert _start(of, of.stages[0], 5).checkpoint.step == 2
 
 
 def test_the_only_stage_needs_no_name_where_a_step_is_chosen(tmp_path):
