@@ -27,12 +27,8 @@ _Request = tuple[object, list[int], list[int]]
 """What the harness asked in words, and a pair."""
 
 ANSWER_TOKENS = 256  # where a task does not say; the harness's
-_MOST_TOKENS = (
-    "max_gen_toks",
-    "max_new_tokens",
-    "max_tokens",
-    "max_completion_tokens",
-)  # say it, first of these
+# What says it, first of these.
+_MOST_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 class HarnessModel(TemplateLM):
@@ -146,6 +142,11 @@ class HarnessModel(TemplateLM):
         return found
 
     def _cut(self, context: list[int], room: int) -> list[int]:
+        if room < 1:
+            declared = declares(self._backend.model, self._backend.max_length)
+            raise UserError(
+                f"a task's answers may be so long that there is no room for its prompts: {declared}"
+            )
         self.cut_requests += len(context) > room
         return context[-room:]
 
@@ -168,11 +169,6 @@ class HarnessModel(TemplateLM):
             room = self._backend.max_length - tokens
             if options.get("do_sample") or options.get("num_beams", 1) != 1:
                 raise UserError(f"a task draws its answers ({options}), but here they are greedy")
-            if room < 1:
-                raise UserError(
-                    f"a task's answers may take {tokens:,} tokens, which leaves no room for its prompts: "
-                    + declares(self._backend.model, self._backend.max_length)
-                )
             stop = [until] if isinstance(until, str) else until
             for some in self._batches([text for text, _ in same], "answers"):
                 prompts = [Prompt(text, ids=self._cut(self.tok_encode(text), room)) for text in some]

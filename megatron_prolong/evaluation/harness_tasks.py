@@ -32,9 +32,8 @@ if TYPE_CHECKING:
     from megatron_prolong.runtime.launch import World
 
 SCORES = "lm_eval*.json"
-REPETITIONS = (
-    100  # for the standard error of what is no mean; the harness's 100,000 can take longer than the answers
-)
+REPETITIONS = 100
+"""For the standard error of what is no mean; the harness's 100,000 can take longer than the answers."""
 Rows = dict[str, dict[str, float]]
 """By task, or by the parts of a group, then by "metric,filter"; as the harness gives them, most of them 0 to 1."""
 
@@ -123,7 +122,6 @@ def run_questions(
             "metadata": dict(questions.metadata),
             "lm_eval": version("lm_eval"),
         }
-
         manager = questions.manager(tokenizer_directory(model))
 
         def ask(name: str) -> Rows:
