@@ -7,6 +7,7 @@ disk, memory-mapped.
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.mds import MDSReader, common_tokenizer
+from megatron_prolong.data.mds import INDEX, MDSReader, common_tokenizer
 from megatron_prolong.data.packed import Identity, check_tokens, open_tokens, read_boundaries, read_mask
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.progress import track
@@ -28,6 +29,16 @@ DOCUMENT = np.dtype(
 a beginning and an end of text must be added to it."""
 
 _BLOCK_DOCUMENTS = 1 << 16
+
+
+def identities(inputs: Sequence[str]) -> list[str]:
+    """Of tokenized data sets, for the settings of a job: another content, order or number is another job."""
+    return [f"{name}, index {digest(Path(name) / INDEX)}" for name in inputs]
+
+
+def digest(path: Path) -> str:
+    """Of a file's content, likewise."""
+    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 class TokenizedInputs:

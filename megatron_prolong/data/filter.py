@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.documents import TokenizedInputs, read_table
+from megatron_prolong.data.documents import TokenizedInputs, digest, identities, read_table
 from megatron_prolong.data.duplicates import find_duplicates
 from megatron_prolong.data.encoder import load_tokenizer
 from megatron_prolong.data.executors import Executor, LocalProcesses
 from megatron_prolong.data.job import REPORT, Job
-from megatron_prolong.data.mds import INDEX, MDSWriter, common_tokenizer, read_index
+from megatron_prolong.data.mds import MDSWriter, common_tokenizer, read_index
 from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.ngrams import DEFAULT_N, NgramIndex, evaluation_texts
 from megatron_prolong.data.sources import find_kind, source_of
@@ -165,12 +165,13 @@ def filter_documents(
     if options.tokenizer:
         given = tokenizer_fingerprint(Path(options.tokenizer))
         common_tokenizer({", ".join(names): data.tokenizer, options.tokenizer: given})
-    job = Job(Path(out), _settings(names, options))
+    settings = _settings(names, options)
+    job = Job(Path(out), settings)
     if not job.is_finished:
         with job.open():
             duplicates = _duplicates(job, data, options) if options.duplicates else None
             tasks = _tasks(names)
-            work = _Work(names, options, duplicates)
+            work = _Work(names, options, settings["against"], duplicates)
             if not job.run(tasks, work, executor or LocalProcesses(1), slurm):
                 return None
             job.finish(tasks, lambda: _sum(job, tasks, options).as_json())
@@ -182,27 +183,23 @@ def filter_documents(
 def _settings(inputs: Sequence[str], options: FilterOptions) -> dict[str, Any]:
     settings = asdict(options) | {
         "step": "filter",
-        "inputs": [f"{name}, index {_digest(Path(name) / INDEX)}" for name in inputs],
+        "inputs": identities(inputs),
         "against": {path: _state(path) for path in options.against},
     }
     if options.tokenizer:
-        settings["tokenizer"] = _digest(tokenizer_file(options.tokenizer))
+        settings["tokenizer"] = digest(tokenizer_file(options.tokenizer))
     if options.predicate:
         load_predicate(options.predicate)
         module = sys.modules[options.predicate.partition(":")[0]]
         if rules := getattr(module, "__file__", None):  # builtins have none
-            settings["predicate"] = [options.predicate, _digest(Path(rules))]
+            settings["predicate"] = [options.predicate, digest(Path(rules))]
     return settings
-
-
-def _digest(path: Path) -> str:
-    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def _state(path: str) -> str:
     """Of an evaluation set: the content of a file; which files, of how many bytes, of a directory or a URL."""
     if Path(path).is_file():
-        return _digest(Path(path))
+        return digest(Path(path))
     parts = source_of(find_kind(path)).parts(path)
     return f"{len(parts)} parts, sha256 {hashlib.sha256(repr(parts).encode()).hexdigest()}"
 
@@ -267,11 +264,12 @@ class _Work:
 
     inputs: list[str]
     options: FilterOptions
+    against: Mapping[str, str]
     duplicates: Path | None
 
     def __call__(self, directory: Path, samples: tuple[int, int]) -> None:
         data = TokenizedInputs(self.inputs)
-        judge = _Judge(self.options)
+        judge = _Judge(self.options, self.against)
         duplicates = None if self.duplicates is None else read_table(self.duplicates, np.dtype(bool))
         columns = {"input_ids": "ndarray:uint32", "length": "int", "domain": "str"}
         if data.has_mask:
@@ -293,12 +291,10 @@ class _Work:
 class _Judge:
     """The options, ready to be applied to one document after the other."""
 
-    def __init__(self, options: FilterOptions) -> None:
+    def __init__(self, options: FilterOptions, against: Mapping[str, str]) -> None:
         self._options = options
         self.tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
-        self._ngrams: NgramIndex | None = None
-        if options.against:
-            self._ngrams = _ngrams(options.against, options.n, *map(_state, options.against))
+        self._ngrams = _ngrams(tuple(against.items()), options.n) if against else None
         self._predicate = load_predicate(options.predicate) if options.predicate else None
 
     def reason(self, candidate: Candidate, repeats: bool, report: FilterReport) -> str | None:
@@ -329,10 +325,12 @@ class _Judge:
 
 
 @lru_cache(maxsize=1)  # reading an evaluation set takes as long as filtering some tasks against it
-def _ngrams(against: tuple[str, ...], n: int, *states: str) -> NgramIndex:
-    index = NgramIndex(evaluation_texts(against), n)
+def _ngrams(against: tuple[tuple[str, str], ...], n: int) -> NgramIndex:
+    """Of evaluation sets, each with its `_state`."""
+    paths = [path for path, _ in against]
+    index = NgramIndex(evaluation_texts(paths), n)
     if not len(index):
-        raise UserError(f"{', '.join(against)}: no text of at least {n} words, so nothing could match")
+        raise UserError(f"{', '.join(paths)}: no text of at least {n} words, so nothing could match")
     return index
 
 

@@ -14,7 +14,6 @@ domains names them all, joined by `+`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections import defaultdict
@@ -26,10 +25,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.documents import DOCUMENT, TokenizedInputs, read_table, write_table
+from megatron_prolong.data.documents import DOCUMENT, TokenizedInputs, identities, read_table, write_table
 from megatron_prolong.data.executors import Executor, LocalProcesses
 from megatron_prolong.data.job import REPORT, Job, write_json
-from megatron_prolong.data.mds import INDEX, MDSWriter
+from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.packing import Losses, Pack, Rules, best_fit, concatenate, cut_by_lengths
 from megatron_prolong.errors import UserError
@@ -141,11 +140,12 @@ def pack(
 
 def _settings(inputs: Sequence[str], options: PackOptions) -> dict[str, Any]:
     TokenizedInputs(inputs)  # a missing or unsuitable input is better reported by it
-    indexes = [
-        f"{name}, index sha256 {hashlib.sha256((Path(name) / INDEX).read_bytes()).hexdigest()}"
-        for name in inputs
-    ]
-    return {"step": "pack", "inputs": indexes, **asdict(options), "lengths": list(options.lengths)}
+    return {
+        "step": "pack",
+        "inputs": identities(inputs),
+        **asdict(options),
+        "lengths": list(options.lengths),
+    }
 
 
 _Range = tuple[str, int, int]
