@@ -242,6 +242,11 @@ def models_of(model: str, compare: list[str] | None) -> list[tuple[str, str]]:
     return pairs
 
 
+def names_of(text: str) -> list[str]:
+    """Those with commas between them, of --tasks."""
+    return [name for name in text.split(",") if name]
+
+
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises UserError for another value."""
     if value not in allowed:

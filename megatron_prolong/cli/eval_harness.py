@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from megatron_prolong.cli.eval import Compare, Model, check_models, is_main, models_of, on_all_ranks, ranks
+from megatron_prolong.cli.eval import (
+    Compare,
+    Model,
+    check_models,
+    is_main,
+    models_of,
+    names_of,
+    on_all_ranks,
+    ranks,
+)
 from megatron_prolong.errors import UserError
 
 
@@ -29,20 +39,19 @@ def lm_eval(
 ) -> None:
     """Tasks of lm-evaluation-harness, or your own in its format. A stopped run goes on with the same command."""
     from megatron_prolong.evaluation.harness_tasks import SCORES, Questions, print_questions, run_questions
-    from megatron_prolong.evaluation.identity import model_identity
-    from megatron_prolong.evaluation.suite import refuse_another_model
     from megatron_prolong.recipe.shape import model_directory
 
     def prepare() -> tuple[Questions, list[tuple[str, Path]]]:
-        names = tuple(dict.fromkeys(name for name in tasks.split(",") if name))
-        questions = Questions(names, include, _object(metadata), chat, samples)
+        questions = Questions(
+            tuple(dict.fromkeys(names_of(tasks))), include, _object(metadata), chat, samples
+        )
         pairs = models_of(model, compare)
         check_models([path for _, path in pairs], cp=cp)
         models = [(label, model_directory(path)) for label, path in pairs]
         if is_main(world):
             questions.check([directory for _, directory in models])
-            for label, directory in models if not overwrite else ():
-                refuse_another_model(out / label, str(directory), model_identity(directory), SCORES)
+            if not overwrite:
+                refuse_others(models, out, SCORES)
         return questions, models
 
     results: dict[str, Any] = {}
@@ -60,6 +69,15 @@ def lm_eval(
             )
     if is_main(world):
         print_questions(results)
+
+
+def refuse_others(models: Sequence[tuple[str, Path]], out: Path, scores: str) -> None:
+    """Raises UserError where a model's folder in OUT holds such scores of another one."""
+    from megatron_prolong.evaluation.identity import model_identity
+    from megatron_prolong.evaluation.suite import refuse_another_model
+
+    for label, directory in models:
+        refuse_another_model(out / label, str(directory), model_identity(directory), scores)
 
 
 def _object(text: str) -> dict[str, Any]:

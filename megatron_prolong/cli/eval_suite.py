@@ -18,11 +18,12 @@ from megatron_prolong.cli.eval import (
     folders,
     is_main,
     models_of,
+    names_of,
     on_all_ranks,
     one_of,
     ranks,
 )
-from megatron_prolong.cli.eval_harness import lm_eval
+from megatron_prolong.cli.eval_harness import lm_eval, refuse_others
 from megatron_prolong.cli.eval_results import compare as compare_results
 from megatron_prolong.cli.eval_results import judge, report
 from megatron_prolong.cli.recipe import warn
@@ -113,7 +114,7 @@ def run(
         _refuse_what_short_ignores(ctx)
         _run_short(models_of(model, compare), out, samples, tasks, overwrite, batch_size)
         return
-    names = _names(tasks)
+    names = names_of(tasks)
 
     def prepare() -> tuple[list[tuple[str, str, str]], list[Task], str, Entails | None]:
         _refuse_options(chat, too_long, backend, tag, world)
@@ -182,7 +183,7 @@ def data_check(
     if suite == "short":
         print("suite short: lm-evaluation-harness fetches its data itself")
         return
-    chosen = select(suite, lengths, _names(tasks))
+    chosen = select(suite, lengths, names_of(tasks))
     table = Table(title=f"{suite} in {data or 'no directory (give --data)'}")
     for heading in ("file", "state", "tasks"):
         table.add_column(heading, overflow="fold")  # a name that is cut cannot be looked for
@@ -197,11 +198,6 @@ def data_check(
         print("To get what is missing:\n" + "\n".join(commands))
     if hint := llama2_hint(chosen, data):
         print(hint)
-
-
-def _names(text: str) -> list[str]:
-    """Those with commas between them, of --tasks."""
-    return [name for name in text.split(",") if name]
 
 
 def _name_and_identity(path: str, backend: str) -> tuple[str, str]:
@@ -247,16 +243,16 @@ def _run_short(
 ) -> None:
     from megatron_prolong.evaluation.harness_scores import check_harness
     from megatron_prolong.evaluation.short import SCORES, print_short, run_short, select_short
-    from megatron_prolong.evaluation.suite import refuse_another_model
+    from megatron_prolong.recipe.shape import model_directory
 
     def prepare() -> tuple[tuple[ShortTask, ...], list[tuple[str, Path]]]:
         check_harness()
-        tasks = select_short(_names(names))
+        tasks = select_short(names_of(names))
         check_models([path for _, path in models])
-        known = [(label, *_name_and_identity(path, "auto")) for label, path in models]
-        for label, name, identity in known if is_main(world) and not overwrite else ():
-            refuse_another_model(out / label, name, identity, SCORES)
-        return tasks, [(label, Path(name)) for label, name, _ in known]
+        directories = [(label, model_directory(path)) for label, path in models]
+        if is_main(world) and not overwrite:
+            refuse_others(directories, out, SCORES)
+        return tasks, directories
 
     results = {}
     with ranks() as world:

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import save_family
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from megatron_prolong.convert.to_hf import to_hf
-from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
 
 _LAYERS = "decoder.layers."
@@ -22,17 +20,6 @@ _NATIVE = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-
-
-@pytest.fixture
-def original(tmp_path: Path) -> Path:
-    return save_family("llama3", tmp_path / "original")
-
-
-@pytest.fixture
-def converted(original: Path, tmp_path: Path) -> Path:
-    to_megatron(original, tmp_path / "converted")
-    return tmp_path / "converted"
 
 
 def _assert_exported(converted: Path, original: Path) -> None:

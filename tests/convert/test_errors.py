@@ -35,17 +35,6 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.checksums import verify_checksums
 
 
-@pytest.fixture
-def original(tmp_path: Path) -> Path:
-    return save_family("llama3", tmp_path / "original")
-
-
-@pytest.fixture
-def converted(original: Path, tmp_path: Path) -> Path:
-    to_megatron(original, tmp_path / "converted")
-    return tmp_path / "converted"
-
-
 def _refused(convert: Callable[[Path], object], tmp_path: Path) -> str:
     """The message of the refusal; asserts that no file is left, under whatever name."""
     before = set(tmp_path.rglob("*"))

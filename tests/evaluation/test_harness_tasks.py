@@ -12,6 +12,7 @@ import pytest
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from own_tasks import write_tasks
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,13 +63,6 @@ doc_to_target: "{{question}}{{continued}}"
 metric_list: [{metric: bits_per_byte}]
 """,
 }
-DATA = """\
-task: NAME
-dataset_path: json
-dataset_kwargs: {data_files: {test: "FILE"}}
-test_split: test
-fewshot_split: test
-"""
 GROUP = "group: own\ntask: [own_choice, own_greedy]\naggregate_metric_list: [{metric: acc}]\n"
 
 
@@ -118,11 +112,7 @@ def own(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             ]
         if len(rows) == 9:
             break
-    file = directory / "questions.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, task in TASKS.items():
-        text = DATA.replace("NAME", name).replace("FILE", str(file)) + task
-        (directory / f"{name}.yaml").write_text(text)
+    write_tasks(directory, TASKS, rows)
     (directory / "group.yaml").write_text(GROUP)
     return directory
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from own_tasks import write_tasks
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.main import app
@@ -36,12 +37,9 @@ def test_a_second_model_is_measured_as_the_first(checkpoint: Path, tmp_path: Pat
 def test_ranks_answer_the_harness_together(checkpoint: Path, tmp_path: Path) -> None:
     """Split by tensor parallelism, and with prompts shared (--cp 2), as one process does."""
     rows = [{"question": f"The key {n}" * 100, "answer": "in text"} for n in range(4)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    file = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
-    data = f"dataset_path: json\n{file}test_split: test\n"
     words = 'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
     perplexity = "output_type: loglikelihood\nmetric_list: [{metric: perplexity}, {metric: acc}]\n"
-    (tmp_path / "own.yaml").write_text("task: own\n" + data + words + perplexity)
+    write_tasks(tmp_path, {"own": words + perplexity}, rows)
     asked = ["lm-eval", f"tiny={checkpoint}", "--tasks", "own", "--include", tmp_path, "--out"]
     assert CliRunner().invoke(app, ["eval", *map(str, asked), str(tmp_path / "one")]).exit_code == 0
     found = eval_on_two_ranks(*asked, tmp_path / "tp"), eval_on_two_ranks(*asked, tmp_path / "cp", "--cp", 2)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from own_tasks import write_tasks
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.main import app
@@ -22,7 +23,6 @@ from megatron_prolong.evaluation.published import published
 from megatron_prolong.evaluation.short import ShortTask, print_short, run_short, select_short
 
 CHOICE = """\
-task: tiny_choice
 output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: choices
@@ -30,7 +30,6 @@ doc_to_target: label
 metric_list: [{metric: acc}]
 """
 ANSWER = """\
-task: tiny_answer
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{choices[label]}}"
@@ -38,17 +37,10 @@ generation_kwargs: {until: ["x"], max_gen_toks: 6, do_sample: false}
 metric_list: [{metric: exact_match}]
 """
 TEXT = """\
-task: tiny_text
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{choices | join(' ')}} {{question}}"
 metric_list: [{metric: bits_per_byte}]
-"""
-DATA = """\
-dataset_path: json
-dataset_kwargs: {data_files: {test: "FILE"}}
-test_split: test
-fewshot_split: test
 """
 QUESTIONS = [
     {
@@ -69,9 +61,7 @@ TINY = (
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory of tasks that need no network."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    for name, task in (("choice", CHOICE), ("answer", ANSWER), ("text", TEXT)):
-        (tmp_path / f"{name}.yaml").write_text(task + DATA.replace("FILE", str(tmp_path / "questions.jsonl")))
+    write_tasks(tmp_path, {"tiny_choice": CHOICE, "tiny_answer": ANSWER, "tiny_text": TEXT}, QUESTIONS)
     return tmp_path
 
 
