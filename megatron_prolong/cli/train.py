@@ -129,8 +129,23 @@ def _train(load: Callable[[], Recipe]) -> None:
             if world.is_main:
                 print(f"{event}; continue with the same command")
             sys.exit(REQUEUE_EXIT_CODE)
+        except KeyboardInterrupt:
+            if world.is_main:
+                print(f"stopped; the same command continues from {_newest(recipe)}")
+            raise
         if world.is_main:
             print(f"done: {final}")
+
+
+def _newest(recipe: Recipe) -> str:
+    """What is safe on disk, in words."""
+    from megatron_prolong.training.run_directory import chain_status
+
+    statuses = chain_status(recipe, recipe.run_dir)
+    status = next((status for status in statuses if status.word != "done"), statuses[-1])
+    if status.checkpoint is None:
+        return f"the beginning of stage {status.stage.name}"
+    return f"step {status.step} of stage {status.stage.name} ({status.checkpoint.directory})"
 
 
 def _replay(load: Callable[[], Recipe], step: str, trace: Path | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.recipe.run_files import RESOLVED_RECIPE
-from megatron_prolong.recipe.schema import Recipe, Stage
+from megatron_prolong.recipe.schema import Recipe, Stage, settings_of
 from megatron_prolong.training.run_directory import StageStatus, chain_status, latest_checkpoint
 
 # Changing one of these in a stage that has begun would make its numbers depend on when it was stopped.
@@ -17,7 +17,6 @@ _FIXED_IN_STAGE = {
     "sequence_length", "rope_base", "yarn", "batch_tokens", "steps", "tokens", "warmup", "schedule", "seed",
     "carry", "loss_mask", "precision", "mixture",
 }  # fmt: skip
-_FIXED_IN_RUN = {"model", "precision"}
 
 
 class Change(NamedTuple):
@@ -56,7 +55,7 @@ def refuse_changes(before: Recipe, now: Recipe, statuses: list[StageStatus]) -> 
     """The allowed changes since the run was last started; raises UserError when there are refused ones."""
     changes = [
         *_run_changes(before, now),
-        *_stage_changes(before, statuses),
+        *_stage_changes(before, now, statuses),
         *_removed_stages(before, now),
         *_added_stages(before, now, statuses),
         *_reordered_stages(before, now, statuses),
@@ -72,17 +71,20 @@ def refuse_changes(before: Recipe, now: Recipe, statuses: list[StageStatus]) -> 
 
 def _run_changes(before: Recipe, now: Recipe) -> Iterator[Change]:
     for key, old, new in _differences(_without_stages(before), _without_stages(now)):
-        fixed = key.split(".")[0] in _FIXED_IN_RUN
+        fixed = key.split(".")[0] == "model"
         yield Change(f"{key}: {old} → {new}", "fixed for the whole run" if fixed else None)
 
 
-def _stage_changes(before: Recipe, statuses: list[StageStatus]) -> Iterator[Change]:
+def _stage_changes(before: Recipe, now: Recipe, statuses: list[StageStatus]) -> Iterator[Change]:
     stages_before = {stage.name: stage for stage in before.stages}
     for status in statuses:
         stage = status.stage
         if status.word == "waiting" or stage.name not in stages_before:
             continue
-        old_stage, new_stage = _dump(stages_before[stage.name]), _dump(stage)
+        old_stage, new_stage = (
+            _dump(one) | {"precision": settings_of(of, one).precision}
+            for of, one in ((before, stages_before[stage.name]), (now, stage))
+        )
         same_proportions = _proportions(old_stage["mixture"]) == _proportions(new_stage["mixture"])
         for key, old, new in _differences(old_stage, new_stage):
             first = key.split(".")[0]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from megatron_prolong.cli import train
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
@@ -242,6 +243,34 @@ def test_asked_to_stop_it_saves_and_continues_bit_for_bit(workspace, undisturbed
     assert "continue with the same command" in output
     workspace.train("asked", "checkpoint.every=100")
     assert workspace.losses("asked") == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("saved", "place"),
+    [
+        ([], "the beginning of stage short"),
+        (["short/step_00000006"], "the beginning of stage long"),
+        (["short/step_00000006", "long/step_00000003"], "step 3 of stage long ({run}/long/step_00000003)"),
+        (["short/step_00000006", "long/step_00000004"], "step 4 of stage long ({run}/long/step_00000004)"),
+    ],
+    ids=lambda value: value.split("(")[0] if isinstance(value, str) else "",
+)
+def test_ctrl_c_says_where_the_next_start_goes_on(
+    workspace, undisturbed, monkeypatch, capsys, tmp_path, saved, place
+):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in saved:
+        shutil.copytree(workspace.root / "undisturbed" / name, tmp_path / name)
+    recipe = load_recipe(workspace.recipe("interrupted"), [f"run_dir={tmp_path}"])
+    monkeypatch.setattr(train, "_ready", lambda *_: None)
+    monkeypatch.setattr("megatron_prolong.training.run.train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train._train(lambda: recipe)
+    assert (
+        capsys.readouterr().out == f"stopped; the same command continues from {place.format(run=tmp_path)}\n"
+    )
 
 
 COUNTS_FEEDING = """
