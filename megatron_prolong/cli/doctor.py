@@ -29,12 +29,13 @@ def doctor(
 ) -> None:
     """Look at packages, GPUs, NCCL, fabric and disk; exit code 1 when something needed is missing."""
     from megatron_prolong.recipe.load import load_recipe
+    from megatron_prolong.recipe.run_files import nearest_existing
 
     loaded = load_recipe(recipe, overrides or ()) if recipe is not None else None  # before torch is imported
     from megatron_prolong.runtime.doctor import examine
     from megatron_prolong.runtime.strict_json import dumps
 
-    findings = examine(loaded.run_dir if loaded else Path.cwd(), quick=quick)
+    findings = examine(nearest_existing(loaded.run_dir) if loaded else Path.cwd(), quick=quick)
     if loaded is not None:
         findings += recipe_findings(loaded, gpus)
     if json_output:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.counts import num_parameters
-from megatron_prolong.recipe.run_files import complete_checkpoints
+from megatron_prolong.recipe.run_files import DELETING, SAVING, complete_checkpoints, nearest_existing
 from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.recipe.validate import incoming_shape
@@ -49,9 +49,8 @@ class CheckpointRoom:
 def checkpoint_room(recipe: Recipe, shape: ModelShape) -> CheckpointRoom:
     """Of bf16 (or fp32) weights, fp32 main weights and two moments each."""
     one = (16 if recipe.precision == "fp32" else 14) * num_parameters(shape)
-    directory = recipe.run_dir.absolute()
-    existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free + _left_over(directory)
+    existing = nearest_existing(recipe.run_dir.absolute())
+    free = shutil.disk_usage(existing).free + _left_over(recipe.run_dir)
     return CheckpointRoom(one, one * _to_come(recipe), free, existing)
 
 
@@ -69,7 +68,7 @@ def check_room(recipe: Recipe) -> None:
 def _left_over(run_dir: Path) -> int:
     """Bytes of what killed processes were saving or deleting."""
     total = 0
-    for name in ("step_*.partial", "step_*.removed.tmp-*"):
+    for name in (SAVING, DELETING):
         for path in run_dir.glob(f"*/{name}/**/*"):
             with suppress(FileNotFoundError):  # the processes may not be dead
                 total += path.stat().st_size

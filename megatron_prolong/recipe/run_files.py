@@ -13,6 +13,9 @@ EVALUATION = "evaluation"
 LATEST = "latest"
 """In the directory of a stage: the name of its newest checkpoint."""
 
+SAVING, DELETING = "step_*.partial", "step_*.removed.tmp-*"
+"""Likewise: what is being saved or deleted, or was by a killed process. Others may be making other things there."""
+
 RESERVED_STAGE_NAMES = (INITIAL, SIDECAR, "export", TENSORBOARD, EVALUATION)
 
 
@@ -20,3 +23,8 @@ def complete_checkpoints(stage_dir: Path) -> dict[int, Path]:
     """Step to directory, oldest first; what is being written or deleted has a suffix."""
     found = {path.name.removeprefix("step_"): path for path in sorted(stage_dir.glob("step_*"))}
     return {int(step): path for step, path in found.items() if step.isdecimal()}
+
+
+def nearest_existing(path: Path) -> Path:
+    """`path`, or what is there of the way to it."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())

@@ -22,7 +22,13 @@ from megatron_prolong.recipe.inputs import (
 )
 from megatron_prolong.recipe.layout_rules import OptimizerForm, carry_problem, layout_problems
 from megatron_prolong.recipe.rules import broken_rules, model_rules
-from megatron_prolong.recipe.run_files import INITIAL, RESOLVED_RECIPE, SIDECAR, complete_checkpoints
+from megatron_prolong.recipe.run_files import (
+    INITIAL,
+    RESOLVED_RECIPE,
+    SIDECAR,
+    complete_checkpoints,
+    nearest_existing,
+)
 from megatron_prolong.recipe.schema import Recipe, Stage, settings_of
 from megatron_prolong.recipe.shape import MANIFEST, ModelShape, model_directory, read_manifest, read_shape
 from megatron_prolong.recipe.source import Key
@@ -150,7 +156,7 @@ def _vocabulary(findings: Findings, shape: ModelShape) -> None:
 
 def _run_directory(findings: Findings) -> None:
     run_dir = findings.recipe.run_dir
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    existing = nearest_existing(run_dir)
     if not existing.is_dir():
         findings.error(("run_dir",), f"{existing} is a file; name a directory")
     elif not os.access(existing, os.W_OK):

@@ -64,7 +64,7 @@ def examine(directory: Path, *, quick: bool) -> list[Finding]:
     """Everything there is to say about this machine.
 
     Args:
-        directory: where runs would write; its file system is looked at.
+        directory: where runs would write, or the nearest one above it; its file system is looked at.
         quick: skip the GPUs' speeds and the all-reduce, which take some seconds.
     """
     looks: list[Callable[[], list[Finding]]] = [
@@ -221,14 +221,13 @@ def _fabric() -> list[Finding]:
 
 
 def _disk(directory: Path) -> list[Finding]:
-    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(directory).free
     try:
-        speed = _write_speed(existing)
+        speed = _write_speed(directory)
     except OSError as error:
         remedy = "choose a run_dir that can be written"
-        return [Finding("disk", "missing", f"cannot write under {existing}: {error.strerror}", remedy)]
-    return [Finding("disk", "ok", f"{free / 1e9:.0f} GB free at {existing}, writes {speed / 1e6:.0f} MB/s")]
+        return [Finding("disk", "missing", f"cannot write under {directory}: {error.strerror}", remedy)]
+    return [Finding("disk", "ok", f"{free / 1e9:.0f} GB free at {directory}, writes {speed / 1e6:.0f} MB/s")]
 
 
 def _write_speed(directory: Path) -> float:

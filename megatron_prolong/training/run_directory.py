@@ -6,12 +6,13 @@ disk. RUN/STAGE/latest names the newest one.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.run_files import LATEST, complete_checkpoints
+from megatron_prolong.recipe.run_files import DELETING, LATEST, SAVING, complete_checkpoints
 from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import MANIFEST, read_manifest
 from megatron_prolong.runtime.publish import remove, remove_leftovers, write_durably
@@ -95,9 +96,10 @@ def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
 def remove_unfinished(run_dir: Path) -> None:
     """Delete what killed processes were saving or deleting in any stage; nobody may be saving."""
     for stage_dir in run_dir.iterdir():
-        for name in ("step_*.removed", LATEST):  # others may be making something else there
-            remove_leftovers(stage_dir, name)
-        for partial in stage_dir.glob("step_*.partial"):
+        remove_leftovers(stage_dir, LATEST)
+        for doomed in stage_dir.glob(DELETING):
+            shutil.rmtree(doomed, ignore_errors=True)
+        for partial in stage_dir.glob(SAVING):
             remove(partial)
 
 
