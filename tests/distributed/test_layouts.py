@@ -95,6 +95,23 @@ def test_yarns_positions_and_temperature_too(one_rank, two_ranks, checkpoint, si
             np.testing.assert_allclose(rank.losses, expected.losses, rtol=1e-5)
 
 
+def test_tied_embeddings_of_two_pipeline_stages_stay_one(one_rank, two_ranks, checkpoint, tmp_path):
+    """The last stage has a copy of the first one's: their gradients are added up, and their norm counts once."""
+    shutil.copytree(checkpoint, tmp_path / "tied")
+    manifest = json.loads((tmp_path / "tied" / MANIFEST).read_text())
+    manifest["shape"]["tie_embeddings"] = True
+    (tmp_path / "tied" / MANIFEST).write_text(json.dumps(manifest))
+    job = Job({"distributed_optimizer": False}, str(tmp_path / "tied"), last=3)
+    (expected,) = one_rank.run(train, job)
+    ranks = two_ranks.run(train, replace(job, layout=LAYOUTS["pp2"]))
+    for rank in ranks:
+        np.testing.assert_allclose(rank.losses, expected.losses, rtol=1e-5)
+        np.testing.assert_allclose(rank.grad_norms, expected.grad_norms, rtol=1e-5)
+    weights = assemble([expected])
+    assert "output_layer.weight" not in weights
+    assert_equal_weights(assemble(ranks), weights, 1e-5)
+
+
 # Activations and products rounded to 8 bits: two orders of the same sum differ by some of their last bits
 # (2**-8), and so do eight steps in bf16 and in fp32 (weights and moments are fp32 in both).
 BF16_LOSS, BF16_GRAD_NORM, BF16_WEIGHTS = 5e-3, 3e-2, 1e-2
