@@ -13,6 +13,7 @@ from megatron_prolong.cli.eval import (
     Compare,
     Model,
     check_models,
+    folders,
     is_main,
     models_of,
     names_of,
@@ -52,10 +53,12 @@ def lm_eval(
             questions.check([directory for _, directory in models])
             if not overwrite:
                 refuse_others(models, out, SCORES)
+            for label, _ in models:
+                make(out / label)
         return questions, models
 
     results: dict[str, Any] = {}
-    with ranks() as world:
+    with folders() as make, ranks() as world:
         questions, models = on_all_ranks(world, prepare)
         for label, directory in models:
             results[label] = run_questions(

@@ -107,7 +107,7 @@ def run(
         run_suite,
         runnable,
     )
-    from megatron_prolong.evaluation.suites import left_out, select
+    from megatron_prolong.evaluation.suites import SUITES, left_out, select
     from megatron_prolong.evaluation.task import Inputs
 
     if suite == "short":
@@ -117,6 +117,7 @@ def run(
     names = names_of(tasks)
 
     def prepare() -> tuple[list[tuple[str, str, str]], list[Task], str, Entails | None]:
+        one_of("--suite", suite, (*SUITES, "short"))
         _refuse_options(chat, too_long, backend, tag, world)
         pairs, chosen = models_of(model, compare), select(suite, lengths, names)
         text = read_text(haystack) if haystack else ""
@@ -177,9 +178,10 @@ def data_check(
     from rich.table import Table
 
     from megatron_prolong.evaluation.data_check import how_to_get, llama2_hint, needs
-    from megatron_prolong.evaluation.suites import select
+    from megatron_prolong.evaluation.suites import SUITES, select
     from megatron_prolong.runtime.terminal import print_table
 
+    one_of("--suite", suite, (*SUITES, "short"))
     if suite == "short":
         print("suite short: lm-evaluation-harness fetches its data itself")
         return
@@ -250,12 +252,15 @@ def _run_short(
         tasks = select_short(names_of(names))
         check_models([path for _, path in models])
         directories = [(label, model_directory(path)) for label, path in models]
-        if is_main(world) and not overwrite:
-            refuse_others(directories, out, SCORES)
+        if is_main(world):
+            if not overwrite:
+                refuse_others(directories, out, SCORES)
+            for label, _ in directories:
+                make(out / label)
         return tasks, directories
 
     results = {}
-    with ranks() as world:
+    with folders() as make, ranks() as world:
         tasks, found = on_all_ranks(world, prepare)
         for label, directory in found:
             results[label] = run_short(

@@ -58,12 +58,12 @@ def check_documents(data: Sequence[Path], models: Sequence[str]) -> None:
     """Look before a model is loaded.
 
     Raises:
-        UserError: a path holds no documents, records without text, or tokens of another tokenizer than a model's.
+        UserError: a path holds no documents, what is no text, or tokens of another tokenizer than a model's.
     """
     parts = [part for path in data for part in _parts(path)]
     packs = [part for part in parts if part.is_dir()]
-    for file in set(parts) - set(packs):
-        if file.suffix.lower() in RECORD_SUFFIXES:
+    for file in parts:
+        if file not in packs:
             next(_texts(file), None)
     made_with = {str(pack): read_index(pack).tokenizer for pack in packs}
     for model in models:
@@ -102,15 +102,18 @@ def _encode(tokenizer: Any, text: str) -> NDArray[np.int64]:
 
 
 def _texts(file: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of the documents in a file; a text file is one. Raises UserError for a record without text."""
-    if file.suffix.lower() not in RECORD_SUFFIXES:
-        yield str(file), file.read_text(encoding="utf-8", errors="replace")
-        return
-    source = source_of(find_kind(str(file)))
+    """(name, text) of the documents in a file; a text file, whatever its ending, is one.
+
+    Raises:
+        UserError: it is no text, or a record has none.
+    """
+    source = source_of(find_kind(str(file)) if file.suffix.lower() in RECORD_SUFFIXES else "text")
     for part in source.parts(str(file)):
         for record in source.read(part):
             if isinstance(record, Bad):
                 raise UserError(f"{record.name} {record.problem}")
+            if source.kind == "text" and "\0" in record.fields[TEXT_FIELD]:
+                raise UserError(f"{record.name} is not text: it holds a byte of zero")
             text = record.fields.get(TEXT_FIELD)
             if not isinstance(text, str):
                 fields = ", ".join(

@@ -22,6 +22,18 @@ def check_harness() -> None:
         raise UserError("this needs lm-evaluation-harness: pip install 'megatron-prolong[eval]'")
 
 
+def simple_evaluate(**options: Any) -> Any:
+    """The harness's, without what it finds out of the machine for its own records.
+
+    It asks git, which complains on the terminal where there is no repository, and pip, which takes seconds.
+    """
+    from lm_eval import evaluator
+
+    evaluator.get_git_commit_hash = lambda: None
+    evaluator.add_env_info = lambda results: None
+    return evaluator.simple_evaluate(**options)
+
+
 def remembered(
     path: Path, arguments: dict[str, Any], names: Sequence[str], ask: Callable[[str], T], overwrite: bool
 ) -> dict[str, T]:

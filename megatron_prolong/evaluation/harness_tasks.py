@@ -22,7 +22,7 @@ from rich.table import Table
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import declares, load_tokenizer, open_backend, tokenizer_directory
-from megatron_prolong.evaluation.harness_scores import check_harness, remembered
+from megatron_prolong.evaluation.harness_scores import check_harness, remembered, simple_evaluate
 from megatron_prolong.evaluation.identity import directory_identity, model_identity
 from megatron_prolong.runtime.publish import write_durably
 from megatron_prolong.runtime.terminal import print_table
@@ -134,8 +134,6 @@ def run_questions(
 
 def _ask(backend: ScoringBackend, questions: Questions, manager: Any, name: str) -> dict[str, Any]:
     """What the harness finds; says how many requests lost their beginning."""
-    from lm_eval import simple_evaluate
-
     from megatron_prolong.evaluation.harness import HarnessModel
 
     asked = HarnessModel(backend, add_bos=None, ask_greedy=True)

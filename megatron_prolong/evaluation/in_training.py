@@ -56,6 +56,8 @@ class CheckpointEvaluation:
         out = self.out / checkpoint.parent.name / checkpoint.name
         identity = model_identity(checkpoint)
         tasks = [f"{task.name}/{task.length}" for task in self.tasks]
+        if self.held_out:
+            tasks.append(self._loss_name)
         data = [data_identity(task, self.spec.data) for task in self.tasks]
         about = {"model_identity": identity, "data": data, "samples": self.spec.samples, "tasks": tasks}
         if self.held_out:
@@ -88,7 +90,11 @@ class CheckpointEvaluation:
             if self.interrupted():
                 raise _Interrupted
             losses.append(-float(backend.token_logprobs(passage.tokens.tolist()).mean(dtype=np.float64)))
-        return {f"held_out_loss/{max(self.spec.lengths)}": statistics.fmean(losses)} if losses else {}
+        return {self._loss_name: statistics.fmean(losses)} if losses else {}
+
+    @property
+    def _loss_name(self) -> str:
+        return f"held_out_loss/{max(self.spec.lengths)}"
 
 
 def read_held_out(spec: EvaluationSpec, tokenizer: Path) -> list[Passage]:

@@ -22,9 +22,8 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.client import Client
 from megatron_prolong.evaluation.partial import sample_key
 from megatron_prolong.evaluation.report import write_json
-from megatron_prolong.evaluation.results import judged_path, result_paths, whole_result
+from megatron_prolong.evaluation.results import judged_path, read_whole, result_paths, whole_result
 from megatron_prolong.evaluation.text_metrics import parse_output
-from megatron_prolong.recipe.shape import read_json
 from megatron_prolong.runtime.progress import track
 from megatron_prolong.runtime.strict_json import read_lines
 
@@ -98,12 +97,13 @@ def _judged_by(target: Path, model: str) -> bool:
     """HELMET's own files, which do not name their judge, are left as they are."""
     if not target.exists():
         return False
-    return bool(read_json(target).get("judge", {}).get("model", model) == model)
+    with whole_result(target):
+        return bool(read_whole(target).get("judge", {}).get("model", model) == model)
 
 
 def _judge_questions(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:
     """fluency (0, 1) × correctness (0 to 3), mean over the answers that can be read."""
-    content = read_json(path)
+    content = read_whole(path)
     template = judge_prompts(helmet / "scripts" / "eval_gpt4_longqa.py", ["judge_prompt"])["judge_prompt"]
     prompts = [
         template.format(
@@ -132,7 +132,7 @@ def _judge_questions(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:
 
 def _judge_summaries(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:
     """Three questions per summary: fluency, key points found, sentences supported by the expert's summary."""
-    content = read_json(path)
+    content = read_whole(path)
     suffix = "_book" if path.name.startswith("infbench") else ""
     names = [f"{kind}_prompt{suffix}" for kind in ("fluency", "recall", "precision")]
     templates = judge_prompts(helmet / "scripts" / "eval_gpt4_summ.py", names)

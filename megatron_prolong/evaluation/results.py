@@ -133,7 +133,12 @@ def read_whole(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except UserError as error:
-        raise UserError(f"{error}; delete it, and run the task again") from error
+        raise UserError(f"{error}; {_remedy(path)}") from error
+
+
+def _remedy(path: Path) -> str:
+    again = "judge its answers (`prolong eval judge`)" if path.name.endswith(JUDGED) else "run the task"
+    return f"delete it, and {again} again"
 
 
 def read_result(path: Path) -> Result:
@@ -153,15 +158,16 @@ def whole_result(path: Path) -> Iterator[None]:
     """Around reading a result's fields: one that is missing or of another kind is the file's fault."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path}: not a whole result of `prolong eval run` ({type(error).__name__}: {error}); "
-            "delete it, and run the task again"
+            f"{path}: not a whole result of `prolong eval run` ({type(error).__name__}: {error}); {_remedy(path)}"
         ) from error
 
 
 def _result(path: Path, content: dict[str, Any]) -> Result:
     arguments, items = content["args"], content["data"]
+    if not items:
+        raise ValueError("there are no answers")
     averages = content["averaged_metrics"]
     names = arguments["metric_names"]
     known = {name: averages[name] * SCALE.get(name, 1) for name in names if name in averages}

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import backend_kind, open_backend
-from megatron_prolong.evaluation.harness_scores import remembered
+from megatron_prolong.evaluation.harness_scores import remembered, simple_evaluate
 from megatron_prolong.evaluation.identity import model_identity
 from megatron_prolong.evaluation.published import published
 from megatron_prolong.runtime.terminal import print_table
@@ -135,7 +135,6 @@ def print_short(results: Mapping[str, Mapping[str, float]]) -> None:
 
 def _harness() -> tuple[Any, Any, str]:
     """The harness's function, its tasks, and its version."""
-    from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     return simple_evaluate, TaskManager(), version("lm_eval")

@@ -13,7 +13,7 @@ from megatron_prolong.evaluation.backend import Backend
 from megatron_prolong.evaluation.data_check import how_to_get
 from megatron_prolong.evaluation.results import Result, read_arguments
 from megatron_prolong.evaluation.run import Settings, length_limit, run_task
-from megatron_prolong.evaluation.suites import NO_SUITE, select
+from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.task import Entails, Inputs, Task
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.recipe.schema import EvaluationSpec
@@ -70,8 +70,6 @@ def tasks_of(spec: EvaluationSpec) -> list[Task]:
     Raises:
         UserError: there is no such task, or its data is missing.
     """
-    if spec.suite == NO_SUITE:
-        return []
     return runnable(select(spec.suite, spec.lengths, spec.tasks), spec.data, skip_missing=False)
 
 

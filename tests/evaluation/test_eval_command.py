@@ -62,14 +62,25 @@ def test_a_length_beyond_the_models_is_warned_of(
         assert ("declares at most 1,024 tokens" in found.stderr) == warned
 
 
-@pytest.mark.parametrize("command", ["perplexity", "needle"])
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        ("perplexity", ["--data", "held out.txt"]),
+        ("needle", []),
+        ("run", ["--suite", "synthetic", "--lengths", "1K", "--tasks", "ruler_niah_s_1"]),
+        ("run", ["--suite", "short"]),
+        ("lm-eval", ["--tasks", "own", "--include", "."]),
+    ],
+)
 def test_a_place_that_cannot_be_written_is_met_before_measuring(
-    command: str, hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, more: list[str], hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_prolong.evaluation.backend.open_backend", pytest.fail)
-    file = tmp_path / "held out.txt"
+    for opens in ("backend.open_backend", "harness_tasks.open_backend", "short.run_short"):
+        monkeypatch.setattr(f"megatron_prolong.evaluation.{opens}", pytest.fail)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: SimpleNamespace(all_tasks=["own"]))
+    monkeypatch.chdir(tmp_path)
+    file = Path("held out.txt")
     file.write_text("words")
-    more = ["--data", str(file)] if command == "perplexity" else []
     found = CliRunner().invoke(app, ["eval", command, str(hf_directory), "--out", str(file / "out"), *more])
     assert isinstance(found.exception, NotADirectoryError)
 

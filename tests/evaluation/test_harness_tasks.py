@@ -119,10 +119,9 @@ def own(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def offline_and_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness's own 15,000 tasks are not read, nor the versions of all packages."""
+    """The harness's own 15,000 tasks are not read."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
 
 
 def ask(model: Path, own: Path, out: Path, *more: str) -> Any:
@@ -166,20 +165,26 @@ def test_scores_and_answers_are_the_harness_s_own(
 
 
 def test_finished_tasks_are_kept_until_a_task_file_changes(
-    trained: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path,
+    own: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """A group shows its parts too, and models stand side by side."""
+    """A group shows its parts too, and models stand side by side; where one is, is no repository of git."""
+    monkeypatch.chdir(tmp_path)
     asked = []
 
     def counting(**how: Any) -> Any:
         asked.append((*how["tasks"], how["limit"]))
         return simple_evaluate(**how)
 
-    monkeypatch.setattr("lm_eval.simple_evaluate", counting)
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", counting)
     for more in ("own", "own", "own,own_answer"):
         found = ask(trained, own, tmp_path, "--tasks", more, "--samples", "2")
         assert found.exit_code == 0, found.output
     assert asked == [("own", 2), ("own_answer", 2)]
+    assert "fatal" not in capfd.readouterr().err
     table = [line.split() for line in found.stdout.splitlines()]
     assert ["task", "metric", "tiny"] in table
     assert {row[0] for row in table if row[1:2] == ["acc"]} == {"own", "own_choice", "own_greedy"}

@@ -9,16 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.in_training import _measured
+from megatron_prolong.evaluation import in_training
+from megatron_prolong.evaluation.documents import Passage
+from megatron_prolong.evaluation.in_training import CheckpointEvaluation, _measured
+from megatron_prolong.recipe.schema import EvaluationSpec
 
 RECIPE = """\
 name: tiny
@@ -127,6 +133,21 @@ def test_scores_of_other_questions_do_not_count(tmp_path: Path) -> None:
     assert _measured(path, about)
     for changed in ({"model_identity": "y"}, {"samples": 3}, {"tasks": ["ruler_vt/1024", "ruler_vt/2048"]}):
         assert not _measured(path, {**about, **changed})
+
+
+def test_another_length_of_the_same_documents_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_training, "from_main", lambda value: value)
+    model = Mock(token_logprobs=lambda ids: np.full(len(ids), -len(ids)))
+    monkeypatch.setattr(in_training, "open_megatron", lambda *_, **__: nullcontext(model))
+    found = []
+    for lengths in ((64,), (128,), (16, 128)):
+        spec = EvaluationSpec(lengths=lengths, suite="none", held_out=("a.txt",))
+        passages = [Passage("a.txt", np.arange(max(lengths)))]
+        measure = CheckpointEvaluation(spec, [], passages, tmp_path, Mock(), lambda: False)
+        found.append(measure(tmp_path / "stage" / "step"))
+    assert found == [{"held_out_loss/64": 64}, {"held_out_loss/128": 128}, {}]
 
 
 def test_the_loss_of_held_out_documents_is_that_of_eval_perplexity(runs: Runs) -> None:

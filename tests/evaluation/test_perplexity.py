@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import ScoringBackend
-from megatron_prolong.evaluation.documents import Passage, read_passages
+from megatron_prolong.evaluation.documents import Passage, check_documents, read_passages, read_text
 from megatron_prolong.evaluation.perplexity import measure
 from megatron_prolong.evaluation.report import print_perplexity
 
@@ -106,6 +106,27 @@ def test_passages_are_read_from_records_too(tmp_path: Path, tokenizer: Any) -> N
     for name in ("records.jsonl", "folder", "records.parquet"):
         found = read_passages([tmp_path / name], tokenizer, 64, 9, seed=1)
         assert [passage.tokens.tolist() for passage in found] == wanted, name
+    check_documents([tmp_path / name for name in ("text", "records.jsonl", "folder", "records.parquet")], [])
     (tmp_path / "records.jsonl").write_text(records + "{")
     with pytest.raises(UserError, match="is not JSON"):
         read_passages([tmp_path / "records.jsonl"], tokenizer, 64, 9, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (np.arange(9, dtype=np.uint32).tobytes(), "is not text: it holds a byte of zero"),
+        ("Grüße".encode("latin-1"), r"is not UTF-8 \(byte 2\)"),
+    ],
+    ids=["tokens", "latin-1"],
+)
+def test_what_is_no_text_is_refused_whatever_its_name(tmp_path: Path, content: bytes, said: str) -> None:
+    """It was measured as if its bytes were words."""
+    file = tmp_path / "tokens.bin"
+    file.write_bytes(content)
+    for look in (lambda: check_documents([file], []), lambda: read_text(file)):
+        with pytest.raises(UserError, match=rf"tokens\.bin {said}"):
+            look()
+    file.write_text("int main() {}  // Grüße")
+    check_documents([file], [])
+    assert read_text(file) == "int main() {} // Grüße"

@@ -266,12 +266,13 @@ def test_a_judges_rows_have_the_mean_of_its_score_and_are_of_the_questions_they_
 
 def test_a_judges_score_is_stood_in_for_until_there_is_one_and_no_other_is(tmp_path: Path) -> None:
     path, averaged = tmp_path / "x_in8192_shots2.json", {"str_em": 40.0, "rougeL_f1": 9.0}
-    write_result(path, [], averaged, ["str_em", "citation_rec"])
+    items = [{"removed_tokens": 0, "rougeL_f1": 0.09, "qa_pairs": [{"short_answers": ["x"]}], "output": ""}]
+    write_result(path, items, averaged, ["str_em", "citation_rec"])
     (cited,) = read_results(tmp_path)
     assert cited.missing == ("citation_rec",) and cited.counted == [40.0]
-    write_result(path, [], averaged, ["gpt-4-f1"])
+    write_result(path, items, averaged, ["gpt-4-f1"])
     assert [one.counted for one in read_results(tmp_path)] == [[9.0]]
-    write_result(judged_path(path), [], {**averaged, "gpt-4-f1": 0.5}, ["gpt-4-f1"])
+    write_result(judged_path(path), items, {**averaged, "gpt-4-f1": 0.5}, ["gpt-4-f1"])
     assert [one.counted for one in read_results(tmp_path)] == [[50.0]]
 
 
@@ -295,6 +296,19 @@ def test_a_result_that_was_copied_by_half_is_named_and_not_left_out(tmp_path: Pa
     with pytest.raises(
         UserError, match=r"x_in8192_shots2\.json: cannot be read .*; delete it, and run the task"
     ):
+        read_results(tmp_path)
+
+
+def test_a_result_without_answers_or_with_words_for_scores_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x_in8192_shots2.json"
+    for items, said in (([], "no answers"), ([{"f1": "high", "removed_tokens": 0}], "high")):
+        write_result(path, items, {"f1": 50.0}, ["f1"])
+        with pytest.raises(
+            UserError, match=f"not a whole result .*{said}.*; delete it, and run the task again"
+        ):
+            read_results(tmp_path)
+    judged_path(path).write_text("{")  # what was judged is still there
+    with pytest.raises(UserError, match=r"delete it, and judge its answers \(`prolong eval judge`\) again"):
         read_results(tmp_path)
 
 

@@ -309,9 +309,12 @@ def test_a_damaged_result_is_named(server: Server, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=result.name):
             judge_results(tmp_path, judge, helmet)
     result.write_text("{}")
-    judged_path(result).write_text("{")
-    with pytest.raises(UserError, match=judged_path(result).name):
-        judge_results(tmp_path, judge, helmet)
+    for damaged in ("{", '{"judge": "tiny"}'):
+        judged_path(result).write_text(damaged)
+        with pytest.raises(
+            UserError, match=rf"{judged_path(result).name}: .*delete it, and judge its answers"
+        ):
+            judge_results(tmp_path, judge, helmet)
 
 
 def test_a_script_of_helmets_that_is_damaged_is_named(tmp_path: Path) -> None:

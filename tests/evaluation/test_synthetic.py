@@ -314,6 +314,10 @@ def test_unknown_suites_and_tasks_are_refused_also_beside_known_ones() -> None:
     for name in ("synthetics", "short"):  # whose scores `run` shows beside each other
         refused = CliRunner().invoke(app, ["eval", "compare", "results", "--suite", name])
         assert str(refused.exception).startswith(f"--suite {name}: must be one of helmet, ruler")
+    for name in ("synthetics", "none"):
+        for command in (["run", "model", "--out", "results"], ["data", "check"]):
+            refused = CliRunner().invoke(app, ["eval", *command, "--suite", name])
+            assert str(refused.exception).startswith(f"--suite {name}: must be one of helmet, ruler")
     with pytest.raises(UserError, match="suite synthetic has no task nothing at 1K; it has json_kv, ruler_"):
         select("synthetic", [1024], ["json_kv", "nothing"])
 
