@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from megatron_prolong.data.job import REPORT, Job
 from megatron_prolong.data.mds import MDSWriter, common_tokenizer, read_index
 from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.ngrams import DEFAULT_N, NgramIndex, evaluation_texts
+from megatron_prolong.data.report import Report
 from megatron_prolong.data.sources import find_kind, source_of
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import tokenizer_file, tokenizer_fingerprint
@@ -76,28 +78,20 @@ class FilterOptions:
 
 
 @dataclass
-class FilterReport:
+class FilterReport(Report):
     """tokens == kept_tokens + sum(tokens of dropped). dropped: reason to [documents, tokens].
-    domains: those of all documents. examples: why documents were found contaminated, the first few."""
+    examples: why documents were found contaminated, the first few."""
 
-    documents: int = 0
-    tokens: int = 0
     kept_documents: int = 0
     kept_tokens: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
-    domains: set[str] = field(default_factory=set)
     examples: list[str] = field(default_factory=list)
 
     def add(self, other: Mapping[str, Any]) -> None:
-        for name in ("documents", "tokens", "kept_documents", "kept_tokens"):
-            setattr(self, name, getattr(self, name) + other[name])
+        super().add(other)
         for reason, (documents, tokens) in other["dropped"].items():
             self._drop(reason, documents, tokens)
-        self.domains.update(other["domains"])
         self.examples = (self.examples + other["examples"])[:_MAX_EXAMPLES]
-
-    def as_json(self) -> dict[str, Any]:
-        return vars(self) | {"domains": sorted(self.domains)}
 
     def _drop(self, reason: str, documents: int, tokens: int) -> None:
         counts = self.dropped.setdefault(reason, [0, 0])
@@ -168,6 +162,8 @@ def filter_documents(
     settings = _settings(names, options)
     job = Job(Path(out), settings)
     if not job.is_finished:
+        if (domains := _told_domains(names)) is not None:
+            _refuse_misspelt(job, options, domains)
         with job.open():
             duplicates = _duplicates(job, data, options) if options.duplicates else None
             tasks = _tasks(names)
@@ -175,9 +171,7 @@ def filter_documents(
             if not job.run(tasks, work, executor or LocalProcesses(1), slurm):
                 return None
             job.finish(tasks, lambda: _sum(job, tasks, options).as_json())
-    report = FilterReport()
-    report.add(job.report())
-    return report
+    return FilterReport.of([job.report()])
 
 
 def _settings(inputs: Sequence[str], options: FilterOptions) -> dict[str, Any]:
@@ -227,26 +221,43 @@ def _duplicates(job: Job, data: TokenizedInputs, options: FilterOptions) -> Path
         if not path.exists():
             numbers = track(range(len(data)), len(data), "finding duplicates")
             with disk_full_is_users(job.out), whole_file(path) as temporary:
-                # A document dropped for its domain's length does not take a copy in another domain along.
-                repeats = find_duplicates(
-                    None if options.length_problem(sample.get("domain", ""), len(tokens)) else tokens
-                    for sample, tokens in (
-                        (sample, sample["input_ids"]) for sample in map(data.read, numbers)
-                    )
-                )
+                domains: set[str] = set()
+
+                def tokens(number: int) -> NDArray[np.uint32] | None:
+                    """None where the length is wrong for the domain: that drops no copy in another domain."""
+                    sample = data.read(number)
+                    domain, found = sample.get("domain", ""), sample["input_ids"]
+                    domains.add(domain)
+                    return None if options.length_problem(domain, len(found)) else found
+
+                repeats = find_duplicates(map(tokens, numbers))
+                _refuse_misspelt(job, options, domains)
                 temporary.write_bytes(repeats.tobytes())
     return path
 
 
-def _sum(job: Job, tasks: Iterable[str], options: FilterOptions) -> FilterReport:
-    total = FilterReport()
-    for report in job.task_reports(tasks):
-        total.add(report)
-    if unknown := sorted({*options.min_length, *options.max_length} - {"", *total.domains}):
+def _told_domains(inputs: Sequence[str]) -> set[str] | None:
+    """The domains of all documents, if the inputs' reports tell them: published data has none."""
+    domains: set[str] = set()
+    for directory in inputs:
+        try:
+            domains.update(json.loads((Path(directory) / REPORT).read_bytes())["domains"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+    return domains
+
+
+def _refuse_misspelt(job: Job, options: FilterOptions, domains: Set[str]) -> None:
+    if unknown := sorted({*options.min_length, *options.max_length} - {"", *domains}):
         raise UserError(
             f"{job.out}: a length is given for {', '.join(unknown)}, but no document is of that domain; "
-            f"there are {', '.join(sorted(total.domains - {''})) or 'none'}"
+            f"there are {', '.join(sorted(domains - {''})) or 'none'}"
         )
+
+
+def _sum(job: Job, tasks: Iterable[str], options: FilterOptions) -> FilterReport:
+    total = FilterReport.of(job.task_reports(tasks))
+    _refuse_misspelt(job, options, total.domains)
     if not total.kept_documents:
         raise UserError.many(
             f"{job.out}: not one of {total.documents:,} documents is left; dropped:",

@@ -1,6 +1,7 @@
 r"""Finding text of evaluation sets inside documents: a document that shares an n-gram of words is contaminated.
 
-Words are what \w+ finds in the lower-cased text, so punctuation, blanks and case do not hide a copy. An
+Words are what \w+ finds in the lower-cased text, so punctuation, blanks and case do not hide a copy. Chinese and
+Japanese, written without blanks, would be words as long as a clause: there, as in BERT, each character is one. An
 n-gram is a 64-bit hash of the numbers of its words in the evaluation sets' own vocabulary; words that
 no evaluation set has break an n-gram at once. That makes the search a few numpy operations per document.
 After the 13-gram overlap of Brown et al., "Language Models are Few-Shot Learners" (2020), appendix C.
@@ -20,7 +21,11 @@ from numpy.typing import NDArray
 from megatron_prolong.data.sources import Bad, find_kind, source_of
 from megatron_prolong.errors import UserError
 
-_WORD = re.compile(r"\w+")
+_ALONE = (
+    "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
+    "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # kana
+)
+_WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, as in Fibonacci hashing
 DEFAULT_N = 13
 

@@ -32,6 +32,7 @@ from megatron_prolong.data.encoder import TextEncoder
 from megatron_prolong.data.executors import Executor, LocalProcesses
 from megatron_prolong.data.job import REPORT, Job
 from megatron_prolong.data.mds import MDSWriter
+from megatron_prolong.data.report import Report
 from megatron_prolong.data.sources import Bad, Part, Record, find_kind, source_of
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import tokenizer_file
@@ -63,22 +64,19 @@ class TokenizeOptions:
 
 
 @dataclass
-class TokenizeReport:
+class TokenizeReport(Report):
     """What became of the input. left_out: reason to count, of documents and (in repositories) of files.
 
     forced_cuts: places where a text of 128K characters without any blank or newline had to be cut before
     encoding, which may change the two tokens there. targets: tokens with mask 1, chats only.
     """
 
-    documents: int = 0
-    tokens: int = 0
     targets: int = 0
     forced_cuts: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Mapping[str, Any]) -> None:
-        for name in ("documents", "tokens", "targets", "forced_cuts"):
-            setattr(self, name, getattr(self, name) + other[name])
+        super().add(other)
         self.left_out.update(other["left_out"])
 
 
@@ -112,10 +110,8 @@ def tokenize(
         with job.open():
             if not job.run(tasks, _Work(str(tokenizer), options), executor or LocalProcesses(1), slurm):
                 return None
-            job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
-    report = TokenizeReport()
-    report.add(job.report())
-    return report
+            job.finish(tasks, lambda: _sum(job, tasks, options).as_json())
+    return TokenizeReport.of([job.report()])
 
 
 def _settings(
@@ -157,9 +153,7 @@ def _into_tasks(parts: Sequence[tuple[str, Part]]) -> list[list[tuple[str, Part]
 
 
 def _sum(job: Job, tasks: Iterable[str], options: TokenizeOptions) -> TokenizeReport:
-    total = TokenizeReport()
-    for report in job.task_reports(tasks):
-        total.add(report)
+    total = TokenizeReport.of(job.task_reports(tasks))
     if options.chat:
         refuse_empty_masks(total.tokens, total.targets, str(job.out))
     if not total.documents:
@@ -199,7 +193,7 @@ class _Work:
                     else:
                         self._write(writer, record, encoded, report)
             report.forced_cuts = encoder.forced_cuts
-            writer.attach_json(REPORT, vars(report))
+            writer.attach_json(REPORT, report.as_json())
 
     def _records(self, parts: Sequence[tuple[str, Part]], report: TokenizeReport) -> Iterator[Record]:
         """The usable records; the others are counted, or stop the job."""
@@ -248,13 +242,15 @@ class _Work:
 
     def _write(self, writer: MDSWriter, record: Record, encoded: Encoded, report: TokenizeReport) -> None:
         tokens, mask = encoded
-        sample = {"input_ids": tokens, "length": len(tokens), "domain": self._domain(record)}
+        domain = self._domain(record)
+        sample = {"input_ids": tokens, "length": len(tokens), "domain": domain}
         if mask is not None:
             sample["mask"] = mask
             report.targets += int(mask.sum())
         writer.write(sample)
         report.documents += 1
         report.tokens += len(tokens)
+        report.domains.add(domain)
 
 
 def _get(fields: Mapping[str, Any], name: str) -> Any:

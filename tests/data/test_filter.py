@@ -29,6 +29,7 @@ from megatron_prolong.data.filter import (
 from megatron_prolong.data.mds import MDSReader, MDSWriter
 from megatron_prolong.data.ngrams import NgramIndex, evaluation_texts
 from megatron_prolong.data.pack import PackOptions, pack
+from megatron_prolong.data.tokenize import TokenizeOptions, tokenize
 from megatron_prolong.errors import UserError
 
 POEM = "the quick brown fox jumps over the lazy dog while seven wizards quietly vex a grumpy old king"
@@ -226,6 +227,46 @@ def test_domains_without_number_are_counted_in_no_time(tmp_path: Path) -> None:
         report.count(f"repository {number}", 1, None)
     assert time.process_time() - before < 1
     assert len(report.as_json()["domains"]) == 20_000
+
+
+def words_of(text: str) -> str:
+    return " ".join(NgramIndex([text], 1).find(text))
+
+
+def test_chinese_and_japanese_characters_are_words() -> None:
+    """A clause without blanks was one word: a copy was found only with the same punctuation around it."""
+    question = "鲁迅的第一篇白话小说《狂人日记》发表于哪一年"
+    index = NgramIndex([question, "吾輩は猫である。名前はまだない。"])
+    assert index.find("请问" + question[1:] + "呢")[0] == "迅 的 第 一 篇 白 话 小 说 狂 人 日 记"
+    assert index.find("そして吾輩は猫である、名前はまだない") and not index.find(
+        "吾輩は犬である。名前はまだない。"
+    )
+    assert words_of("GPT-3模型ﾃﾞｰﾀ、ラーメン・々〆〇") == "gpt 3 模 型 ﾃ ﾞ ｰ ﾀ ラ ー メ ン 々 〆 〇"
+    assert words_of("한국어 단어, naïve Ünder_score") == "한국어 단어 naïve ünder_score"
+
+
+def test_a_misspelt_domain_is_told_before_the_work(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the inputs' reports tell their domains, or all documents are looked at for duplicates."""
+    (tmp_path / "in.jsonl").write_text(
+        '{"text": "a word", "from": "books"}\n{"text": "more", "from": "code"}\n'
+    )
+    by = TokenizeOptions(domain_field="from")
+    tokenize([str(tmp_path / "in.jsonl")], tokenizer, tmp_path / "tokenized", by)
+    run([tmp_path / "tokenized"], tmp_path / "filtered", min_length={"code": 1})
+    untold = write_documents(tmp_path / "untold", [30], domain="wiki")
+    monkeypatch.setattr(filter_module._Work, "__call__", lambda *_: pytest.fail("a task was begun"))
+    told = [tmp_path / "tokenized", tmp_path / "filtered"]
+    for inputs, domains, duplicates in (
+        (told, "books, code", False),
+        ([*told, untold], "books, code, wiki", True),
+    ):
+        with pytest.raises(
+            UserError, match=f"given for bok, but no document is of that domain; there are {domains}$"
+        ):
+            run(inputs, tmp_path / "out", min_length={"bok": 9, "": 1}, duplicates=duplicates)
+        assert not list(tmp_path.glob("out*"))
 
 
 @given(
