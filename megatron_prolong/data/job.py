@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import shutil
 import socket
 import sys
@@ -182,6 +183,9 @@ class Job:
             with disk_full_is_users(self.out):
                 self._assemble(tasks, account)
             self.directory.replace(self.out)
+            parent = os.open(self.out.parent, os.O_RDONLY)  # else a power cut may undo the renaming
+            os.fsync(parent)
+            os.close(parent)
             (self.out / LOCK).unlink(missing_ok=True)  # of a process that came since
 
     def _assemble(self, tasks: Iterable[str], report: Mapping[str, Any]) -> None:

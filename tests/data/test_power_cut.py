@@ -20,9 +20,9 @@ from megatron_prolong.runtime.publish import write_durably
 
 
 @pytest.fixture
-def forgetful_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def forgetful_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     """The worst that a file system may do: the rename is on the disk, of the files only what fsync pushed.
-    Or the rename is not, unless fsync pushed its directory.
+    Or the rename is not, unless fsync pushed its directory: those where it did not yet.
     """
     synced: dict[int, int] = {}
     renamed_in: set[int] = set()
@@ -44,11 +44,11 @@ def forgetful_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(os, "fsync", remember)
     monkeypatch.setattr(Path, "replace", rename_and_forget)
-    yield
+    yield renamed_in
     assert not renamed_in, "what was said to be written may have its old name"
 
 
-def test_every_step_of_the_data_survives(tmp_path: Path, forgetful_disk: None) -> None:
+def test_every_step_of_the_data_survives(tmp_path: Path, forgetful_disk: set[int]) -> None:
     llama3_tokenizer().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "texts").mkdir()
     for name in ("first", "second", "again"):
@@ -57,8 +57,11 @@ def test_every_step_of_the_data_survives(tmp_path: Path, forgetful_disk: None) -
         )
     documents, kept, packed = (tmp_path / name for name in ("documents", "kept", "packed"))
     tokenize([str(tmp_path / "texts")], tmp_path / "tokenizer", documents)
+    assert not forgetful_disk
     filter_documents([documents], kept, FilterOptions(duplicates=True))
+    assert not forgetful_disk
     pack([kept], packed, PackOptions(length=16, mode="concat"))
+    assert not forgetful_disk
     num_packs = to_megatron(packed, tmp_path / "megatron")
     assert merge_tree(packed) == num_packs > 1
     for directory, num_samples in ((documents, 3), (kept, 2), (packed, num_packs)):
@@ -68,7 +71,7 @@ def test_every_step_of_the_data_survives(tmp_path: Path, forgetful_disk: None) -
     assert [len(tokens) for tokens, _ in IndexedReader(tmp_path / "megatron")] == [16] * num_packs
 
 
-def test_a_small_file_is_replaced_as_a_whole(tmp_path: Path, forgetful_disk: None) -> None:
+def test_a_small_file_is_replaced_as_a_whole(tmp_path: Path, forgetful_disk: set[int]) -> None:
     write_durably(tmp_path / "latest", "step_00000125")
     assert (tmp_path / "latest").read_text() == "step_00000125"
     with pytest.raises(UnicodeEncodeError):
