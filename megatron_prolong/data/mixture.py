@@ -32,11 +32,10 @@ from megatron_prolong.recipe.schema import Stage
 
 @dataclass(frozen=True)
 class SampleRef:
-    """One sequence of a global batch: number of its domain, sample in the domain, epoch of the domain."""
+    """One sequence of a global batch: number of its domain, sample in the domain."""
 
     domain: int
     index: int
-    epoch: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Mixture:
         domain, draw = self._interleave[slot]
         size = len(self._domains[domain])
         epoch, position = divmod(draw, size)
-        return SampleRef(domain, Permutation(size, self.seed, domain, epoch)[position], epoch)
+        return SampleRef(domain, Permutation(size, self.seed, domain, epoch)[position])
 
     def read(self, ref: SampleRef) -> PackedSequence:
         """The sample's tokens. Raises UserError naming directory, shard and sample when they are unusable."""

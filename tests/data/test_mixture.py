@@ -68,16 +68,13 @@ def test_starting_at_any_step_equals_no_stop(sources: Path, start: int, seed: in
 
 
 def test_nothing_is_seen_twice_before_all_is_seen_once(sources: Path) -> None:
-    mixed = mixture(sources, num_steps=60)
+    mixed = mixture(sources, batch_sequences=1, num_steps=480)
     for number, size in enumerate(SIZES.values()):
-        draws = [ref for step in range(60) for ref in mixed.batch(step) if ref.domain == number]
-        by_epoch: dict[int, list[int]] = {}
-        for ref in draws:
-            by_epoch.setdefault(ref.epoch, []).append(ref.index)
-        full = [sorted(indices) for epoch, indices in by_epoch.items() if epoch < max(by_epoch)]
-        assert len(by_epoch) == -(-len(draws) // size)
-        assert all(indices == list(range(size)) for indices in full)
-        assert len(set(by_epoch[max(by_epoch)])) == len(by_epoch[max(by_epoch)])
+        draws = [ref.index for step in range(480) for ref in mixed.batch(step) if ref.domain == number]
+        assert len(draws) > size
+        for start in range(0, len(draws), size):
+            epoch = draws[start : start + size]
+            assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(size))
 
 
 def test_every_epoch_has_its_own_order(sources: Path) -> None:
@@ -109,7 +106,7 @@ def test_reading_gives_the_sample_and_says_where_it_lies(sources: Path) -> None:
         assert packed.document_lengths.tolist() == [4, 4]
         assert packed.identity.domain == str(sources / list(SIZES)[ref.domain])
         assert packed.identity.index == ref.index
-    assert mixed.read(SampleRef(1, 39, 0)).identity.shard == "shard.00039.mds"  # one to a shard
+    assert mixed.read(SampleRef(1, 39)).identity.shard == "shard.00039.mds"  # one to a shard
 
 
 def test_usage_reports_how_often_a_domain_repeats(sources: Path) -> None:
@@ -144,17 +141,8 @@ def test_the_fingerprint_is_that_of_the_stream(sources: Path, tmp_path: Path) ->
 
 def test_the_stream_never_changes_between_releases(sources: Path) -> None:
     """Frozen values: the fingerprint says what the samples are, not how they are drawn."""
-    drawn = [(ref.domain, ref.index, ref.epoch) for ref in mixture(sources).batch(11)]
-    assert drawn == [
-        (0, 4, 4),
-        (0, 2, 3),
-        (1, 32, 1),
-        (1, 4, 1),
-        (1, 39, 1),
-        (1, 29, 1),
-        (0, 5, 3),
-        (1, 3, 1),
-    ]
+    drawn = [(ref.domain, ref.index) for ref in mixture(sources).batch(11)]
+    assert drawn == [(0, 4), (0, 2), (1, 32), (1, 4), (1, 39), (1, 29), (0, 5), (1, 3)]
     alone = mixture(sources, {"books": 1.0}, batch_sequences=4)
     assert [(ref.domain, ref.index) for ref in alone.batch(1)] == [(0, 11), (0, 9), (0, 25), (0, 23)]
 
@@ -167,11 +155,9 @@ def test_a_stages_mixture_has_the_stages_seed_sizes_and_loss_mask(tmp_path: Path
     expected = mixture(tmp_path, {"d": 1.0}, seed=5, batch_sequences=4, num_steps=3, loss_mask=True)
     assert [mixed.batch(step) for step in range(3)] == [expected.batch(step) for step in range(3)]
     assert mixed.fingerprint() == expected.fingerprint() and mixed.num_steps == 3
-    mask = mixed.read(SampleRef(0, 0, 0)).mask
+    mask = mixed.read(SampleRef(0, 0)).mask
     assert mask is not None and mask.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
-    assert (
-        Mixture.of_stage(stage.model_copy(update={"loss_mask": False})).read(SampleRef(0, 0, 0)).mask is None
-    )
+    assert Mixture.of_stage(stage.model_copy(update={"loss_mask": False})).read(SampleRef(0, 0)).mask is None
     with pytest.raises(UserError, match="not in the vocabulary of 3"):
         Mixture.of_stage(stage, vocab_size=3)
 
@@ -240,21 +226,21 @@ def test_domains_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
 def test_a_later_bad_sample_is_refused_when_it_is_read(tmp_path: Path) -> None:
     write_packs(tmp_path / "d", [*numbered_packs(3), [[7] * 9], *numbered_packs(4)])
     mixed = mixture(tmp_path, {"d": 1.0}, vocab_size=1000)
-    assert mixed.read(SampleRef(0, 2, 0)).num_tokens == 8
+    assert mixed.read(SampleRef(0, 2)).num_tokens == 8
     with pytest.raises(UserError, match=r"d, shard shard\.00000\.mds, sample 3: 9 tokens"):
-        mixed.read(SampleRef(0, 3, 0))
+        mixed.read(SampleRef(0, 3))
 
 
 def test_packs_a_little_shorter_than_the_stage_are_taken(tmp_path: Path) -> None:
     write_packs(tmp_path / "d", [[[1, 2, 3]], *numbered_packs(2), [[7]]])
-    assert mixture(tmp_path, {"d": 1.0}).read(SampleRef(0, 3, 0)).num_tokens == 1
+    assert mixture(tmp_path, {"d": 1.0}).read(SampleRef(0, 3)).num_tokens == 1
 
 
 def test_a_stage_with_loss_mask_needs_the_column(tmp_path: Path, sources: Path) -> None:
     with pytest.raises(UserError, match=r"code, shard shard\.00000\.mds, sample 0: no column mask"):
         mixture(sources, {"code": 1.0}, loss_mask=True)
     write_packs(tmp_path / "chat", [[[1, 2, 3, 4, 5]]], masks=[[[0, 0, 0, 1, 1]]])
-    masked = mixture(tmp_path, {"chat": 1.0}, loss_mask=True).read(SampleRef(0, 0, 0))
+    masked = mixture(tmp_path, {"chat": 1.0}, loss_mask=True).read(SampleRef(0, 0))
     assert masked.mask is not None and masked.mask.tolist() == [0, 0, 0, 1, 1]
 
 

@@ -133,6 +133,6 @@ def test_a_mask_that_the_stage_does_not_read_may_be_of_any_type(tmp_path: Path) 
     index = packs / "index.json"
     index.write_text(index.read_text().replace('"ndarray:uint8"', '"pkl"'))
     run = {"sequence_length": 4, "batch_sequences": 1, "seed": 0, "num_steps": 1}
-    assert Mixture({packs: 1.0}, **run).read(SampleRef(0, 0, 0)).num_tokens == 4
+    assert Mixture({packs: 1.0}, **run).read(SampleRef(0, 0)).num_tokens == 4
     with pytest.raises(UserError, match="packs, column mask: columns of type pkl are not read"):
         Mixture({packs: 1.0}, loss_mask=True, **run)
