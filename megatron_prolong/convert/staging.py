@@ -44,6 +44,7 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(final.parent, glob.escape(final.name))
+        shutil.rmtree(partial, ignore_errors=True)  # a restarted container numbers its processes alike
         free = shutil.disk_usage(final.parent).free
         if free < needed_bytes:
             raise UserError(f"{final}: needs {needed_bytes:,} bytes, but the disk has {free:,} free")

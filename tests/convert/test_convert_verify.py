@@ -177,6 +177,20 @@ def test_inspect_lists_everything(pair: tuple[Path, Path]) -> None:
     assert f"39 tensors, {size / 1e9:.3f} GB" in "\n".join(describe(original))
 
 
+def test_inspect_tells_the_training_and_lines_its_columns_up(pair: tuple[Path, Path]) -> None:
+    content = json.loads((pair[1] / "prolong.json").read_text())
+    assert not [line for line in describe(pair[1]) if "null" in line]
+    content |= {"stage": "64k", "step": 7, "sequence_length": 65536, "layout": {"tp": 2}}
+    (pair[1] / "prolong.json").write_text(json.dumps(content))
+    lines = list(describe(pair[1]))
+    told = ['stage: "64k"', "step: 7", "sequence_length: 65536", 'dtype: "float32"', 'layout: {"tp": 2}']
+    assert lines[1:6] == [f"  {line}" for line in told]
+    tensors = [line for line in lines if " float32 " in line]
+    assert len(tensors) == 9 and len({line.index(" float32 ") for line in tensors}) == 1
+    assert any(line.endswith("float32   [4, 96, 64]  4 chunks") for line in tensors)
+    assert any(line.endswith("float32   [64]") for line in tensors)
+
+
 def test_an_export_of_a_run_is_verified_against_its_newest_checkpoint(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.convert.unpickle import Inert, SafeUnpickler, load_common, load_metadata
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.checksums import verify_checksums
+from megatron_prolong.runtime.publish import temporary_name
 
 
 def _refused(convert: Callable[[Path], object], tmp_path: Path) -> str:
@@ -393,14 +394,32 @@ def test_what_is_forbidden_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_two_conversions_into_one_directory(tmp_path: Path) -> None:
-    """The first to be complete stays."""
+    """Neither touches what the other writes; the first to be complete stays."""
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from megatron_prolong.convert.staging import staged_directory\n"
+        "with staged_directory(Path(sys.argv[1]), 0) as partial:\n"
+        "    (partial / 'second').touch()\n"
+    )
     with (
         pytest.raises(UserError, match="out: another process has made it meanwhile"),
-        staging.staged_directory(tmp_path / "out", 0),
+        staging.staged_directory(tmp_path / "out", 0) as partial,
     ):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "first").touch()
-    assert list(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "first"]
+        (partial / "first").touch()
+        subprocess.run([sys.executable, "-c", script, tmp_path / "out"], check=True)
+        assert [path.name for path in partial.iterdir()] == ["first"]
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "second"]
+
+
+def test_what_a_process_of_the_same_number_left_is_no_other_process(tmp_path: Path) -> None:
+    """In a container that was killed and starts again, it has the same host and number."""
+    left = temporary_name(tmp_path / "out")
+    left.mkdir()
+    (left / "half").touch()
+    with staging.staged_directory(tmp_path / "out", 0) as partial:
+        (partial / "whole").touch()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "whole"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
