@@ -6,21 +6,16 @@ import torch
 
 from megatron_prolong.errors import UserError
 
-_DTYPES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
     """The dtype of a name; None stays None. Raises UserError for other names."""
-    if name is not None and name not in _DTYPES:
+    if name is None:
+        return None
+    if name not in _DTYPES:
         raise UserError(f"dtype {name!r}: expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[name] if name is not None else None
+    return _DTYPES[name]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_prolong.convert import dist_writer, hf_writer, transfer
 from megatron_prolong.convert.checkpoint import MegatronCheckpoint
+from megatron_prolong.convert.dtypes import parse_dtype
 from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
@@ -97,8 +98,17 @@ def test_dtype_is_converted_as_torch_does(tmp_path: Path) -> None:
     to_hf(tmp_path / "megatron", tmp_path / "exported", dtype="fp32")
     expected = {name: tensor.bfloat16().float() for name, tensor in _load(original).items()}
     _assert_same_weights(_load(tmp_path / "exported"), expected)
+    assert [path.name for path in (tmp_path / "exported").glob("*.safetensors*")] == ["model.safetensors"]
     assert json.loads((tmp_path / "megatron" / "prolong.json").read_text())["dtype"] == "bfloat16"
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_names_of_dtypes() -> None:
+    assert parse_dtype(None) is None
+    dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    assert [parse_dtype(name) for name in ("bf16", "fp16", "fp32")] == dtypes
+    with pytest.raises(UserError, match=r"dtype 'fp8': expected one of bf16, fp16, fp32$"):
+        parse_dtype("fp8")
 
 
 def test_the_hubs_cache_is_read_through_its_links(tmp_path: Path) -> None:
