@@ -119,17 +119,18 @@ def rates(job: Job, gpu: Gpu) -> Rates:
     shape, layout = job.shape, job.layout
     flops = ForwardFlops.of(shape)
     weight_precision = "bf16" if job.precision == "fp8" else job.precision
-    per_token = (3 + job.recomputed_share) * flops.layers_per_token
+    of_layers = (3 + job.recomputed_share) * flops.layers_per_token
     if job.recompute == "selective":
-        per_token += flops.mlp_per_token
-    matmul = per_token / layout.model_ranks / gpu.matmul_flops(job.precision)
+        of_layers += flops.mlp_per_token
+    share = 1 / (shape.num_layers * layout.tp * layout.cp)  # of one layer
+    layer = of_layers * share / gpu.matmul_flops(job.precision)
     # The last stage also has the output layer, never recomputed, and the others wait for it.
-    output = 3 * flops.output_per_token / (layout.tp * layout.cp)
-    matmul += output / gpu.matmul_flops(weight_precision)
+    output = 3 * flops.output_per_token / (layout.tp * layout.cp) / gpu.matmul_flops(weight_precision)
+    matmul = max(job.longest_stage_layers * layer, job.stage_layers[-1] * layer + output)
     kernels = job.long_attention  # long documents have nearly all the pairs
     forward = (1 + job.attention_again) / gpu.attention_flops(kernels, backward=False)
     backward = FLASH_BACKWARD / gpu.attention_flops(kernels, backward=True)
-    attention = flops.attention_per_pair / layout.model_ranks * (forward + backward)
+    attention = flops.attention_per_pair * job.longest_stage_layers * share * (forward + backward)
     is_ring = layout.cp > 1 and "p2p" in layout.cp_exchange
     return Rates(
         matmul=matmul,

@@ -14,6 +14,7 @@ from megatron_prolong.plan.lengths import LONG_TOKENS, PROLONG_512K, BatchDocume
 from megatron_prolong.plan.memory import kept_by_chunk, kept_by_layer, parked_bytes
 from megatron_prolong.plan.search import RECOMPUTE_MODES, evaluate
 from megatron_prolong.plan.time import RankLoads, Rates, mfu, rates, step_time
+from megatron_prolong.plan.weights import stage_weights
 from megatron_prolong.recipe.counts import ForwardFlops
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import to_hf_config
@@ -148,3 +149,80 @@ def test_micro_batches_that_do_not_fill_an_interleaved_schedule_wait() -> None:
         busy = time.matmul + time.attention + time.elementwise
         times[sequences] = (busy + time.pipeline) / busy * sequences
     assert times == pytest.approx({1: 4, 4: 4 + 3 / 2, 5: 5 + 3 / 2 + 3 / 2}, rel=0.01)
+
+
+def test_what_a_token_and_a_pair_cost_by_hand() -> None:
+    """Three times the forward's products, the output layer on the last stage only, and in bf16 under fp8."""
+    flops, lengths = ForwardFlops.of(LLAMA3_8B), np.array([400_000, 1000])
+    layers, output, pairs = (
+        flops.layers_per_token / 8, flops.output_per_token / 4, flops.attention_per_pair / 8,
+    )  # fmt: skip
+    bf16, fp8 = H100.matmul_flops("bf16"), H100.matmul_flops("fp8")
+    forward, backward = (H100.attention_flops("flash2", one) for one in (False, True))
+
+    def of(cp: int = 2, cp_exchange: str = "all_gather", **fields: str) -> Rates:
+        layout = Layout(tp=2, pp=2, cp=cp, cp_exchange=cp_exchange)
+        return rates(replace(JOB, layout=layout, **{"recompute": "none", **fields}), H100)
+
+    one = of()
+    assert one.matmul == pytest.approx(3 * (layers + output) / bf16)
+    assert one.attention == pytest.approx(pairs * (1 / forward + 2.5 / backward))
+    linear = one.matmul + one.elementwise + one.tensor + one.context * np.array([1, 0])
+    assert one.seconds(lengths) == pytest.approx(linear * lengths + one.attention * lengths**2)
+    assert of(precision="fp8").matmul == pytest.approx(3 * (layers / fp8 + output / bf16))
+    assert of(recompute="full").matmul == pytest.approx((4 * layers + 3 * output) / bf16)
+    assert of(recompute="full").attention == pytest.approx(pairs * (2 / forward + 2.5 / backward))
+    ring, alone = of(cp_exchange="p2p"), of(cp=1, cp_exchange="p2p")
+    assert ring.attention == pytest.approx(one.attention / 0.9) and ring.overlaps and not one.overlaps
+    assert alone.attention == pytest.approx(one.attention * 2) and not alone.overlaps
+
+
+def test_the_longest_pipeline_stage_is_waited_for() -> None:
+    """The last one may have fewer layers to make up for the output layer."""
+    flops = ForwardFlops.of(LLAMA3_8B)
+    layer, output = 3 * flops.layers_per_token / 32, 3 * flops.output_per_token
+    for first, slowest in {16: 16 * layer + output, 17: 15 * layer + output, 18: 18 * layer}.items():
+        job = replace(JOB, layout=Layout(pp=2, first_stage_layers=first), recompute="none")
+        one = rates(job, H100)
+        assert one.matmul * H100.matmul_flops("bf16") == pytest.approx(slowest)
+        even = rates(replace(job, layout=Layout(pp=2)), H100)
+        assert one.attention == pytest.approx(even.attention * first / 16)
+
+
+def test_what_a_step_waits_for_by_hand() -> None:
+    """Two micro-batches of a document each on tp 2, pp 2, dp 2; links between nodes so slow that nothing hides."""
+    slow = H100.model_copy(update={"gpus_per_node": 2, "inter_node_bandwidth": 10e9})
+    near, link = (bandwidth * H100.efficiency.network for bandwidth in (H100.intra_node_bandwidth, 10e9))
+    memory = H100.memory_bandwidth * H100.efficiency.memory
+    job = replace(
+        JOB,
+        layout=Layout(tp=2, pp=2),
+        world_size=8,
+        sequence_length=2**14,
+        batch_sequences=4,
+        recompute="none",
+    )
+    batches = [BatchDocuments.of(single_document(2**14).batch(0, 4))]
+    time, one = step_time(job, slow, batches), rates(job, slow)
+    hidden, last = 2**14 * 4096 * 2, sum(stage_weights(job, 1))
+    document = one.linear * 2**14 + one.attention * 2**28
+    assert time.matmul == pytest.approx(one.matmul * 2**15)
+    assert time.attention == pytest.approx(one.attention * 2 * 2**28)
+    assert time.tensor == pytest.approx(2 * (16 * 4 * 2 + 2) * hidden / 2 / near)
+    # Norms and sums on half of the tokens, 32 query and 8 key heads and the MLP on half of them.
+    passes = 10 * hidden / 2 + 2 * 2**14 * (6 * 40 * 128 + 3 * 14336) / 2
+    assert time.elementwise == pytest.approx(2 * 3 * passes * 16 / memory)
+    assert time.pipeline == pytest.approx(document + 2 * 2 * hidden / 2 / link)
+    assert time.gradients == pytest.approx((4 + 2) * last / 2 / link - 0.9 * document)
+    assert time.optimizer == pytest.approx((38 / 2 + 4) * last / memory)
+    assert time.imbalance == pytest.approx(0) == time.context == time.offload
+    assert time.overhead == pytest.approx(0.2 * time.total)
+    whole = replace(job, layout=Layout(tp=2, pp=2, distributed_optimizer=False))
+    assert step_time(whole, slow, batches).gradients == pytest.approx(8 * last / 2 / link - 0.9 * document)
+    assert step_time(whole, slow, batches).optimizer == pytest.approx((38 + 4) * last / memory)
+    again = step_time(replace(job, recompute="full"), slow, batches)
+    assert again.tensor == pytest.approx(2 * (16 * 4 * 3 + 2) * hidden / 2 / near)
+    assert again.elementwise == pytest.approx(4 / 3 * time.elementwise)
+    alone = replace(job, layout=Layout(tp=8), batch_sequences=1)
+    time = step_time(alone, slow, [BatchDocuments.of(single_document(2**14).batch(0, 1))])
+    assert time.gradients == 0 == time.pipeline
