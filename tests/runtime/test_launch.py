@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime import launch
 from megatron_prolong.runtime.launch import _share_cores, distributed
 from megatron_prolong.runtime.rendezvous import read_rendezvous
 
@@ -67,3 +68,58 @@ def test_ranks_share_the_cores_of_their_job(
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     _share_cores(read_rendezvous(environment))
     assert set_to == ([] if threads is None else [threads])
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> dict[str, str]:
+    found = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1", **variables}
+    monkeypatch.setattr(os, "environ", found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "said"), [(1, "as far as this"), (2, "local rank 2 has no GPU of its own")]
+)
+def test_more_processes_than_gpus_are_refused(
+    local_rank: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment(monkeypatch, RANK=str(local_rank), WORLD_SIZE="3", LOCAL_RANK=str(local_rank))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+
+    def met(backend: str, *_: object) -> None:
+        assert "nccl" in backend
+        raise UserError("as far as this")
+
+    monkeypatch.setattr(launch, "_meet", met)
+    with pytest.raises(UserError, match=said), distributed():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "interface", "given"),
+    [
+        (TORCHRUN, "eth7", None),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, "eth7", "eth7"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, None, None),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "mine"}, "eth7", "mine"),
+        ({**SRUN, "SLURM_NNODES": "2"}, "eth7", "eth7"),
+        ({**SRUN, "SLURM_NNODES": "1"}, "eth7", None),
+        (SRUN, "eth7", None),
+    ],
+)
+def test_gloo_is_told_where_the_other_machines_are_if_there_are_any(
+    variables: dict[str, str], interface: str | None, given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_one(*_: object, **__: object) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed\nat line 1")
+
+    found = environment(monkeypatch, **variables)
+    monkeypatch.setattr(launch, "interface_towards", lambda _: interface)
+    monkeypatch.setattr(dist, "init_process_group", no_one)
+    said = (
+        "could not meet .* MASTER_PORT 1: Gloo connectFullMesh failed; set GLOO_SOCKET_IFNAME to the network"
+    )
+    with pytest.raises(UserError, match=said), distributed():
+        pass
+    assert found.get("GLOO_SOCKET_IFNAME") == given

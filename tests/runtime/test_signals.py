@@ -24,6 +24,7 @@ def test_a_signal_sets_the_flag_and_the_old_handler_comes_back(number):
         assert request.agreed()
         assert request.received == number
     assert signal.getsignal(number) == before
+    assert signal.set_wakeup_fd(-1) == -1, "later signals would be written into whatever has this number then"
 
 
 def test_a_signal_that_comes_twice_is_one_request_and_a_later_one_ends_the_process():

@@ -33,6 +33,7 @@ def test_feeding_keeps_it_quiet_beyond_the_timeout(monkeypatch):
     monkeypatch.setattr(Watchdog, "_bite", lambda self: bites.append(self._step))
     # Fed 20 times as often as needed, so that a busy machine does not fail the test.
     watchdog = Watchdog(rank=0, timeout_seconds=2)
+    assert watchdog.where == "the start"
     wait = watchdog._stop.wait
     monkeypatch.setattr(watchdog._stop, "wait", lambda seconds: looks.append(seconds) or wait(seconds))
     with watchdog:

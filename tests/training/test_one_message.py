@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from megatron_prolong.errors import JointError, RankLost, UserError
+from megatron_prolong.errors import JointError, PassingError, RankLost, UserError
 from megatron_prolong.recipe.shape import MANIFEST
 from megatron_prolong.runtime import processes
 from megatron_prolong.runtime.agreement import on_main, together
@@ -111,6 +112,7 @@ def test_local_processes_end_as_a_single_one_would(workspace) -> None:
     ("codes", "code", "said"),
     [
         ({0: 1, 1: -signal.SIGKILL}, 128 + signal.SIGKILL, "error: rank 1 was ended by signal 9\n"),
+        ({0: 1, 2: -signal.SIGKILL}, 1, ""),  # ended later: by the launcher, or for another reason
         ({1: 75, 0: -signal.SIGTERM}, 75, ""),  # rank 0 had saved too, and the launcher ended it
         ({0: 2, 1: -signal.SIGABRT}, 2, ""),
     ],
@@ -120,8 +122,8 @@ def test_of_processes_that_end_at_the_same_time_a_killed_one_is_named(
 ) -> None:
     """torch's launcher looks ten times a second, and of several that it finds takes the lowest rank."""
     failures = {rank: ProcessFailure(rank, 1, exitcode, error_file="") for rank, exitcode in codes.items()}
-    for failure in failures.values():
-        failure.timestamp = 1
+    for rank, failure in failures.items():
+        failure.timestamp = 1 + (rank == 2)
     with pytest.raises(SystemExit) as left:
         processes._exit(ChildFailedError("prolong", failures))
     assert left.value.code == code
@@ -169,6 +171,49 @@ def test_so_it_is_where_the_launchers_of_several_nodes_would_meet(monkeypatch: p
         first_of_two = Rendezvous(0, 2, 0, 2, "127.0.0.1", taken.getsockname()[1])
         with pytest.raises(UserError, match=r"^node 0 of 2 .* MASTER_PORT \d+: .*address already in use$"):
             processes.start_processes([], 2, first_of_two)
+
+
+def test_a_launcher_that_is_interrupted_ends_as_its_processes_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise SignalException("Ctrl-C", signal.SIGINT)
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(logging, "disable", lambda: None)
+    monkeypatch.setattr(processes, "elastic_launch", lambda *_: interrupted)
+    with pytest.raises(SystemExit) as left:
+        processes.start_processes([], 2, Rendezvous(0, 1, 0, 1, "127.0.0.1", 1))
+    assert left.value.code == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "code", "said"),
+    [
+        (PassingError("try again"), [(None, 2), (None, 2)], 1, "try again"),
+        (
+            PassingError("try again"),
+            [("no such file", 2), ("try again", 1)],
+            2,
+            "try again\nrank 1: no such file",
+        ),
+        (None, [("no such file", 2), ("no such file", 2)], 2, "rank 1: no such file"),
+    ],
+)
+def test_a_job_tries_again_only_if_all_that_went_wrong_may_pass(
+    own: UserError | None, others: list, code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def action() -> None:
+        if own:
+            raise own
+
+    def gathered(problems: list, mine: tuple, _: object) -> None:
+        problems[:] = [mine, *others]
+
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: 3)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
+    with pytest.raises(JointError) as raised:
+        together(action)
+    assert (str(raised.value), raised.value.exit_code, raised.value.said_here) == (said, code, True)
 
 
 def missing_on_rank_1() -> None:

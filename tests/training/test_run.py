@@ -35,7 +35,8 @@ def test_a_run_learns_and_walks_its_stages(workspace, undisturbed):
     manifest = json.loads((workspace.root / "undisturbed/long/step_00000004/prolong.json").read_text())
     assert manifest["shape"]["rope_base"] == 1e5
     assert manifest["training"]["step"] == 4 and manifest["training"]["tokens"] == 4 * 256
-    lines = map(json.loads, (workspace.root / "undisturbed/metrics.jsonl").read_text().splitlines())
+    lines = [*map(json.loads, (workspace.root / "undisturbed/metrics.jsonl").read_text().splitlines())]
+    assert all(line["balance"] is None for line in lines if "loss" in line), "a rank alone waits for none"
     rates = [record["lr"] for record in lines if record.get("stage") == "short" and "lr" in record]
     assert rates[0] == 1e-2 and rates[-1] == pytest.approx(1e-3)  # one step of warmup; a tenth on the last
     kept = sorted(path.name for path in (workspace.root / "undisturbed/short").glob("step_*"))
