@@ -41,7 +41,8 @@ def test_fused_adam_equals_torch_adamw_and_keeps_its_step_in_the_group():
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 64)) for _ in range(2))
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    adam, reference = FusedAdam([ours], **options), torch.optim.AdamW([theirs], **options)
+    adam = FusedAdam([ours], adam_w_mode=True, **options)
+    reference = torch.optim.AdamW([theirs], **options)
     for _ in range(10):
         gradient = torch.randn(64)
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()

@@ -13,7 +13,7 @@ from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import LONG_TOKENS, PROLONG_512K, BatchDocuments, single_document
 from megatron_prolong.plan.memory import kept_by_chunk, kept_by_layer, parked_bytes
 from megatron_prolong.plan.search import RECOMPUTE_MODES, evaluate
-from megatron_prolong.plan.time import RankLoads, Rates, mfu, rates, step_time
+from megatron_prolong.plan.time import RankLoads, Rates, mfu, rates, step_time, tokens_per_second_per_gpu
 from megatron_prolong.plan.weights import stage_weights
 from megatron_prolong.recipe.counts import ForwardFlops
 from megatron_prolong.recipe.schema import Layout
@@ -77,6 +77,9 @@ def test_parts_add_up_and_the_mean_work_does_not_depend_on_dp() -> None:
     assert wider.matmul == pytest.approx(time.matmul)
     assert wider.attention == pytest.approx(time.attention)
     assert wider.imbalance < time.imbalance
+    gathered = step_time(replace(JOB, layout=Layout(tp=4, cp=2, cp_exchange="all_gather")), H100, BATCHES)
+    assert gathered.attention == pytest.approx(0.9 * time.attention) and gathered.context > time.context
+    assert tokens_per_second_per_gpu(JOB, time) == pytest.approx(16 * 2**19 / 64 / time.total)
 
 
 def test_full_recompute_costs_a_forward_and_selective_only_the_mlp() -> None:
@@ -92,9 +95,9 @@ def test_copies_to_the_host_hide_behind_long_documents_only() -> None:
     parked = replace(JOB, offload=True, recompute="selective")
     assert step_time(parked, H100, BATCHES).offload == 0
     slow = H100.model_copy(update={"host_bandwidth": H100.host_bandwidth / 20})
-    per_micro_batch = kept_by_chunk(parked, 32) / slow.host_bandwidth
-    exposed = step_time(parked, slow, BATCHES).offload / parked.micro_batches
-    assert 0 < exposed < 2 * per_micro_batch
+    copied, time = kept_by_chunk(parked, 32) / slow.host_bandwidth, step_time(parked, slow, BATCHES)
+    computed = time.matmul + time.attention + time.elementwise + time.tensor + time.context
+    assert time.offload == pytest.approx(2 * copied * parked.micro_batches - computed) and time.offload > 0
     assert step_time(replace(parked, offload=False), slow, BATCHES).offload == 0
 
 
@@ -226,3 +229,18 @@ def test_what_a_step_waits_for_by_hand() -> None:
     alone = replace(job, layout=Layout(tp=8), batch_sequences=1)
     time = step_time(alone, slow, [BatchDocuments.of(single_document(2**14).batch(0, 1))])
     assert time.gradients == 0 == time.pipeline
+
+
+def test_a_pipeline_fills_with_the_longest_micro_batch() -> None:
+    """That of the dearest document, or of as many short ones as all others have."""
+    job = replace(JOB, layout=Layout(pp=2), world_size=2, sequence_length=2**14, batch_sequences=4)
+    one = rates(job, H100)
+    hand_over = 4 * 2 * 2**14 * 4096 * 2 / (H100.intra_node_bandwidth * H100.efficiency.network)
+    short = [np.full(16, 2**10)] * 4
+    for packs, tokens, pairs in (
+        (short, 2**14, 16 * 2**20),
+        ([np.array([2**14]), *short[:3]], 2**14, 2**28),
+    ):
+        time = step_time(job, H100, [BatchDocuments.of(packs)])
+        expected = one.linear * tokens + one.attention * pairs
+        assert time.pipeline - hand_over == pytest.approx(expected, rel=1e-3)
