@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.results import read_whole
 from megatron_prolong.evaluation.run import is_of
+from megatron_prolong.runtime.publish import is_disk_full
 
 T = TypeVar("T")
 
@@ -26,12 +26,24 @@ def simple_evaluate(**options: Any) -> Any:
     """The harness's, without what it finds out of the machine for its own records.
 
     It asks git, which complains on the terminal where there is no repository, and pip, which takes seconds.
+
+    Raises:
+        UserError: a task's data is not there and cannot be fetched.
     """
     from lm_eval import evaluator
 
     evaluator.get_git_commit_hash = lambda: None
     evaluator.add_env_info = lambda results: None
-    return evaluator.simple_evaluate(**options)
+    try:
+        return evaluator.simple_evaluate(**options)
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(
+            f"{', '.join(options['tasks'])}: {error}; files of your own must be there; what lies on the Hugging "
+            "Face Hub is fetched by lm-evaluation-harness: run it once where the Hub can be reached, with the same "
+            "HF_HOME (finished tasks are kept)"
+        ) from error
 
 
 def remembered(
@@ -45,20 +57,6 @@ def remembered(
     scores = dict(read_whole(path)["scores"]) if path.exists() and is_of(path, arguments) else {}
     for name in names:
         if name not in scores or overwrite:
-            with _fetched(name):
-                scores[name] = ask(name)
+            scores[name] = ask(name)
             write_json(path, {"args": arguments, "scores": scores})
     return scores
-
-
-@contextmanager
-def _fetched(task: str) -> Iterator[None]:
-    """Raises UserError when the task's data is not there and cannot be had."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{task}: {error}; files of your own must be there; what lies on the Hugging Face Hub is fetched by "
-            "lm-evaluation-harness: run it once where the Hub can be reached, with the same HF_HOME (finished "
-            "tasks are kept)"
-        ) from error

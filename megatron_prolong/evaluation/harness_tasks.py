@@ -160,7 +160,7 @@ def _the_tasks_own(name: str) -> Iterator[None]:
     """Around the harness: what fails in it, and not in the model it asks, is a mistake in the task.
 
     Raises:
-        UserError: that; of data that is not there `remembered` tells.
+        UserError: that; of data that is not there `simple_evaluate` tells.
     """
     from megatron_prolong.evaluation import harness
 

@@ -212,6 +212,11 @@ def result_paths(directory: Path) -> list[Path]:
     """
     if paths := _result_paths(directory):
         return paths
+    if other := sorted([*directory.glob("short*.json"), *directory.glob("lm_eval*.json")]):
+        raise UserError(
+            f"{directory}: holds {other[0].name} but no results of a suite, which alone are read here; give the "
+            "command that made it again, with the other models under --compare: it asks no finished task again"
+        )
     below = [str(each) for each in sorted(directory.glob("*/")) if _result_paths(each)]
     where = f"give {' or '.join(below)}" if below else "`prolong eval run MODEL --suite …` makes some"
     raise UserError(f"{directory}: no results of a model here; {where}")

@@ -324,6 +324,9 @@ def test_a_directory_of_several_models_results_names_them(tmp_path: Path) -> Non
         read_results(tmp_path)
     with pytest.raises(UserError, match="`prolong eval run MODEL --suite …` makes some"):
         read_results(tmp_path / "empty")
+    (tmp_path / "empty" / "lm_eval.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds lm_eval\.json but .* under --compare"):
+        read_results(tmp_path / "empty")
 
 
 def write_result(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections import ChainMap
@@ -136,10 +137,18 @@ def test_data_that_cannot_be_fetched_is_one_message(
             raise ConnectionError("Couldn't reach 'cais/mmlu' on the Hub")
         return {"results": {"hellaswag": {"acc_norm,none": 0.25}}}
 
-    monkeypatch.setattr(short, "_harness", lambda: (evaluate, None, "0.4.13"))
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", evaluate)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: None)
     with pytest.raises(UserError, match=r"mmlu: Couldn't reach 'cais/mmlu' .*HF_HOME"):
         run_short(hf_directory, tmp_path)
     assert json.loads((tmp_path / "short.json").read_text())["scores"] == {"hellaswag": 25.0}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", full)
+    with pytest.raises(OSError, match="No space left"):  # which no fetching helps
+        run_short(hf_directory, tmp_path)
 
 
 def test_models_stand_beside_the_published_ones(capsys: pytest.CaptureFixture[str]) -> None:
