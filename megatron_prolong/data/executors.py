@@ -145,7 +145,7 @@ def _run_here(directory: str, work: Callable[[T], R], item: T) -> R:
 
 
 def array_share(items: Sequence[T], environment: Mapping[str, str]) -> list[T]:
-    """The items of this job of a Slurm array: every n-th, beginning at the job's place in the array.
+    """The items of this job of a Slurm array: every n-th, each job beginning at another.
 
     Array ids may begin anywhere and have a step, as in `--array=1-31:2`. A single one submitted again
     (`--array=7`) takes what is left, since finished tasks are never in `items`' way.
@@ -166,5 +166,4 @@ def array_share(items: Sequence[T], environment: Mapping[str, str]) -> list[T]:
             f"--slurm-array: {count} array ids from {first} to {last} are a list, not a range; submit "
             f"`--array=0-{count - 1}`: finished tasks are not done again"
         )
-    place = (task_id - first) // step
-    return list(items[place % count :: count])
+    return list(items[task_id // step % count :: count])

@@ -141,16 +141,17 @@ def test_outside_an_array_the_share_is_refused() -> None:
         array_share([1], {})
 
 
-def test_a_list_of_array_ids_is_refused() -> None:
+@pytest.mark.parametrize("ids", [[3, 7], [0, 1, 3]])
+def test_a_list_of_array_ids_is_refused(ids: list[int]) -> None:
     """As --array=3,7: two jobs that cannot know of each other, and would do the same half of the tasks."""
     array = {
-        "SLURM_ARRAY_TASK_ID": "7",
-        "SLURM_ARRAY_TASK_COUNT": "2",
-        "SLURM_ARRAY_TASK_MIN": "3",
-        "SLURM_ARRAY_TASK_MAX": "7",
+        "SLURM_ARRAY_TASK_ID": str(ids[-1]),
+        "SLURM_ARRAY_TASK_COUNT": str(len(ids)),
+        "SLURM_ARRAY_TASK_MIN": str(ids[0]),
+        "SLURM_ARRAY_TASK_MAX": str(ids[-1]),
         "SLURM_ARRAY_TASK_STEP": "1",
     }
-    with pytest.raises(UserError, match="--array=0-1"):
+    with pytest.raises(UserError, match=f"--array=0-{len(ids) - 1}`"):
         array_share([1], array)
 
 
