@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, LLAMA3_SCALING, save_family
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -80,9 +81,12 @@ def test_chunks_and_shards_of_any_size_give_the_same_files(
     _assert_same_weights(_load(tmp_path / "exported"), _load(original))
     index = json.loads((tmp_path / "exported" / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in (tmp_path / "exported").glob("*.safetensors"))
-    assert len(shards) > 3
+    count = len(shards)
+    assert count > 3 and shards == [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     headers = [(tmp_path / "exported" / shard).read_bytes()[:8] for shard in shards]
     assert not any(int.from_bytes(length, "little") % 8 for length in headers), "data starts aligned"
+    for shard in shards:  # transformers 4 refuses files that do not say it
+        assert safe_open(tmp_path / "exported" / shard, "pt").metadata() == {"format": "pt"}
     assert sorted(set(index["weight_map"].values())) == shards
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in _load(original).values())
     AutoModelForCausalLM.from_pretrained(tmp_path / "exported")  # reads the index
