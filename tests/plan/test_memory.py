@@ -15,6 +15,8 @@ from megatron_prolong.plan.memory import (
     in_flight,
     kept_by_chunk,
     kept_by_layer,
+    layer_working,
+    loss_working,
     peak_memory,
     rank_memory,
     saved_by_layer,
@@ -213,6 +215,30 @@ def test_an_exchange_that_repeats_key_value_heads_is_ours_on_transformer_engine_
     per_layer = saved_by_layer(job)
     heads = math.lcm(cp, 8) if exchange == "a2a" else 8
     assert per_layer["values"] == job.rank_tokens * heads * 128 * 2
+
+
+def test_the_loss_is_on_the_last_stage_and_the_fullest_stage_counts() -> None:
+    job = replace(JOB, sequence_length=4096, loss_chunk_tokens=4096, layout=Layout(pp=4))
+    ranks = [rank_memory(job, rank) for rank in range(4)]
+    assert [rank.working for rank in ranks] == [layer_working(job)] * 3 + [loss_working(job)]
+    assert ranks[3].working > ranks[0].working
+    assert peak_memory(job).total == max(rank.total for rank in ranks) > min(rank.total for rank in ranks)
+
+
+def test_what_an_exchange_keeps_is_kept_where_there_is_one() -> None:
+    alone, split = (
+        [replace(JOB, layout=Layout(cp=cp, cp_exchange=exchange)) for exchange in ("p2p", "a2a")]
+        for cp in (1, 2)
+    )
+    assert (
+        saved_by_layer(alone[0]) == saved_by_layer(alone[1]) == saved_by_layer(replace(alone[0], mixed=False))
+    )
+    output = split[0].rank_tokens * 32 * 128 * 2
+    not_mixed, mixed = (
+        saved_by_layer(replace(split[0], mixed=mixed))["attention"] for mixed in (False, True)
+    )
+    assert mixed - not_mixed == output
+    assert saved_by_layer(split[1])["attention"] - not_mixed == output
 
 
 def test_cudnns_backward_has_three_buffers_in_fp32() -> None:

@@ -77,6 +77,7 @@ def test_parts_add_up_and_the_mean_work_does_not_depend_on_dp() -> None:
     assert wider.matmul == pytest.approx(time.matmul)
     assert wider.attention == pytest.approx(time.attention)
     assert wider.imbalance < time.imbalance
+    assert wider.optimizer == pytest.approx(time.optimizer), "context-parallel ranks share the optimizer too"
     gathered = step_time(replace(JOB, layout=Layout(tp=4, cp=2, cp_exchange="all_gather")), H100, BATCHES)
     assert gathered.attention == pytest.approx(0.9 * time.attention) and gathered.context > time.context
     assert tokens_per_second_per_gpu(JOB, time) == pytest.approx(16 * 2**19 / 64 / time.total)
