@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.counts import num_parameters
 from megatron_prolong.recipe.run_files import DELETING, SAVING, complete_checkpoints, nearest_existing
-from megatron_prolong.recipe.schema import Recipe, Stage
+from megatron_prolong.recipe.schema import Recipe, Stage, settings_of
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.recipe.validate import incoming_shape
 
@@ -47,8 +47,9 @@ class CheckpointRoom:
 
 
 def checkpoint_room(recipe: Recipe, shape: ModelShape) -> CheckpointRoom:
-    """Of bf16 (or fp32) weights, fp32 main weights and two moments each."""
-    one = (16 if recipe.precision == "fp32" else 14) * num_parameters(shape)
+    """Of bf16 weights (or fp32, if one stage has these), fp32 main weights and two moments each."""
+    in_fp32 = any(settings_of(recipe, stage).precision == "fp32" for stage in recipe.stages)
+    one = (16 if in_fp32 else 14) * num_parameters(shape)
     existing = nearest_existing(recipe.run_dir.absolute())
     free = shutil.disk_usage(existing).free + _left_over(recipe.run_dir)
     return CheckpointRoom(one, one * _to_come(recipe), free, existing)

@@ -40,8 +40,9 @@ def test_every_stage_keeps_two_and_one_more_is_written_before_one_is_deleted(tmp
     assert checkpoints_needed(tmp_path, "checkpoint.every=4000", evaluated) == 2 + 2 + 1 + 1
 
 
-def test_a_checkpoint_of_fp32_has_16_bytes_per_weight(tmp_path: Path) -> None:
-    room = checkpoint_room(recipe(tmp_path, "precision=fp32"), read_shape(SHAPE))
+@pytest.mark.parametrize("precision", ["precision=fp32", "stage.sft.precision=fp32"])
+def test_a_checkpoint_of_fp32_has_16_bytes_per_weight(tmp_path: Path, precision: str) -> None:
+    room = checkpoint_room(recipe(tmp_path, precision), read_shape(SHAPE))
     assert room.one == 16 * 8_030_261_248
 
 
