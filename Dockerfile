@@ -54,10 +54,10 @@ COPY megatron_prolong ./megatron_prolong
 # The image's PyTorch is a build of its own (2.11.0a0+….nv26.02, in no registry) and counts as older than 2.11:
 # a plain `pip install .` would replace it. So we come without dependencies, and those without torch and without
 # tensorboard, of which the image has one that suits its numpy; what the image has pinned in
-# /etc/pip/constraint.txt (its PIP_CONSTRAINT) stays as it is.
+# /etc/pip/constraint.txt (its PIP_CONSTRAINT) stays as it is. megatron-core is the one that CI tests.
 RUN pip install --no-cache-dir --no-deps . \
  && python -c "import re; from importlib.metadata import requires; print('\n'.join(r for r in requires('megatron-prolong') if 'extra ==' not in r and re.match('[a-z-]+', r)[0] not in ('torch', 'tensorboard')))" > /tmp/requirements.txt \
- && pip install --no-cache-dir --requirement /tmp/requirements.txt \
+ && pip install --no-cache-dir --requirement /tmp/requirements.txt megatron-core==0.16.1 \
  && rm /tmp/requirements.txt \
  && python -c "import torch, megatron.core, tensorboard; assert torch.version.cuda and '.nv' in torch.__version__, torch.__version__"
 

@@ -29,6 +29,7 @@ class FusedAdam(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
         adam_w_mode: must stay True; the coupled variant is not offered.
+        capturable: must stay False (Megatron-Core 0.17 and later name it); nothing is captured in CUDA graphs.
     """
 
     def __init__(
@@ -40,8 +41,11 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
         adam_w_mode: bool,
+        capturable: bool = False,
     ) -> None:
-        assert adam_w_mode, "only decoupled weight decay is implemented"
+        assert adam_w_mode and not capturable, (
+            "only decoupled weight decay, outside CUDA graphs, is implemented"
+        )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

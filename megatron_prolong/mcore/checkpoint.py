@@ -6,7 +6,7 @@ configs of the source, travelling along). Directories are written aside and rena
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import os
 import queue
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedStateDict,
@@ -30,6 +31,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
@@ -51,6 +53,11 @@ from megatron_prolong.mcore.optimizer_shards import METADATA, optimizer_state
 from megatron_prolong.mcore.replace import replaced
 from megatron_prolong.runtime.agreement import together
 from megatron_prolong.runtime.checksums import Entries, HashingFile
+
+# Megatron-Core 0.17 gave what is replaced here another name and place, and would leave writing to another package.
+_SINCE_0_17 = hasattr(filesystem_async, "get_write_results_queue")
+_OWN_WRITER: dict[str, Any] = {"async_strategy": "mcore"} if _SINCE_0_17 else {}
+_COMMON_STATE = "common_state/shard_0_1"  # 0.19 keeps plain values as this object, earlier ones as common.pt
 
 
 def training_state(model: StageModel, optimizer: MegatronOptimizer) -> ShardedStateDict:
@@ -116,7 +123,7 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
     to them, 3 s before the first byte; a thread needs neither, as torch.save and hashing release the GIL.
 
     Args:
-        directory: exists and is empty; gets common.pt now, the rest from `write` and `finish`.
+        directory: exists and is empty; gets common.pt now (before 0.19), the rest from `write` and `finish`.
     """
     strategy = FullyParallelSaveStrategyWrapper(
         torch_dist.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
@@ -124,15 +131,17 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
     )
     live = {value.data.untyped_storage().data_ptr() for value in _tensors(state)}
     quickly = [
-        (filesystem_async, "_get_write_results_queue", queue.SimpleQueue),  # no manager
+        # no manager
+        (filesystem_async, f"{'' if _SINCE_0_17 else '_'}get_write_results_queue", queue.SimpleQueue),
         (torch_dist, "MCoreSavePlanner", _SavePlanner),
-        (torch_dist, "FileSystemWriterAsync", _Writer),
+        (filesystem_async if _SINCE_0_17 else torch_dist, "FileSystemWriterAsync", _Writer),
     ]
     with warnings.catch_warnings(), replaced(quickly):
         warnings.simplefilter("ignore")
         request = dist_checkpointing.save(
             state, str(directory), strategy, async_sharded_save=True, content_metadata=dict(METADATA),
             validate_access_integrity=False,  # the strategy does the same again
+            **_OWN_WRITER,
         )  # fmt: skip
     if request.async_fn_args:
         rank, buckets, results = request.async_fn_args
@@ -231,11 +240,13 @@ class _WeightsOnlyPlanner(torch_dist.MCoreLoadPlanner):
 
 
 def _read(directory: Path, state: ShardedStateDict) -> dict[str, Any]:
-    together(lambda: _refuse_damage(directory))
     reader = _SafeReader(str(directory))  # one for all, as Megatron asks for the table of contents twice
+    common = together(lambda: _common_values(directory, reader))
+    force_all_tensors_to_non_fp8(state)  # 0.19 would read into fp8 tensors, rounding
     without_code = [
         (torch_dist, "_get_filesystem_reader", lambda *_, **__: reader),
         (torch_dist, "MCoreLoadPlanner", _WeightsOnlyPlanner),
+        (serialization, "load_common_state_dict", lambda _: common),  # asked for since 0.19
     ]
     try:
         with warnings.catch_warnings(), replaced(without_code):
@@ -244,28 +255,41 @@ def _read(directory: Path, state: ShardedStateDict) -> dict[str, Any]:
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"checkpoint {directory} does not fit this model: {error}") from error
     except CheckpointException as error:  # on all ranks, with what any of them met
-        causes = sorted({_first_line(cause) for cause, _ in error.failures.values()})
-        message = str(UserError.many(f"checkpoint {directory} cannot be read:", causes))
-        raise JointError(message, said_here=dist.get_rank() == 0) from error
+        raise JointError(str(_unreadable(directory, error)), said_here=dist.get_rank() == 0) from error
 
 
-def _refuse_damage(directory: Path) -> None:
-    """The two small files that Megatron reads itself, expecting no damage. common.pt is a pickle, loaded as weights
-    only since torch 2.6, as the tensors always were."""
-    readers: dict[str, Callable[[Path], object]] = {
-        "metadata.json": lambda path: dist_checkpointing.core.CheckpointingConfig(
-            **json.loads(path.read_text())
-        ),
-        "common.pt": lambda path: torch.load(path, weights_only=True),
-    }
-    for name, read in readers.items():
-        path = directory / name
-        try:
-            read(path)
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: no such file; the checkpoint is incomplete") from error
-        except Exception as error:  # a damaged file can fail in any way
-            raise UserError(f"{path}: damaged, or not plain values ({_first_line(error)})") from error
+def _common_values(directory: Path, reader: _SafeReader) -> object:
+    """What a checkpoint holds beside tensors. Megatron reads it and `metadata.json` itself, expecting no damage.
+    common.pt is a pickle, loaded as weights only since torch 2.6, as the tensors always were."""
+    config, common = directory / "metadata.json", directory / "common.pt"
+    _undamaged(config, lambda: dist_checkpointing.core.maybe_load_config(str(directory)))
+    if not common.exists() and _COMMON_STATE in reader.read_metadata().state_dict_metadata:
+        return _common_object(directory, reader)
+    return _undamaged(common, lambda: torch.load(common, weights_only=True))
+
+
+def _undamaged(path: Path, read: Callable[[], object]) -> object:
+    if not path.exists():
+        raise UserError(f"{path}: no such file; the checkpoint is incomplete")
+    try:
+        return read()
+    except Exception as error:  # a damaged file can fail in any way
+        raise UserError(f"{path}: damaged, or not plain values ({_first_line(error)})") from error
+
+
+def _common_object(directory: Path, reader: _SafeReader) -> object:
+    state: dict[str, Any] = {_COMMON_STATE: io.BytesIO()}
+    planner = _WeightsOnlyPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        torch.distributed.checkpoint.load(state, storage_reader=reader, planner=planner, no_dist=True)
+    except CheckpointException as error:
+        raise _unreadable(directory, error) from error
+    return state[_COMMON_STATE][0]
+
+
+def _unreadable(directory: Path, error: CheckpointException) -> UserError:
+    causes = sorted({_first_line(cause) for cause, _ in error.failures.values()})
+    return UserError.many(f"checkpoint {directory} cannot be read:", causes)
 
 
 def _first_line(error: BaseException) -> str:

@@ -78,6 +78,8 @@ def cuda_on_cpu() -> Iterator[None]:
         (torch.cuda, "current_device", lambda: CPU),
         # parallel_state and the communication of pipeline stages wait for the GPU; a CPU has no queue.
         (torch.cuda, "synchronize", lambda *_: None),
+        # Since 0.18 gradients wait for what CUDA graphs have added; there are none.
+        (torch.cuda, "current_stream", lambda *_: None),
         # Tensor-parallel initialisation and recompute keep a second random stream "on the GPU":
         # on CPU both streams are torch's one generator, saved and restored the same way.
         (torch.cuda, "get_rng_state", _get_rng_state),

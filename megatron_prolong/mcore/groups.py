@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -151,14 +152,20 @@ def _undo_groups(kind: type[BaseException] | None, *_: object) -> None:
 
 @contextlib.contextmanager
 def _known_warnings_silenced() -> Iterator[None]:
-    """Megatron 0.16.1 uses names that newer torch calls deprecated; its users can do nothing about that."""
+    """Megatron uses deprecated names of torch's, and later versions of its own; users can do nothing about that."""
+    log = logging.getLogger("megatron.core")
+    level = log.level
+    log.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
         # The distributed optimizer looks at .grad of views into its buffers.
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
-        yield
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
 def _hierarchy(layout: Layout) -> list[int] | None:

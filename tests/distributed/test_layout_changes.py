@@ -18,6 +18,7 @@ import torch
 from small_training import VOCAB_SIZE, Job, assemble, shards_of, train
 from test_layouts import assert_equal_weights, pool_of
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import read_shape
@@ -71,7 +72,11 @@ def stored_tensors(saved: Path) -> dict[str, torch.Tensor]:
     """All tensors in a checkpoint, whole; of the vocabulary without what a layout pads it with."""
     reader = torch_checkpoint.FileSystemReader(saved)
     entries = reader.read_metadata().state_dict_metadata
-    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
     torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
     padded = ("word_embeddings.weight", "output_layer.weight")
     return {key: tensor[:VOCAB_SIZE] if key.endswith(padded) else tensor for key, tensor in tensors.items()}

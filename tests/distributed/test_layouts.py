@@ -113,8 +113,9 @@ def test_tied_embeddings_of_two_pipeline_stages_stay_one(one_rank, two_ranks, ch
 
 
 # Activations and products rounded to 8 bits: two orders of the same sum differ by some of their last bits
-# (2**-8), and so do eight steps in bf16 and in fp32 (weights and moments are fp32 in both).
-BF16_LOSS, BF16_GRAD_NORM, BF16_WEIGHTS = 5e-3, 3e-2, 1e-2
+# (2**-8), and so do eight steps in bf16 and in fp32 (weights and moments are fp32 in both). One batch has a
+# single target, whose loss nothing averages out: it differs most, by 0.5% where a GPU's work is done by a CPU.
+BF16_LOSS, BF16_GRAD_NORM, BF16_WEIGHTS = 1e-2, 3e-2, 1e-2
 
 
 @pytest.mark.parametrize("name", [name for name, recompute in QUICK_CASES if recompute == "none"])
