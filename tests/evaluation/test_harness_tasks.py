@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,14 @@ from typer.testing import CliRunner
 from megatron_prolong.cli.main import app
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.harness_tasks import print_questions, rows_of
+from megatron_prolong.evaluation import harness_tasks
+from megatron_prolong.evaluation.harness_tasks import (
+    Questions,
+    _write_answers,
+    print_questions,
+    rows_of,
+    run_questions,
+)
 from megatron_prolong.evaluation.hf import HuggingFaceBackend
 
 LONGER_THAN_THE_MODEL = "The key is mentioned in the text. " * 150  # of 1,024 tokens
@@ -194,6 +203,53 @@ def test_finished_tasks_are_kept_until_a_task_file_changes(
     assert asked[2:] == [("own", 2)]
 
 
+def test_other_settings_are_other_questions(
+    hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    nothing = {"results": {}, "configs": {}, "samples": {}}
+    monkeypatch.setattr(harness_tasks, "open_backend", lambda *_, **__: nullcontext(Mock()))
+    monkeypatch.setattr(harness_tasks, "_ask", lambda *how: asked.append(how) or nothing)
+    once = Questions(("own",))
+    for questions in (
+        once,
+        once,
+        replace(once, chat=True),
+        once,
+        replace(once, metadata={"max_seq_lengths": "8k"}),
+        replace(once, samples=2),
+    ):
+        run_questions(hf_directory, questions, tmp_path)
+    assert [how[1] for how in asked].count(once) == 2, "asked again after --chat took its place"
+    assert len(asked) == 5
+    monkeypatch.setattr(harness_tasks, "version", lambda _: "another")
+    run_questions(hf_directory, replace(once, samples=2), tmp_path)
+    assert len(asked) == 6
+
+
+def test_tasks_are_made_to_a_length_in_the_models_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless --metadata names another tokenizer."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **how: how)
+    questions = Questions(("own",), Path("mine"), {"max_seq_lengths": "8k"})
+    assert questions.manager(Path("model")) == {
+        "include_path": "mine", "metadata": {"tokenizer": "model", "max_seq_lengths": "8k"},
+    }  # fmt: skip
+    questions = Questions(("own",), metadata={"tokenizer": "other"})
+    assert questions.manager(Path("model")) == {"include_path": None, "metadata": {"tokenizer": "other"}}
+    assert questions.manager(None)["metadata"] == {"tokenizer": "other"}
+    assert Questions(("own",)).manager(None)["metadata"] == {}
+
+
+def test_answers_are_kept_with_their_scores_and_without_documents(tmp_path: Path) -> None:
+    sample = {"doc_id": 3, "doc": {"long": "text"}, "arguments": "long", "target": Path("as Python has it")}
+    sample |= {"filter": "none", "filtered_resps": ["a"], "metrics": ["f1"], "f1": 0.5}
+    _write_answers(tmp_path / "answers.jsonl", {"a": [sample, sample], "b": [{}]})
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    kept = {"doc_id": 3, "target": "as Python has it", "filter": "none", "filtered_resps": ["a"], "f1": 0.5}
+    assert lines[0] == lines[1] == {"task": "a", **kept}
+    assert lines[2]["task"] == "b"
+
+
 def test_what_cannot_be_asked_is_told_before_a_model_is_opened(
     model: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +325,13 @@ def test_a_task_of_two_groups_is_shown_for_each(capsys: pytest.CaptureFixture[st
 
 def test_whether_a_choice_is_the_greedy_answer_is_not_reported_as_no() -> None:
     results = {
-        "choice": {"acc,none": 0.5, "acc_stderr,none": "N/A", "exact_match,none": 0.0, "alias": "choice"}
+        "choice": {
+            "acc,none": 0.5,
+            "acc_stderr,none": "N/A",
+            "exact_match,none": 0.0,
+            "alias": "choice",
+            "sample_len": 9,
+        }
     }
     assert rows_of({"results": results, "configs": {"choice": {"output_type": "multiple_choice"}}}) == {
         "choice": {"acc,none": 0.5}

@@ -92,6 +92,7 @@ def test_passages_are_read_from_records_too(tmp_path: Path, tokenizer: Any) -> N
     for number, text in enumerate(words):
         (tmp_path / "text" / f"{number}.txt").write_text(text)
     (tmp_path / "text" / "sizes.json").write_text('{"of": "the texts"}')
+    (tmp_path / "text" / "README.md").write_text("Shorter than a passage.")
     records = "".join(json.dumps({"text": text}) + "\n" for text in words)
     (tmp_path / "records.jsonl").write_text(records)
     (tmp_path / "folder").mkdir()
@@ -130,3 +131,8 @@ def test_what_is_no_text_is_refused_whatever_its_name(tmp_path: Path, content: b
     file.write_text("int main() {}  // Grüße")
     check_documents([file], [])
     assert read_text(file) == "int main() {} // Grüße"
+
+
+def test_a_folder_may_hold_nothing_but_a_readme(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("All there is.")
+    assert read_text(tmp_path) == "All there is."
