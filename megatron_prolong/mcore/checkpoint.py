@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -35,6 +36,7 @@ from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
+from packaging.version import Version
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import (
@@ -54,8 +56,9 @@ from megatron_prolong.mcore.replace import replaced
 from megatron_prolong.runtime.agreement import together
 from megatron_prolong.runtime.checksums import Entries, HashingFile
 
+_MEGATRON = Version(megatron_version).release
 # Megatron-Core 0.17 gave what is replaced here another name and place, and would leave writing to another package.
-_SINCE_0_17 = hasattr(filesystem_async, "get_write_results_queue")
+_SINCE_0_17 = _MEGATRON >= (0, 17)
 _OWN_WRITER: dict[str, Any] = {"async_strategy": "mcore"} if _SINCE_0_17 else {}
 _COMMON_STATE = "common_state/shard_0_1"  # 0.19 keeps plain values as this object, earlier ones as common.pt
 
@@ -264,6 +267,10 @@ def _common_values(directory: Path, reader: _SafeReader) -> object:
     config, common = directory / "metadata.json", directory / "common.pt"
     _undamaged(config, lambda: dist_checkpointing.core.maybe_load_config(str(directory)))
     if not common.exists() and _COMMON_STATE in reader.read_metadata().state_dict_metadata:
+        if _MEGATRON < (0, 19):
+            raise UserError(
+                f"{directory}: saved by Megatron-Core 0.19 or later, and {megatron_version} cannot load it"
+            )
         return _common_object(directory, reader)
     return _undamaged(common, lambda: torch.load(common, weights_only=True))
 

@@ -739,7 +739,7 @@ def test_damage_is_told_in_a_sentence_where_no_checksums_tell_it(trained, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_the_plain_values_that_megatron_0_19_saves_as_an_object(tmp_path):
+def test_the_plain_values_that_megatron_0_19_saves_as_an_object(tmp_path, monkeypatch):
     def read(values):
         directory = tmp_path / type(values).__name__
         torch_checkpoint.save(
@@ -751,6 +751,10 @@ def test_the_plain_values_that_megatron_0_19_saves_as_an_object(tmp_path):
         (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
         return saved._common_values(directory, saved._SafeReader(str(directory)))
 
+    monkeypatch.setattr(saved, "_MEGATRON", (0, 18, 2))
+    with pytest.raises(UserError, match=r"saved by Megatron-Core 0\.19 or later, and .* cannot load it"):
+        read([])
+    monkeypatch.setattr(saved, "_MEGATRON", (0, 19, 0))
     assert read({"a": [1, None]}) == {"a": [1, None]}
     with pytest.raises(UserError, match="cannot be read:\n  - Weights only load failed"):
         read(Exploit(tmp_path / "ran"))
