@@ -23,6 +23,7 @@ from megatron_prolong.convert.logits import largest_logit_difference
 from megatron_prolong.convert.names import Rows
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.shape import read_shape
 
 
 @pytest.fixture
@@ -175,6 +176,15 @@ def test_inspect_lists_everything(pair: tuple[Path, Path]) -> None:
     size = sum(tensor.nbytes for tensor in load_file(original / "model.safetensors").values())
     assert f"9 tensors, {size / 1e9:.3f} GB" in text
     assert f"39 tensors, {size / 1e9:.3f} GB" in "\n".join(describe(original))
+
+
+def test_what_a_conversion_says_about_itself(pair: tuple[Path, Path]) -> None:
+    """The next versions read it too."""
+    content = json.loads((pair[1] / "prolong.json").read_text())
+    assert content.pop("shape") == read_shape(pair[0]).to_dict()
+    assert content.pop("versions").keys() == {"megatron-prolong", "megatron-core", "torch"}
+    untrained = dict.fromkeys(("stage", "sequence_length", "layout")) | {"step": 0}
+    assert content == {"format": 1, "kind": "weights", "dtype": "float32", **untrained}
 
 
 def test_inspect_tells_the_training_and_lines_its_columns_up(pair: tuple[Path, Path]) -> None:
