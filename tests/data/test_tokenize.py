@@ -91,8 +91,9 @@ def test_what_is_left_out_of_several_tasks_and_of_repositories_is_counted(
 
 
 def test_nested_fields(tokenizer: Path, tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "in.jsonl", [{"a": {"b": "x y"}}, {"a.b": "z"}])
-    assert run([source], tokenizer, tmp_path / "out", text_field="a.b").documents == 2
+    source = write_jsonl(tmp_path / "in.jsonl", [{"a": {"b": "x y"}}, {"a.b": "z"}, {"a": "a b"}])
+    report = run([source], tokenizer, tmp_path / "out", text_field="a.b", on_bad_input="skip")
+    assert report.documents == 2 and report.left_out == {"document: no field a.b": 1}
 
 
 def test_bytes_do_not_depend_on_workers(tokenizer: Path, tmp_path: Path, small_tasks: None) -> None:
