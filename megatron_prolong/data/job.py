@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import os
 import shutil
 import socket
 import sys
@@ -29,7 +28,7 @@ from megatron_prolong.data.mds.writer import disk_full_is_users, refuse_existing
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.lock import LOCK
 from megatron_prolong.runtime.progress import track
-from megatron_prolong.runtime.publish import remove, write_durably
+from megatron_prolong.runtime.publish import remove, sync, write_durably
 
 T = TypeVar("T")
 SETTINGS = "job.json"
@@ -183,9 +182,7 @@ class Job:
             with disk_full_is_users(self.out):
                 self._assemble(tasks, account)
             self.directory.replace(self.out)
-            parent = os.open(self.out.parent, os.O_RDONLY)  # else a power cut may undo the renaming
-            os.fsync(parent)
-            os.close(parent)
+            sync(self.out.parent)  # else a power cut may undo the renaming
             (self.out / LOCK).unlink(missing_ok=True)  # of a process that came since
 
     def _assemble(self, tasks: Iterable[str], report: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ class Report:
         for name, value in vars(self).items():
             if isinstance(value, int):
                 setattr(self, name, value + other[name])
-        self.domains.update(other["domains"])
+        self.domains.update(other.get("domains", ()))  # tokenize did not always tell them
 
     def as_json(self) -> dict[str, Any]:
         return vars(self) | {"domains": sorted(self.domains)}

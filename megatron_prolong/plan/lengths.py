@@ -102,19 +102,6 @@ class LengthMixture:
         chosen = rng.choice(len(self.domains), size=num_sequences, p=proportions / proportions.sum())
         return [self.domains[index].draw(rng, self.sequence_length) for index in chosen]
 
-    def sample(self, num_sequences: int, seed: int = 0) -> list[Lengths]:
-        """`num_sequences` independent packed sequences, each domain in its exact proportion (± one sequence).
-
-        For expectations: without the noise of the domains' frequencies.
-        """
-        rng = np.random.default_rng([seed, 2**31])
-        edges = np.cumsum([domain.proportion for domain in self.domains]) * num_sequences
-        chosen = np.searchsorted(edges, np.arange(num_sequences) + 0.5)
-        return [
-            self.domains[min(index, len(self.domains) - 1)].draw(rng, self.sequence_length)
-            for index in chosen
-        ]
-
 
 # Shorter documents are counted together: no rank waits for one of them.
 LONG_TOKENS = 4096

@@ -39,9 +39,9 @@ def publish(partial: Path, final: Path) -> None:
     name is replaced. A power cut at any moment leaves all of it, or nothing under that name.
     """
     for path in [*partial.rglob("*"), partial]:
-        _sync(path)
+        sync(path)
     partial.replace(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 @contextmanager
@@ -116,7 +116,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What was written into a file, or renamed in a directory, is on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -89,11 +89,6 @@ def test_a_512k_sequence_of_a_64k_domain_holds_eight_documents() -> None:
     assert books.draw(np.random.default_rng(0), 524_288).tolist() == [65_536] * 8
 
 
-def test_sample_has_the_exact_proportions() -> None:
-    whole = sum(len(lengths) == 1 for lengths in PROLONG_512K.sample(200))
-    assert whole == round(200 * (0.15 + 0.05 + 0.03))
-
-
 def test_a_document_longer_than_the_sequence_is_cut() -> None:
     domain = DomainLengths("long", 1.0, document_tokens=100)
     assert domain.draw(np.random.default_rng(0), 64).tolist() == [64]
