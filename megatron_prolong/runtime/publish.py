@@ -55,6 +55,10 @@ def whole_file(final: Path) -> Iterator[Path]:
     try:
         yield temporary
         publish(temporary, final)
+    except OSError as error:
+        if is_disk_full(error) and error.filename is None:  # a failed write does not say of which file
+            error.filename = str(final)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -43,6 +43,17 @@ def test_a_file_is_there_when_it_is_whole(tmp_path: Path) -> None:
     assert final.read_text() == "other"
 
 
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    """Not an error of something else that the block does, such as a question to a server."""
+    for error, name in (
+        (OSError(errno.ENOSPC, "No space left on device"), str(tmp_path / "file")),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), None),
+    ):
+        with pytest.raises(OSError) as raised, whole_file(tmp_path / "file"):
+            raise error
+        assert raised.value.filename == name
+
+
 def test_a_directory_does_not_replace_what_another_has_made(tmp_path: Path) -> None:
     final = tmp_path / "out"
     final.mkdir()
