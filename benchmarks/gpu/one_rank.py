@@ -31,7 +31,6 @@ from throughput import PROLONG_8B, select_way, this_gpu, training_step
 
 from megatron_prolong.mcore import schedule
 from megatron_prolong.mcore.groups import megatron
-from megatron_prolong.mcore.replace import replaced
 from megatron_prolong.plan.hardware import Gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import BatchDocuments
@@ -39,6 +38,7 @@ from megatron_prolong.plan.memory import peak_memory
 from megatron_prolong.plan.time import step_time
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.runtime.gpu_environment import set_gpu_environment
+from megatron_prolong.runtime.replace import replaced
 
 WAYS = ("native", "te", "te fp8")
 GIB = 2**30

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +39,8 @@ def lm_eval(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Ask finished tasks again.")] = False,
 ) -> None:
     """Tasks of lm-evaluation-harness, or your own in its format. A stopped run goes on with the same command."""
-    from megatron_prolong.evaluation.harness_tasks import SCORES, Questions, print_questions, run_questions
+    from megatron_prolong.evaluation.harness_tasks import Questions, print_questions, run_questions
+    from megatron_prolong.evaluation.results import HARNESS_SCORES
     from megatron_prolong.recipe.shape import model_directory
 
     def prepare() -> tuple[Questions, list[tuple[str, Path]]]:
@@ -51,10 +52,7 @@ def lm_eval(
         models = [(label, model_directory(path)) for label, path in pairs]
         if is_main(world):
             questions.check([directory for _, directory in models])
-            if not overwrite:
-                refuse_others(models, out, SCORES)
-            for label, _ in models:
-                make(out / label)
+            model_folders(models, out, HARNESS_SCORES, make, overwrite=overwrite)
         return questions, models
 
     results: dict[str, Any] = {}
@@ -74,13 +72,22 @@ def lm_eval(
         print_questions(results)
 
 
-def refuse_others(models: Sequence[tuple[str, Path]], out: Path, scores: str) -> None:
-    """Raises UserError where a model's folder in OUT holds such scores of another one."""
+def model_folders(
+    models: Sequence[tuple[str, Path]],
+    out: Path,
+    scores: str,
+    make: Callable[[Path], None],
+    *,
+    overwrite: bool,
+) -> None:
+    """Make every model's folder in OUT. Raises UserError where one keeps such scores of another model."""
     from megatron_prolong.evaluation.identity import model_identity
     from megatron_prolong.evaluation.suite import refuse_another_model
 
-    for label, directory in models:
+    for label, directory in models if not overwrite else ():
         refuse_another_model(out / label, str(directory), model_identity(directory), scores)
+    for label, _ in models:
+        make(out / label)
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from megatron_prolong.cli.eval import (
     one_of,
     ranks,
 )
-from megatron_prolong.cli.eval_harness import lm_eval, refuse_others
+from megatron_prolong.cli.eval_harness import lm_eval, model_folders
 from megatron_prolong.cli.eval_results import compare as compare_results
 from megatron_prolong.cli.eval_results import judge, report
 from megatron_prolong.cli.recipe import warn
@@ -244,7 +244,8 @@ def _run_short(
     batch_size: int,
 ) -> None:
     from megatron_prolong.evaluation.harness_scores import check_harness
-    from megatron_prolong.evaluation.short import SCORES, print_short, run_short, select_short
+    from megatron_prolong.evaluation.results import SHORT_SCORES
+    from megatron_prolong.evaluation.short import print_short, run_short, select_short
     from megatron_prolong.recipe.shape import model_directory
 
     def prepare() -> tuple[tuple[ShortTask, ...], list[tuple[str, Path]]]:
@@ -253,10 +254,7 @@ def _run_short(
         check_models([path for _, path in models])
         directories = [(label, model_directory(path)) for label, path in models]
         if is_main(world):
-            if not overwrite:
-                refuse_others(directories, out, SCORES)
-            for label, _ in directories:
-                make(out / label)
+            model_folders(directories, out, SHORT_SCORES, make, overwrite=overwrite)
         return tasks, directories
 
     results = {}

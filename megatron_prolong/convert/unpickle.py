@@ -50,8 +50,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("builtins", "set"): set,
     ("builtins", "getattr"): _member,
 }
-# Megatron's ShardedObject("common_state", …).unique_key
-_COMMON_STATE = metadata.MetadataIndex("common_state/shard_0_1")
+COMMON_STATE = "common_state/shard_0_1"
+"""Megatron's ShardedObject("common_state", …).unique_key: where 0.19 keeps the plain values of a checkpoint."""
 
 
 class Inert:
@@ -129,7 +129,8 @@ def load_common(directory: Path) -> dict[str, Any] | None:
     path, offset, length = directory / "common.pt", 0, -1
     if not path.exists():
         table = directory / ".metadata"
-        info = load_metadata(table).storage_data.get(_COMMON_STATE) if table.exists() else None
+        key = metadata.MetadataIndex(COMMON_STATE)
+        info = load_metadata(table).storage_data.get(key) if table.exists() else None
         if info is None:
             return None
         path, offset, length = directory / info.relative_path, info.offset, info.length

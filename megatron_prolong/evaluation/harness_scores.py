@@ -12,6 +12,7 @@ from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.results import read_whole
 from megatron_prolong.evaluation.run import is_of
 from megatron_prolong.runtime.publish import is_disk_full
+from megatron_prolong.runtime.replace import replaced
 
 T = TypeVar("T")
 
@@ -32,10 +33,13 @@ def simple_evaluate(**options: Any) -> Any:
     """
     from lm_eval import evaluator
 
-    evaluator.get_git_commit_hash = lambda: None
-    evaluator.add_env_info = lambda results: None
+    without = [
+        (evaluator, "get_git_commit_hash", lambda: None),
+        (evaluator, "add_env_info", lambda results: None),
+    ]
     try:
-        return evaluator.simple_evaluate(**options)
+        with replaced(without):
+            return evaluator.simple_evaluate(**options)
     except OSError as error:
         if is_disk_full(error):
             raise

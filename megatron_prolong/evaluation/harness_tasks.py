@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from megatron_prolong.evaluation.backend import ScoringBackend
     from megatron_prolong.runtime.launch import World
 
-SCORES = "lm_eval*.json"
 REPETITIONS = 100
 """For the standard error of what is no mean; the harness's 100,000 can take longer than the answers."""
 Rows = dict[str, dict[str, float]]

@@ -17,6 +17,8 @@ from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.recipe.shape import read_json
 
 JUDGED = "-gpt4eval_o.json"
+SHORT_SCORES, HARNESS_SCORES = "short*.json", "lm_eval*.json"
+"""Other files of scores in a model's directory: the short suite's, and those of lm-evaluation-harness's tasks."""
 # `args` are the first field of what we write, and some forty lines; all the rest may be hundreds of megabytes.
 _FRONT_CHARACTERS = 1 << 16
 _ARGUMENTS = re.compile(r'\{\s*"args":\s*')
@@ -212,7 +214,7 @@ def result_paths(directory: Path) -> list[Path]:
     """
     if paths := _result_paths(directory):
         return paths
-    if other := sorted([*directory.glob("short*.json"), *directory.glob("lm_eval*.json")]):
+    if other := sorted([*directory.glob(SHORT_SCORES), *directory.glob(HARNESS_SCORES)]):
         raise UserError(
             f"{directory}: holds {other[0].name} but no results of a suite, which alone are read here; give the "
             "command that made it again, with the other models under --compare: it asks no finished task again"

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from megatron_prolong.runtime.launch import World
 
 ADD_BOS = False
-SCORES = "short*.json"
 
 
 @dataclass(frozen=True)

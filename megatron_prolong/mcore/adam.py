@@ -16,7 +16,7 @@ import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import distrib_optimizer
 
-from megatron_prolong.mcore.replace import replaced
+from megatron_prolong.runtime.replace import replaced
 
 
 class FusedAdam(torch.optim.Optimizer):

@@ -48,19 +48,18 @@ from torch.distributed.checkpoint.filesystem import (
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megatron_prolong.convert.unpickle import load_metadata
+from megatron_prolong.convert.unpickle import COMMON_STATE, load_metadata
 from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.mcore.optimizer_shards import METADATA, optimizer_state
-from megatron_prolong.mcore.replace import replaced
 from megatron_prolong.runtime.agreement import together
 from megatron_prolong.runtime.checksums import Entries, HashingFile
+from megatron_prolong.runtime.replace import replaced
 
 _MEGATRON = Version(megatron_version).release
 # Megatron-Core 0.17 gave what is replaced here another name and place, and would leave writing to another package.
 _SINCE_0_17 = _MEGATRON >= (0, 17)
 _OWN_WRITER: dict[str, Any] = {"async_strategy": "mcore"} if _SINCE_0_17 else {}
-_COMMON_STATE = "common_state/shard_0_1"  # 0.19 keeps plain values as this object, earlier ones as common.pt
 
 
 def training_state(model: StageModel, optimizer: MegatronOptimizer) -> ShardedStateDict:
@@ -266,7 +265,7 @@ def _common_values(directory: Path, reader: _SafeReader) -> object:
     common.pt is a pickle, loaded as weights only since torch 2.6, as the tensors always were."""
     config, common = directory / "metadata.json", directory / "common.pt"
     _undamaged(config, lambda: dist_checkpointing.core.maybe_load_config(str(directory)))
-    if not common.exists() and _COMMON_STATE in reader.read_metadata().state_dict_metadata:
+    if not common.exists() and COMMON_STATE in reader.read_metadata().state_dict_metadata:
         if _MEGATRON < (0, 19):
             raise UserError(
                 f"{directory}: saved by Megatron-Core 0.19 or later, and {megatron_version} cannot load it"
@@ -285,13 +284,13 @@ def _undamaged(path: Path, read: Callable[[], object]) -> object:
 
 
 def _common_object(directory: Path, reader: _SafeReader) -> object:
-    state: dict[str, Any] = {_COMMON_STATE: io.BytesIO()}
+    state: dict[str, Any] = {COMMON_STATE: io.BytesIO()}
     planner = _WeightsOnlyPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         torch.distributed.checkpoint.load(state, storage_reader=reader, planner=planner, no_dist=True)
     except CheckpointException as error:
         raise _unreadable(directory, error) from error
-    return state[_COMMON_STATE][0]
+    return state[COMMON_STATE][0]
 
 
 def _unreadable(directory: Path, error: CheckpointException) -> UserError:

@@ -18,7 +18,7 @@ from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
-from megatron_prolong.mcore.replace import replaced
+from megatron_prolong.runtime.replace import replaced
 
 CPU = torch.device("cpu")
 

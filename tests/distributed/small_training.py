@@ -101,7 +101,7 @@ def train(rank: int, job: Job) -> Trained:
     """Steps at one layout on this rank, the way training/stage.py takes them."""
     from megatron_prolong.mcore import build
     from megatron_prolong.mcore.groups import megatron
-    from megatron_prolong.mcore.replace import replaced
+    from megatron_prolong.runtime.replace import replaced
     from megatron_prolong.training.balance import micro_batches, share_out
     from megatron_prolong.training.step import train_step
 

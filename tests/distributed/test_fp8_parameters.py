@@ -81,7 +81,7 @@ def fp8_weights() -> Iterator[None]:
     from megatron.core.distributed import param_and_grad_buffer
 
     from megatron_prolong.mcore import build
-    from megatron_prolong.mcore.replace import replaced
+    from megatron_prolong.runtime.replace import replaced
 
     class Model(build.LongContextGPT):
         def __init__(self, config: Any, *args: Any, **options: Any) -> None:

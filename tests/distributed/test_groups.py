@@ -11,7 +11,7 @@ from megatron_prolong.recipe.schema import Layout
 def ended(rank: int, fails_on: int | None) -> list[int]:
     """The numbers, in the order of making, of the groups that `rank` destroys behind a layout."""
     from megatron_prolong.mcore.groups import megatron
-    from megatron_prolong.mcore.replace import replaced
+    from megatron_prolong.runtime.replace import replaced
 
     numbers: list[int] = []
     destroy = dist.destroy_process_group

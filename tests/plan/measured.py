@@ -138,7 +138,7 @@ def measure(
     from megatron_prolong.mcore.build import build_model
     from megatron_prolong.mcore.groups import megatron
     from megatron_prolong.mcore.optimizer import build_optimizer
-    from megatron_prolong.mcore.replace import replaced
+    from megatron_prolong.runtime.replace import replaced
     from megatron_prolong.training.balance import micro_batches, share_out
     from megatron_prolong.training.step import train_step
 

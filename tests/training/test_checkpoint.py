@@ -30,7 +30,7 @@ from torch.distributed.checkpoint import default_planner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from megatron_prolong.convert.unpickle import load_metadata
+from megatron_prolong.convert.unpickle import COMMON_STATE, load_metadata
 from megatron_prolong.data.batch import collate_pieces
 from megatron_prolong.data.packed import Piece
 from megatron_prolong.errors import JointError, UserError
@@ -743,7 +743,7 @@ def test_the_plain_values_that_megatron_0_19_saves_as_an_object(tmp_path, monkey
     def read(values):
         directory = tmp_path / type(values).__name__
         torch_checkpoint.save(
-            {saved._COMMON_STATE: [values]},
+            {COMMON_STATE: [values]},
             storage_writer=torch_checkpoint.FileSystemWriter(directory),
             planner=default_planner.DefaultSavePlanner(flatten_state_dict=False),
             no_dist=True,
