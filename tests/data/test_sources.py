@@ -251,8 +251,9 @@ def test_jsonl_compressed(
 ) -> None:
     monkeypatch.setattr(jsonl, "_PART_BYTES", 10)  # such a file is one part, however long
     data = b'{"text": "one"}\n\n{"text": "two"}'
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(data[:16]) + compress(data[16:]))
-    assert [each.fields["text"] for each in read("jsonl", tmp_path)] == ["one", "two"]  # type: ignore[union-attr]
+    for name in (f"a.jsonl{suffix}", f"B.JSONL{suffix.upper()}"):
+        (tmp_path / name).write_bytes(compress(data[:16]) + compress(data[16:]))
+    assert [each.fields["text"] for each in read("jsonl", tmp_path)] == ["one", "two"] * 2  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("suffix", "compress"), COMPRESSIONS)
@@ -443,9 +444,17 @@ def test_a_file_on_a_server(tmp_path: Path) -> None:
 def test_kinds_are_told_by_names_or_asked_for(tmp_path: Path) -> None:
     write_tree(
         tmp_path,
-        {"j/a.jsonl.zst": b"", "t/a.md": "", "r/one/.git/x": "", "both/a.md": "", "both/b.jsonl": ""},
+        {
+            "j/a.jsonl.zst": b"",
+            "j/B.JSONL.GZ": b"",
+            "t/a.md": "",
+            "r/one/.git/x": "",
+            "both/a.md": "",
+            "both/b.jsonl": "",
+        },
     )
     assert [find_kind(str(tmp_path / name)) for name in ("j", "t", "r")] == ["jsonl", "text", "repositories"]
+    assert find_kind(str(tmp_path / "j" / "B.JSONL.GZ")) == "jsonl"
     assert find_kind("s3://bucket/a.parquet") == "parquet"
     with pytest.raises(UserError, match=r"cannot tell .*\(jsonl and text\); .* told by --kind .*\|chat"):
         find_kind(str(tmp_path / "both"))

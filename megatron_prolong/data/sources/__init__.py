@@ -57,8 +57,8 @@ def find_kind(path: str) -> str:
 
 def _kinds(names: Iterable[str]) -> set[str]:
     kinds: set[str] = set()
-    for name in names:
+    for name in map(str.lower, names):
         for suffix in COMPRESSED:
             name = name.removesuffix(suffix)
-        kinds |= {kind for kind, suffixes in _ENDINGS.items() if name.lower().endswith(suffixes)}
+        kinds |= {kind for kind, suffixes in _ENDINGS.items() if name.endswith(suffixes)}
     return kinds

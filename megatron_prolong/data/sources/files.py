@@ -112,11 +112,12 @@ def _open(path: str) -> IO[bytes]:
 
 
 def _decompressed(path: str, raw: IO[bytes]) -> IO[bytes]:
-    if path.endswith(".gz"):
+    name = path.lower()
+    if name.endswith(".gz"):
         return gzip.open(raw)  # type: ignore[return-value]
-    if path.endswith((".zst", ".zstd")):
+    if name.endswith((".zst", ".zstd")):
         return io.BufferedReader(_ZstdStream(raw), 1 << 20)
-    return bz2.open(raw) if path.endswith(".bz2") else raw
+    return bz2.open(raw) if name.endswith(".bz2") else raw
 
 
 class _ZstdStream(io.RawIOBase):

@@ -55,7 +55,7 @@ class JsonLines:
 
 def _is_whole(path: str) -> bool:
     """Whether the file is one part: a compressed or remote one cannot be entered in the middle, or not cheaply."""
-    return path.endswith(COMPRESSED) or is_remote(path)
+    return path.lower().endswith(COMPRESSED) or is_remote(path)
 
 
 def _read_line(file: IO[bytes]) -> tuple[bytes | None, int]:
