@@ -46,7 +46,9 @@ def tokenize(
     tokenizer: Annotated[Path, typer.Option(help="Directory of a tokenizer, model or checkpoint.")],
     kind: Annotated[str | None, typer.Option(help="See `prolong data sources`; found out if absent.")] = None,
     domain: Annotated[str | None, typer.Option(help="Name of the domain (default: the name of OUT).")] = None,
-    domain_field: Annotated[str | None, typer.Option(help="Field of a record that names its domain.")] = None,
+    domain_field: Annotated[
+        str | None, typer.Option(help="Field that names a record's domain; --domain: of those without.")
+    ] = None,
     text_field: Annotated[
         str, typer.Option(help="Field that holds the text; `a.b` reaches inside.")
     ] = "text",
@@ -76,7 +78,7 @@ def tokenize(
         raise UserError(f"--on-bad-input {on_bad_input}: must be stop or skip")
     options = TokenizeOptions(
         kind=kind,
-        domain=domain if domain is not None else out.name,
+        domain=domain if domain is not None else "" if domain_field else out.name,
         domain_field=domain_field,
         text_field=text_field,
         messages_field=messages_field,

@@ -46,7 +46,8 @@ class TokenizeOptions:
     """What the records of a source become.
 
     kind: of the sources (SOURCES), or `chat` for JSON Lines of messages; None looks at the files.
-    domain: name written into every sample; domain_field: take it from this field of the record instead.
+    domain: name written into every sample; domain_field: take it from this field of the record instead. A record
+    that does not name one has the domain that is given, or is bad input where none is.
     text_field, messages_field: the field of a record, dots reach into nested ones (`meta.text`).
     chat: the records are chats (messages with role and content). max_chat_tokens: longer ones are cut after
     the last assistant turn that fits. on_bad_input: `stop` at the first record that is no text, or `skip`
@@ -216,33 +217,46 @@ class _Work:
 
     def _problem(self, record: Record) -> Bad | None:
         name = self.options.messages_field if self.options.chat else self.options.text_field
-        value = _get(record.fields, name)
+        value, known = _get(record.fields, name), ", ".join(record.fields)
         if value is None:
-            known = ", ".join(record.fields)
             return Bad(
                 record.name, f"field {name!r} is missing or null (fields: {known})", f"no field {name}"
             )
-        texts = [self._domain(record)]
+        texts = []
         if not self.options.chat:  # chats are judged as they are rendered
             if not isinstance(value, str):
                 return Bad(record.name, f"field {name!r} is {type(value).__name__}, not text", "not text")
             if not value:
                 return Bad(record.name, "", "empty")
             texts.append(value)
-        for text in texts:
+        domain = self._domain(record)
+        if domain is None:
+            return Bad(
+                record.name,
+                f"field {self.options.domain_field!r} names no domain (fields: {known}); with --domain, such "
+                "records have that one",
+                "no domain",
+            )
+        for text in (*texts, domain):
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 return Bad(record.name, f"has half a surrogate pair at character {error.start}", "not UTF-8")
         return None
 
-    def _domain(self, record: Record) -> str:
-        found = _get(record.fields, self.options.domain_field) if self.options.domain_field else None
-        return str(found or self.options.domain)
+    def _domain(self, record: Record) -> str | None:
+        """None where the record should name one and does not."""
+        if not (name := self.options.domain_field):
+            return self.options.domain
+        found = _get(record.fields, name)
+        if found is not None and not isinstance(found, str | int | float | np.number):
+            return None
+        return ("" if found is None else str(found)) or self.options.domain or None
 
     def _write(self, writer: MDSWriter, record: Record, encoded: Encoded, report: TokenizeReport) -> None:
         tokens, mask = encoded
         domain = self._domain(record)
+        assert domain is not None, "_problem would have found it"
         sample = {"input_ids": tokens, "length": len(tokens), "domain": domain}
         if mask is not None:
             sample["mask"] = mask

@@ -54,6 +54,40 @@ def test_local_processes_give_every_result() -> None:
         assert sorted(LocalProcesses(workers).map(square, range(5))) == [0, 1, 4, 9, 16]
 
 
+def setting(name: str) -> str:
+    return str(signal.pthread_sigmask(signal.SIG_BLOCK, []) if name == "blocked" else os.environ[name])
+
+
+def test_a_worker_takes_one_core_and_leaves_ctrl_c_to_the_process_that_started_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    names = ["OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "blocked"]
+    assert sorted(LocalProcesses(2).map(setting, names)) == sorted(["1", "false", str({signal.SIGINT})])
+
+
+def slowly(item: tuple[float, str]) -> None:
+    seconds, path = item
+    time.sleep(seconds)
+    if not seconds:
+        raise UserError(path)
+    Path(path).touch()
+
+
+def test_an_error_does_not_wait_for_the_tasks_that_have_not_begun(tmp_path: Path) -> None:
+    items = [(0, "bad")] + [(0.5, str(tmp_path / str(number))) for number in range(20)]
+    with pytest.raises(UserError, match="bad"):
+        list(LocalProcesses(2).map(slowly, items))
+    assert len(list(tmp_path.iterdir())) < 10
+
+
+def test_who_wants_no_more_results_does_not_wait_for_the_tasks_under_way(tmp_path: Path) -> None:
+    results = LocalProcesses(2).map(slowly, [(0.1, str(tmp_path / "quick")), (5, str(tmp_path / "slow"))])
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    assert [path.name for path in tmp_path.iterdir()] == ["quick"]
+
+
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path

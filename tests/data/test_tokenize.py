@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from documents import files_of
 from llama3 import llama3_tokenizer
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.data import app
@@ -61,7 +61,9 @@ def test_batches_hold_every_record_once(monkeypatch: pytest.MonkeyPatch) -> None
     """No longer than asked for by more than their last record, nor many thousands of empty ones."""
     monkeypatch.setattr(tokenize_module, "_BATCH_BYTES", 10)
     for lengths, sizes in (([4, 4, 4, 4, 12, 1], [3, 2, 1]), ([0] * 5000, [4096, 904]), ([10, 1, 9], [1, 2])):
-        records = [Record(str(number), {"text": "x" * length}) for number, length in enumerate(lengths)]
+        texts = ["x" * length for length in lengths]
+        fields = [{"text": text} if number % 2 else {"m": [{"c": text}]} for number, text in enumerate(texts)]
+        records = [Record(str(number), each) for number, each in enumerate(fields)]
         batches = list(tokenize_module._batches(iter(records)))
         assert [len(batch) for batch in batches] == sizes
         assert [record for batch in batches for record in batch] == records
@@ -84,16 +86,28 @@ def test_what_is_left_out_of_several_tasks_and_of_repositories_is_counted(
         root.mkdir(parents=True)
         (root / "a.py").write_text("print(1)\n" * 40)
         (root / "b.bin").write_bytes(bytes(range(9)))
+    (root / "a.py").unlink()  # so that nothing of this one is taken
     (tmp_path / "src" / "README").touch()
     report = run([tmp_path / "src"], tokenizer, tmp_path / "out", kind="repositories")
-    assert len(list((tmp_path / "out").glob("0*"))) > 1 and report.documents == 3
-    assert report.left_out == {"file: binary": 3, "document: a file beside the repositories": 1}
+    assert len(list((tmp_path / "out").glob("0*"))) > 1 and report.documents == 2
+    left_out = {"file: binary": 3, "document: a file beside the repositories": 1, "document: empty": 1}
+    assert report.left_out == left_out
 
 
 def test_nested_fields(tokenizer: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"a": {"b": "x y"}}, {"a.b": "z"}, {"a": "a b"}])
     report = run([source], tokenizer, tmp_path / "out", text_field="a.b", on_bad_input="skip")
     assert report.documents == 2 and report.left_out == {"document: no field a.b": 1}
+
+
+def test_a_text_without_tokens_is_empty(tmp_path: Path) -> None:
+    """As blanks are to a tokenizer that strips them; a sample without tokens could not be read."""
+    words = Tokenizer(models.WordLevel({"word": 0}, "word"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": " \n"}, {"text": "word"}])
+    report = run([source], tmp_path, tmp_path / "out")
+    assert report.documents == 1 and report.left_out == {"document: empty": 1}
 
 
 def test_bytes_do_not_depend_on_workers(tokenizer: Path, tmp_path: Path, small_tasks: None) -> None:
@@ -217,6 +231,20 @@ def test_a_domain_that_is_no_text_is_bad_input_like_any_other(tokenizer: Path, t
         run([source], tokenizer, tmp_path / "out", domain_field="from")
     report = run([source], tokenizer, tmp_path / "out", domain_field="from", on_bad_input="skip")
     assert report.documents == 1 and report.left_out == {"document: not UTF-8": 1}
+
+
+def test_domains_that_the_records_name(tokenizer: Path, tmp_path: Path) -> None:
+    """0 counted as none, and a misspelt field gave every document the name of OUT."""
+    records = [{"text": "a", "of": {"cluster": name}} for name in (0, 1, "x", None, "", [1])]
+    source = write_jsonl(tmp_path / "in.jsonl", [*records, {"text": "a"}, {"text": ""}])
+    for given, domains, left_out in (("", ["0", "1", "x"], 4), ("rest", ["0", "1", "x", *["rest"] * 3], 1)):
+        options = {"domain": given, "domain_field": "of.cluster", "on_bad_input": "skip"}
+        report = run([source], tokenizer, tmp_path / f"out{given}", **options)
+        assert [sample["domain"] for sample in MDSReader(tmp_path / f"out{given}")] == domains
+        assert report.left_out == {"document: no domain": left_out, "document: empty": 1}
+    words = ["tokenize", source, tmp_path / "misspelt", "--tokenizer", tokenizer, "--domain-field", "cluster"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert "field 'cluster' names no domain (fields: text, of); with --domain" in str(result.exception)
 
 
 def test_nothing_at_all(tokenizer: Path, tmp_path: Path) -> None:
