@@ -86,6 +86,19 @@ def test_bos_stands_once_where_it_is_wanted(add: bool | None, kept: Kept) -> Non
     assert model.tok_encode("ab") == ([] if add is False else [BOS]) + plain
     assert model.tok_encode("<bos>ab") == ([BOS] if add else []) + [BOS, *plain]
     assert model.tok_encode("ab", add_special_tokens=False) == plain
+    kept.tokenizer.bos_token = None  # what begins its texts then has another name
+    assert model.tok_encode("ab") == ([] if add is False else [BOS]) + plain
+
+
+def test_a_chat_ends_with_a_turn_or_a_message_to_go_on_with(kept: Kept) -> None:
+    kept.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    model = HarnessModel(kept, add_bos=None, ask_greedy=False)  # type: ignore[arg-type]
+    asked_for, begun = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The"}
+    assert model.apply_chat_template([asked_for]) == "u:Who?;a:"
+    assert model.apply_chat_template([asked_for, begun], add_generation_prompt=False) == "u:Who?;a:The"
 
 
 def test_without_a_prompt_bos_is_one_or_else_eos(kept: Kept) -> None:
