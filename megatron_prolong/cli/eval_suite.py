@@ -102,6 +102,7 @@ def run(
     from megatron_prolong.evaluation.run import Settings
     from megatron_prolong.evaluation.suite import (
         refuse_another_model,
+        refuse_chat,
         refuse_cramped,
         refuse_lengths_beyond,
         run_suite,
@@ -138,7 +139,9 @@ def run(
         for label, name, _ in models:
             words = tokenizer if backend == "openai" else tokenizer_directory(Path(name))
             if words is not None:
-                refuse_cramped(chosen, Inputs(data, load_tokenizer(words), seed, haystack=text))
+                inputs = Inputs(data, load_tokenizer(words), seed, haystack=text)
+                refuse_cramped(chosen, inputs)
+                refuse_chat(chosen, inputs.tokenizer, chat)
             make(out / label)
         return models, chosen, text, entails
 

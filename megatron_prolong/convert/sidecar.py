@@ -9,10 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
-from megatron_prolong.data.chat import apply_template, control_tokens
+from megatron_prolong.data.chat import ChatError, apply_template, control_tokens
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import TOKENIZER_FILES, ModelShape, read_json, to_hf_config
 
@@ -98,7 +97,7 @@ def _end_of_turn(directory: Path) -> int | None:
         return None
     chat = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well."}]
     # A tokenizer that transformers cannot read, or without a template; a template that no chat can be trained with.
-    with suppress(OSError, KeyError, TypeError, ValueError, TemplateError):
+    with suppress(OSError, KeyError, TypeError, ValueError, ChatError):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         ending = apply_template(tokenizer, chat).rpartition("Well.")[2]
         if found := control_tokens(tokenizer).search(ending):

@@ -102,31 +102,36 @@ def find_problem(messages: Any, control: re.Pattern[str]) -> str | None:
     return None if "assistant" in turns else "no message of this chat is the assistant's"
 
 
-def apply_template(
-    tokenizer: Any, messages: Sequence[Message], *, open_turn: bool = False, open_message: bool = False
-) -> str:
-    """The chat template's text of the messages, the same on every day.
-
-    open_turn: the assistant's next turn is begun. open_message: the last message is not ended, for the model to go
-    on with. Raises jinja2.TemplateError when the template refuses them.
-    """
-    return str(
-        tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=open_turn,
-            continue_final_message=open_message,
-            **_TEMPLATE_VARIABLES,
-        )
-    )
-
-
 class ChatError(UserError):
     """A chat that the tokenizer's template does not take. reason: for a count."""
 
     def __init__(self, reason: str, problem: str) -> None:
         super().__init__(problem)
         self.reason = reason
+
+
+def apply_template(
+    tokenizer: Any, messages: Sequence[Message], *, open_turn: bool = False, open_message: bool = False
+) -> str:
+    """The chat template's text of the messages, the same on every day.
+
+    open_turn: the assistant's next turn is begun. open_message: the last message is not ended, for the model to go
+    on with. Raises ChatError when the template refuses them, or is none itself.
+    """
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=open_turn,
+                continue_final_message=open_message,
+                **_TEMPLATE_VARIABLES,
+            )
+        )
+    except TemplateError as error:
+        raise ChatError(
+            "refused by the chat template", f"the tokenizer's chat template refuses it: {error}"
+        ) from error
 
 
 def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> Rendered:
@@ -141,12 +146,7 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> R
         )
 
     def text_of(count: int, open_turn: bool = False) -> str:
-        try:
-            return apply_template(tokenizer, messages[:count], open_turn=open_turn)
-        except TemplateError as error:
-            raise ChatError(
-                "refused by the chat template", f"the tokenizer's chat template refuses it: {error}"
-            ) from error
+        return apply_template(tokenizer, messages[:count], open_turn=open_turn)
 
     text = text_of(len(messages))
     spans = []

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.chat import apply_template
+from megatron_prolong.data.chat import ChatError, apply_template
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import (
     HF_DIR,
@@ -112,7 +112,8 @@ def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     """The prompt's token ids, with the special tokens (or chat template) the model was trained with.
 
     Raises:
-        UserError: there is no chat template, or no token, which no model can continue.
+        UserError: there is no chat template, it refuses a user's message, or there is no token, which no model can
+            continue.
     """
     ids = _encode(tokenizer, prompt) if prompt.ids is None else prompt.ids
     if not ids:
@@ -131,7 +132,12 @@ def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; evaluate a base model with "
             "`--chat never`, or export the model with its template"
         )
-    text = apply_template(tokenizer, [{"role": "user", "content": prompt.text}], open_turn=True)
+    try:
+        text = apply_template(tokenizer, [{"role": "user", "content": prompt.text}], open_turn=True)
+    except ChatError as error:
+        raise UserError(
+            f"{tokenizer.name_or_path}: {error}; evaluate with `--chat never`, or mend the template"
+        ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

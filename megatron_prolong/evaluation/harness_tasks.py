@@ -18,8 +18,10 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.table import Table
 
+from megatron_prolong.data.chat import ChatError, apply_template
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import declares, load_tokenizer, open_backend, tokenizer_directory
 from megatron_prolong.evaluation.harness_scores import check_harness, remembered, simple_evaluate
@@ -69,14 +71,31 @@ class Questions:
             raise UserError("--tasks: name at least one")
         for name in self.tasks:
             if name not in known:
-                near = get_close_matches(name, known)
-                hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-                raise UserError(f"--tasks {name}: lm-evaluation-harness has no such task; {hint}")
+                raise UserError(
+                    f"--tasks {name}: lm-evaluation-harness has no such task; {self._hint(name, known)}"
+                )
         for model in models if self.chat else ():
-            if not load_tokenizer(tokenizer_directory(model)).chat_template:
+            tokenizer = load_tokenizer(tokenizer_directory(model))
+            if not tokenizer.chat_template:
                 raise UserError(
                     f"--chat: {model} has no chat template; leave --chat out, as for a base model"
                 )
+            try:
+                apply_template(tokenizer, [{"role": "user", "content": "x"}], open_turn=True)
+            except ChatError as error:
+                raise UserError(
+                    f"--chat: {model}: {error}; leave --chat out, or mend the template"
+                ) from error
+
+    def _hint(self, name: str, known: Sequence[str]) -> str:
+        """What may be meant by a name that is not known; files of one's own that are no YAML the harness skips."""
+        for file in sorted(self.include.rglob("*.yaml")) if self.include else ():
+            try:
+                yaml.compose(file.read_bytes())
+            except yaml.YAMLError as error:
+                return f"{file} cannot be read as YAML: {error}"
+        near = get_close_matches(name, known)
+        return f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
 
     def manager(self, tokenizer: Path | None) -> Any:
         """The harness's index of tasks. Those that are made to a length count in tokens of this tokenizer."""

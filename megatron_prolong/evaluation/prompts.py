@@ -6,8 +6,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2 import TemplateError
-
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import Prompt, encode
 from megatron_prolong.evaluation.task import Row, Task
@@ -32,7 +30,7 @@ def chat_tokens(tokenizer: Any) -> int:
     """What the chat template adds to a message. Generated tasks leave room for it, whether it is used or not."""
     if not getattr(tokenizer, "chat_template", None):
         return 0
-    with suppress(TemplateError):  # one that refuses a lone message; it is said when a chat is asked for
+    with suppress(UserError):  # one that refuses a lone message; it is said when a chat is asked for
         return len(encode(tokenizer, Prompt("x", chat=True))) - len(encode(tokenizer, Prompt("x")))
     return 0
 

@@ -67,7 +67,7 @@ def run_task(
         UserError: prompts that are too long for the model (with too_long "refuse"), missing data.
     """
     max_length = length_limit(task, backend.model, backend.max_length, settings.too_long)
-    chat = _use_chat(task, backend, settings)
+    chat = uses_chat(task, backend.tokenizer, settings.chat)
     path = out / file_name(task, inputs, settings, chat)
     arguments = _arguments(task, backend, inputs, settings, chat)
     if path.exists() and not settings.overwrite and is_of(path, arguments):
@@ -162,10 +162,11 @@ def length_limit(task: Task, model: str, declared: int, too_long: str) -> int:
     )
 
 
-def _use_chat(task: Task, backend: Backend, settings: Settings) -> bool:
-    if settings.chat == "auto":
-        return task.chat and bool(getattr(backend.tokenizer, "chat_template", None))
-    return settings.chat == "always"
+def uses_chat(task: Task, tokenizer: Any, chat: str) -> bool:
+    """Whether the task's prompts go through the chat template (`Settings.chat`)."""
+    if chat == "auto":
+        return task.chat and bool(getattr(tokenizer, "chat_template", None))
+    return chat == "always"
 
 
 def _generate(

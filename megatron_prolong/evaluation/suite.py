@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
+from typing import Any
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import Backend
+from megatron_prolong.evaluation.backend import Backend, Prompt, encode
 from megatron_prolong.evaluation.data_check import how_to_get
 from megatron_prolong.evaluation.results import Result, read_arguments
-from megatron_prolong.evaluation.run import Settings, length_limit, run_task
+from megatron_prolong.evaluation.run import Settings, length_limit, run_task, uses_chat
 from megatron_prolong.evaluation.suites import select
 from megatron_prolong.evaluation.task import Entails, Inputs, Task
 from megatron_prolong.recipe.numbers import format_count
@@ -96,6 +97,12 @@ def refuse_cramped(tasks: Sequence[Task], inputs: Inputs) -> None:
     for task in tasks:
         if task.length == shortest and task.generated:
             task.rows(replace(inputs, max_samples=0))
+
+
+def refuse_chat(tasks: Sequence[Task], tokenizer: Any, chat: str) -> None:
+    """Raises UserError when a task wants a chat template and there is none, or one that refuses a question."""
+    if any(uses_chat(task, tokenizer, chat) for task in tasks):
+        encode(tokenizer, Prompt("x", chat=True))
 
 
 def refuse_lengths_beyond(tasks: Sequence[Task], model: str, declared: int, too_long: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -251,7 +252,7 @@ def test_answers_are_kept_with_their_scores_and_without_documents(tmp_path: Path
 
 
 def test_what_cannot_be_asked_is_told_before_a_model_is_opened(
-    model: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, own: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_prolong.evaluation.harness_tasks.open_backend", pytest.fail)
 
@@ -261,6 +262,10 @@ def test_what_cannot_be_asked_is_told_before_a_model_is_opened(
         return str(error)
 
     assert "no such task; did you mean own_choice" in refusal("--tasks", "own_choices")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/own.yaml").write_text("task: mine\ndoc_to_text: {{question}\n")
+    broken = refusal("--tasks", "mine", "--include", str(tmp_path / "broken"))
+    assert "no such task; " in broken and "broken/own.yaml cannot be read as YAML: while parsing" in broken
     assert "name at least one" in refusal("--tasks", ",")
     assert "not JSON" in refusal("--tasks", "own", "--metadata", "{")
     assert "must be a JSON object" in refusal("--tasks", "own", "--metadata", "[]")
@@ -269,6 +274,10 @@ def test_what_cannot_be_asked_is_told_before_a_model_is_opened(
         "megatron_prolong.evaluation.harness_tasks.load_tokenizer", lambda _: Mock(chat_template=None)
     )
     assert "has no chat template" in refusal("--tasks", "own", "--chat")
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = "{{ raise_exception('no lone message') }}"
+    monkeypatch.setattr("megatron_prolong.evaluation.harness_tasks.load_tokenizer", lambda _: refusing)
+    assert "refuses it: no lone message; leave --chat out" in refusal("--tasks", "own", "--chat")
 
 
 def test_answers_drawn_at_random_and_answers_without_room_are_refused(

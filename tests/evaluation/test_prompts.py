@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.prompts import chat_tokens, cut_end
+from megatron_prolong.evaluation.suite import refuse_chat
+from megatron_prolong.evaluation.suites import select
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -27,3 +30,21 @@ def test_room_is_left_for_what_a_chat_template_adds(byte_tokenizer: Any) -> None
     for template in ("{{ raise_exception('no lone message') }}", None):
         tokenizer.chat_template = template
         assert chat_tokens(tokenizer) == 0
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("{{ raise_exception('no lone message') }}", "no lone message"), ("{% for", "unexpected 'end of")],
+)
+def test_a_template_that_takes_no_question_is_met_before_any_is_asked(
+    template: str, said: str, byte_tokenizer: Any
+) -> None:
+    """HELMET asks its first four categories without one, for hours."""
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = template
+    tasks = select("helmet", [8192])
+    for chat, refused in (("auto", tasks), ("always", tasks[:1])):
+        with pytest.raises(UserError, match=f"chat template refuses it: .*{said}.*--chat never"):
+            refuse_chat(refused, tokenizer, chat)
+    refuse_chat(tasks, tokenizer, "never")
+    refuse_chat(tasks[:1], tokenizer, "auto")
