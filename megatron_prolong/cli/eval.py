@@ -196,6 +196,17 @@ def on_all_ranks(world: World | None, action: Callable[[], T]) -> T:
     return together(action)
 
 
+@contextmanager
+def going_on(world: World | None) -> Iterator[None]:
+    """Around what keeps all that is finished: Ctrl-C says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_main(world):
+            print("stopped; the same command continues from what is finished")
+        raise
+
+
 def check_models(paths: list[str], kind: str = "auto", cp: int = 1) -> None:
     """Check all models before the first is measured, which may take hours."""
     from megatron_prolong.evaluation.backend import backend_kind
@@ -244,7 +255,7 @@ def models_of(model: str, compare: list[str] | None) -> list[tuple[str, str]]:
 
 def names_of(text: str) -> list[str]:
     """Those with commas between them, of --tasks."""
-    return [name for name in text.split(",") if name]
+    return [name for part in text.split(",") if (name := part.strip())]
 
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from megatron_prolong.cli.eval import (
     Model,
     check_models,
     folders,
+    going_on,
     is_main,
     models_of,
     names_of,
@@ -56,7 +57,7 @@ def lm_eval(
         return questions, models
 
     results: dict[str, Any] = {}
-    with folders() as make, ranks() as world:
+    with folders() as make, ranks() as world, going_on(world):
         questions, models = on_all_ranks(world, prepare)
         for label, directory in models:
             results[label] = run_questions(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megatron_prolong.cli.eval import models_of, one_of
+from megatron_prolong.cli.eval import going_on, models_of, one_of
 
 if TYPE_CHECKING:
     from megatron_prolong.evaluation.results import Models
@@ -44,7 +44,8 @@ def judge(
     from megatron_prolong.evaluation.judge import Judge, judge_results
 
     client = Client(server, concurrency=concurrency)
-    written = judge_results(results, Judge(client, model, results / "judge_cache.jsonl"), helmet)
+    with going_on(None):
+        written = judge_results(results, Judge(client, model, results / "judge_cache.jsonl"), helmet)
     print("\n".join(f"wrote {path}" for path in written) or "nothing to judge")
 
 

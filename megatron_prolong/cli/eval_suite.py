@@ -16,6 +16,7 @@ from megatron_prolong.cli.eval import (
     Model,
     check_models,
     folders,
+    going_on,
     is_main,
     models_of,
     names_of,
@@ -146,7 +147,7 @@ def run(
         return models, chosen, text, entails
 
     results = {}
-    with folders() as make, ranks() as world:
+    with folders() as make, ranks() as world, going_on(world):
         models, chosen, text, entails = on_all_ranks(world, prepare)
         for label, name, identity in models:
             settings = Settings(tag, chat, too_long, stop_newline, overwrite, identity)
@@ -261,7 +262,7 @@ def _run_short(
         return tasks, directories
 
     results = {}
-    with folders() as make, ranks() as world:
+    with folders() as make, ranks() as world, going_on(world):
         tasks, found = on_all_ranks(world, prepare)
         for label, directory in found:
             results[label] = run_short(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_prolong.errors import UserError
@@ -63,24 +64,31 @@ class Client:
         """`function` of every item, in order, `concurrency` at a time.
 
         After an error none is begun any more. What was still answered is given, with None for the rest, so that it
-        can be kept; then the error is raised.
+        can be kept; then the error is raised. Ctrl-C waits for no answer, which may take half an hour.
         """
-        pool = ThreadPoolExecutor(self.concurrency)
-        futures = [pool.submit(function, item) for item in items]
+        calls = [(Future[R](), item) for item in items]
+        waiting = iter(calls)
+
+        def cancel() -> None:
+            for future, _ in calls:
+                future.cancel()
+
+        for _ in range(self.concurrency):
+            Thread(target=_work, args=(function, waiting), daemon=True).start()
         error: BaseException | None = None
         try:
-            for future in futures:
+            for future, _ in calls:
                 if not future.cancelled() and future.exception() is None:
                     yield future.result()
                     continue
                 if error is None:
                     error = future.exception()
-                    pool.shutdown(wait=False, cancel_futures=True)
+                    cancel()
                 yield None
             if error is not None:
                 raise error
         finally:
-            pool.shutdown(cancel_futures=True)
+            cancel()
 
     @cached_property
     def _server(self) -> OpenAI:
@@ -106,6 +114,16 @@ class Client:
         except (OpenAIError, ValueError) as error:
             problem = error
         raise UserError(f"{self.base_url}/{path}: {problem}")
+
+
+def _work(function: Callable[[T], R], waiting: Iterator[tuple[Future[R], T]]) -> None:
+    """One waiting call after another; several threads draw from the same."""
+    for future, item in waiting:
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function(item))
+            except BaseException as error:
+                future.set_exception(error)
 
 
 def in_short(answer: object) -> str:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_prolong.cli import eval_suite
-from megatron_prolong.cli.eval import folders, models_of
+from megatron_prolong.cli.eval import folders, models_of, names_of
 from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 
@@ -153,3 +153,33 @@ def test_the_directory_one_is_in_has_a_name(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "64k" / "step").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "64k" / "step")
     assert models_of(".", [".."]) == [("step", "."), ("64k", "..")]
+
+
+def test_names_may_stand_apart() -> None:
+    assert names_of("recall, kilt_nq ,,") == ["recall", "kilt_nq"] and names_of(" ") == []
+
+
+@pytest.mark.parametrize(
+    ("measures", "arguments"),
+    [
+        (
+            "backend.open_backend",
+            ["run", "MODEL", "--suite", "synthetic", "--lengths", "1k", "--tasks", "json_kv"],
+        ),
+        ("short.run_short", ["run", "MODEL", "--suite", "short"]),
+        ("harness_tasks.run_questions", ["lm-eval", "MODEL", "--tasks", "arc_challenge"]),
+        ("judge.judge_results", ["judge", "MODEL", "--server", "http://x", "--helmet", "x"]),
+    ],
+)
+def test_an_interrupt_says_that_the_same_command_continues(
+    measures: str, arguments: list[str], hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"megatron_prolong.evaluation.{measures}", interrupted)
+    given = [str(hf_directory) if argument == "MODEL" else argument for argument in arguments]
+    out = [] if "judge" in given else ["--out", str(tmp_path / "out")]
+    found = CliRunner().invoke(app, ["eval", *given, *out])
+    assert "stopped; the same command continues from what is finished\n" in found.output, found.exception
+    assert found.exit_code == 130

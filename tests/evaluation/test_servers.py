@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -96,6 +98,18 @@ def test_what_was_answered_behind_an_error_is_kept(
         judge.ask(["a", "b", "c", "d"], 4)
     judge.ask(["a", "b", "c", "d"], 4)
     assert len(server.requests) == 4
+
+
+def test_an_interrupt_waits_for_no_answer() -> None:
+    """A server may take half an hour for each: neither the call nor the end of the process may stay for it."""
+    program = (
+        "import os, signal, threading, time\n"
+        "from megatron_prolong.evaluation.client import Client\n"
+        "threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()\n"
+        "list(Client('', concurrency=2).map(time.sleep, [600, 600, 600]))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.stderr.endswith("KeyboardInterrupt\n")
 
 
 def test_a_prepared_prompt_is_encoded_once(
