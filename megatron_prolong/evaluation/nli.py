@@ -6,22 +6,33 @@ from functools import cache
 from pathlib import Path
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.evaluation.backend import load_tokenizer
 from megatron_prolong.evaluation.task import Entails
 
 
 def load_nli(directory: Path) -> Entails:
-    """A function (passage, claim) → supported, from a local copy of the model; bfloat16 on CUDA."""
+    """A function (passage, claim) → supported, from a local copy of the model; bfloat16 on CUDA.
+
+    Raises:
+        UserError: it is not there, or transformers does not take it.
+    """
     import torch
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from safetensors import SafetensorError
+    from transformers import AutoModelForSeq2SeqLM
 
     if not (directory / "config.json").exists():
         raise UserError(f"{directory}: no model here; --nli wants a copy of google/t5_xxl_true_nli_mixture")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = (
-        AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=dtype, local_files_only=True).to(device).eval()
-    )
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = load_tokenizer(directory)
+    try:
+        model = AutoModelForSeq2SeqLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{directory}: transformers cannot load this model: {error}; --nli wants a copy of "
+            "google/t5_xxl_true_nli_mixture"
+        ) from error
+    model.to(device).eval()
 
     @cache
     def entails(passage: str, claim: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -122,7 +123,7 @@ def judged_path(path: Path) -> Path:
 
 def read_arguments(path: Path) -> Any:
     """The `args` of a result, without reading the rest where they stand at its front; None for other JSON files."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:  # `read_whole` says what is no text
         front = file.read(_FRONT_CHARACTERS)
     if begin := _ARGUMENTS.match(front):
         with suppress(ValueError):
@@ -173,6 +174,9 @@ def _result(path: Path, content: dict[str, Any]) -> Result:
     averages = content["averaged_metrics"]
     names = arguments["metric_names"]
     known = {name: averages[name] * SCALE.get(name, 1) for name in names if name in averages}
+    values = tuple(_row_value(item, names[0] if names[0] in averages else WITHOUT_JUDGE) for item in items)
+    if all(map(math.isnan, values)):
+        raise ValueError("none of the judge's answers can be read")
     return Result(
         path=path,
         name=arguments["datasets"],
@@ -183,7 +187,7 @@ def _result(path: Path, content: dict[str, Any]) -> Result:
         scores=known,
         missing=tuple(name for name in names if name not in known),
         stand_in=averages.get(WITHOUT_JUDGE) if any(name.startswith("gpt-4") for name in names) else None,
-        values=tuple(_row_value(item, names[0] if names[0] in averages else WITHOUT_JUDGE) for item in items),
+        values=values,
         questions=tuple(_question(item, arguments["question_field"], row) for row, item in enumerate(items)),
         truncated=sum(item["removed_tokens"] > 0 for item in items),
         settings={

@@ -50,7 +50,7 @@ def notes(models: Models, suite: str | None) -> list[str]:
     found = []
     for label, results in models.items():
         missing = _missing(results) if suite == "prolong" else ""
-        lines = (_other_weights(results), _cut(results), _generated(results), missing)
+        lines = (_other_weights(results), _cut(results), _unread(results), _generated(results), missing)
         found += [f"{label}: {line}" for line in lines if line]
     return [*found, *unlike(models)]
 
@@ -73,6 +73,13 @@ def _cut(results: Sequence[Result]) -> str:
     """How many contexts were cut to fit, per task."""
     cut = [f"{one.name} {one.truncated}/{len(one.values)}" for one in results if one.truncated]
     return f"contexts cut to fit: {', '.join(cut)}" if cut else ""
+
+
+def _unread(results: Sequence[Result]) -> str:
+    """How many rows have no score, since the judge's answer could not be read, per task."""
+    counts = [(one, sum(map(math.isnan, one.values))) for one in results]
+    unread = [f"{one.name} {count}/{len(one.values)}" for one, count in counts if count]
+    return f"left out, since the judge's answer could not be read: {', '.join(unread)}" if unread else ""
 
 
 def _generated(results: Sequence[Result]) -> str:

@@ -19,7 +19,14 @@ def test_it_supports_what_it_answers_one_to(
     with pytest.raises(UserError, match="no model here; --nli wants"):
         load_nli(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    for config, said in (
+        ("{", "no tokenizer that transformers can read"),
+        ('{"model_type": "llama"}', r"(?s)cannot load this model: .*--nli wants a copy of"),
+        ('{"model_type": "t5"}', r"(?s)cannot load this model: .*--nli wants a copy of"),  # without weights
+    ):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(UserError, match=said):
+            load_nli(tmp_path)
     answers = {"A fox.": "1", "No fox.": "0", "11 foxes.": "11"}
     asked = []
 

@@ -45,6 +45,14 @@ def test_a_folder_holds_the_results_of_one_model(
             refuse_another_model(tmp_path, model, identity)
 
 
+def test_a_result_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "json_kv_in8192_shots2.json").write_bytes(b"\xcb\x00\xff")
+    with pytest.raises(
+        UserError, match=r"shots2\.json: cannot be read .*; delete it, and run the task again"
+    ):
+        refuse_another_model(tmp_path, "model", "x")
+
+
 def test_the_settings_of_a_result_are_read_without_its_answers(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,10 @@ def test_what_was_cut_and_how_much_was_asked_is_said() -> None:
         ]
     }
     assert notes(models, None) == ["m: contexts cut to fit: a 2/3"]
+    judged = {
+        "m": [result("c", "summ", [math.nan, 1.0], scores={"gpt-4-f1": 100.0}), result("d", "summ", [1.0])]
+    }
+    assert notes(judged, None) == ["m: left out, since the judge's answer could not be read: c 1/2"]
     told = summary(models, None)["tasks"]["m"][0]
     assert (told["rows"], told["questions"], told["truncated"]) == (3, 2, 2)
     assert summary(models, None)["changes"] == []
@@ -272,7 +277,8 @@ def test_a_judges_score_is_stood_in_for_until_there_is_one_and_no_other_is(tmp_p
     assert cited.missing == ("citation_rec",) and cited.counted == [40.0]
     write_result(path, items, averaged, ["gpt-4-f1"])
     assert [one.counted for one in read_results(tmp_path)] == [[9.0]]
-    write_result(judged_path(path), items, {**averaged, "gpt-4-f1": 0.5}, ["gpt-4-f1"])
+    judged = [{**items[0], "gpt-4-scores": {"f1": 0.5}}]
+    write_result(judged_path(path), judged, {**averaged, "gpt-4-f1": 0.5}, ["gpt-4-f1"])
     assert [one.counted for one in read_results(tmp_path)] == [[50.0]]
 
 
@@ -307,6 +313,11 @@ def test_a_result_without_answers_or_with_words_for_scores_is_named(tmp_path: Pa
             UserError, match=f"not a whole result .*{said}.*; delete it, and run the task again"
         ):
             read_results(tmp_path)
+    write_result(
+        judged_path(path), [{"gpt-4-scores": None, "removed_tokens": 0}], {"gpt-4-f1": 0.5}, ["gpt-4-f1"]
+    )
+    with pytest.raises(UserError, match=r"none of the judge's answers can be read\); delete it, and judge"):
+        read_results(tmp_path)
     judged_path(path).write_text("{")  # what was judged is still there
     with pytest.raises(UserError, match=r"delete it, and judge its answers \(`prolong eval judge`\) again"):
         read_results(tmp_path)
