@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
+MOST_DOMAINS = 20
+"""Of a survey. Packs of several domains have a name for every combination: of seven, a hundred."""
+_MOST_COLUMNS = 8
 NUM_BUCKETS = 33  # bucket b holds lengths of [2**b, 2**(b+1)); MDS arrays are below 2**32
 
 
@@ -47,6 +50,13 @@ class LengthHistogram:
         np.add.at(self.tokens, buckets, lengths)
         np.add.at(self.squares, buckets, lengths.astype(np.float64) ** 2)
         self.longest = max(self.longest, int(lengths.max()))
+
+    def __iadd__(self, other: LengthHistogram) -> Self:
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.squares += other.squares
+        self.longest = max(self.longest, other.longest)
+        return self
 
 
 @dataclass
@@ -70,6 +80,8 @@ class DomainSurvey:
 def survey(directory: Path) -> list[DomainSurvey]:
     """Count a data set, by its `domain` column (the directory's name without one), largest domain first.
 
+    Where there are more than MOST_DOMAINS, the smallest are counted together as the last.
+
     Raises UserError for data without tokens, without samples, or with a sample that is wrong.
     """
     reader = open_tokens(directory, "mask", "domain")
@@ -87,7 +99,21 @@ def survey(directory: Path) -> list[DomainSurvey]:
         domain.lengths.add(np.diff(edges))
         if domain.num_targets is not None:
             domain.num_targets += int(np.count_nonzero(sample["mask"]))
-    return sorted(domains.values(), key=lambda domain: -domain.num_tokens)
+    largest_first = sorted(domains.values(), key=lambda domain: -domain.num_tokens)
+    if len(domains) <= MOST_DOMAINS:
+        return largest_first
+    return [*largest_first[: MOST_DOMAINS - 1], _together(largest_first[MOST_DOMAINS - 1 :])]
+
+
+def _together(domains: list[DomainSurvey]) -> DomainSurvey:
+    first, *others = domains
+    first.name = f"({len(domains)} others)"
+    for other in others:
+        first.num_samples += other.num_samples
+        first.lengths += other.lengths
+        if first.num_targets is not None:
+            first.num_targets += other.num_targets or 0
+    return first
 
 
 def _domain_of(reader: MDSReader, sample: Mapping[str, Any]) -> str:
@@ -117,11 +143,13 @@ def domain_table(domains: list[DomainSurvey]) -> Table:
 
 
 def length_table(domains: list[DomainSurvey]) -> Table:
-    """Documents, share of tokens and share of attention cost of every bucket of lengths."""
+    """Documents, share of tokens and share of attention cost of every bucket of lengths; each domain's documents
+    where there are a few."""
+    columns = domains if 1 < len(domains) <= _MOST_COLUMNS else []
     table = _table("Document lengths")
     for heading in ("from", "documents", "of tokens", "of attention"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for domain in domains if len(domains) > 1 else ():
+    for domain in columns:
         table.add_column(domain.name, justify="right", overflow="fold")
     documents, tokens, squares = (
         np.sum([getattr(domain.lengths, what) for domain in domains], axis=0)
@@ -133,7 +161,7 @@ def length_table(domains: list[DomainSurvey]) -> Table:
             f"{documents[bucket]:,}",
             f"{tokens[bucket] / tokens.sum():.1%}",
             f"{squares[bucket] / squares.sum():.1%}",
-            *(f"{domain.lengths.documents[bucket]:,}" for domain in domains if len(domains) > 1),
+            *(f"{domain.lengths.documents[bucket]:,}" for domain in columns),
         )
     return table
 

@@ -92,6 +92,33 @@ def test_a_survey_by_domain(tmp_path: Path) -> None:
     assert [cells[4:] for cells in cells_of(length_table([code]))] == [[]], "of one domain it is told once"
 
 
+def test_the_smallest_of_many_domains_are_counted_together(tmp_path: Path) -> None:
+    """Packs of seven domains had a hundred rows, one for every combination, and as many columns."""
+    with MDSWriter(tmp_path / "many", {**COLUMNS, "mask": "ndarray:uint8"}) as writer:
+        for number in [*range(22), 21]:
+            size = number + 1
+            edges = np.array([0, size] if number != 2 else [0, 1, 2, 3], np.uint32)
+            writer.write(
+                {
+                    "input_ids": np.zeros(size, np.uint32),
+                    "indices": np.stack([edges[:-1], edges[1:]], axis=1),
+                    "mask": np.ones(size, np.uint8),
+                    "domain": f"d{number}",
+                    "length": size,
+                }
+            )
+    domains = survey(tmp_path / "many")
+    assert [domain.name for domain in domains] == [
+        *(f"d{number}" for number in range(21, 2, -1)),
+        "(3 others)",
+    ]
+    assert (domains[0].num_samples, domains[0].num_targets) == (2, 44)
+    (others,) = domains[-1:]
+    assert (others.num_samples, others.num_documents, others.num_tokens, others.num_targets) == (3, 5, 6, 6)
+    assert others.lengths.longest == 2 and others.lengths.squares.sum() == 8
+    assert "d21" not in shown(length_table(domains)) and "d21" in shown(length_table(domains[:8]))
+
+
 def test_targets_are_counted_where_there_is_a_mask(tmp_path: Path) -> None:
     (chats,) = survey(write_packs(tmp_path / "chat", [[[1, 2, 3, 4]]], masks=[[[0, 1, 0, 0]]]))
     assert chats.num_targets == 1
