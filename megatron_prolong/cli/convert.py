@@ -70,6 +70,7 @@ def to_hf(
     verify: Verify = False,
 ) -> None:
     """Megatron -> Hugging Face; prints how config.json differs from the original's."""
+    from megatron_prolong.convert.sidecar import has_tokenizer
     from megatron_prolong.convert.to_hf import to_hf as convert
     from megatron_prolong.convert.transfer import WORKERS
 
@@ -87,6 +88,12 @@ def to_hf(
     typer.echo(f"wrote {out}; what differs from the original's files:")
     for line in changes or ["nothing"]:
         typer.echo(f"  {line}")
+    if not has_tokenizer(out):
+        typer.echo(
+            f"warning: {out}: no tokenizer, as none came with {hf or checkpoint}; export again with --hf DIR, a "
+            "Hugging Face directory that has one",
+            err=True,
+        )
     if verify:
         _verify(checkpoint, out, hf_dir=out, checkpoint=checkpoint, cast=dtype is not None)
 

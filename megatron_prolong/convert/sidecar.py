@@ -16,6 +16,7 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import TOKENIZER_FILES, ModelShape, read_json, to_hf_config
 
 _GENERATION_CONFIG = "generation_config.json"
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MODEL = ("config.json", _GENERATION_CONFIG)
 _TOKENIZER = (_GENERATION_CONFIG, *TOKENIZER_FILES)  # it says at which tokens an answer ends
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -51,6 +52,11 @@ def _matching(origin: Path, names: Sequence[str]) -> list[Path]:
     """What is there under these names; links to nothing too, which globbing for a name would pass over."""
     places = [origin / name for name in names]
     return [path for place in places for path in place.parent.glob("*") if path.match(place.name)]
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether transformers finds a vocabulary there; its settings and chat template alone are none."""
+    return any((directory / name).exists() for name in _VOCABULARIES)
 
 
 def exported_config(shape: ModelShape, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:

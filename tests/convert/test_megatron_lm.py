@@ -112,6 +112,18 @@ def test_config_and_tokenizer_come_from_a_hugging_face_directory(checkpoint: Pat
     assert (tmp_path / "exported" / "chat_template.jinja").exists()
 
 
+def test_an_export_without_a_tokenizer_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    """Nothing told that the export of a bare checkpoint could not even read a text."""
+    out, words = str(tmp_path / "bare"), tmp_path / "words"
+    said = CliRunner().invoke(app, ["to-hf", str(checkpoint), out]).stderr
+    assert f"warning: {out}: no tokenizer, as none came with {checkpoint}; export again with --hf DIR" in said
+    words.mkdir()
+    for name, warned in (("chat_template.jinja", True), ("tokenizer.json", False)):
+        (words / name).write_text("{}")
+        result = CliRunner().invoke(app, ["to-hf", str(checkpoint), f"{out}-{name}", "--hf", str(words)])
+        assert result.exit_code == 0 and bool(result.stderr) == warned
+
+
 def test_a_tokenizer_alone_leaves_the_end_of_a_text_known(checkpoint: Path, tmp_path: Path) -> None:
     """From the checkpoint's own config.json where it has one, else the tokenizer: transformers assumed 1 and 2."""
     tokenizer = tmp_path / "tokenizer"
