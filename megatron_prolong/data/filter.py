@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from megatron_prolong.data.duplicates import find_duplicates
 from megatron_prolong.data.encoder import load_tokenizer
 from megatron_prolong.data.executors import Executor, LocalProcesses
 from megatron_prolong.data.job import REPORT, Job
-from megatron_prolong.data.mds import MDSWriter, common_tokenizer, read_index
+from megatron_prolong.data.mds import MDSReader, MDSWriter, common_tokenizer, read_index
 from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.ngrams import DEFAULT_N, NgramIndex, evaluation_texts
 from megatron_prolong.data.report import Report
@@ -38,6 +38,7 @@ from megatron_prolong.runtime.publish import whole_file
 
 TASK_BYTES = 1 << 28
 _MAX_EXAMPLES = 20
+_GLANCES = 1000
 _DECODE_TOKENS = 1 << 18
 
 
@@ -98,8 +99,7 @@ class FilterReport(Report):
         counts[0] += documents
         counts[1] += tokens
 
-    def count(self, domain: str, num_tokens: int, reason: str | None) -> None:
-        self.domains.add(domain)
+    def count(self, num_tokens: int, reason: str | None) -> None:
         self.documents += 1
         self.tokens += num_tokens
         if reason is None:
@@ -162,15 +162,14 @@ def filter_documents(
     settings = _settings(names, options)
     job = Job(Path(out), settings)
     if not job.is_finished:
-        if (domains := _told_domains(names)) is not None:
-            _refuse_misspelt(job, options, domains)
+        _refuse_misspelt(names, options, job.out)
         with job.open():
             duplicates = _duplicates(job, data, options) if options.duplicates else None
             tasks = _tasks(names)
             work = _Work(names, options, settings["against"], duplicates)
             if not job.run(tasks, work, executor or LocalProcesses(1), slurm):
                 return None
-            job.finish(tasks, lambda: _sum(job, tasks, options).as_json())
+            job.finish(tasks, lambda: vars(_sum(job, tasks)))
     return FilterReport.of([job.report()])
 
 
@@ -221,43 +220,40 @@ def _duplicates(job: Job, data: TokenizedInputs, options: FilterOptions) -> Path
         if not path.exists():
             numbers = track(range(len(data)), len(data), "finding duplicates")
             with disk_full_is_users(job.out), whole_file(path) as temporary:
-                domains: set[str] = set()
 
                 def tokens(number: int) -> NDArray[np.uint32] | None:
                     """None where the length is wrong for the domain: that drops no copy in another domain."""
                     sample = data.read(number)
-                    domain, found = sample.get("domain", ""), sample["input_ids"]
-                    domains.add(domain)
-                    return None if options.length_problem(domain, len(found)) else found
+                    found = sample["input_ids"]
+                    return None if options.length_problem(sample.get("domain", ""), len(found)) else found
 
-                repeats = find_duplicates(map(tokens, numbers))
-                _refuse_misspelt(job, options, domains)
-                temporary.write_bytes(repeats.tobytes())
+                temporary.write_bytes(find_duplicates(map(tokens, numbers)).tobytes())
     return path
 
 
-def _told_domains(inputs: Sequence[str]) -> set[str] | None:
-    """The domains of all documents, if the inputs' reports tell them: published data has none."""
-    domains: set[str] = set()
-    for directory in inputs:
-        try:
-            domains.update(json.loads((Path(directory) / REPORT).read_bytes())["domains"])
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
-    return domains
+def _refuse_misspelt(inputs: Sequence[str], options: FilterOptions, out: Path) -> None:
+    """A length for a domain that no document has would not be missed.
+
+    A glance at some documents of every input finds all but the rarest domains; for those all are looked through.
+    """
+    asked, found = {*options.min_length, *options.max_length} - {""}, set[str]()
+    if not asked:
+        return
+    readers = [MDSReader(directory, columns=["domain"]) for directory in inputs]
+    steps = [(reader, 1 + len(reader) // _GLANCES) for reader in readers]
+    some = (reader[number] for reader, step in steps for number in range(0, len(reader), step))
+    for sample in chain(some, chain.from_iterable(readers)):
+        found.add(sample.get("domain", ""))
+        if asked <= found:
+            return
+    raise UserError(
+        f"{out}: a length is given for {', '.join(sorted(asked - found))}, but no document is of that domain; "
+        f"there are {', '.join(sorted(found - {''})) or 'none'}"
+    )
 
 
-def _refuse_misspelt(job: Job, options: FilterOptions, domains: Set[str]) -> None:
-    if unknown := sorted({*options.min_length, *options.max_length} - {"", *domains}):
-        raise UserError(
-            f"{job.out}: a length is given for {', '.join(unknown)}, but no document is of that domain; "
-            f"there are {', '.join(sorted(domains - {''})) or 'none'}"
-        )
-
-
-def _sum(job: Job, tasks: Iterable[str], options: FilterOptions) -> FilterReport:
+def _sum(job: Job, tasks: Iterable[str]) -> FilterReport:
     total = FilterReport.of(job.task_reports(tasks))
-    _refuse_misspelt(job, options, total.domains)
     if not total.kept_documents:
         raise UserError.many(
             f"{job.out}: not one of {total.documents:,} documents is left; dropped:",
@@ -293,10 +289,10 @@ class _Work:
                 candidate = Candidate(tokens, domain, data.name(number), judge.tokenizer)
                 repeats = duplicates is not None and bool(duplicates[number])
                 reason = judge.reason(candidate, repeats, report)
-                report.count(domain, len(tokens), reason)
+                report.count(len(tokens), reason)
                 if reason is None:
                     writer.write({**sample, "domain": domain, "length": len(tokens)})
-            writer.attach_json(REPORT, report.as_json())
+            writer.attach_json(REPORT, vars(report))
 
 
 class _Judge:

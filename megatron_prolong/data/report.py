@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 
 @dataclass
 class Report:
-    """Base of the reports: all their whole numbers are summed. domains: those of the documents."""
+    """Base of the reports: all their whole numbers are summed."""
 
     documents: int = 0
     tokens: int = 0
-    domains: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, parts: Iterable[Mapping[str, Any]]) -> Self:
@@ -27,7 +26,3 @@ class Report:
         for name, value in vars(self).items():
             if isinstance(value, int):
                 setattr(self, name, value + other[name])
-        self.domains.update(other.get("domains", ()))  # tokenize did not always tell them
-
-    def as_json(self) -> dict[str, Any]:
-        return vars(self) | {"domains": sorted(self.domains)}

@@ -111,7 +111,7 @@ def tokenize(
         with job.open():
             if not job.run(tasks, _Work(str(tokenizer), options), executor or LocalProcesses(1), slurm):
                 return None
-            job.finish(tasks, lambda: _sum(job, tasks, options).as_json())
+            job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
     return TokenizeReport.of([job.report()])
 
 
@@ -194,7 +194,7 @@ class _Work:
                     else:
                         self._write(writer, record, encoded, report)
             report.forced_cuts = encoder.forced_cuts
-            writer.attach_json(REPORT, report.as_json())
+            writer.attach_json(REPORT, vars(report))
 
     def _records(self, parts: Sequence[tuple[str, Part]], report: TokenizeReport) -> Iterator[Record]:
         """The usable records; the others are counted, or stop the job."""
@@ -264,7 +264,6 @@ class _Work:
         writer.write(sample)
         report.documents += 1
         report.tokens += len(tokens)
-        report.domains.add(domain)
 
 
 def _get(fields: Mapping[str, Any], name: str) -> Any:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from documents import files_of, tokens_of, write_documents
+from documents import COLUMNS, files_of, tokens_of, write_documents
 from hypothesis import given
 from hypothesis import strategies as st
 from llama3 import llama3_tokenizer
@@ -29,7 +28,6 @@ from megatron_prolong.data.filter import (
 from megatron_prolong.data.mds import MDSReader, MDSWriter
 from megatron_prolong.data.ngrams import NgramIndex, evaluation_texts
 from megatron_prolong.data.pack import PackOptions, pack
-from megatron_prolong.data.tokenize import TokenizeOptions, tokenize
 from megatron_prolong.errors import UserError
 
 POEM = "the quick brown fox jumps over the lazy dog while seven wizards quietly vex a grumpy old king"
@@ -219,16 +217,6 @@ def test_an_evaluation_set_is_read_once_by_a_process(
     assert len(list((tmp_path / "1").glob("0*"))) == 4
 
 
-def test_domains_without_number_are_counted_in_no_time(tmp_path: Path) -> None:
-    """Sorted again with each new one, 20,000 took 20 seconds."""
-    report = FilterReport()
-    before = time.process_time()
-    for number in range(20_000):
-        report.count(f"repository {number}", 1, None)
-    assert time.process_time() - before < 1
-    assert len(report.as_json()["domains"]) == 20_000
-
-
 def words_of(text: str) -> str:
     return " ".join(NgramIndex([text], 1).find(text))
 
@@ -245,28 +233,19 @@ def test_chinese_and_japanese_characters_are_words() -> None:
     assert words_of("한국어 단어, naïve Ünder_score") == "한국어 단어 naïve ünder_score"
 
 
-def test_a_misspelt_domain_is_told_before_the_work(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the inputs' reports tell their domains, or all documents are looked at for duplicates."""
-    (tmp_path / "in.jsonl").write_text(
-        '{"text": "a word", "from": "books"}\n{"text": "more", "from": "code"}\n'
-    )
-    by = TokenizeOptions(domain_field="from")
-    tokenize([str(tmp_path / "in.jsonl")], tokenizer, tmp_path / "tokenized", by)
-    run([tmp_path / "tokenized"], tmp_path / "filtered", min_length={"code": 1})
-    untold = write_documents(tmp_path / "untold", [30], domain="wiki")
+def test_a_misspelt_domain_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a rare one is found, where the first glance at the documents does not fall on it."""
+    books = write_documents(tmp_path / "books", [30], domain="books")
+    with MDSWriter(tmp_path / "mixed", COLUMNS) as writer:
+        for domain in (*["code"] * 5, "rare", "code"):
+            writer.write({"input_ids": tokens_of(1, 30), "length": 30, "domain": domain})
+    monkeypatch.setattr(filter_module, "_GLANCES", 2)
+    run([books, tmp_path / "mixed"], tmp_path / "out", min_length={"rare": 1}, max_length={"books": 30})
     monkeypatch.setattr(filter_module._Work, "__call__", lambda *_: pytest.fail("a task was begun"))
-    told = [tmp_path / "tokenized", tmp_path / "filtered"]
-    for inputs, domains, duplicates in (
-        (told, "books, code", False),
-        ([*told, untold], "books, code, wiki", True),
-    ):
-        with pytest.raises(
-            UserError, match=f"given for bok, but no document is of that domain; there are {domains}$"
-        ):
-            run(inputs, tmp_path / "out", min_length={"bok": 9, "": 1}, duplicates=duplicates)
-        assert not list(tmp_path.glob("out*"))
+    said = "given for bok, but no document is of that domain; there are books, code, rare$"
+    with pytest.raises(UserError, match=said):
+        run([books, tmp_path / "mixed"], tmp_path / "misspelt", min_length={"bok": 9, "rare": 9, "": 1})
+    assert not list(tmp_path.glob("misspelt*"))
 
 
 @given(
@@ -386,10 +365,6 @@ def test_refusals(tmp_path: Path) -> None:
         UserError, match=r"not one of 2 documents is left; dropped:\n  - too short: 2 documents"
     ):
         run([source], tmp_path / "out", min_length={"": 99})
-    books = write_documents(tmp_path / "books", [30], domain="books")
-    with pytest.raises(UserError, match="given for bok, but no document is of that domain; there are books"):
-        run([books], tmp_path / "misspelt", max_length={"bok": 99})
-    assert not (tmp_path / "out").exists() and not (tmp_path / "misspelt").exists()
     assert not (tmp_path / "out").exists()
     pack([source], tmp_path / "packs", PackOptions(8, "concat"))
     with pytest.raises(UserError, match="packed already"):
