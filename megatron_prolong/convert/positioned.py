@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +20,15 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """The error of a bad disk or of a file server does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 class PositionedFiles:
     """Files opened on first use and read at offsets, until `close`."""
 
@@ -30,12 +41,13 @@ class PositionedFiles:
         """Fill contiguous `out` with the bytes of `path` from `offset` on.
 
         Raises:
-            UserError: the file is missing or ends too early.
+            UserError: the file is missing, ends too early, or cannot be read.
         """
         view = tensor_bytes(out)
         done = 0
         while done < len(view):
-            count = os.preadv(self._descriptor(path), [view[done:]], offset + done)
+            with _naming(path):
+                count = os.preadv(self._descriptor(path), [view[done:]], offset + done)
             if count == 0:
                 raise UserError(
                     f"{path}: truncated; {len(view) - done} more bytes expected at {offset + done}"
@@ -44,7 +56,8 @@ class PositionedFiles:
 
     def read(self, path: Path, offset: int, count: int) -> bytes:
         """`count` bytes of `path` from `offset` on; raises UserError like `read_into`."""
-        content = os.pread(self._descriptor(path), count, offset)
+        with _naming(path):
+            content = os.pread(self._descriptor(path), count, offset)
         if len(content) < count:
             raise UserError(f"{path}: truncated; {count} bytes expected at {offset}, {len(content)} found")
         return content

@@ -68,6 +68,9 @@ def _check_shard(reader: MDSReader, number: int, shard: Shard, vocab_size: int |
     except UserError as error:
         yield str(error)
         return
+    except OSError as error:  # of a bad disk, or for want of permission
+        yield f"{shard.delivered[0]}: cannot be read ({error.strerror})"
+        return
     if "input_ids" not in reader.columns:
         return
     for index in range(shard.first, shard.first + shard.num_samples):

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import resource
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
+import pytest
+import torch
+
 from megatron_prolong.convert.positioned import PositionedFiles
+from megatron_prolong.errors import UserError
 
 
 def test_a_checkpoint_may_have_more_files_than_a_shell_allows_open(tmp_path: Path) -> None:
@@ -21,3 +27,11 @@ def test_a_checkpoint_may_have_more_files_than_a_shell_allows_open(tmp_path: Pat
     finally:
         files.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """As on a bad disk or a file server; a directory is opened too, and only then not read."""
+    with closing(PositionedFiles()) as files:
+        for read in (partial(files.read, count=1), partial(files.read_into, out=torch.empty(1))):
+            with pytest.raises(UserError, match=f"^{tmp_path}: cannot be read \\(Is a directory"):
+                read(tmp_path, 0)

@@ -1,6 +1,9 @@
+import errno
 import json
+import os
 import shutil
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from typer.testing import CliRunner
 
 from megatron_prolong.cli.main import app
 from megatron_prolong.data.mds import MDSReader, MDSWriter
+from megatron_prolong.data.mds import reader as reader_module
 from megatron_prolong.data.pack import PackOptions, pack
 from megatron_prolong.data.verify import verify
 from megatron_prolong.errors import UserError
@@ -46,6 +50,25 @@ def test_every_damaged_shard_is_found(tmp_path: Path) -> None:
     assert len(problems) == 4
     for problem, number in zip(problems, (1, 3, 4, 6), strict=True):
         assert f"shard.{number:05}.mds" in problem
+
+
+def test_a_shard_that_the_disk_does_not_give_is_one_of_the_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ended the search, in a traceback without its name."""
+    directory = data_set(tmp_path)
+    flip(directory / "shard.00005.mds", -1)
+    parts = reader_module._parts
+
+    def on_a_bad_disk(path: Path) -> Iterator[memoryview]:
+        if path.name == "shard.00002.mds":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return parts(path)
+
+    monkeypatch.setattr(reader_module, "_parts", on_a_bad_disk)
+    bad, flipped = verify(directory).problems
+    assert bad == f"{directory}/shard.00002.mds: cannot be read (Input/output error)"
+    assert "shard.00005.mds" in flipped
 
 
 @pytest.mark.parametrize("position", [0, 4, 40, -9])
