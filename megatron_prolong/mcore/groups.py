@@ -146,7 +146,7 @@ def _undo_groups(kind: type[BaseException] | None, *_: object) -> None:
             if group not in (dist.GroupMember.NON_GROUP_MEMBER, dist.group.WORLD):
                 dist.destroy_process_group(group)
     # Transformer Engine keeps delayed scaling's maxima, and the groups that share them, for all models to come.
-    if fp8 := sys.modules.get("transformer_engine.pytorch.fp8"):
+    if fp8 := sys.modules.get("transformer_engine.pytorch.quantization"):
         fp8.FP8GlobalStateManager.reset()
 
 

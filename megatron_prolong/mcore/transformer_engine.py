@@ -138,8 +138,9 @@ def _order_at_once() -> None:
     fetches the 4·cp numbers that it takes of every document from the GPU one by one (context_parallel.py)."""
     from transformer_engine.pytorch.attention.dot_product_attention import context_parallel as exchange
 
-    exchange.reorder_seq_chunks_after_a2a_before_attn_thd = to_documents
-    exchange.reorder_seq_chunks_before_a2a_after_attn_thd = to_slices
+    if hasattr(exchange, "reorder_seq_chunks_after_a2a_before_attn_thd"):  # TE 2.20 has a kernel instead
+        exchange.reorder_seq_chunks_after_a2a_before_attn_thd = to_documents
+        exchange.reorder_seq_chunks_before_a2a_after_attn_thd = to_slices
 
 
 def to_documents(x: Tensor, cu_seqlens: Tensor, _: Any, cp_size: int, seq_dim: int = 0) -> Tensor:

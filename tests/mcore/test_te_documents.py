@@ -112,17 +112,24 @@ def test_the_tokens_of_an_all_to_all_are_put_into_document_order_and_back(cp_siz
     assert torch.equal(to_slices(ordered, boundaries, cp_size)[:, 0], slices)
 
 
-def test_transformer_engine_takes_that_order(monkeypatch):
+@pytest.mark.parametrize("looks_up", [True, False], ids=["2.12", "2.20, which has a kernel"])
+def test_transformer_engine_takes_that_order(monkeypatch, looks_up):
     package = "transformer_engine.pytorch.attention.dot_product_attention"
     parent, exchange = ModuleType(package), ModuleType("context_parallel")
     parent.context_parallel = exchange
+    ours = {
+        "reorder_seq_chunks_after_a2a_before_attn_thd": to_documents,
+        "reorder_seq_chunks_before_a2a_after_attn_thd": to_slices,
+    }
+    if looks_up:
+        vars(exchange).update(dict.fromkeys(ours))
     names = package.split(".")
     for end in range(1, len(names)):
         monkeypatch.setitem(sys.modules, ".".join(names[:end]), ModuleType(names[end - 1]))
     monkeypatch.setitem(sys.modules, package, parent)
     transformer_engine._order_at_once()
-    assert exchange.reorder_seq_chunks_after_a2a_before_attn_thd is to_documents
-    assert exchange.reorder_seq_chunks_before_a2a_after_attn_thd is to_slices
+    expected = ours if looks_up else dict.fromkeys(ours)
+    assert {name: getattr(exchange, name, None) for name in ours} == expected
 
 
 @pytest.mark.parametrize(

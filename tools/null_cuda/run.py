@@ -14,7 +14,7 @@ Needs Linux, g++ and a CUDA 13 build of PyTorch in this Python environment, with
     python3.11 -m venv .venv-cuda
     .venv-cuda/bin/pip install torch==2.13.0 "nvidia-cuda-crt==13.0.*" -e .      # torch from PyPI: CUDA wheels
 
-Transformer Engine's layers run where it is installed too (2.12 with torch 2.11; docs/rehearsal.md says how), but
+Transformer Engine's layers run where it is installed too (2.12, 2.13 or 2.20; docs/rehearsal.md says how), but
 for its kernels: under `--compute` te_kernels.cpp does their work, otherwise only its attention, which cuDNN would
 build, is replaced.
 """

@@ -18,6 +18,7 @@
 #include <transformer_engine/transpose.h>
 
 #include <cstring>
+#include <utility>
 
 using namespace te;
 
@@ -107,6 +108,48 @@ struct Tokens {
     arrays = shape.ndim == 4 ? shape.data[0] : 1;
   }
 };
+
+// Adds the attention to one step's keys to that to those of earlier steps, which becomes a share of the whole too where
+// `old_lse` tells how large (attention/context_parallel: out_correction).
+void add_step(NVTETensor out, NVTETensor out_per_step, NVTETensor old_lse, NVTETensor lse, NVTETensor lse_per_step,
+              NVTETensor cu_seqlens, bool only_second_half) {
+  Elements all(out), step(out_per_step), all_lse(lse), step_lse(lse_per_step), old(old_lse ? old_lse : lse);
+  size_t heads = nvte_tensor_size(out, 1), head_dim = nvte_tensor_size(out, 2);
+  size_t length = nvte_tensor_size(lse, 1), step_length = nvte_tensor_size(lse_per_step, 1);
+  auto scaled = [](float value, float share) { return value == 0 ? 0 : value * share; };
+  auto add = [&](size_t token, size_t whole) {
+    for (size_t head = 0; head < heads; ++head) {
+      float share = std::exp(step_lse[head * step_length + token] - all_lse[head * length + whole]);
+      float kept = std::exp(old[head * length + whole] - all_lse[head * length + whole]);
+      for (size_t i = 0; i < head_dim; ++i) {
+        size_t at = (whole * heads + head) * head_dim + i;
+        all.set(at, scaled(all[at], kept) + scaled(step[(token * heads + head) * head_dim + i], share));
+      }
+    }
+  };
+  if (only_second_half) return each_half_token(cu_seqlens, 1, add);
+  Elements bounds(cu_seqlens);
+  for (size_t token = 0; token < bounds.integer(bounds.size() - 1); ++token) add(token, token);
+}
+
+// Between documents one after another and the ranks' slices one after another, of which each holds two of every
+// document's 2 * ranks chunks: its own from the front and its own from the back.
+// `direction` takes (a token among documents, the same among slices) to (where it is, where it goes).
+template <class Direction>
+void reorder(NVTETensor input, NVTETensor cu_seqlens, NVTETensor output, size_t ranks, Direction direction) {
+  Elements bounds(cu_seqlens);
+  size_t bytes = nvte_tensor_numel(input) / nvte_tensor_size(input, 0) * nvte_tensor_element_size(input), slice = 0;
+  auto *source = static_cast<char*>(nvte_tensor_data(input)), *target = static_cast<char*>(nvte_tensor_data(output));
+  for (size_t rank = 0; rank < ranks; ++rank)
+    for (size_t i = 0; i + 1 < bounds.size(); ++i) {
+      size_t chunk = (bounds.integer(i + 1) - bounds.integer(i)) / (2 * ranks);
+      for (size_t number : {rank, 2 * ranks - 1 - rank})
+        for (size_t token = 0; token < chunk; ++token, ++slice) {
+          auto [from, to] = direction(bounds.integer(i) + number * chunk + token, slice);
+          std::memcpy(target + to * bytes, source + from * bytes, bytes);
+        }
+    }
+}
 
 }  // namespace
 
@@ -304,27 +347,35 @@ void nvte_cp_thd_read_second_half_lse(const NVTETensor& lse, const NVTETensor& c
     });
 }
 
+#ifdef TRANSFORMER_ENGINE_FUSED_ATTN_H_  // TE 2.20 adds one step after another, and orders tokens in kernels
+
+void nvte_cp_thd_out_correction(NVTETensor out, const NVTETensor& out_per_step, const NVTETensor& old_lse,
+                                const NVTETensor& lse, const NVTETensor& lse_per_step, const NVTETensor& cu_seqlens,
+                                int only_second_half, int packed, cudaStream_t) {
+  require(packed, "log-sum-exps per document");
+  add_step(out, out_per_step, old_lse, lse, lse_per_step, cu_seqlens, only_second_half);
+}
+
+void nvte_thd_sequence_order_to_cp_rank_order(const NVTETensor& inp, const NVTETensor& cu_seqlens, NVTETensor out,
+                                              int world_size, int, cudaStream_t) {
+  reorder(inp, cu_seqlens, out, world_size, [](size_t document, size_t slice) { return std::pair(document, slice); });
+}
+
+void nvte_thd_cp_rank_order_to_sequence_order(const NVTETensor& inp, const NVTETensor& cu_seqlens, NVTETensor out,
+                                              int world_size, int, cudaStream_t) {
+  reorder(inp, cu_seqlens, out, world_size, [](size_t document, size_t slice) { return std::pair(slice, document); });
+}
+
+#else
+
 void nvte_cp_thd_out_correction(NVTETensor out, const NVTETensor& out_per_step, const NVTETensor& lse,
                                 const NVTETensor& lse_per_step, const NVTETensor& cu_seqlens, int only_second_half,
                                 int packed, cudaStream_t) {
   require(packed, "log-sum-exps per document");
-  Elements all(out), step(out_per_step), all_lse(lse), step_lse(lse_per_step);
-  size_t heads = nvte_tensor_size(out, 1), head_dim = nvte_tensor_size(out, 2);
-  size_t length = nvte_tensor_size(lse, 1), step_length = nvte_tensor_size(lse_per_step, 1);
-  auto add = [&](size_t token, size_t whole) {
-    for (size_t head = 0; head < heads; ++head) {
-      float share = std::exp(step_lse[head * step_length + token] - all_lse[head * length + whole]);
-      for (size_t i = 0; i < head_dim; ++i) {
-        size_t at = (whole * heads + head) * head_dim + i;
-        float part = step[(token * heads + head) * head_dim + i];
-        all.set(at, all[at] + (part == 0 ? 0 : part * share));
-      }
-    }
-  };
-  if (only_second_half) return each_half_token(cu_seqlens, 1, add);
-  Elements bounds(cu_seqlens);
-  for (size_t token = 0; token < bounds.integer(bounds.size() - 1); ++token) add(token, token);
+  add_step(out, out_per_step, nullptr, lse, lse_per_step, cu_seqlens, only_second_half);
 }
+
+#endif
 
 void nvte_cp_thd_grad_correction(NVTETensor grad, const NVTETensor& grad_per_step, const NVTETensor& cu_seqlens,
                                  const char* first_half, const char* second_half, cudaStream_t) {

@@ -141,9 +141,96 @@ void attend_backward(NVTETensor Q, NVTETensor K, NVTETensor V, NVTETensor O, NVT
   dq.store(dQ), dk.store(dK), dv.store(dV);
 }
 
+// What a call brings beside the tensors of its direction.
+struct Call {
+  NVTETensorPack* saved;
+  NVTETensor lengths_q, lengths_k, starts_q, starts_k;
+  size_t max_seqlen_q, max_seqlen_k;
+  float scale;
+  NVTE_QKV_Layout layout;
+  NVTE_Mask_Type mask;
+  NVTETensor workspace;
+
+  bool is_packed() const { return nvte_get_q_format(layout) == NVTE_THD; }
+  Documents documents() const {
+    return {lengths_q, lengths_k, starts_q, starts_k, max_seqlen_q, max_seqlen_k, layout, mask};
+  }
+};
+
+void forward(NVTETensor Q, NVTETensor K, NVTETensor V, NVTETensor O, const Call& call) {
+  NVTETensor* saved = call.saved->tensors;
+  if (has_memory(call.workspace)) {
+    if (kComputes) attend(Q, K, V, O, saved[0], call.documents(), call.scale);
+    return;
+  }
+  Heads q = heads_of(Q);
+  if (call.is_packed())
+    describe(saved[0], {q.tokens, q.heads, 1}, kNVTEFloat32);
+  else
+    describe(saved[0], {q.tokens / call.max_seqlen_q, q.heads, call.max_seqlen_q, 1}, kNVTEFloat32);
+  describe(saved[1], {2}, kNVTEInt64);  // state of the random generator
+  call.saved->size = 2;
+  describe(call.workspace, {1024}, kNVTEByte);
+}
+
+void backward(NVTETensor Q, NVTETensor K, NVTETensor V, NVTETensor O, NVTETensor dO, NVTETensor dQ, NVTETensor dK,
+              NVTETensor dV, const Call& call) {
+  if (has_memory(call.workspace)) {
+    if (kComputes)
+      attend_backward(Q, K, V, O, dO, call.saved->tensors[0], dQ, dK, dV, call.documents(), call.scale);
+    return;
+  }
+  Heads q = heads_of(Q), k = heads_of(K);
+  size_t queries = (call.is_packed() ? graph_tokens(q.tokens) : q.tokens) * q.heads;
+  size_t keys = (call.is_packed() ? graph_tokens(k.tokens) : k.tokens) * q.heads;
+  size_t bytes = queries * (q.head_dim + 1) * 4;              // fp32 gradients of the queries, and sum(o·do)
+  if (k.heads < q.heads) bytes += 2 * keys * k.head_dim * 4;  // those of keys and values, once per query head
+  describe(call.workspace, {bytes}, kNVTEByte);
+}
+
+// An attribute of TE's objects of arguments.
+template <class T, class Get, class Attribute>
+T of(void* params, Get get, Attribute which) {
+  T value;
+  size_t written;
+  get(params, which, &value, sizeof value, &written);
+  return value;
+}
+
 }  // namespace
 
 extern "C" {
+
+#ifdef TRANSFORMER_ENGINE_FUSED_ATTN_H_  // TE 2.20: all arguments in one object
+
+#define FORWARD(type, name) of<type>(params, nvte_get_fused_attn_fwd_params_attribute, kNVTEFusedAttnFwdParams##name)
+#define BACKWARD(type, name) of<type>(params, nvte_get_fused_attn_bwd_params_attribute, kNVTEFusedAttnBwdParams##name)
+#define CALL(get)                                                                                            \
+  {get(NVTETensorPack*, AuxCtxTensors), get(NVTETensor, CuSeqlensQ), get(NVTETensor, CuSeqlensKV),           \
+   get(NVTETensor, CuSeqlensQPadded), get(NVTETensor, CuSeqlensKVPadded), get(size_t, MaxSeqlenQ),           \
+   get(size_t, MaxSeqlenKV), get(float, AttnScale), get(NVTE_QKV_Layout, QKVLayout),                         \
+   get(NVTE_Mask_Type, AttnMaskType), get(NVTETensor, Workspace)}
+
+// TE has cuDNN build the graph and so learns whether there is one.
+NVTE_Fused_Attn_Backend nvte_get_fused_attn_backend_v2(NVTEFusedAttnConfig config, const char** message) {
+  auto dtype = of<NVTEDType>(config, nvte_get_fused_attn_config_attribute, kNVTEFusedAttnConfigQKVDtype);
+  bool is_known = dtype == kNVTEBFloat16;
+  if (message) *message = is_known ? "" : "null_cuda attends in bf16 only";
+  return is_known ? NVTE_F16_arbitrary_seqlen : NVTE_No_Backend;
+}
+
+void nvte_fused_attn_fwd_v2(NVTEFusedAttnFwdParams params) {
+  forward(FORWARD(NVTETensor, Q), FORWARD(NVTETensor, K), FORWARD(NVTETensor, V), FORWARD(NVTETensor, O),
+          CALL(FORWARD));
+}
+
+void nvte_fused_attn_bwd_v2(NVTEFusedAttnBwdParams params) {
+  backward(BACKWARD(NVTETensor, Q), BACKWARD(NVTETensor, K), BACKWARD(NVTETensor, V), BACKWARD(NVTETensor, O),
+           BACKWARD(NVTETensor, DO), BACKWARD(NVTETensor, DQ), BACKWARD(NVTETensor, DK), BACKWARD(NVTETensor, DV),
+           CALL(BACKWARD));
+}
+
+#else
 
 void nvte_fused_attn_fwd(const NVTETensor Q, const NVTETensor K, const NVTETensor V, const NVTETensor, const NVTETensor,
                          NVTETensor, NVTETensor O, NVTETensorPack* saved, const NVTETensor lengths_q,
@@ -152,19 +239,8 @@ void nvte_fused_attn_fwd(const NVTETensor Q, const NVTETensor K, const NVTETenso
                          size_t max_seqlen_k, bool, bool, bool, float scale, float, NVTE_QKV_Layout layout,
                          NVTE_Bias_Type, NVTE_Mask_Type mask, NVTE_Softmax_Type, int64_t, int64_t, bool,
                          NVTETensor workspace, cudaStream_t) {
-  if (has_memory(workspace)) {
-    if (!kComputes) return;
-    Documents documents(lengths_q, lengths_k, starts_q, starts_k, max_seqlen_q, max_seqlen_k, layout, mask);
-    return attend(Q, K, V, O, saved->tensors[0], documents, scale);
-  }
-  Heads q = heads_of(Q);
-  if (nvte_get_qkv_format(layout) == NVTE_THD)
-    describe(saved->tensors[0], {q.tokens, q.heads, 1}, kNVTEFloat32);
-  else
-    describe(saved->tensors[0], {q.tokens / max_seqlen_q, q.heads, max_seqlen_q, 1}, kNVTEFloat32);
-  describe(saved->tensors[1], {2}, kNVTEInt64);  // state of the random generator
-  saved->size = 2;
-  describe(workspace, {1024}, kNVTEByte);
+  forward(Q, K, V, O, {saved, lengths_q, lengths_k, starts_q, starts_k, max_seqlen_q, max_seqlen_k, scale, layout,
+                       mask, workspace});
 }
 
 void nvte_fused_attn_bwd(const NVTETensor Q, const NVTETensor K, const NVTETensor V, const NVTETensor O,
@@ -174,17 +250,10 @@ void nvte_fused_attn_bwd(const NVTETensor Q, const NVTETensor K, const NVTETenso
                          size_t max_seqlen_q, size_t max_seqlen_k, float scale, float, NVTE_QKV_Layout layout,
                          NVTE_Bias_Type, NVTE_Mask_Type mask, NVTE_Softmax_Type, int64_t, int64_t, bool, bool, bool,
                          NVTETensor workspace, cudaStream_t) {
-  if (has_memory(workspace)) {
-    if (!kComputes) return;
-    Documents documents(lengths_q, lengths_k, starts_q, starts_k, max_seqlen_q, max_seqlen_k, layout, mask);
-    return attend_backward(Q, K, V, O, dO, saved->tensors[0], dQ, dK, dV, documents, scale);
-  }
-  Heads q = heads_of(Q), k = heads_of(K);
-  bool packed = nvte_get_qkv_format(layout) == NVTE_THD;
-  size_t queries = (packed ? graph_tokens(q.tokens) : q.tokens) * q.heads;
-  size_t keys = (packed ? graph_tokens(k.tokens) : k.tokens) * q.heads;
-  size_t bytes = queries * (q.head_dim + 1) * 4;              // fp32 gradients of the queries, and sum(o·do)
-  if (k.heads < q.heads) bytes += 2 * keys * k.head_dim * 4;  // those of keys and values, once per query head
-  describe(workspace, {bytes}, kNVTEByte);
+  backward(Q, K, V, O, dO, dQ, dK, dV,
+           {const_cast<NVTETensorPack*>(saved), lengths_q, lengths_k, starts_q, starts_k, max_seqlen_q, max_seqlen_k,
+            scale, layout, mask, workspace});
 }
+
+#endif
 }
