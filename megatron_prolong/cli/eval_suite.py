@@ -101,6 +101,7 @@ def run(
     from megatron_prolong.evaluation.documents import read_text
     from megatron_prolong.evaluation.nli import load_nli
     from megatron_prolong.evaluation.run import Settings
+    from megatron_prolong.evaluation.sentences import split_sentences
     from megatron_prolong.evaluation.suite import (
         refuse_another_model,
         refuse_chat,
@@ -121,6 +122,8 @@ def run(
     def prepare() -> tuple[list[tuple[str, str, str]], list[Task], str, Entails | None]:
         one_of("--suite", suite, (*SUITES, "short"))
         _refuse_options(chat, too_long, backend, tag, world)
+        if backend != "openai" and (server or tokenizer):
+            raise UserError("--server and --tokenizer are for a served model: add --backend openai")
         pairs, chosen = models_of(model, compare), select(suite, lengths, names)
         text = read_text(haystack) if haystack else ""
         if is_main(world):
@@ -136,6 +139,8 @@ def run(
                 refuse_another_model(out / label, name, identity)
             if backend != "openai" and (declared := declared_length(Path(name))) is not None:
                 refuse_lengths_beyond(chosen, name, declared, too_long)
+        if nli and any(task.summarise for task in chosen):
+            split_sentences("Now, not after hours of answers.")
         entails = load_nli(nli) if nli else None
         for label, name, _ in models:
             words = tokenizer if backend == "openai" else tokenizer_directory(Path(name))

@@ -122,9 +122,7 @@ def _judge_questions(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:
         if pair:
             totals.append(math.prod(pair))
     if not totals:
-        raise UserError(
-            f"{path}: none of the judge's {len(answers)} answers can be read; is {judge.model} able?"
-        )
+        raise _unable(path, judge)
     content["averaged_metrics"]["gpt-4-score"] = float(np.mean(totals))
     content["judge"] = {"model": judge.model, "unreadable": len(answers) - len(totals)}
     return content
@@ -156,11 +154,18 @@ def _judge_summaries(path: Path, judge: Judge, helmet: Path) -> dict[str, Any]:
             item["gpt-4-scores"] = scores
             judged.append(scores)
     if not judged:
-        raise UserError(f"{path}: none of the judge's answers can be read; is {judge.model} able?")
+        raise _unable(path, judge)
     for name in ("recall", "precision", "fluency", "f1"):
         content["averaged_metrics"][f"gpt-4-{name}"] = float(np.mean([scores[name] for scores in judged]))
     content["judge"] = {"model": judge.model, "unreadable": len(content["data"]) - len(judged)}
     return content
+
+
+def _unable(path: Path, judge: Judge) -> UserError:
+    return UserError(
+        f"{path}: none of the judge's answers can be read; is {judge.model} able? They are kept in {judge.cache}: "
+        "delete it to have them asked again"
+    )
 
 
 def summary_scores(answers: Iterable[str], num_points: int) -> dict[str, Any] | None:

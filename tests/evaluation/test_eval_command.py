@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from samples import write_data
 from typer.testing import CliRunner
 
 from megatron_prolong.cli import eval_suite
@@ -20,6 +21,34 @@ def test_a_tag_that_is_no_part_of_a_file_name_is_refused(tmp_path: Path) -> None
     arguments = ["eval", "run", str(tmp_path), "--out", str(tmp_path), "--tag", "a/b"]
     refused = CliRunner().invoke(app, arguments).exception
     assert isinstance(refused, UserError) and "--tag a/b: becomes a part of file names" in str(refused)
+
+
+def test_what_citations_need_is_missed_before_any_answer(
+    hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_: str) -> None:
+        raise UserError("needs punkt")
+
+    def opened(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr("megatron_prolong.evaluation.sentences.split_sentences", missing)
+    monkeypatch.setattr("megatron_prolong.evaluation.nli.load_nli", lambda _: None)
+    monkeypatch.setattr(eval_suite, "_open", opened)
+    arguments = ["eval", "run", str(hf_directory), "--out", str(tmp_path / "out"), "--nli", "nli"]
+    arguments += ["--data", str(write_data(tmp_path)), "--lengths", "8k", "--too-long", "allow"]
+    refused = CliRunner().invoke(app, [*arguments, "--tasks", "cite"])
+    assert isinstance(refused.exception, UserError) and "needs punkt" in str(refused.exception)
+    without = CliRunner().invoke(app, [*arguments, "--tasks", "rag"])
+    assert isinstance(without.exception, InterruptedError), "which has no citations"
+
+
+@pytest.mark.parametrize("option", ["--server", "--tokenizer"])
+def test_a_served_model_is_asked_for_by_its_backend(option: str, tmp_path: Path) -> None:
+    """It was looked for on the disk."""
+    arguments = ["eval", "run", "my-model", "--out", str(tmp_path), option, "http://localhost:8000/v1"]
+    refused = CliRunner().invoke(app, arguments).exception
+    assert isinstance(refused, UserError) and "add --backend openai" in str(refused)
 
 
 def test_only_the_main_rank_loads_the_inference_model(
