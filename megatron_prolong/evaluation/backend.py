@@ -242,6 +242,8 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
+        if not directory.exists():  # transformers says that it cannot reach the Hub
+            raise no_model(directory) from error
         raise UserError(f"{directory}: no tokenizer that transformers can read: {error}") from error
     tokenizer.model_max_length = VERY_LARGE_INTEGER  # it would warn of longer texts; a model's length counts
     return tokenizer

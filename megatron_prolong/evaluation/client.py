@@ -109,6 +109,8 @@ class Client:
             problem = f"{error.status_code} {error.response.reason_phrase}: {in_short(error.response.text)}"
             if error.status_code in (401, 403):
                 problem += " (the key is read from OPENAI_API_KEY)"
+            if error.status_code == 404 and not self.base_url.rstrip("/").endswith("/v1"):
+                problem += " (most servers' addresses end in /v1)"
         except APIConnectionError as error:
             problem = error.__cause__ or error
         except (OpenAIError, ValueError) as error:

@@ -45,6 +45,13 @@ def test_no_text_is_too_long_for_a_tokenizer(
     assert len(load_tokenizer(tmp_path)("one text of more than four tokens")["input_ids"]) > 4
 
 
+def test_a_tokenizer_that_is_nowhere_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="gone: no such directory"):
+        load_tokenizer(tmp_path / "gone")
+    with pytest.raises(UserError, match="no tokenizer that transformers can read"):
+        load_tokenizer(tmp_path)
+
+
 def test_hf_logprobs_in_chunks_are_those_of_one_pass(
     hf_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

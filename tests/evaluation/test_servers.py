@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,10 @@ def test_a_page_of_a_web_site_is_called_one(server: Server, tokenizer: Any, stat
     with pytest.raises(UserError, match=r"/completions: .*an HTML page") as error:
         list(OpenAIBackend(asked, "tiny", tokenizer, 512).generate([Prompt("a")], 4))
     assert "<" not in str(error.value)
+    elsewhere = replace(asked, base_url=asked.base_url.removesuffix("/v1"))
+    with pytest.raises(UserError) as error:
+        OpenAIBackend.connect(elsewhere, "tiny", tokenizer)
+    assert ("addresses end in /v1" in str(error.value)) == (status == 404)
 
 
 def test_half_an_emoji_is_a_question_mark(server: Server, tokenizer: Any) -> None:
