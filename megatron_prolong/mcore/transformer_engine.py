@@ -113,7 +113,7 @@ def split_documents(context: ContextParallel, device: torch.device) -> PackedSeq
 
     The padding behind a document counts as its last tokens: under a causal mask no other token sees them. Told of
     padding apart (cu_seqlens_q_padded), TE 2.11 overlooks that of the last document (`pad_between_seqs` in
-    dot_product_attention.py) and then cuts this document's keys short, and leaves padded rows uninitialised.
+    dot_product_attention.py, issue 3331) and then cuts its keys short, and leaves padded rows uninitialised.
     """
     return _packed(context.plan.cu_seqlens_padded, device)
 

@@ -8,6 +8,7 @@
 #include "te_tensors.h"
 
 #include <transformer_engine/fused_attn.h>
+#include <transformer_engine/normalization.h>
 
 #include <cstdlib>
 
@@ -210,6 +211,17 @@ extern "C" {
    get(NVTETensor, CuSeqlensQPadded), get(NVTETensor, CuSeqlensKVPadded), get(size_t, MaxSeqlenQ),           \
    get(size_t, MaxSeqlenKV), get(float, AttnScale), get(NVTE_QKV_Layout, QKVLayout),                         \
    get(NVTE_Mask_Type, AttnMaskType), get(NVTETensor, Workspace)}
+
+// TE compiles its norms for the device that it finds. Their workspace is that of a GPU's few hundred blocks.
+void nvte_rmsnorm_fwd(const NVTETensor, const NVTETensor, const float, NVTETensor, NVTETensor, NVTETensor workspace,
+                      const int, const bool, cudaStream_t) {
+  if (!has_memory(workspace)) describe(workspace, {1024}, kNVTEByte);
+}
+
+void nvte_rmsnorm_bwd(const NVTETensor, const NVTETensor, const NVTETensor, const NVTETensor, NVTETensor, NVTETensor,
+                      NVTETensor workspace, const int, const bool, cudaStream_t) {
+  if (!has_memory(workspace)) describe(workspace, {1024}, kNVTEByte);
+}
 
 // TE has cuDNN build the graph and so learns whether there is one.
 NVTE_Fused_Attn_Backend nvte_get_fused_attn_backend_v2(NVTEFusedAttnConfig config, const char** message) {
