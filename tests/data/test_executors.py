@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 
 from megatron_prolong.data import filter as filter_module
 from megatron_prolong.data import pack as pack_module
+from megatron_prolong.data import tokenize as tokenize_module
 from megatron_prolong.data.executors import LocalProcesses, Ray, array_share
 from megatron_prolong.data.filter import FilterOptions, filter_documents
 from megatron_prolong.data.pack import PackOptions, pack
+from megatron_prolong.data.tokenize import tokenize
 from megatron_prolong.errors import UserError
 
 
@@ -238,6 +240,32 @@ def test_inputs_in_another_order_are_another_job(
     for others in ([b, a], [a, b, b]):
         with pytest.raises(UserError, match="out exists already"):
             step(others, tmp_path / "out", options)
+
+
+def test_the_tasks_of_every_step_go_to_the_executor(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Done in this process, they give the same bytes, only a day later."""
+    for module, name in (
+        (tokenize_module, "TASK_BYTES"),
+        (filter_module, "TASK_BYTES"),
+        (pack_module, "TASK_TOKENS"),
+    ):
+        monkeypatch.setattr(module, name, 1)
+    given: list[int] = []
+
+    class Counting:
+        def map(self, work: Callable[[object], None], items: Sequence[object]) -> Iterator[None]:
+            given.append(len(items))
+            return map(work, items)
+
+    (tmp_path / "texts").mkdir()
+    for number in range(3):
+        (tmp_path / "texts" / f"{number}.txt").write_text("word " * 9)
+    tokenize([str(tmp_path / "texts")], tokenizer, tmp_path / "t", executor=Counting())
+    filter_documents([tmp_path / "t"], tmp_path / "f", FilterOptions({"": 1}), executor=Counting())
+    pack([tmp_path / "f"], tmp_path / "p", PackOptions(4, "concat"), executor=Counting())
+    assert given[:2] == [3, 3] and given[2] > 3
 
 
 @pytest.mark.slow

@@ -145,5 +145,6 @@ def test_another_template_is_another_job(tmp_path: Path, tokenizer: Path) -> Non
     llama3_tokenizer().save_pretrained(tokenizer)
     config = tokenizer / "tokenizer_config.json"  # where older tokenizers have it
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": TEMPLATE}))
+    (tokenizer / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="exists already"):
         tokenize([source], tokenizer, tmp_path / "out", options)

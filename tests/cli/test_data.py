@@ -1,0 +1,71 @@
+"""Every option of `prolong data` reaches the step that it is for, under the same name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_prolong.cli.main import app
+from megatron_prolong.data import filter as filter_module
+from megatron_prolong.data import pack as pack_module
+from megatron_prolong.data import tokenize as tokenize_module
+from megatron_prolong.data.executors import LocalProcesses, Ray
+from megatron_prolong.data.filter import FilterOptions
+from megatron_prolong.data.pack import PackOptions
+from megatron_prolong.data.tokenize import TokenizeOptions
+
+TOKENIZE, FILTER, PACK = (
+    (tokenize_module, "tokenize"),
+    (filter_module, "filter_documents"),
+    (pack_module, "pack"),
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "step", "options"),
+    [
+        ("tokenize --tokenizer t", TOKENIZE, TokenizeOptions(domain="out")),
+        (
+            "tokenize --tokenizer t --kind parquet --domain d --domain-field e --text-field x --messages-field m "
+            "--chat --max-chat-tokens 1K --on-bad-input skip",
+            TOKENIZE,
+            TokenizeOptions(
+                "parquet", "d", "e", "x", "m", chat=True, max_chat_tokens=1024, on_bad_input="skip"
+            ),
+        ),
+        ("filter --duplicates", FILTER, FilterOptions(duplicates=True)),
+        (
+            "filter --min-length 2 --min-length a=3 --max-length 1K --max-length b=5 --against e --against f "
+            "--ngram 6 --hits 7 --predicate m:f --tokenizer t",
+            FILTER,
+            FilterOptions({"": 2, "a": 3}, {"": 1024, "b": 5}, False, ("e", "f"), 6, 7, "m:f", "t"),
+        ),
+        ("pack --length 1K --mode concat --intact", PACK, PackOptions(1024, "concat", intact=True)),
+        (
+            "pack --length 1K --mode single --min-length 2 --lengths 256,512 --overlap 3 --bos 4 --eos 5 "
+            "--shuffle-seed 6 --domain d",
+            PACK,
+            PackOptions(1024, "single", 2, (256, 512), 3, False, 4, 5, 6, "d"),
+        ),
+    ],
+)
+def test_options_reach_their_step(
+    command: str, step: tuple[ModuleType, str], options: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is dropped on the way would be missed by nobody: `--against` finds nothing then."""
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "8")
+    asked: list[tuple[tuple[object, ...], dict[str, object]]] = []
+    monkeypatch.setattr(*step, lambda *args, **how: asked.append((args, how)))
+    name, *words = command.split()
+    for where in (["--workers", "3", "--slurm-array"], ["--executor", "ray"]):
+        result = CliRunner().invoke(app, ["data", name, "a", "b", "out", *words, *where])
+        assert result.exit_code == 0 and "out appears when the other jobs are done" in result.output
+    tokenizer = [Path("t")] if name == "tokenize" else []
+    for args, _ in asked:
+        assert list(args) == [["a", "b"], *tokenizer, Path("out"), options]
+    local, ray = (how for _, how in asked)
+    assert local["executor"] == LocalProcesses(3) and local["slurm"]["SLURM_ARRAY_TASK_ID"] == "8"  # type: ignore[index]
+    assert ray == {"executor": Ray(), "slurm": None}
