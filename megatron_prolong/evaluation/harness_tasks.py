@@ -25,7 +25,7 @@ from megatron_prolong.data.chat import ChatError, apply_template
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import declares, load_tokenizer, open_backend, tokenizer_directory
 from megatron_prolong.evaluation.harness_scores import check_harness, remembered, simple_evaluate
-from megatron_prolong.evaluation.identity import directory_identity, model_identity
+from megatron_prolong.evaluation.identity import model_identity, tasks_identity
 from megatron_prolong.runtime.publish import write_durably
 from megatron_prolong.runtime.terminal import print_table
 
@@ -136,7 +136,7 @@ def run_questions(
             "model_identity": model_identity(model),
             "max_test_samples": questions.samples,
             "use_chat_template": questions.chat,
-            "include_identity": directory_identity(questions.include) if questions.include else "",
+            "include_identity": tasks_identity(questions.include) if questions.include else "",
             "metadata": dict(questions.metadata),
             "lm_eval": version("lm_eval"),
         }

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+
+import yaml
 
 from megatron_prolong.evaluation.backend import tokenizer_directory
 from megatron_prolong.evaluation.task import Task
@@ -32,10 +36,18 @@ def data_identity(task: Task, data: Path | None) -> str:
     return _identity({file.relative_to(data).as_posix(): file for file in files})
 
 
-def directory_identity(directory: Path) -> str:
-    """Changes when a file in it does, wherever it lies."""
+def tasks_identity(directory: Path) -> str:
+    """Changes when a file in it does, wherever it lies, or one that its YAML names, as those of a task's data."""
     files = [file for file in directory.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
-    return _identity({file.relative_to(directory).as_posix(): file for file in files})
+    named = {name: Path(name) for file in files if file.suffix == ".yaml" for name in _files_named(file)}
+    return _identity({**named, **{file.relative_to(directory).as_posix(): file for file in files}})
+
+
+def _files_named(file: Path) -> Iterator[str]:
+    with suppress(yaml.YAMLError):  # the harness does not read it either
+        for event in yaml.parse(file.read_bytes()):
+            if isinstance(event, yaml.ScalarEvent) and os.path.isfile(event.value):
+                yield event.value
 
 
 def _identity(files: Mapping[str, Path]) -> str:

@@ -33,6 +33,7 @@ from megatron_prolong.evaluation.harness_tasks import (
     run_questions,
 )
 from megatron_prolong.evaluation.hf import HuggingFaceBackend
+from megatron_prolong.evaluation.identity import tasks_identity
 
 LONGER_THAN_THE_MODEL = "The key is mentioned in the text. " * 150  # of 1,024 tokens
 TASKS = {
@@ -202,6 +203,19 @@ def test_finished_tasks_are_kept_until_a_task_file_changes(
     (own / "own_choice.yaml").touch()
     assert ask(trained, own, tmp_path, "--tasks", "own", "--samples", "2").exit_code == 0
     assert asked[2:] == [("own", 2)]
+
+
+def test_data_that_lies_elsewhere_makes_other_questions(tmp_path: Path) -> None:
+    """As in the documentation: /data/questions.jsonl."""
+    (tmp_path / "tasks").mkdir()
+    write_tasks(tmp_path, {"tasks/own": 'doc_to_text: !function own.text\ngen_prefix: "a\\0b"\n'}, [{}])
+    known = tasks_identity(tmp_path / "tasks")
+    (tmp_path / "another.jsonl").write_text("{}\n")
+    assert tasks_identity(tmp_path / "tasks") == known
+    (tmp_path / "questions.jsonl").write_text("{}\n{}\n")
+    assert tasks_identity(tmp_path / "tasks") != known
+    (tmp_path / "tasks/broken.yaml").write_text("{")
+    assert tasks_identity(tmp_path / "tasks")
 
 
 def test_other_settings_are_other_questions(
