@@ -208,7 +208,8 @@ def test_finished_tasks_are_kept_until_a_task_file_changes(
 def test_data_that_lies_elsewhere_makes_other_questions(tmp_path: Path) -> None:
     """As in the documentation: /data/questions.jsonl."""
     (tmp_path / "tasks").mkdir()
-    write_tasks(tmp_path, {"tasks/own": 'doc_to_text: !function own.text\ngen_prefix: "a\\0b"\n'}, [{}])
+    lines = f'doc_to_text: !function own.text\ngen_prefix: "a\\0b"\ndescription: {"long " * 99}\n'
+    write_tasks(tmp_path, {"tasks/own": lines}, [{}])
     known = tasks_identity(tmp_path / "tasks")
     (tmp_path / "another.jsonl").write_text("{}\n")
     assert tasks_identity(tmp_path / "tasks") == known
