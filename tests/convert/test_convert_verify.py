@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from megatron_prolong.convert.describe import describe
 from megatron_prolong.convert.dist_weights import DistWeights
 from megatron_prolong.convert.logits import largest_logit_difference
 from megatron_prolong.convert.names import Rows
+from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import read_shape
@@ -225,15 +227,39 @@ def test_the_commands_say_what_they_found(pair: tuple[Path, Path], tmp_path: Pat
     assert "config.json: max_position_embeddings: 128 -> 64" in result.output
     assert "39 of 39 tensors are bit-equal, 1 config differences" in result.output
     assert "differ from transformers' by" in result.output
-    assert (
-        run(app, ["to-megatron", original, str(tmp_path / "fp16"), "--dtype", "fp16", "--verify"]).exit_code
-        == 0
-    )
     assert run(app, ["verify", original, converted]).exit_code == 0
-    assert run(app, ["verify", original, str(tmp_path / "fp16")]).exit_code == 1
+    for direction, source in (("to-megatron", original), ("to-hf", converted)):
+        narrow = str(tmp_path / f"{direction}-fp16")
+        result = run(app, [direction, source, narrow, "--dtype", "fp16", "--verify"])
+        assert result.exit_code == 0, result.output
+        assert "39 of 39 tensors are bit-equal" in result.output
+        assert "logits not compared: the dtype changed" in result.output
+        assert run(app, ["verify", original, narrow]).exit_code == 1
     assert "rope_base: 500000.0" in run(app, ["inspect", converted]).output
     for impossible in (["--rope-base", "0"], ["--max-length", "-5"], ["--max-length", "64Q"]):
         refused = ["to-hf", converted, str(tmp_path / "wrong"), *impossible, "--contradict"]
         assert run(app, refused).exit_code == 2
     base = ["to-hf", converted, str(tmp_path / "wrong"), "--rope-base", "1e4", "--contradict", "--verify"]
     assert run(app, base).exit_code == 1  # meant or not, the logits are not those of the training
+
+
+@pytest.mark.parametrize("dtype", [[], ["--dtype", "bf16"]])
+@pytest.mark.parametrize("convert", [to_hf, to_megatron])
+def test_a_conversion_whose_tensors_differ_ends_with_an_error(
+    convert: Callable[..., object],
+    dtype: list[str],
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = pair[convert is to_hf]
+
+    def convert_wrongly(source: Path, out: Path, *options: object, **how: object) -> object:
+        result = convert(source, out, *options, **how)
+        _edit(out if convert is to_hf else source, "model.norm.weight", 3, 9.0)
+        return result
+
+    monkeypatch.setattr(f"{convert.__module__}.{convert.__name__}", convert_wrongly)
+    command = [convert.__name__.replace("_", "-"), str(source), str(tmp_path / "out"), "--verify", *dtype]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1 and "38 of 39 tensors are bit-equal" in result.output, result.output
