@@ -13,6 +13,7 @@ from packs import numbered_packs, record_tokenizer, write_packs
 
 from megatron_prolong.cli.data_inspect import register
 from megatron_prolong.data.mds import MDSReader
+from megatron_prolong.data.megatron_indexed import IndexedWriter
 from megatron_prolong.errors import UserError
 
 
@@ -45,6 +46,9 @@ def test_inspect_shows_samples_as_text(packs: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "sample 2 ·" in result.output and "sample 5 ·" in result.output
     assert result.output.count("── document 2 of 2 · 4 tokens ──") == 2
+    assert "… 2 tokens …" not in result.output
+    short = run("inspect", packs, "--sample", 2, "--tokenizer", tmp_path / "tokenizer", "--max-tokens", 2)
+    assert "… 2 tokens …" in short.output
     assert "needs --tokenizer" in str(run("inspect", packs, "--sample", 0).exception)
     missing = run("inspect", packs, "--sample", 0, "--tokenizer", tmp_path / "absent").exception
     assert isinstance(missing, UserError) and "absent: no tokenizer.json there; give the directory" in str(
@@ -115,3 +119,9 @@ def test_to_megatron_and_back(packs: Path, tmp_path: Path) -> None:
     for one, other in zip(MDSReader(packs), MDSReader(tmp_path / "back"), strict=True):
         assert np.array_equal(one["input_ids"], other["input_ids"])
         assert other["domain"] == "tokens"
+    with IndexedWriter(tmp_path / "written") as writer:
+        for length in (3, 0):
+            writer.write(np.zeros(length, np.uint32), np.array([length]))
+    result = run("from-megatron", tmp_path / "written", tmp_path / "web", "--domain", "web")
+    assert "web: 1 sample (1 empty document left out)" in result.output
+    assert [sample["domain"] for sample in MDSReader(tmp_path / "web")] == ["web"]
