@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from megatron_prolong.evaluation.task import Task
 from megatron_prolong.evaluation.tasks.icl import LENGTHS
@@ -61,30 +62,31 @@ def llama2_hint(tasks: Sequence[Task], data: Path | None) -> str:
         return ""
     return (
         "The model's tokenizer cuts long documents; for the same text as HELMET's, add Llama-2's (gated):\n"
-        f"hf download meta-llama/Llama-2-7b-hf --include 'token*' --local-dir {folder}"
+        f"hf download meta-llama/Llama-2-7b-hf --include 'token*' --local-dir {quote(str(folder))}"
     )
 
 
 def how_to_get(path: str, data: Path) -> str:
     """The command that puts a missing file into the data directory."""
+    folder = quote(str(data))
     if path == "hf/infinitebench":
         return (
             "for s in longbook_qa_eng longbook_choice_eng longbook_sum_eng; do curl -L --create-dirs "
-            f"-o {data}/hf/infinitebench/$s.jsonl "
+            f"-o {folder}/hf/infinitebench/$s.jsonl "
             "https://huggingface.co/datasets/xinrongzhang2022/InfiniteBench/resolve/main/$s.jsonl; done"
         )
     if path in _HUB:
         name, config = _HUB[path]
         # The converted Parquet branch: these data sets have loading scripts, which `datasets` no longer runs.
-        folder = f"{config or 'default'}/**"
+        part = config or "default"
         return (
-            f"hf download {name} --repo-type dataset --revision refs/convert/parquet --include '{folder}' "
-            f"--local-dir {data}/{path}.parquet && mkdir -p {data}/{path} && for f in "
-            f"{data}/{path}.parquet/{config or 'default'}/*/*.parquet; do "
-            f"cp $f {data}/{path}/$(basename $(dirname $f))-$(basename $f); done"
+            f"hf download {name} --repo-type dataset --revision refs/convert/parquet --include '{part}/**' "
+            f"--local-dir {folder}/{path}.parquet && mkdir -p {folder}/{path} && for f in "
+            f"{folder}/{path}.parquet/{part}/*/*.parquet; do "
+            f'cp "$f" {folder}/{path}/"$(basename "$(dirname "$f")")-$(basename "$f")"; done'
         )
     if path.startswith("prompts/"):
-        return f"git clone https://github.com/princeton-nlp/HELMET && cp -r HELMET/prompts {data}/"
+        return f"git clone https://github.com/princeton-nlp/HELMET && cp -r HELMET/prompts {folder}/"
     length = re.fullmatch(r"ruler/qa_\d/validation_(\d+)\.jsonl", path)
     if length and int(length[1]) not in LENGTHS:
         return (

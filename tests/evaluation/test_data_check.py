@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ def test_commands_can_be_pasted_together() -> None:
     files = {need for task in select("helmet", [131072]) for need in task.needs}
     commands = {how_to_get(file, Path("data")) for file in files}
     assert len(commands) > 3 and not any("cd " in command for command in commands)
+
+
+def test_a_folder_may_have_a_blank_in_its_name(tmp_path: Path) -> None:
+    data = tmp_path / "my data"
+    downloads = 'hf() { mkdir -p "${@: -1}/default/test"; touch "${@: -1}/default/test/0000.parquet"; }\n'
+    subprocess.run(["bash", "-ec", downloads + how_to_get("hf/trec", data)], check=True, cwd=tmp_path)
+    assert [file.name for file in (data / "hf/trec").iterdir()] == ["test-0000.parquet"]
+    for file in ("hf/infinitebench", "prompts/asqa_revised.json"):
+        assert f"'{data}'/" in how_to_get(file, data)
 
 
 def test_a_length_that_no_file_has_names_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
