@@ -112,11 +112,14 @@ def _finished(path: Path, task: Task, entails: Entails | None) -> Result:
 
 @contextmanager
 def _data_of(task: Task, inputs: Inputs) -> Iterator[None]:
-    """Around what reads the rows: a field that is missing or of another kind is the fault of its files, if any."""
+    """Around what reads the rows: a field that is missing or of another kind is the fault of its files, if any.
+
+    So is what pyarrow and datasets cannot read, which they say without a name.
+    """
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        if not (files := task.files(inputs.data)):
+    except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+        if not (files := task.files(inputs.data)) or (isinstance(error, OSError) and error.filename):
             raise
         raise UserError(
             f"{task.name}: its data is not as HELMET has it ({type(error).__name__}: {error}); get "

@@ -429,3 +429,23 @@ def test_data_that_is_not_helmets_is_named(tokenizer: Any, tmp_path: Path, line:
     with pytest.raises(UserError, match=rf"json_kv: its data is not as HELMET has it .*{file.name}"):
         run_task(task, Parrot(tokenizer), Inputs(tmp_path, tokenizer), Settings(), tmp_path)
     assert len(list(tmp_path.glob("*.partial.jsonl"))) == (1 if "question" in line else 0)
+
+
+def test_data_that_other_libraries_cannot_read_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    """A Parquet file with a hole in it, and a folder of save_to_disk's without its files."""
+    datasets = pytest.importorskip("datasets", reason="pip install megatron-prolong[eval]")
+    (task,) = select("helmet", [8192], ["trec_coarse"])
+    folder = tmp_path / "hf" / "trec"
+    folder.mkdir(parents=True)
+    rows = [{"text": "a", "coarse_label": 0}, {"text": "b", "coarse_label": 1}]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "train-0.parquet")
+    content = (folder / "train-0.parquet").read_bytes()
+    inputs = Inputs(tmp_path, tokenizer)
+    (folder / "train-0.parquet").write_bytes(content[:4] + bytes(60) + content[64:])
+    with pytest.raises(UserError, match=rf"(?s)its data is not as HELMET has it .*get {folder} anew"):
+        run_task(task, Parrot(tokenizer), inputs, Settings(), tmp_path)
+    (folder / "train-0.parquet").unlink()
+    (folder / "train").mkdir()
+    (folder / "train" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"(?s)its data is not as HELMET has it .*get {folder} anew"):
+        run_task(task, Parrot(tokenizer), inputs, Settings(), tmp_path)
