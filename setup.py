@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent
 
 # Every range below is one the test suite has run against; CPU-only Python 3.11 installs all of it.
 CORE = [
-    "torch>=2.11,<2.14",
+    "torch>=2.11,<2.15",
     "megatron-core>=0.16.1,<0.20",  # Python 3.11 has none after 0.16.1
     "psutil>=5.9,<8",  # megatron-core needs it too, and does not declare it
     "numpy>=1.26,<3",

@@ -122,7 +122,7 @@ def _table_of_contents(
 
 
 def _add_empty_extra_state(directory: Path, contents: Metadata) -> None:
-    """One object per module and layer, under Megatron's ShardedObject.unique_key; all share the same bytes."""
+    """One object per module, under Megatron's ShardedObject.unique_key; all share the same bytes."""
     num_layers = next(
         entry.size[0]
         for key, entry in contents.state_dict_metadata.items()
@@ -131,11 +131,11 @@ def _add_empty_extra_state(directory: Path, contents: Metadata) -> None:
     name = "__0_extra_state.distcp"
     _save([None], directory / name)
     info = _StorageInfo(name, 0, (directory / name).stat().st_size)
-    for module in _EXTRA_STATE:
-        for layer in range(num_layers):
-            key = f"{module}/shard_{layer}_{num_layers}"
-            contents.state_dict_metadata[key] = BytesStorageMetadata()
-            contents.storage_data[MetadataIndex(key)] = info
+    keys = [f"{module}/shard_{layer}_{num_layers}" for module in _EXTRA_STATE for layer in range(num_layers)]
+    keys.append("decoder.final_layernorm._extra_state/shard_0_1")  # Transformer Engine's norms announce one
+    for key in keys:
+        contents.state_dict_metadata[key] = BytesStorageMetadata()
+        contents.storage_data[MetadataIndex(key)] = info
 
 
 def _save(content: object, path: Path) -> None:

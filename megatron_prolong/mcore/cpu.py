@@ -94,6 +94,8 @@ def cuda_on_cpu() -> Iterator[None]:
         (megatron_optimizer, "multi_tensor_scale_impl", megatron_utils.local_multi_tensor_scale),
         (megatron_optimizer, "multi_tensor_applier", megatron_utils.local_multi_tensor_applier),
     ]
+    if hasattr(clip_grads, "multi_tensor_scale_tensor_impl"):  # since 0.17, of newer Transformer Engines
+        replacements.append((clip_grads, "multi_tensor_scale_tensor_impl", None))
     with replaced(replacements), _CudaMeansCpu():
         yield
 

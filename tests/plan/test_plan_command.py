@@ -57,7 +57,7 @@ def test_a_step_ends_between_the_signal_and_the_time_limit(model: Path) -> None:
 
 
 def test_how_often_a_checkpoint_comes(model: Path) -> None:
-    text = run(model, "--stage", "512k", "--gpus", "8", "checkpoint.every=125")
+    text = run(model, "--stage", "512k", "--gpus", "8", "--no-te", "checkpoint.every=125")
     assert "a checkpoint every 125 steps (checkpoint.every): every 30.0 hours" in text
 
 

@@ -441,6 +441,13 @@ void nvte_multi_tensor_scale_cuda(int, NVTETensor noop, NVTETensor** lists, cons
   }
 }
 
+#ifdef TRANSFORMER_ENGINE_FUSED_ATTN_H_
+void nvte_multi_tensor_scale_tensor_cuda(int chunk_size, NVTETensor noop, NVTETensor** lists, const size_t num_lists,
+                                         const size_t num_tensors, NVTETensor scale, cudaStream_t stream) {
+  nvte_multi_tensor_scale_cuda(chunk_size, noop, lists, num_lists, num_tensors, Elements(scale)[0], stream);
+}
+#endif
+
 void nvte_multi_tensor_compute_scale_and_scale_inv_cuda(int, NVTETensor, NVTETensor** lists, const size_t,
                                                         const size_t num_tensors, float max_fp8, int power_of_2,
                                                         float epsilon, cudaStream_t) {
