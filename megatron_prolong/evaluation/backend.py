@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_LESS_MEMORY = (
+    "under torchrun a checkpoint of ours is spread over more GPUs, with --cp N each prompt too "
+    "(docs/evaluation.md)"
+)
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -201,18 +206,21 @@ def open_backend(
         world: as of `open_megatron`.
 
     Raises:
-        UserError: see `backend_kind`.
+        UserError: see `backend_kind`; or the GPU's memory is full.
     """
-    directory = model_directory(path)
-    if backend_kind(path, kind=kind, cp=cp) == "megatron":
-        from megatron_prolong.evaluation.megatron import open_megatron
+    directory, kind = model_directory(path), backend_kind(path, kind=kind, cp=cp)
+    from megatron_prolong.runtime.full_gpu import naming_a_full_gpu  # imports torch
 
-        with open_megatron(directory, batch_size=batch_size, cp=cp, world=world) as backend:
-            yield backend
-    else:
-        from megatron_prolong.evaluation.hf import HuggingFaceBackend
+    with naming_a_full_gpu(lambda: f"evaluating {path}", _LESS_MEMORY):
+        if kind == "megatron":
+            from megatron_prolong.evaluation.megatron import open_megatron
 
-        yield HuggingFaceBackend.open(directory, batch_size=batch_size)
+            with open_megatron(directory, batch_size=batch_size, cp=cp, world=world) as backend:
+                yield backend
+        else:
+            from megatron_prolong.evaluation.hf import HuggingFaceBackend
+
+            yield HuggingFaceBackend.open(directory, batch_size=batch_size)
 
 
 def declared_length(directory: Path) -> int | None:

@@ -22,6 +22,7 @@ from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.recipe.load import dump_recipe
 from megatron_prolong.recipe.schema import Recipe, Stage, settings_of
 from megatron_prolong.runtime.agreement import together
+from megatron_prolong.runtime.full_gpu import naming_a_full_gpu
 from megatron_prolong.runtime.garbage import collected_by_hand
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
@@ -33,6 +34,10 @@ from megatron_prolong.training.prepare import StageInput, StageRun, first_state,
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics
 
+_LESS_MEMORY = (
+    "`prolong plan` shows which layouts fit: more tp or cp, recompute and offload_activations take less "
+    "(docs/training.md)"
+)
 # From one micro-batch to the next, which takes minutes (a step of 8M tokens takes hours on a few GPUs). Saving a
 # checkpoint of 70B, or reading it once, must fit too.
 HANG_SECONDS = 3600.0
@@ -64,7 +69,7 @@ def train_stage(session: Session, stage: Stage, start: StageInput, until: int) -
 
     Raises:
         Preempted: asked to stop; a checkpoint of the last finished step is on disk.
-        UserError: the checkpoint or the data does not fit the recipe.
+        UserError: the checkpoint or the data does not fit the recipe, or the GPU's memory is full.
         RankLost: another rank died.
     """
     layout, rank, log = settings_of(session.recipe, stage).layout, session.world.rank, session.log
@@ -72,6 +77,7 @@ def train_stage(session: Session, stage: Stage, start: StageInput, until: int) -
         megatron(layout, stage.seed) as groups,
         Watchdog(rank, HANG_SECONDS) as watchdog,
         naming_lost_ranks(rank, lambda: f"{watchdog.where} of stage {stage.name}"),
+        naming_a_full_gpu(lambda: f"rank {rank}, {watchdog.where} of stage {stage.name}", _LESS_MEMORY),
     ):
         if session.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(session.world.device)

@@ -190,6 +190,14 @@ def test_a_prompt_without_any_token_is_refused(tokenizer: Any) -> None:
         encode(tokenizer, Prompt(""))
 
 
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+def test_a_full_gpu_is_named_with_the_model(hf_directory, checkpoint, kind):
+    model = hf_directory if kind == "hf" else checkpoint
+    said = f"^evaluating {model}: the GPU's memory is full .*--cp"
+    with pytest.raises(UserError, match=said), open_backend(model):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 def test_neither_kind_of_model_is_refused(tmp_path: Path, hf_directory: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"), open_backend(tmp_path):
         pass

@@ -326,3 +326,27 @@ def test_a_rank_that_fails_alone_does_not_wait_for_the_others_at_its_end(ranks, 
     found = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert (found.returncode, found.stderr[len(found.stderr) - len(said) :]) == (code, said), found.stderr
     assert ("an orderly end" in found.stdout) == (ranks == 1)
+
+
+FULL = """
+import sys
+import torch
+from megatron_prolong.cli import main
+from megatron_prolong.training.prepare import StageRun
+
+def update(self, step, sequences, make=StageRun.update):
+    if step == 2:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return make(self, step, sequences)
+
+StageRun.update = update
+main.run()
+"""
+
+
+def test_a_full_gpu_is_told_with_the_step(workspace) -> None:
+    command = [sys.executable, "-c", FULL, "train", str(workspace.recipe("full"))]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 1, ended.stderr
+    said = "error: rank 0, step 3 of stage short: the GPU's memory is full (CUDA out of memory. Tried to allocate 2"
+    assert ended.stderr.startswith(said) and ended.stderr.count("\n") == 1
