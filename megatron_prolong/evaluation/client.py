@@ -92,6 +92,8 @@ class Client:
 
     @cached_property
     def _server(self) -> OpenAI:
+        if not self.base_url.startswith(("http://", "https://")):
+            raise UserError(f"{self.base_url}: no address of a server; it begins with http:// or https://")
         from openai import OpenAI
 
         key = os.environ.get("OPENAI_API_KEY") or "none"  # one's own server asks for none, the client does

@@ -175,6 +175,11 @@ def test_half_an_emoji_is_a_question_mark(server: Server, tokenizer: Any) -> Non
     assert list(OpenAIBackend(client(server), "tiny", tokenizer, 512).generate([Prompt("a")], 4)) == ["? x"]
 
 
+def test_an_address_without_its_scheme_is_not_tried() -> None:
+    with pytest.raises(UserError, match=r"localhost:8000/v1: .* http://"):
+        Client("localhost:8000/v1").get("models")
+
+
 def test_a_server_that_stays_away_is_named(tokenizer: Any) -> None:
     nobody = Client("http://127.0.0.1:9/v1", retries=1)
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9/v1/models: .*refused"):
