@@ -54,6 +54,7 @@ class LocalProcesses:
             yield from self._pool(work, items)
 
     def _pool(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        others = set(multiprocessing.active_children())
         # spawn: forking a process in which the tokenizer's threads run can deadlock the child.
         pool = ProcessPoolExecutor(
             min(self.workers, len(items)),
@@ -68,7 +69,8 @@ class LocalProcesses:
         except BrokenProcessPool:
             raise UserError(_KILLED.format("take fewer --workers")) from None
         except (KeyboardInterrupt, GeneratorExit):
-            for worker in multiprocessing.active_children():  # a task under way may take minutes
+            # A task under way may take minutes.
+            for worker in set(multiprocessing.active_children()) - others:
                 worker.kill()
             raise
         finally:

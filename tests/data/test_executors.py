@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -84,10 +85,18 @@ def test_an_error_does_not_wait_for_the_tasks_that_have_not_begun(tmp_path: Path
 
 
 def test_who_wants_no_more_results_does_not_wait_for_the_tasks_under_way(tmp_path: Path) -> None:
-    results = LocalProcesses(2).map(slowly, [(0.1, str(tmp_path / "quick")), (5, str(tmp_path / "slow"))])
-    next(results)
-    results.close()  # type: ignore[attr-defined]
-    assert [path.name for path in tmp_path.iterdir()] == ["quick"]
+    """The tasks end with their processes, and these alone: the caller may have others."""
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    other.start()
+    try:
+        results = LocalProcesses(2).map(slowly, [(0.1, str(tmp_path / "quick")), (5, str(tmp_path / "slow"))])
+        next(results)
+        results.close()  # type: ignore[attr-defined]
+        assert [path.name for path in tmp_path.iterdir()] == ["quick"]
+        assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()
 
 
 KILLED = """
