@@ -217,8 +217,9 @@ class _Work:
 
     def _problem(self, record: Record) -> Bad | None:
         name = self.options.messages_field if self.options.chat else self.options.text_field
-        value, known = _get(record.fields, name), ", ".join(record.fields)
+        value = _get(record.fields, name)
         if value is None:
+            known = ", ".join(record.fields)
             return Bad(
                 record.name, f"field {name!r} is missing or null (fields: {known})", f"no field {name}"
             )
@@ -231,6 +232,7 @@ class _Work:
             texts.append(value)
         domain = self._domain(record)
         if domain is None:
+            known = ", ".join(record.fields)
             return Bad(
                 record.name,
                 f"field {self.options.domain_field!r} names no domain (fields: {known}); with --domain, such "
