@@ -347,7 +347,7 @@ void nvte_cp_thd_read_second_half_lse(const NVTETensor& lse, const NVTETensor& c
     });
 }
 
-#ifdef TRANSFORMER_ENGINE_FUSED_ATTN_H_  // TE 2.20 adds one step after another, and orders tokens in kernels
+#ifdef TE_2_20  // adds one step after another, and orders tokens in kernels
 
 void nvte_cp_thd_out_correction(NVTETensor out, const NVTETensor& out_per_step, const NVTETensor& old_lse,
                                 const NVTETensor& lse, const NVTETensor& lse_per_step, const NVTETensor& cu_seqlens,
@@ -441,7 +441,7 @@ void nvte_multi_tensor_scale_cuda(int, NVTETensor noop, NVTETensor** lists, cons
   }
 }
 
-#ifdef TRANSFORMER_ENGINE_FUSED_ATTN_H_
+#ifdef TE_2_20
 void nvte_multi_tensor_scale_tensor_cuda(int chunk_size, NVTETensor noop, NVTETensor** lists, const size_t num_lists,
                                          const size_t num_tensors, NVTETensor scale, cudaStream_t stream) {
   nvte_multi_tensor_scale_cuda(chunk_size, noop, lists, num_lists, num_tensors, Elements(scale)[0], stream);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cuda_fp8.h>
+#include <transformer_engine/fused_attn.h>
 #include <transformer_engine/transformer_engine.h>
 
 #include <algorithm>
@@ -13,6 +14,12 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+// TE's headers name no version. TE 2.20 asks other functions of its library than 2.12 and 2.13 do; in these fused_attn.h's
+// guard has another name.
+#ifdef TRANSFORMER_ENGINE_FUSED_ATTN_H_
+#define TE_2_20
+#endif
 
 namespace te {
 

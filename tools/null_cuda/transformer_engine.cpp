@@ -202,7 +202,7 @@ T of(void* params, Get get, Attribute which) {
 
 extern "C" {
 
-#ifdef TRANSFORMER_ENGINE_FUSED_ATTN_H_  // TE 2.20: all arguments in one object
+#ifdef TE_2_20  // all arguments in one object
 
 #define FORWARD(type, name) of<type>(params, nvte_get_fused_attn_fwd_params_attribute, kNVTEFusedAttnFwdParams##name)
 #define BACKWARD(type, name) of<type>(params, nvte_get_fused_attn_bwd_params_attribute, kNVTEFusedAttnBwdParams##name)
@@ -212,7 +212,7 @@ extern "C" {
    get(size_t, MaxSeqlenKV), get(float, AttnScale), get(NVTE_QKV_Layout, QKVLayout),                         \
    get(NVTE_Mask_Type, AttnMaskType), get(NVTETensor, Workspace)}
 
-// TE compiles its norms for the device that it finds. Their workspace is that of a GPU's few hundred blocks.
+// TE compiles its norms for the device that it finds. Their workspace, a few MB on a GPU, is left out.
 void nvte_rmsnorm_fwd(const NVTETensor, const NVTETensor, const float, NVTETensor, NVTETensor, NVTETensor workspace,
                       const int, const bool, cudaStream_t) {
   if (!has_memory(workspace)) describe(workspace, {1024}, kNVTEByte);
