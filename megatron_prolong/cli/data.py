@@ -123,10 +123,16 @@ def filter_(
         list[str] | None,
         typer.Option(help="File of an evaluation set (text, JSON, JSONL, Parquet); repeatable."),
     ] = None,
-    n: Annotated[int, typer.Option("--ngram", help="Words that must be the same in a row.")] = 13,
+    n: Annotated[
+        int | None,
+        typer.Option("--ngram", help="With --against: words that must be the same in a row (default: 13)."),
+    ] = None,
     hits: Annotated[
-        int, typer.Option(help="Different n-grams that a document must share to be dropped.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="With --against: different n-grams that a document must share to be dropped (default: 1)."
+        ),
+    ] = None,
     predicate: Annotated[
         str | None, typer.Option(help="module:function; called with tokens, domain, text; True keeps.")
     ] = None,
@@ -141,13 +147,17 @@ def filter_(
     from megatron_prolong.data.filter import FilterOptions, filter_documents
 
     inputs, out = _split(paths)
+    rule = {name: value for name, value in (("n", n), ("hits", hits)) if value is not None}
+    if rule and not against:
+        raise UserError(
+            "--ngram and --hits are for --against FILE, an evaluation set: add it, or leave them out"
+        )
     options = FilterOptions(
         min_length=dict(min_length or []),
         max_length=dict(max_length or []),
         duplicates=duplicates,
         against=tuple(against or ()),
-        n=n,
-        hits=hits,
+        **rule,
         predicate=predicate,
         tokenizer=str(tokenizer) if tokenizer else None,
     )

@@ -79,6 +79,10 @@ class PackOptions:
         ]
         if not 0 <= self.overlap < min(self.length, *self.chunk_lengths):
             problems.append(f"overlap {self.overlap} must be less than the length of a chunk or pack")
+        if self.overlap and self.intact:
+            problems.append(
+                f"overlap {self.overlap} has no effect with intact: a cut document has no next piece"
+            )
         if self.min_length > self.length and self.mode != "single":
             problems.append(f"min_length {self.min_length} is longer than a pack, {self.length}")
         if problems:

@@ -63,6 +63,12 @@ class TokenizeOptions:
     max_chat_tokens: int | None = None
     on_bad_input: Literal["stop", "skip"] = "stop"
 
+    def __post_init__(self) -> None:
+        if self.max_chat_tokens is not None and not self.chat and self.kind != "chat":
+            raise UserError(
+                f"--max-chat-tokens {self.max_chat_tokens} is for chats: add --chat, or leave it out"
+            )
+
 
 @dataclass
 class TokenizeReport(Report):

@@ -16,6 +16,7 @@ from megatron_prolong.data.executors import LocalProcesses, Ray
 from megatron_prolong.data.filter import FilterOptions
 from megatron_prolong.data.pack import PackOptions
 from megatron_prolong.data.tokenize import TokenizeOptions
+from megatron_prolong.errors import UserError
 
 TOKENIZE, FILTER, PACK = (
     (tokenize_module, "tokenize"),
@@ -69,3 +70,19 @@ def test_options_reach_their_step(
     local, ray = (how for _, how in asked)
     assert local["executor"] == LocalProcesses(3) and local["slurm"]["SLURM_ARRAY_TASK_ID"] == "8"  # type: ignore[index]
     assert ray == {"executor": Ray(), "slurm": None}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("tokenize --tokenizer t --max-chat-tokens 1K", "--max-chat-tokens 1024 is for chats"),
+        ("filter --duplicates --ngram 13", "--ngram and --hits are for --against"),
+        ("filter --duplicates --hits 1", "--ngram and --hits are for --against"),
+        ("pack --length 1K --mode concat --intact --overlap 3", "overlap 3 has no effect with intact"),
+    ],
+)
+def test_an_option_without_effect_is_refused(command: str, message: str) -> None:
+    """Also one that has its default's value: whoever gives it believes that documents are compared."""
+    name, *words = command.split()
+    error = CliRunner().invoke(app, ["data", name, "in", "out", *words]).exception
+    assert isinstance(error, UserError) and message in str(error)

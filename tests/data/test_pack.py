@@ -35,27 +35,26 @@ def subsets(out: Path, report: PackReport) -> list[MDSReader]:
     return [MDSReader(out / subset) for subset in report.packs]
 
 
+ADDED = {
+    "bos": st.sampled_from([None, 7]),
+    "eos": st.sampled_from([None, 9]),
+    "shuffle_seed": st.sampled_from([None, 0]),
+}
+WHOLE_PACKS = ADDED | {
+    "length": st.integers(12, 40),
+    "mode": st.sampled_from(["concat", "bestfit"]),
+    "min_length": st.integers(1, 10),
+}
 OPTIONS = st.one_of(
+    st.builds(PackOptions, **WHOLE_PACKS, overlap=st.integers(0, 9)),
+    st.builds(PackOptions, **WHOLE_PACKS, intact=st.just(True)),
     st.builds(
         PackOptions,
-        length=st.integers(12, 40),
-        mode=st.sampled_from(["concat", "bestfit"]),
-        min_length=st.integers(1, 10),
-        overlap=st.integers(0, 9),
-        intact=st.booleans(),
-        bos=st.sampled_from([None, 7]),
-        eos=st.sampled_from([None, 9]),
-        shuffle_seed=st.sampled_from([None, 0]),
-    ),
-    st.builds(
-        PackOptions,
+        **ADDED,
         length=st.just(48),
         mode=st.just("single"),
         lengths=st.sampled_from([(), (48,), (12, 24), (16, 48)]),
         overlap=st.integers(0, 9),
-        bos=st.sampled_from([None, 7]),
-        eos=st.sampled_from([None, 9]),
-        shuffle_seed=st.sampled_from([None, 0]),
     ),
 )
 
@@ -250,6 +249,7 @@ def test_running_again_does_nothing_and_other_settings_are_refused(tmp_path: Pat
         ({"overlap": 16}, "overlap 16 must be less than"),
         ({"mode": "single", "lengths": (8,), "overlap": 8}, "overlap 8 must be less than"),
         ({"min_length": 17}, "min_length 17 is longer than a pack"),
+        ({"overlap": 1, "intact": True}, "overlap 1 has no effect with intact"),
     ],
 )
 def test_options_that_do_not_fit(options: dict, message: str) -> None:
