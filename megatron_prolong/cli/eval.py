@@ -158,13 +158,15 @@ def needle(
 
 
 def _refuse_to_lose(path: Path, about: dict[str, Any], models: list[tuple[str, str]]) -> None:
-    """Raises UserError when the file holds more than the same measurement of these models would replace."""
-    from megatron_prolong.recipe.shape import read_json
+    """Raises UserError when the file holds more than the same measurement of these models would replace, or is
+    damaged."""
+    from megatron_prolong.evaluation.results import read_whole, whole_result
 
     if not path.exists():
         return
-    there = read_json(path)
-    lost = sorted(there.get("models", {}).keys() - {label for label, _ in models})
+    with whole_result(path):
+        there = read_whole(path)
+        lost = sorted(there["models"].keys() - {label for label, _ in models})
     differing = [name for name, value in about.items() if there.get(name) != value]
     if lost or differing:
         holds = f"results of {', '.join(lost)}" if lost else f"results of another {' and '.join(differing)}"

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.report import write_json
-from megatron_prolong.evaluation.results import read_whole
+from megatron_prolong.evaluation.results import read_whole, whole_result
 from megatron_prolong.evaluation.run import is_of
 from megatron_prolong.runtime.publish import is_disk_full
 from megatron_prolong.runtime.replace import replaced
@@ -58,7 +58,8 @@ def remembered(
     Args:
         overwrite: ask again what is there.
     """
-    scores = dict(read_whole(path)["scores"]) if path.exists() and is_of(path, arguments) else {}
+    with whole_result(path):
+        scores = dict(read_whole(path)["scores"]) if path.exists() and is_of(path, arguments) else {}
     for name in names:
         if name not in scores or overwrite:
             scores[name] = ask(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from megatron_prolong.evaluation.run import Settings
 from megatron_prolong.evaluation.suite import run_suite
 from megatron_prolong.evaluation.task import Inputs, Task
 from megatron_prolong.recipe.schema import EvaluationSpec
+from megatron_prolong.recipe.shape import read_json
 from megatron_prolong.runtime.agreement import from_main
 from megatron_prolong.runtime.launch import World
 
@@ -111,10 +111,13 @@ def read_held_out(spec: EvaluationSpec, tokenizer: Path) -> list[Passage]:
 
 
 def _measured(scores: Path, about: Mapping[str, object]) -> bool:
-    """Whether there are scores of just this model and these questions."""
+    """Whether there are scores of just this model and these questions; a damaged file is none."""
     if not scores.exists():
         return False
-    return bool(about.items() <= json.loads(scores.read_text(encoding="utf-8")).items())
+    try:
+        return about.items() <= read_json(scores).items()
+    except UserError:
+        return False
 
 
 class _Interrupted(Exception):  # noqa: N818 - an event, not an error

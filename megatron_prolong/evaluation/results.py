@@ -163,7 +163,7 @@ def whole_result(path: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path}: not a whole result of `prolong eval run` ({type(error).__name__}: {error}); {_remedy(path)}"
+            f"{path}: not a whole result of `prolong eval` ({type(error).__name__}: {error}); {_remedy(path)}"
         ) from error
 
 

@@ -171,6 +171,21 @@ def test_results_of_something_else_are_not_written_over(
         assert f"{command}.json holds {lost}, which would be lost" in str(found.exception)
 
 
+@pytest.mark.parametrize("damaged", ['{"models": ["a"]}', '{"seed": 42}', '{"models": {"a"', "[]"])
+@pytest.mark.parametrize("command", ["perplexity", "needle"])
+def test_a_damaged_file_of_earlier_results_is_named_before_measuring(
+    command: str, damaged: str, hf_directory: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    (tmp_path / f"{command}.json").write_text(damaged)
+    more = ["--data", str(text)] if command == "perplexity" else []
+    found = CliRunner().invoke(app, ["eval", command, str(hf_directory), "--out", str(tmp_path), *more])
+    assert isinstance(found.exception, UserError), found.exception
+    said = str(found.exception)
+    assert f"{tmp_path}/{command}.json: " in said and said.endswith("; delete it, and run the task again")
+
+
 def test_a_directory_with_an_equals_sign_in_its_name_is_a_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=1e-5/64k").mkdir(parents=True)

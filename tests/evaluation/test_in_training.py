@@ -133,6 +133,9 @@ def test_scores_of_other_questions_do_not_count(tmp_path: Path) -> None:
     assert _measured(path, about)
     for changed in ({"model_identity": "y"}, {"samples": 3}, {"tasks": ["ruler_vt/1024", "ruler_vt/2048"]}):
         assert not _measured(path, {**about, **changed})
+    for damaged in ("[1]", '{"samples"'):
+        path.write_text(damaged)
+        assert not _measured(path, about)
 
 
 def test_another_length_of_the_same_documents_is_measured(

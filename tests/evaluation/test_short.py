@@ -116,6 +116,13 @@ def test_what_is_scored_already_is_not_asked_again_unless_it_was_of_something_el
     monkeypatch.setattr(short, "_harness", lambda: (evaluate, None, "0.4.13"))
     assert ask() == {"tiny_choice": 50.0}, "another version may ask otherwise"
     assert asked == [(["tiny_choice"], 3, limit) for limit in (9, None, None, None)]
+    content = json.loads((tmp_path / "short.json").read_text())
+    for scores in ({}, {"scores": 50.0}):  # as a hand may have left it
+        (tmp_path / "short.json").write_text(json.dumps({"args": content["args"], **scores}))
+        with pytest.raises(
+            UserError, match=r"short\.json: not a whole result .*; delete it, and run the task"
+        ):
+            ask()
 
 
 def test_shots_and_metrics_are_those_of_the_old_leaderboard() -> None:
