@@ -61,7 +61,8 @@ class Questions:
         """Before the first is asked.
 
         Raises:
-            UserError: the harness is not installed; a directory or task that is not there; no chat template.
+            UserError: the harness is not installed; a directory or task that is not there; no chat template; a
+                tokenizer with neither BOS nor EOS.
         """
         check_harness()
         if self.include and not self.include.is_dir():
@@ -74,18 +75,8 @@ class Questions:
                 raise UserError(
                     f"--tasks {name}: lm-evaluation-harness has no such task; {self._hint(name, known)}"
                 )
-        for model in models if self.chat else ():
-            tokenizer = load_tokenizer(tokenizer_directory(model))
-            if not tokenizer.chat_template:
-                raise UserError(
-                    f"--chat: {model} has no chat template; leave --chat out, as for a base model"
-                )
-            try:
-                apply_template(tokenizer, [{"role": "user", "content": "x"}], open_turn=True)
-            except ChatError as error:
-                raise UserError(
-                    f"--chat: {model}: {error}; leave --chat out, or mend the template"
-                ) from error
+        for model in models:
+            _check_tokenizer(model, self.chat)
 
     def _hint(self, name: str, known: Sequence[str]) -> str:
         """What may be meant by a name that is not known; files of one's own that are no YAML the harness skips."""
@@ -104,6 +95,23 @@ class Questions:
         own = {"tokenizer": str(tokenizer)} if tokenizer else {}
         include = str(self.include) if self.include else None
         return TaskManager(include_path=include, metadata={**own, **self.metadata})
+
+
+def _check_tokenizer(model: Path, chat: bool) -> None:
+    tokenizer = load_tokenizer(tokenizer_directory(model))
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{model}: the tokenizer has neither BOS nor EOS, one of which stands before a text without a prompt; "
+            f"name its bos_token in {tokenizer_directory(model) / 'tokenizer_config.json'}"
+        )
+    if not chat:
+        return
+    if not tokenizer.chat_template:
+        raise UserError(f"--chat: {model} has no chat template; leave --chat out, as for a base model")
+    try:
+        apply_template(tokenizer, [{"role": "user", "content": "x"}], open_turn=True)
+    except ChatError as error:
+        raise UserError(f"--chat: {model}: {error}; leave --chat out, or mend the template") from error
 
 
 def run_questions(

@@ -293,6 +293,8 @@ def test_what_cannot_be_asked_is_told_before_a_model_is_opened(
     refusing.chat_template = "{{ raise_exception('no lone message') }}"
     monkeypatch.setattr("megatron_prolong.evaluation.harness_tasks.load_tokenizer", lambda _: refusing)
     assert "refuses it: no lone message; leave --chat out" in refusal("--tasks", "own", "--chat")
+    refusing.bos_token = refusing.eos_token = None
+    assert f"{model}: the tokenizer has neither BOS nor EOS" in refusal("--tasks", "own")
 
 
 def test_answers_drawn_at_random_and_answers_without_room_are_refused(
