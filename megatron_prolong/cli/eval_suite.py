@@ -32,6 +32,7 @@ from megatron_prolong.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_prolong.evaluation.backend import Backend
+    from megatron_prolong.evaluation.openai import OpenAIBackend
     from megatron_prolong.evaluation.short import ShortTask
     from megatron_prolong.evaluation.task import Entails, Task
     from megatron_prolong.runtime.launch import World
@@ -139,17 +140,17 @@ def run(
                 refuse_another_model(out / label, name, identity)
             if backend != "openai" and (declared := declared_length(Path(name))) is not None:
                 refuse_lengths_beyond(chosen, name, declared, too_long)
+        for label, name, _ in models:
+            if backend == "openai":
+                words = _connect(name, server, tokenizer).tokenizer
+            else:
+                words = load_tokenizer(tokenizer_directory(Path(name)))
+            refuse_cramped(chosen, Inputs(data, words, seed, haystack=text))
+            refuse_chat(chosen, words, chat)
+            make(out / label)
         if nli and any(task.summarise for task in chosen):
             split_sentences("Now, not after hours of answers.")
-        entails = load_nli(nli) if nli else None
-        for label, name, _ in models:
-            words = tokenizer if backend == "openai" else tokenizer_directory(Path(name))
-            if words is not None:
-                inputs = Inputs(data, load_tokenizer(words), seed, haystack=text)
-                refuse_cramped(chosen, inputs)
-                refuse_chat(chosen, inputs.tokenizer, chat)
-            make(out / label)
-        return models, chosen, text, entails
+        return models, chosen, text, load_nli(nli) if nli else None
 
     results = {}
     with folders() as make, ranks() as world, going_on(world):
@@ -231,17 +232,23 @@ def _open(
     cp: int,
     world: World | None,
 ) -> AbstractContextManager[Backend | None]:
-    from megatron_prolong.evaluation.backend import load_tokenizer, open_backend
+    from megatron_prolong.evaluation.backend import open_backend
+
+    if backend == "openai":
+        return nullcontext(_connect(path, server, tokenizer))
+    return open_backend(path, batch_size=batch_size, kind=backend, cp=cp, world=world)
+
+
+def _connect(model: str, server: str | None, tokenizer: Path | None) -> OpenAIBackend:
+    from megatron_prolong.evaluation.backend import load_tokenizer
     from megatron_prolong.evaluation.client import Client
     from megatron_prolong.evaluation.openai import OpenAIBackend
 
-    if backend != "openai":
-        return open_backend(path, batch_size=batch_size, kind=backend, cp=cp, world=world)
     if server is None or tokenizer is None:
         raise UserError(
             "--backend openai needs --server URL, and --tokenizer DIRECTORY to count and cut prompts with"
         )
-    return nullcontext(OpenAIBackend.connect(Client(server), path, load_tokenizer(tokenizer)))
+    return OpenAIBackend.connect(Client(server), model, load_tokenizer(tokenizer))
 
 
 def _run_short(

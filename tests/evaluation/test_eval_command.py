@@ -43,6 +43,30 @@ def test_what_citations_need_is_missed_before_any_answer(
     assert isinstance(without.exception, InterruptedError), "which has no citations"
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "Not a directory"),
+        (["--backend", "openai"], "needs --server URL"),
+        (["--backend", "openai", "--server", "localhost:8000"], "needs --server URL, and --tokenizer"),
+        (
+            ["--backend", "openai", "--server", "localhost:8000", "--tokenizer", "MODEL"],
+            "begins with http://",
+        ),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_inference_model_is_loaded(
+    more: list[str], said: str, hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has 11B weights."""
+    monkeypatch.setattr("megatron_prolong.evaluation.nli.load_nli", pytest.fail)
+    (tmp_path / "file").write_text("")
+    arguments = ["eval", "run", "MODEL", "--out", str(tmp_path / "file" / "out"), "--nli", "nli"]
+    arguments += ["--suite", "synthetic", "--lengths", "1K", "--tasks", "ruler_niah_s_1", *more]
+    given = [str(hf_directory) if argument == "MODEL" else argument for argument in arguments]
+    assert said in str(CliRunner().invoke(app, given).exception)
+
+
 @pytest.mark.parametrize("option", ["--server", "--tokenizer"])
 def test_a_served_model_is_asked_for_by_its_backend(option: str, tmp_path: Path) -> None:
     """It was looked for on the disk."""
@@ -52,7 +76,7 @@ def test_a_served_model_is_asked_for_by_its_backend(option: str, tmp_path: Path)
 
 
 def test_only_the_main_rank_loads_the_inference_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who is the main one, the ranks know; the environment is not asked again."""
     main, other = (SimpleNamespace(is_main=is_main) for is_main in (True, False))
@@ -61,7 +85,8 @@ def test_only_the_main_rank_loads_the_inference_model(
     monkeypatch.setattr(eval_suite, "on_all_ranks", lambda world, action: action())
     monkeypatch.setattr(eval_suite, "ranks", lambda: nullcontext(other))
     missing = tmp_path / "no model here"
-    arguments = ["eval", "run", str(tmp_path), "--out", str(tmp_path), "--nli", str(missing)]
+    arguments = ["eval", "run", str(hf_directory), "--out", str(tmp_path), "--nli", str(missing)]
+    arguments += ["--too-long", "allow"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     monkeypatch.setattr(eval_suite, "ranks", lambda: nullcontext(main))
     refused = CliRunner().invoke(app, [*arguments, "--suite", "synthetic"])
