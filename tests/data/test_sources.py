@@ -410,6 +410,27 @@ def test_remote_paths_go_through_fsspec(monkeypatch: pytest.MonkeyPatch) -> None
         source.parts("memory://bucket")
 
 
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_a_file_that_may_not_be_read_is_not_to_be_fetched_again(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    path = write_tree(tmp_path, {"a.txt": "{}"}) / "a.txt"
+    denied = Mock(side_effect=PermissionError(13, "Permission denied", str(path)))
+    monkeypatch.setattr(Path, "open", denied)  # as root could
+    with pytest.raises(
+        UserError, match=rf"^{path}: cannot be read \(Permission denied\); let it be read, or move"
+    ):
+        read(kind, path)
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/a.txt", b"{}")
+    monkeypatch.setattr(type(memory), "open", Mock(side_effect=PermissionError("no key given")))
+    with pytest.raises(
+        UserError, match=r"^memory://bucket/a.txt: cannot be read \(no key given\); let it be"
+    ):
+        list(source_of(kind).read(*source_of(kind).parts("memory://bucket/a.txt")))
+
+
 @pytest.mark.parametrize("kind", ["repositories", "mds"])
 def test_what_must_lie_on_a_disk_says_so(kind: str) -> None:
     with pytest.raises(UserError, match=r"^s3:/.*copy it to"):

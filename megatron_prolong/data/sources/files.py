@@ -61,9 +61,11 @@ def _list_local(path: str) -> list[tuple[str, int]]:
 
 def refuse_unreadable(error: OSError) -> NoReturn:
     """What os.walk would pass over in silence."""
-    raise UserError(
-        f"{error.filename}: cannot be read ({error.strerror}); let it be read, or move it away"
-    ) from None
+    raise _unreadable(error.filename, error) from None
+
+
+def _unreadable(path: str, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror or error}); let it be read, or move it away")
 
 
 def _list_remote(path: str) -> list[tuple[str, int]]:
@@ -94,11 +96,14 @@ def _filesystem(path: str) -> tuple[Any, str]:
 def open_bytes(path: str) -> Iterator[IO[bytes]]:
     """The file's bytes, decompressed by its suffix (.gz, .zst, .zstd, .bz2), for sequential reading.
 
-    Raises UserError naming the file when it cannot be read to its end: damaged, cut short, out of reach.
+    Raises UserError naming the file when it may not be read, or cannot be read to its end: damaged, cut short, out
+    of reach.
     """
     try:
         with _open(path) as raw, _decompressed(path, raw) as file:
             yield file
+    except PermissionError as error:
+        raise _unreadable(path, error) from None
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{path}: cannot be read to its end ({error}); fetch it again") from None
 
