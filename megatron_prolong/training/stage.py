@@ -34,7 +34,7 @@ from megatron_prolong.training.prepare import StageInput, StageRun, first_state,
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics
 
-_LESS_MEMORY = (
+LESS_MEMORY = (
     "`prolong plan` shows which layouts fit: more tp or cp, recompute and offload_activations take less "
     "(docs/training.md)"
 )
@@ -77,7 +77,7 @@ def train_stage(session: Session, stage: Stage, start: StageInput, until: int) -
         megatron(layout, stage.seed) as groups,
         Watchdog(rank, HANG_SECONDS) as watchdog,
         naming_lost_ranks(rank, lambda: f"{watchdog.where} of stage {stage.name}"),
-        naming_a_full_gpu(lambda: f"rank {rank}, {watchdog.where} of stage {stage.name}", _LESS_MEMORY),
+        naming_a_full_gpu(lambda: f"rank {rank}, {watchdog.where} of stage {stage.name}", LESS_MEMORY),
     ):
         if session.world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(session.world.device)

@@ -346,7 +346,10 @@ main.run()
 
 def test_a_full_gpu_is_told_with_the_step(workspace) -> None:
     command = [sys.executable, "-c", FULL, "train", str(workspace.recipe("full"))]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 1, ended.stderr
-    said = "error: rank 0, step 3 of stage short: the GPU's memory is full (CUDA out of memory. Tried to allocate 2"
-    assert ended.stderr.startswith(said) and ended.stderr.count("\n") == 1
+    for more, where in ([], "step 3"), (["--replay", "short:3"], "replay of step 3"):
+        ended = subprocess.run([*command, *more], capture_output=True, text=True, timeout=240)
+        assert ended.returncode == 1, ended.stderr
+        said = (
+            f"error: rank 0, {where} of stage short: the GPU's memory is full (CUDA out of memory. Tried to "
+        )
+        assert ended.stderr.startswith(said) and ended.stderr.count("\n") == 1
