@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from samples import write_data
+from servers import Server, client
 from typer.testing import CliRunner
 
 from megatron_prolong.cli import eval_suite
@@ -65,6 +66,17 @@ def test_what_is_wrong_is_found_before_the_inference_model_is_loaded(
     arguments += ["--suite", "synthetic", "--lengths", "1K", "--tasks", "ruler_niah_s_1", *more]
     given = [str(hf_directory) if argument == "MODEL" else argument for argument in arguments]
     assert said in str(CliRunner().invoke(app, given).exception)
+
+
+def test_every_model_is_asked_for_at_its_server_before_the_first_is_measured(
+    hf_directory: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eval_suite, "_open", pytest.fail)
+    arguments = ["eval", "run", "tiny", "--compare", "huge", "--out", str(tmp_path), "--backend", "openai"]
+    arguments += ["--server", client(server).base_url, "--tokenizer", str(hf_directory)]
+    arguments += ["--suite", "synthetic", "--lengths", "1K", "--tasks", "ruler_niah_s_1"]
+    refused = CliRunner().invoke(app, arguments).exception
+    assert isinstance(refused, UserError) and "does not serve huge; it serves tiny" in str(refused)
 
 
 @pytest.mark.parametrize("option", ["--server", "--tokenizer"])
