@@ -113,9 +113,8 @@ def _table_of_contents(
         tensor = chunk.tensor
         start = (chunk.start, *(0 for _ in tensor.shape[1:]))
         offsets = torch.Size(start if tensor.layer is None else (tensor.layer, *start))
-        stored = table[tensor.name].chunks
-        storage[MetadataIndex(tensor.name, offsets, len(stored))] = info
-        stored.append(ChunkStorageMetadata(offsets, torch.Size(_stored_shape(chunk))))
+        storage[MetadataIndex(tensor.name, offsets)] = info
+        table[tensor.name].chunks.append(ChunkStorageMetadata(offsets, torch.Size(_stored_shape(chunk))))
     return Metadata(
         state_dict_metadata=dict(table), planner_data={}, storage_data=storage, version=CURRENT_DCP_VERSION
     )

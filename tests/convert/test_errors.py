@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from megatron_prolong.convert import staging, transfer
 from megatron_prolong.convert.compare import compare
+from megatron_prolong.convert.manifest import write_manifest
 from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.convert.unpickle import Inert, SafeUnpickler, load_common, load_metadata
@@ -287,6 +288,20 @@ def test_a_converted_checkpoint_has_checksums(converted: Path) -> None:
         with pytest.raises(UserError, match=rf"{name}: contents changed"):
             verify_checksums(converted)
         (converted / name).write_bytes(content)
+
+
+def test_checksums_are_of_what_was_written_not_of_what_is_read_later(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil_and_write(directory: Path, content: dict[str, Any]) -> None:
+        weights = (directory / "__0_0.distcp").read_bytes()
+        (directory / "__0_0.distcp").write_bytes(weights[:-5] + bytes([weights[-5] ^ 1]) + weights[-4:])
+        write_manifest(directory, content)
+
+    monkeypatch.setattr("megatron_prolong.convert.to_megatron.write_manifest", spoil_and_write)
+    to_megatron(original, tmp_path / "converted")
+    with pytest.raises(UserError, match=r"__0_0\.distcp: contents changed"):
+        verify_checksums(tmp_path / "converted")
 
 
 def test_a_checkpoint_of_another_shape(converted: Path, tmp_path: Path) -> None:

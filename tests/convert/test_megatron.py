@@ -78,10 +78,19 @@ def _load_into_plain_gpt(source: Path) -> None:
         )
         loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(source))["model"]
         model.load_state_dict(loaded)
-        # Transformer Engine's final norm announces one more object, and is refused a checkpoint without it.
-        name = "decoder.final_layernorm._extra_state"
-        extra_state = ShardedObject(name, None, (1,), (0,), replica_id=dist.get_rank())
-        assert dist_checkpointing.load({"of the norm": extra_state}, str(source)) == {"of the norm": None}
+        # Transformer Engine's attention and final norm announce objects too, and are refused a checkpoint without.
+        modules = {
+            "decoder.layers.self_attention.core_attention": shape.num_layers,
+            "decoder.final_layernorm": 1,
+        }
+        of_modules = {
+            f"{name} {index}": ShardedObject(
+                f"{name}._extra_state", None, (size,), (index,), replica_id=dist.get_rank()
+            )
+            for name, size in modules.items()
+            for index in range(size)
+        }
+        assert dist_checkpointing.load(of_modules, str(source)) == dict.fromkeys(of_modules)
         expected = load_file(source.parent / "original" / "model.safetensors")
         tp, pp = (
             parallel_state.get_tensor_model_parallel_rank(),
