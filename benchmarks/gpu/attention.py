@@ -3,6 +3,7 @@
     python benchmarks/gpu/attention.py  # writes benchmarks/gpu/attention.json row by row
 
 - native: `packed_attention`, what our layers call without Transformer Engine (FlashAttention-2, variable lengths)
+- flash3: the same with FlashAttention-3 under it, where flash-attn-3 is installed
 - te: Transformer Engine's DotProductAttention on packed documents, what they call with it
 - sdpa: PyTorch's `scaled_dot_product_attention(is_causal=True)`, one document after another
 - flex: PyTorch's `flex_attention`, compiled, under a block mask of the documents
@@ -27,7 +28,7 @@ import measure
 from shapes import LLAMA3_8B as SHAPE
 from throughput import LOADS, documents
 
-WAYS = ("native", "te", "sdpa", "flex")
+WAYS = ("native", "flash3", "te", "sdpa", "flex")
 CASES = {
     "one document, 8K": [8192],
     "one document, 64K": [65_536],
@@ -44,6 +45,13 @@ def native(lengths: list[int]) -> Attend:
 
     cu_seqlens = torch.tensor([0, *accumulate(lengths)])
     return lambda q, k, v: packed_attention(q, k, v, cu_seqlens)
+
+
+def flash3(lengths: list[int]) -> Attend:
+    from torch.nn.attention import activate_flash_attention_impl
+
+    activate_flash_attention_impl("FA3")
+    return native(lengths)
 
 
 def te(lengths: list[int]) -> Attend:

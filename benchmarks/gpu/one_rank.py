@@ -74,7 +74,7 @@ class Case:
             precision="fp8" if way == "te fp8" else "bf16",
             recompute=self.recompute,
             offload=self.offload,
-            attention="flash2" if way == "native" else "te",
+            transformer_engine=way != "native",
         )
 
 

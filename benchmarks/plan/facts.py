@@ -129,7 +129,9 @@ def nemo() -> list[Fact]:
     rows = ((64, 4, 2, 574), (128, 4, 4, 555), (256, 4, 8, 549), (512, 8, 16, 549), (1024, 8, 32, 536))
     for kilo, tp, cp, reported in rows:
         layout = Layout(tp=tp, cp=cp, cp_exchange="p2p")
-        base = Job(LLAMA2_7B, layout, kilo, kilo * K, kilo // (tp * cp), precision="fp8", attention="te")
+        base = Job(
+            LLAMA2_7B, layout, kilo, kilo * K, kilo // (tp * cp), precision="fp8", transformer_engine=True
+        )
         best = _least_recompute(base, h100)
         facts.append(
             Fact(
@@ -143,7 +145,7 @@ def nemo() -> list[Fact]:
         )
     b200 = find_gpu("b200-180g")
     for kilo, reported in ((64, 1600), (256, 1590), (1024, 1608)):
-        job = Job(LLAMA3_8B, Layout(), kilo, kilo * K, 8, precision="fp8", attention="te")
+        job = Job(LLAMA3_8B, Layout(), kilo, kilo * K, 8, precision="fp8", transformer_engine=True)
         best = next(c for c in search(job, b200, _whole_documents(job)) if c.runs)
         facts.append(
             Fact(
@@ -195,7 +197,7 @@ def sharded() -> list[Fact]:
     for kilo, total in ((64, 7816), (128, 4266)):
         job = Job(LLAMA2_7B, ring, 8, kilo * K, 1)
         rows.append((f"EasyContext, Llama-2-7B, 8 A100, {kilo}K", a100, Sharded(job), total // 8, easy, ""))
-    trl = Sharded(Job(QWEN3_8B, ring, 8, M, 1, attention="te"))
+    trl = Sharded(Job(QWEN3_8B, ring, 8, M, 1, transformer_engine=True))
     rows.append(
         ("TRL, Qwen3-8B, 8 H100, 1M", h100, trl, 345, "huggingface/trl PR 6846", "ring, full recompute")
     )

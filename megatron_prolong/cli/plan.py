@@ -37,6 +37,13 @@ def plan(
         bool | None,
         typer.Option("--te/--no-te", help="With Transformer Engine; by default if it is installed here."),
     ] = None,
+    flash3: Annotated[
+        bool | None,
+        typer.Option(
+            "--flash3/--no-flash3",
+            help="Where PyTorch attends, with FlashAttention-3 (Hopper); by default if it is installed here.",
+        ),
+    ] = None,
 ) -> None:
     """Predict memory, speed and price of every layout of each stage, and say why the others fail.
 
@@ -61,9 +68,17 @@ def plan(
     if write is not None and write.resolve() == recipe.resolve():
         raise UserError(f"--write {write}: that is the recipe itself; give the planned one another name")
     te = find_spec("transformer_engine") is not None if te is None else te
+    flash = _flash(flash3, device)
     plans = [
         plan_stage(
-            loaded, one, shape, gpus, device, transformer_engine=te, simulated_steps=64 if simulate else 0
+            loaded,
+            one,
+            shape,
+            gpus,
+            device,
+            transformer_engine=te,
+            flash=flash,
+            simulated_steps=64 if simulate else 0,
         )
         for one in loaded.stages
         if stage in (None, one.name)
@@ -82,6 +97,20 @@ def plan(
     if write is not None:
         write_durably(write, dump_recipe(with_best_layouts(loaded, plans)))
         typer.echo(f"wrote {write}", err=True)
+
+
+def _flash(wanted: bool | None, gpu: Gpu) -> str:
+    """What is behind PyTorch's flash attention: "flash3" if it is wanted, or installed here and nothing is said."""
+    from megatron_prolong.runtime.flash_attention_3 import is_flash_attention_3_installed
+
+    if gpu.efficiency.flash3 is None:
+        if wanted:
+            raise UserError(
+                f"--flash3: {gpu.name} has no `flash3` among its efficiencies in the hardware table"
+            )
+        return "flash2"
+    installed = is_flash_attention_3_installed() if wanted is None else wanted
+    return "flash3" if installed else "flash2"
 
 
 def _print(plan: StagePlan, gpu: Gpu, top: int, steps_between_checkpoints: int) -> None:

@@ -257,8 +257,9 @@ def _attend_backward_cpu(
 
 
 # --- CUDA ---------------------------------------------------------------------------------------------------
-# Flash Attention 2 for blocks of any lengths in one call (the operator under torch.nn.attention.varlen; its
-# causal mask is aligned at the end). Half precision, head dimension a multiple of 8. CPU tests cannot run it.
+# Flash Attention for blocks of any lengths in one call (the operator under torch.nn.attention.varlen; its
+# causal mask is aligned at the end): version 2, on Hopper 3 where it is installed
+# (runtime/flash_attention_3.py). Half precision, head dimension a multiple of 8. CPU tests cannot run it.
 
 
 @dataclass(frozen=True)
@@ -300,26 +301,24 @@ def _cumulative(spans: list[tuple[int, int]], device: torch.device) -> Tensor:
 def _attend_cuda(
     q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, blocks: tuple[Block, ...], causal: bool
 ) -> tuple[Tensor, Tensor]:
-    out_TND = torch.zeros_like(q_TND, memory_format=torch.contiguous_format)
-    lse_TN = q_TND.new_full(q_TND.shape[:2], -torch.inf, dtype=torch.float32)
     ragged = _ragged(blocks, q_TND.device)
-    if ragged.max_q and ragged.max_k:
-        out, lse_NT, *_ = torch.ops.aten._flash_attention_forward(
-            q_TND[ragged.q_rows],
-            k_SGD[ragged.k_rows],
-            v_SGD[ragged.k_rows],
-            ragged.cu_seqlens_q,
-            ragged.cu_seqlens_k,
-            ragged.max_q,
-            ragged.max_k,
-            0.0,
-            causal,
-            False,
-            scale=_scale(q_TND),
-        )
-        out_TND[ragged.q_rows] = out
-        lse_TN[ragged.q_rows] = lse_NT.T
-    return out_TND, lse_TN
+    if not ragged.max_q or not ragged.max_k:
+        none_TND = torch.zeros_like(q_TND, memory_format=torch.contiguous_format)
+        return none_TND, q_TND.new_full(q_TND.shape[:2], -torch.inf, dtype=torch.float32)
+    out, lse_NT, *_ = torch.ops.aten._flash_attention_forward(
+        q_TND[ragged.q_rows],
+        k_SGD[ragged.k_rows],
+        v_SGD[ragged.k_rows],
+        ragged.cu_seqlens_q,
+        ragged.cu_seqlens_k,
+        ragged.max_q,
+        ragged.max_k,
+        0.0,
+        causal,
+        False,
+        scale=_scale(q_TND),
+    )
+    return _spread(out, ragged.q_rows, len(q_TND)), _spread(lse_NT.T, ragged.q_rows, len(q_TND), -torch.inf)
 
 
 def _attend_backward_cuda(
@@ -332,28 +331,38 @@ def _attend_backward_cuda(
     blocks: tuple[Block, ...],
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq_TND, dk_SGD, dv_SGD = (
-        torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q_TND, k_SGD, v_SGD)
-    )
     ragged = _ragged(blocks, q_TND.device)
-    if ragged.max_q and ragged.max_k:
-        no_dropout_state = torch.zeros(2, dtype=torch.uint64, device=q_TND.device)
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dout_TND[ragged.q_rows].contiguous(),
-            q_TND[ragged.q_rows],
-            k_SGD[ragged.k_rows],
-            v_SGD[ragged.k_rows],
-            out_TND[ragged.q_rows],
-            lse_TN[ragged.q_rows].T.contiguous(),
-            ragged.cu_seqlens_q,
-            ragged.cu_seqlens_k,
-            ragged.max_q,
-            ragged.max_k,
-            0.0,
-            causal,
-            no_dropout_state,
-            torch.empty(0, dtype=torch.uint64, device=q_TND.device),
-            scale=_scale(q_TND),
-        )
-        dq_TND[ragged.q_rows], dk_SGD[ragged.k_rows], dv_SGD[ragged.k_rows] = dq, dk, dv
-    return dq_TND, dk_SGD, dv_SGD
+    if not ragged.max_q or not ragged.max_k:
+        return torch.zeros_like(q_TND), torch.zeros_like(k_SGD), torch.zeros_like(v_SGD)
+    no_dropout_state = torch.zeros(2, dtype=torch.uint64, device=q_TND.device)
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        dout_TND[ragged.q_rows].contiguous(),
+        q_TND[ragged.q_rows],
+        k_SGD[ragged.k_rows],
+        v_SGD[ragged.k_rows],
+        out_TND[ragged.q_rows],
+        lse_TN[ragged.q_rows].T.contiguous(),
+        ragged.cu_seqlens_q,
+        ragged.cu_seqlens_k,
+        ragged.max_q,
+        ragged.max_k,
+        0.0,
+        causal,
+        no_dropout_state,
+        torch.empty(0, dtype=torch.uint64, device=q_TND.device),
+        scale=_scale(q_TND),
+    )
+    return (
+        _spread(dq, ragged.q_rows, len(q_TND)),
+        _spread(dk, ragged.k_rows, len(k_SGD)),
+        _spread(dv, ragged.k_rows, len(v_SGD)),
+    )
+
+
+def _spread(part: Tensor, rows: Tensor | slice, num_rows: int, fill: float = 0.0) -> Tensor:
+    """`part` at these rows and `fill` at all others; `part` itself where there are no others."""
+    if isinstance(rows, slice) and len(part) == num_rows:
+        return part
+    whole = part.new_full((num_rows, *part.shape[1:]), fill)
+    whole[rows] = part
+    return whole

@@ -19,7 +19,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Efficiency(BaseModel):
-    """Shares of the peaks that good kernels reach; attention kernels as [forward, backward]."""
+    """Shares of the peaks that good kernels reach; attention kernels as [forward, backward], None where they do not
+    run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,6 +28,7 @@ class Efficiency(BaseModel):
     matmul_fp8: float = Field(ge=0, le=1)
     flash2: tuple[Share, Share]
     te: tuple[Share, Share]
+    flash3: tuple[Share, Share] | None = None
     memory: Share
     network: Share
 

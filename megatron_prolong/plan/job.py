@@ -41,8 +41,9 @@ class Job:
         micro_batch_tokens: tokens that one data-parallel rank holds at a time; None for sequence_length.
         fp8_recipe: which GPUs and layouts can do it is in recipe/fp8.py; the prediction does not depend on it.
         fp8_parameters: weights of fp8 layers are kept in fp8 only.
-        attention: kernels of the layers, a field of the hardware table's `efficiency`: "flash2" for PyTorch's own
-            FlashAttention-2, "te" for Transformer Engine, whose layers keep less for the backward too.
+        transformer_engine: the layers are Transformer Engine's, which keep less for the backward, and attend with
+            its kernels.
+        flash: what is behind PyTorch's flash attention: its own FlashAttention-2 ("flash2") or "flash3".
         mixed: micro-batches hold both documents that are split over context-parallel ranks and whole ones. True by
             default: training chooses for each micro-batch which are split, and the fullest one counts.
     """
@@ -59,7 +60,8 @@ class Job:
     micro_batch_tokens: int | None = None
     fp8_recipe: Fp8Recipe = "tensorwise"
     fp8_parameters: bool = False
-    attention: str = "flash2"
+    transformer_engine: bool = False
+    flash: str = "flash2"
     mixed: bool = True
 
     @property
@@ -140,6 +142,11 @@ class Job:
         return 0.0 if self.recompute == "all_but_attention" else self.recomputed_share
 
     @property
+    def attention(self) -> str:
+        """Kernels of the layers' attention: a field of the hardware table's `efficiency`."""
+        return "te" if self.transformer_engine else self.flash
+
+    @property
     def long_attention(self) -> str:
         """`attention` for documents that are split over context-parallel ranks: PyTorch's where Transformer Engine
         refuses the exchange."""
@@ -147,7 +154,7 @@ class Job:
         refused = layout.cp > 1 and not te_exchanges(
             layout.cp_exchange, layout.cp, self.shape.num_kv_heads // layout.tp
         )
-        return "flash2" if refused else self.attention
+        return self.flash if refused else self.attention
 
     @property
     def vocab_rows(self) -> int:
@@ -156,12 +163,19 @@ class Job:
 
 
 def job_of(
-    recipe: Recipe, stage: Stage, shape: ModelShape, world_size: int, *, transformer_engine: bool
+    recipe: Recipe,
+    stage: Stage,
+    shape: ModelShape,
+    world_size: int,
+    *,
+    transformer_engine: bool,
+    flash: str = "flash2",
 ) -> Job:
     """The stage as the recipe has it.
 
     Args:
         transformer_engine: it is there; fp8 needs it in any case.
+        flash: what is behind PyTorch's flash attention, "flash2" or "flash3".
     """
     layout, precision, recompute, offload = settings_of(recipe, stage)
     return Job(
@@ -177,5 +191,6 @@ def job_of(
         micro_batch_tokens=stage.micro_batch_tokens,
         fp8_recipe=recipe.fp8_recipe,
         fp8_parameters=recipe.fp8_parameters and precision == "fp8",
-        attention="te" if transformer_engine or precision == "fp8" else "flash2",
+        transformer_engine=transformer_engine or precision == "fp8",
+        flash=flash,
     )

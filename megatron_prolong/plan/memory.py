@@ -57,7 +57,8 @@ class Kernels:
         rope: rotary embedding; otherwise cos and sin are kept, for queries and for keys.
         norm: RMSNorm; otherwise its input and the normalised input are kept in fp32.
         norm_in_mlp: the MLP's norm is part of it and recomputed with it.
-        backward: whose attention backward has buffers of its own, "flash2" or "cudnn" (see `attention_gradients`).
+        backward: whose attention backward has buffers of its own, "flash2", "flash3" or "te", which is cuDNN's (see
+            `attention_gradients`).
     """
 
     swiglu: bool = True
@@ -68,16 +69,14 @@ class Kernels:
 
 
 GPU_KERNELS = Kernels(backward="flash2")
-TRANSFORMER_ENGINE = Kernels(rope=True, norm_in_mlp=True, backward="cudnn")
+TRANSFORMER_ENGINE = Kernels(rope=True, norm_in_mlp=True, backward="te")
 CPU_KERNELS = Kernels(swiglu=False, rope=False, norm=False)
 
 
 def gpu_kernels(job: Job) -> Kernels:
     """What the job's layers are made of on a GPU."""
-    if job.attention != "te":
-        return GPU_KERNELS
-    refused = job.long_attention == "flash2"
-    return replace(TRANSFORMER_ENGINE, backward="flash2") if refused else TRANSFORMER_ENGINE
+    layers = TRANSFORMER_ENGINE if job.transformer_engine else GPU_KERNELS
+    return replace(layers, backward=job.long_attention)
 
 
 def rank_memory(job: Job, pp_rank: int, kernels: Kernels | None = None) -> RankMemory:
@@ -185,7 +184,7 @@ def kept_attention(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     copied = 0
     if layout.cp > 1 and layout.cp_exchange.startswith("a2a"):
         copied = saved["values"] + saved["rotated"]
-    elif layout.cp > 1 and layout.cp_exchange == "p2p" and job.attention == "te":
+    elif layout.cp > 1 and layout.cp_exchange == "p2p" and job.transformer_engine:
         copied = 2 * saved["values"]  # TE's ring joins keys and values
     return saved["attention"] + copied
 
@@ -316,21 +315,26 @@ def gathered_bytes(job: Job) -> int:
 def attention_gradients(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     """Gradients of attention's output, queries, keys and values, and of the packed projections.
 
-    Both kernels sum those of queries in fp32, make those of keys and values for every query head, and add up the
-    heads of a group: cuDNN from fp32 (cudnn-frontend, scaled_dot_product_flash_attention.h: dK_fullhead_size),
-    FlashAttention-2 in a buffer in fp32 beyond 2 GiB. With all_gather they are those of the whole sequence.
+    All kernels sum those of queries in fp32. cuDNN and FlashAttention-2 make those of keys and values for every
+    query head and add up the heads of a group: cuDNN from fp32 (cudnn-frontend,
+    scaled_dot_product_flash_attention.h: dK_fullhead_size), FlashAttention-2 in a buffer in fp32 beyond 2 GiB.
+    FlashAttention-3 sums the group in fp32 (flash_api.cpp: dk_accum). With all_gather they are those of the whole
+    sequence.
     """
-    shape, tp = job.shape, job.layout.tp
+    shape, tp, e = job.shape, job.layout.tp, job.element_bytes
     heads = 2 * (shape.num_heads + shape.num_kv_heads)
-    gradients = job.rank_tokens * heads * shape.head_dim // tp * job.element_bytes
+    gradients = job.rank_tokens * heads * shape.head_dim // tp * e
     queries = job.rank_tokens * shape.num_heads * shape.head_dim // tp
-    if kernels.backward != "flash2":
-        return gradients + (3 * queries * 4 if kernels.backward == "cudnn" else 0)
+    if not kernels.backward:
+        return gradients
+    if kernels.backward == "te":
+        return gradients + 3 * queries * 4
     gathered = job.layout.cp if job.layout.cp_exchange == "all_gather" else 1
     keys = gathered * job.rank_tokens * shape.num_kv_heads * shape.head_dim // tp
-    expanded = gathered * queries * job.element_bytes
-    summed = 2 * keys * job.element_bytes if gathered > 1 else 0
-    return gradients + queries * 4 + 2 * expanded + summed + (keys * 4 if expanded >= 2**31 else 0)
+    if kernels.backward == "flash3":
+        return gradients + queries * 4 + 2 * keys * 4
+    expanded = gathered * queries * e
+    return gradients + queries * 4 + 2 * expanded + (keys * 4 if expanded >= 2**31 else 0)
 
 
 def loss_working(job: Job) -> int:

@@ -21,6 +21,7 @@ SAMPLED_STEPS = 16
 KERNELS = {
     "te": "Transformer Engine",
     "flash2": "PyTorch's FlashAttention-2 (--te plans with Transformer Engine)",
+    "flash3": "PyTorch's, with FlashAttention-3",
 }
 
 
@@ -129,16 +130,18 @@ def plan_stage(
     gpu: Gpu,
     *,
     transformer_engine: bool,
+    flash: str = "flash2",
     simulated_steps: int = 0,
 ) -> StagePlan:
     """Search all layouts of one stage.
 
     Args:
         transformer_engine: plan with its layers; otherwise with PyTorch's own kernels.
+        flash: what is behind PyTorch's flash attention, "flash2" or "flash3".
         simulated_steps: play that many batches through the best layout; 0 does not.
     """
     batches = stage_batches(stage, max(SAMPLED_STEPS, simulated_steps))
-    job = job_of(recipe, stage, shape, world_size, transformer_engine=transformer_engine)
+    job = job_of(recipe, stage, shape, world_size, transformer_engine=transformer_engine, flash=flash)
     sampled = batches.documents[:SAMPLED_STEPS]
     candidates = search(job, gpu, sampled)
     best = best_of(candidates)

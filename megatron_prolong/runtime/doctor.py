@@ -32,6 +32,7 @@ Status = Literal["ok", "warning", "missing"]
 # Distribution name -> what is lost without it.
 OPTIONAL_PACKAGES = {
     "transformer-engine": "fp8 and Transformer Engine's attention",
+    "flash-attn-3": "FlashAttention-3 on Hopper where PyTorch attends (docs/gpu.md)",
     "apex": "Apex's fused optimizer (Transformer Engine's serves as well)",
     "wandb": "tracking with Weights & Biases",
     "lm-eval": "short-context evaluation",

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.runtime.cores import usable_cores
+from megatron_prolong.runtime.flash_attention_3 import use_flash_attention_3
 from megatron_prolong.runtime.gpu_environment import set_gpu_environment
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
 from megatron_prolong.runtime.open_files import allow_open_files
@@ -59,6 +60,7 @@ def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
             )
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
+        use_flash_attention_3()
         backend = "cpu:gloo,cuda:nccl"
     else:
         device = torch.device("cpu")

@@ -150,6 +150,26 @@ def test_kernels_are_named_and_those_of_transformer_engine_are_faster(model: Pat
     assert speeds == sorted(speeds) and speeds[1] > 1.2 * speeds[0]
 
 
+def test_pytorchs_attention_is_faster_with_flash_attention_3(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(*options: str) -> dict:
+        (stage,) = json.loads(run(model, "--json", "--stage", "512k", *options))
+        return stage
+
+    slow, fast = found("--no-te"), found("--no-te", "--flash3")
+    assert (slow["attention"], fast["attention"]) == ("flash2", "flash3")
+    speeds = [stage["layouts"][0]["tokens_per_second_per_gpu"] for stage in (slow, fast)]
+    assert speeds[1] > 1.2 * speeds[0]
+    monkeypatch.setattr(
+        "megatron_prolong.runtime.flash_attention_3.is_flash_attention_3_installed", lambda: True
+    )
+    assert found("--no-te") == fast
+    assert found("--no-te", "--gpu", "a100-80g")["attention"] == "flash2"
+    with pytest.raises(UserError, match="--flash3: a100-80g"):
+        run(model, "--flash3", "--gpu", "a100-80g")
+
+
 def test_json_has_the_same_ranking(model: Path) -> None:
     (stage,) = json.loads(run(model, "--json", "--stage", "512k", "--top", "3"))
     layouts = stage["layouts"]

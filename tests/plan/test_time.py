@@ -122,7 +122,7 @@ def test_a_ring_hides_its_exchange_behind_long_documents_only() -> None:
 
 def test_exchanges_that_transformer_engine_refuses_run_at_pytorchs_speed() -> None:
     """TE refuses all_gather for packed documents, and a2a where key/value heads would have to be repeated."""
-    te = replace(JOB, attention="te")
+    te = replace(JOB, transformer_engine=True)
     for fields, refused in [({}, False), ({"cp_exchange": "a2a"}, False), ({"cp_exchange": "all_gather"}, True),
                             ({"cp_exchange": "a2a", "cp": 4}, True), ({"cp": 1}, False)]:  # fmt: skip
         layout = Layout(**{"tp": 4, "cp": 2, **fields})

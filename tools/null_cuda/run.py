@@ -103,13 +103,18 @@ def _package(name: str) -> Path:
 
 
 def environment(
-    libraries: Path, devices: int = 1, gib: float = 80.0, compute: bool = False, capability: int = 9
+    libraries: Path,
+    devices: int = 1,
+    gib: float = 80.0,
+    compute: bool = False,
+    capability: int = 9,
+    flash3: bool = False,
 ) -> dict[str, str]:
     """The variables under which a process sees `devices` GPUs of `gib` GiB and that compute capability each."""
     preloaded = [*(["libte_kernels.so"] if compute else []), "libte.so", "libcudart.so"]
     return {
         **os.environ,
-        **(_computing(libraries) if compute else {}),
+        **(_computing(libraries, flash3) if compute else {}),
         "LD_PRELOAD": " ".join(str(libraries / name) for name in preloaded if (libraries / name).exists()),
         "NVTE_DISABLE_NVRTC": "1",  # kernels that Transformer Engine would compile for the device it finds
         "LD_LIBRARY_PATH": str(libraries),
@@ -121,17 +126,17 @@ def environment(
     }
 
 
-def _computing(libraries: Path) -> dict[str, str]:
-    """The variables under which every Python process computes, with kernels.py."""
+def _computing(libraries: Path, flash3: bool) -> dict[str, str]:
+    """The variables under which every Python process computes, with kernels.py and, if asked, FlashAttention-3."""
     (libraries / "sitecustomize.py").write_text(
         f"import sys; sys.path.append({str(HERE)!r}); import kernels\n"
     )
     messages = libraries / "messages"
     messages.mkdir()
-    path = [str(libraries), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [libraries, *([HERE / "flash3"] if flash3 else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "NULL_CUDA_MESSAGES": str(messages),
-        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
         "TORCHDYNAMO_DISABLE": "1",  # kernels that Triton compiles for the device
     }
 
@@ -144,6 +149,9 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=80.0, help="memory of each GPU")
     parser.add_argument("--capability", type=int, choices=(8, 9, 10), default=9, help="8: A100, 10: B200")
     parser.add_argument("--compute", action="store_true", help="with numbers, by PyTorch's CPU kernels")
+    parser.add_argument(
+        "--flash3", action="store_true", help="with --compute: FlashAttention-3 is installed too"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     arguments = parser.parse_args()
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
@@ -154,7 +162,12 @@ def main() -> None:
         libraries = Path(directory)
         build(libraries)
         machine = environment(
-            libraries, arguments.devices, arguments.gib, arguments.compute, arguments.capability
+            libraries,
+            arguments.devices,
+            arguments.gib,
+            arguments.compute,
+            arguments.capability,
+            arguments.flash3,
         )
         sys.exit(subprocess.call(command, env=machine))
 
