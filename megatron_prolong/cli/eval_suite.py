@@ -100,7 +100,7 @@ def run(
     """Run a suite; `prolong eval MODEL --suite …` is the same. A stopped run goes on with the same command."""
     from megatron_prolong.evaluation.backend import declared_length, load_tokenizer, tokenizer_directory
     from megatron_prolong.evaluation.documents import read_text
-    from megatron_prolong.evaluation.nli import load_nli
+    from megatron_prolong.evaluation.nli import load_nli, refuse_no_model
     from megatron_prolong.evaluation.run import Settings
     from megatron_prolong.evaluation.sentences import split_sentences
     from megatron_prolong.evaluation.suite import (
@@ -135,6 +135,8 @@ def run(
         models = [(label, *_name_and_identity(path, backend)) for label, path in pairs]
         if not is_main(world):
             return models, chosen, text, None
+        if nli:
+            refuse_no_model(nli)
         for label, name, identity in models:
             if not overwrite:
                 refuse_another_model(out / label, name, identity)
@@ -148,9 +150,11 @@ def run(
             refuse_cramped(chosen, Inputs(data, words, seed, haystack=text))
             refuse_chat(chosen, words, chat)
             make(out / label)
+        entails = None
         if nli and any(task.summarise for task in chosen):
             split_sentences("Now, not after hours of answers.")
-        return models, chosen, text, load_nli(nli) if nli else None
+            entails = load_nli(nli)
+        return models, chosen, text, entails
 
     results = {}
     with folders() as make, ranks() as world, going_on(world):

@@ -10,6 +10,12 @@ from megatron_prolong.evaluation.backend import load_tokenizer
 from megatron_prolong.evaluation.task import Entails
 
 
+def refuse_no_model(directory: Path) -> None:
+    """Raises UserError where no model is, which is seen before 11B weights are read."""
+    if not (directory / "config.json").exists():
+        raise UserError(f"{directory}: no model here; --nli wants a copy of google/t5_xxl_true_nli_mixture")
+
+
 def load_nli(directory: Path) -> Entails:
     """A function (passage, claim) → supported, from a local copy of the model; bfloat16 on CUDA.
 
@@ -20,8 +26,7 @@ def load_nli(directory: Path) -> Entails:
     from safetensors import SafetensorError
     from transformers import AutoModelForSeq2SeqLM
 
-    if not (directory / "config.json").exists():
-        raise UserError(f"{directory}: no model here; --nli wants a copy of google/t5_xxl_true_nli_mixture")
+    refuse_no_model(directory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = load_tokenizer(directory)

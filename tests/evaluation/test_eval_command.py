@@ -33,15 +33,21 @@ def test_what_citations_need_is_missed_before_any_answer(
     def opened(*_: object) -> None:
         raise InterruptedError
 
+    nli: list[Path] = []
     monkeypatch.setattr("megatron_prolong.evaluation.sentences.split_sentences", missing)
-    monkeypatch.setattr("megatron_prolong.evaluation.nli.load_nli", lambda _: None)
+    monkeypatch.setattr("megatron_prolong.evaluation.nli.load_nli", nli.append)
     monkeypatch.setattr(eval_suite, "_open", opened)
-    arguments = ["eval", "run", str(hf_directory), "--out", str(tmp_path / "out"), "--nli", "nli"]
+    arguments = ["eval", "run", str(hf_directory), "--out", str(tmp_path / "out"), "--nli", str(hf_directory)]
     arguments += ["--data", str(write_data(tmp_path)), "--lengths", "8k", "--too-long", "allow"]
     refused = CliRunner().invoke(app, [*arguments, "--tasks", "cite"])
     assert isinstance(refused.exception, UserError) and "needs punkt" in str(refused.exception)
     without = CliRunner().invoke(app, [*arguments, "--tasks", "rag"])
-    assert isinstance(without.exception, InterruptedError), "which has no citations"
+    assert isinstance(without.exception, InterruptedError) and not nli, "which has no citations"
+    monkeypatch.setattr("megatron_prolong.evaluation.sentences.split_sentences", lambda _: [])
+    CliRunner().invoke(app, [*arguments, "--tasks", "cite"])
+    assert nli == [hf_directory]
+    wrong = CliRunner().invoke(app, [*arguments, "--tasks", "rag", "--nli", str(tmp_path)]).exception
+    assert isinstance(wrong, UserError) and f"{tmp_path}: no model here; --nli wants" in str(wrong)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +68,9 @@ def test_what_is_wrong_is_found_before_the_inference_model_is_loaded(
     """It has 11B weights."""
     monkeypatch.setattr("megatron_prolong.evaluation.nli.load_nli", pytest.fail)
     (tmp_path / "file").write_text("")
-    arguments = ["eval", "run", "MODEL", "--out", str(tmp_path / "file" / "out"), "--nli", "nli"]
-    arguments += ["--suite", "synthetic", "--lengths", "1K", "--tasks", "ruler_niah_s_1", *more]
+    arguments = ["eval", "run", "MODEL", "--out", str(tmp_path / "file" / "out"), "--nli", "MODEL"]
+    arguments += ["--data", str(write_data(tmp_path)), "--lengths", "8k", "--too-long", "allow"]
+    arguments += ["--tasks", "cite", *more]
     given = [str(hf_directory) if argument == "MODEL" else argument for argument in arguments]
     assert said in str(CliRunner().invoke(app, given).exception)
 
