@@ -140,13 +140,13 @@ def run(
         for label, name, identity in models:
             if not overwrite:
                 refuse_another_model(out / label, name, identity)
-            if backend != "openai" and (declared := declared_length(Path(name))) is not None:
-                refuse_lengths_beyond(chosen, name, declared, too_long)
-        for label, name, _ in models:
-            if backend == "openai":
-                words = _connect(name, server, tokenizer).tokenizer
+            if backend != "openai":
+                declared, words = declared_length(Path(name)), load_tokenizer(tokenizer_directory(Path(name)))
             else:
-                words = load_tokenizer(tokenizer_directory(Path(name)))
+                served = _connect(name, server, tokenizer)
+                declared, words = served.max_length, served.tokenizer
+            if declared is not None:
+                refuse_lengths_beyond(chosen, name, declared, too_long)
             refuse_cramped(chosen, Inputs(data, words, seed, haystack=text))
             refuse_chat(chosen, words, chat)
             make(out / label)

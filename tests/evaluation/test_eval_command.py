@@ -75,15 +75,27 @@ def test_what_is_wrong_is_found_before_the_inference_model_is_loaded(
     assert said in str(CliRunner().invoke(app, given).exception)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [("400", "does not serve huge; it serves long, tiny"), ("600", "at 600: tiny declares at most 512")],
+)
 def test_every_model_is_asked_for_at_its_server_before_the_first_is_measured(
-    hf_directory: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lengths: str,
+    said: str,
+    hf_directory: Path,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(eval_suite, "_open", pytest.fail)
-    arguments = ["eval", "run", "tiny", "--compare", "huge", "--out", str(tmp_path), "--backend", "openai"]
-    arguments += ["--server", client(server).base_url, "--tokenizer", str(hf_directory)]
-    arguments += ["--suite", "synthetic", "--lengths", "1K", "--tasks", "ruler_niah_s_1"]
+    served = {"long": 1024, "tiny": 512}
+    server.whole_answer = {"data": [{"id": name, "max_model_len": most} for name, most in served.items()]}
+    arguments = ["eval", "run", "long", "--compare", "tiny", "--compare", "huge", "--out", str(tmp_path)]
+    arguments += ["--backend", "openai", "--server", client(server).base_url]
+    arguments += ["--tokenizer", str(hf_directory)]
+    arguments += ["--suite", "synthetic", "--lengths", lengths, "--tasks", "ruler_niah_s_1"]
     refused = CliRunner().invoke(app, arguments).exception
-    assert isinstance(refused, UserError) and "does not serve huge; it serves tiny" in str(refused)
+    assert isinstance(refused, UserError) and said in str(refused)
 
 
 @pytest.mark.parametrize("option", ["--server", "--tokenizer"])
