@@ -13,17 +13,15 @@ import torch.profiler
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.stream import stream
 from megatron_prolong.errors import UserError
-from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.recipe.run_files import METRICS, RESOLVED_RECIPE
-from megatron_prolong.recipe.schema import Recipe, Stage, settings_of
+from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.runtime.agreement import together
-from megatron_prolong.runtime.full_gpu import naming_a_full_gpu
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.strict_json import read_lines, with_nan
-from megatron_prolong.training.prepare import StageInput, first_state, prepare_stage
+from megatron_prolong.training.prepare import StageInput
 from megatron_prolong.training.run import initial_directory, stage_input
 from megatron_prolong.training.run_directory import Checkpoint, StageStatus, checkpoints, latest_checkpoint
-from megatron_prolong.training.stage import LESS_MEMORY
+from megatron_prolong.training.stage import open_stage
 from megatron_prolong.training.step import StepMetrics
 
 
@@ -76,18 +74,13 @@ def replay(
 
     Raises:
         UserError: there is no such checkpoint, it does not fit the recipe, or the GPU's memory is full.
+        RankLost: another rank died.
     """
     start = together(lambda: _start(recipe, stage, step))
     recorded = _recorded(recipe.run_dir / METRICS, stage.name)
-    with (
-        megatron(settings_of(recipe, stage).layout, stage.seed) as groups,
-        naming_a_full_gpu(
-            lambda: f"rank {world.rank}, replay of step {step} of stage {stage.name}", LESS_MEMORY
-        ),
-    ):
-        run = prepare_stage(recipe, stage, start, world, groups)
-        state = together(lambda: first_state(run, start))
+    with open_stage(recipe, stage, start, world) as (run, state, watchdog):
         for index, sequences in stream(run.mixture, state.step):
+            watchdog.feed(index + 1)
             is_last = index + 1 == step
             name = f"{stage.name}_{step}_rank{world.rank}.json.gz"
             with _tracing(trace / name if trace and is_last else None):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from megatron_prolong.training.prepare import StageInput, StageRun, first_state,
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics
 
-LESS_MEMORY = (
+_LESS_MEMORY = (
     "`prolong plan` shows which layouts fit: more tp or cp, recompute and offload_activations take less "
     "(docs/training.md)"
 )
@@ -72,19 +72,10 @@ def train_stage(session: Session, stage: Stage, start: StageInput, until: int) -
         UserError: the checkpoint or the data does not fit the recipe, or the GPU's memory is full.
         RankLost: another rank died.
     """
-    layout, rank, log = settings_of(session.recipe, stage).layout, session.world.rank, session.log
-    with (
-        megatron(layout, stage.seed) as groups,
-        Watchdog(rank, HANG_SECONDS) as watchdog,
-        naming_lost_ranks(rank, lambda: f"{watchdog.where} of stage {stage.name}"),
-        naming_a_full_gpu(lambda: f"rank {rank}, {watchdog.where} of stage {stage.name}", LESS_MEMORY),
-    ):
-        if session.world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(session.world.device)
-        run = prepare_stage(session.recipe, stage, start, session.world, groups, verified=watchdog.feed)
-        for chunk in run.model.chunks:
-            chunk.register_forward_pre_hook(lambda *_: watchdog.feed())
-        state = together(lambda: first_state(run, start))
+    log = session.log
+    if session.world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(session.world.device)
+    with open_stage(session.recipe, stage, start, session.world) as (run, state, watchdog):
         if log:
             mixture = run.mixture.summary()
             log.event(
@@ -97,6 +88,29 @@ def train_stage(session: Session, stage: Stage, start: StageInput, until: int) -
             _walk(session, run, state, until, watchdog)
         if log and until == stage.num_steps:
             log.event("stage_end", stage=stage.name, step=stage.num_steps)
+
+
+@contextmanager
+def open_stage(
+    recipe: Recipe, stage: Stage, start: StageInput, world: World
+) -> Iterator[tuple[StageRun, TrainState, Watchdog]]:
+    """A stage that is ready for its steps, with a watchdog to tell of each. Collective.
+
+    Raises:
+        UserError: the checkpoint or the data does not fit the recipe, or the GPU's memory is full.
+        RankLost: another rank died.
+    """
+    rank = world.rank
+    with (
+        megatron(settings_of(recipe, stage).layout, stage.seed) as groups,
+        Watchdog(rank, HANG_SECONDS) as watchdog,
+        naming_lost_ranks(rank, lambda: f"{watchdog.where} of stage {stage.name}"),
+        naming_a_full_gpu(lambda: f"rank {rank}, {watchdog.where} of stage {stage.name}", _LESS_MEMORY),
+    ):
+        run = prepare_stage(recipe, stage, start, world, groups, verified=watchdog.feed)
+        for chunk in run.model.chunks:
+            chunk.register_forward_pre_hook(lambda *_: watchdog.feed())
+        yield run, together(lambda: first_state(run, start)), watchdog
 
 
 def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchdog: Watchdog) -> None:

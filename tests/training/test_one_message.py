@@ -328,7 +328,7 @@ def test_a_rank_that_fails_alone_does_not_wait_for_the_others_at_its_end(ranks, 
     assert ("an orderly end" in found.stdout) == (ranks == 1)
 
 
-FULL = """
+FAILS_IN_STEP_3 = """
 import sys
 import torch
 from megatron_prolong.cli import main
@@ -336,7 +336,7 @@ from megatron_prolong.training.prepare import StageRun
 
 def update(self, step, sequences, make=StageRun.update):
     if step == 2:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise {error}
     return make(self, step, sequences)
 
 StageRun.update = update
@@ -344,12 +344,17 @@ main.run()
 """
 
 
-def test_a_full_gpu_is_told_with_the_step(workspace) -> None:
-    command = [sys.executable, "-c", FULL, "train", str(workspace.recipe("full"))]
-    for more, where in ([], "step 3"), (["--replay", "short:3"], "replay of step 3"):
-        ended = subprocess.run([*command, *more], capture_output=True, text=True, timeout=240)
+def test_a_full_gpu_and_a_lost_rank_are_told_with_the_step(workspace) -> None:
+    full = 'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")'
+    is_full = "step 3 of stage short: the GPU's memory is full (CUDA out of memory. Tried to "
+    lost = 'RuntimeError("Connection closed by peer")'
+    for error, more, said in (
+        (full, [], f"rank 0, {is_full}"),
+        (full, ["--replay", "short:3"], f"rank 0, {is_full}"),
+        (lost, ["--replay", "short:3"], "rank 0 lost another rank in step 3 of stage short; "),
+    ):
+        program = FAILS_IN_STEP_3.format(error=error)
+        command = [sys.executable, "-c", program, "train", str(workspace.recipe("full")), *more]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert ended.returncode == 1, ended.stderr
-        said = (
-            f"error: rank 0, {where} of stage short: the GPU's memory is full (CUDA out of memory. Tried to "
-        )
-        assert ended.stderr.startswith(said) and ended.stderr.count("\n") == 1
+        assert ended.stderr.startswith(f"error: {said}") and ended.stderr.count("\n") == 1

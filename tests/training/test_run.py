@@ -297,6 +297,9 @@ def test_the_watchdog_hears_of_every_micro_batch(workspace):
     ).stdout
     verified, step = None, [None] * 4
     assert f"fed {[verified, *step, 2, *step, 3, verified, *step, 2]}" in output
+    again = [*command, "stage.long.steps=1", "--replay", "short:2"]
+    output = subprocess.run(again, capture_output=True, text=True, check=True).stdout
+    assert f"fed {[verified, 1, *step, 2, *step]}" in output
 
 
 def test_the_logged_flops_are_those_of_the_documents(workspace, undisturbed):
