@@ -50,9 +50,11 @@ def tokenize(
         str | None, typer.Option(help="Field that names a record's domain; --domain: of those without.")
     ] = None,
     text_field: Annotated[
-        str, typer.Option(help="Field that holds the text; `a.b` reaches inside.")
-    ] = "text",
-    messages_field: Annotated[str, typer.Option(help="Field that holds a chat's messages.")] = "messages",
+        str | None, typer.Option(help="Field that holds the text (default: text); `a.b` reaches inside.")
+    ] = None,
+    messages_field: Annotated[
+        str | None, typer.Option(help="With --chat: field that holds the messages (default: messages).")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Records are chats, whatever their --kind.")] = False,
     max_chat_tokens: Annotated[
         int | None,
@@ -76,12 +78,18 @@ def tokenize(
     inputs, out = _split(paths)
     if on_bad_input not in ("stop", "skip"):
         raise UserError(f"--on-bad-input {on_bad_input}: must be stop or skip")
+    names = {"text_field": text_field, "messages_field": messages_field}
+    fields = {name: value for name, value in names.items() if value is not None}
+    chats = chat or kind == "chat"
+    if chats and text_field is not None:
+        raise UserError(f"--text-field {text_field}: chats have --messages-field; leave it out")
+    if not chats and messages_field is not None:
+        raise UserError(f"--messages-field {messages_field} is for chats: add --chat, or leave it out")
     options = TokenizeOptions(
         kind=kind,
         domain=domain if domain is not None else "" if domain_field else out.name,
         domain_field=domain_field,
-        text_field=text_field,
-        messages_field=messages_field,
+        **fields,
         chat=chat,
         max_chat_tokens=max_chat_tokens,
         on_bad_input=on_bad_input,  # type: ignore[arg-type]

@@ -30,12 +30,14 @@ TOKENIZE, FILTER, PACK = (
     [
         ("tokenize --tokenizer t", TOKENIZE, TokenizeOptions(domain="out")),
         (
-            "tokenize --tokenizer t --kind parquet --domain d --domain-field e --text-field x --messages-field m "
-            "--chat --max-chat-tokens 1K --on-bad-input skip",
+            "tokenize --tokenizer t --kind parquet --domain d --domain-field e --text-field x --on-bad-input skip",
             TOKENIZE,
-            TokenizeOptions(
-                "parquet", "d", "e", "x", "m", chat=True, max_chat_tokens=1024, on_bad_input="skip"
-            ),
+            TokenizeOptions("parquet", "d", "e", "x", on_bad_input="skip"),
+        ),
+        (
+            "tokenize --tokenizer t --messages-field m --chat --max-chat-tokens 1K",
+            TOKENIZE,
+            TokenizeOptions(domain="out", messages_field="m", chat=True, max_chat_tokens=1024),
         ),
         ("filter --duplicates", FILTER, FilterOptions(duplicates=True)),
         (
@@ -76,6 +78,9 @@ def test_options_reach_their_step(
     ("command", "message"),
     [
         ("tokenize --tokenizer t --max-chat-tokens 1K", "--max-chat-tokens 1024 is for chats"),
+        ("tokenize --tokenizer t --messages-field messages", "--messages-field messages is for chats: add"),
+        ("tokenize --tokenizer t --chat --text-field a.b", "--text-field a.b: chats have --messages-field"),
+        ("tokenize --tokenizer t --kind chat --text-field text", "--text-field text: chats have"),
         ("filter --duplicates --ngram 13", "--ngram and --hits are for --against"),
         ("filter --duplicates --hits 1", "--ngram and --hits are for --against"),
         ("pack --length 1K --mode concat --intact --overlap 3", "overlap 3 has no effect with intact"),
