@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,17 +52,29 @@ def simple_evaluate(**options: Any) -> Any:
 
 
 def remembered(
-    path: Path, arguments: dict[str, Any], names: Sequence[str], ask: Callable[[str], T], overwrite: bool
+    path: Path,
+    arguments: dict[str, Any],
+    names: Sequence[str],
+    ask: Callable[[str], T],
+    read: Callable[[Any], T],
+    overwrite: bool,
 ) -> dict[str, T]:
     """The scores of tasks by name: those in the file, if it is of the same arguments, and the rest asked and added.
 
     Args:
+        read: makes of what the file holds of a task what `ask` gave.
         overwrite: ask again what is there.
     """
     with whole_result(path):
-        scores = dict(read_whole(path)["scores"]) if path.exists() and is_of(path, arguments) else {}
+        written = dict(read_whole(path)["scores"]) if path.exists() and is_of(path, arguments) else {}
+        scores = {name: read(found) for name, found in written.items()}
     for name in names:
         if name not in scores or overwrite:
             scores[name] = ask(name)
             write_json(path, {"args": arguments, "scores": scores})
     return scores
+
+
+def read_score(written: Any) -> float:
+    """A number of such a file, in which null is NaN. Raises TypeError or ValueError for anything else."""
+    return math.nan if written is None else float(written)

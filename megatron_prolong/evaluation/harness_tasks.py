@@ -24,7 +24,12 @@ from rich.table import Table
 from megatron_prolong.data.chat import ChatError, apply_template
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import declares, load_tokenizer, open_backend, tokenizer_directory
-from megatron_prolong.evaluation.harness_scores import check_harness, remembered, simple_evaluate
+from megatron_prolong.evaluation.harness_scores import (
+    check_harness,
+    read_score,
+    remembered,
+    simple_evaluate,
+)
 from megatron_prolong.evaluation.identity import model_identity, tasks_identity
 from megatron_prolong.runtime.publish import write_durably
 from megatron_prolong.runtime.terminal import print_table
@@ -155,7 +160,8 @@ def run_questions(
             _write_answers(out / f"lm_eval{size}_{name}.jsonl", found["samples"])
             return rows_of(found)
 
-        return remembered(out / f"lm_eval{size}.json", arguments, questions.tasks, ask, overwrite)
+        path = out / f"lm_eval{size}.json"
+        return remembered(path, arguments, questions.tasks, ask, _read_rows, overwrite)
 
 
 def _ask(backend: ScoringBackend, questions: Questions, manager: Any, name: str) -> dict[str, Any]:
@@ -218,6 +224,14 @@ def rows_of(found: Mapping[str, Any]) -> Rows:
             if not (choices and metric.startswith("exact_match"))
         }
     return rows
+
+
+def _read_rows(written: Any) -> Rows:
+    """Rows that were written to a file. Raises what `whole_result` names where they are none."""
+    return {
+        part: {metric: read_score(score) for metric, score in scores.items()}
+        for part, scores in written.items()
+    }
 
 
 def _write_answers(path: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

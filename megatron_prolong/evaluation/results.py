@@ -173,7 +173,8 @@ def _result(path: Path, content: dict[str, Any]) -> Result:
         raise ValueError("there are no answers")
     averages = content["averaged_metrics"]
     names = arguments["metric_names"]
-    known = {name: averages[name] * SCALE.get(name, 1) for name in names if name in averages}
+    known = {name: float(averages[name]) * SCALE.get(name, 1) for name in names if name in averages}
+    stand_in = averages.get(WITHOUT_JUDGE) if any(name.startswith("gpt-4") for name in names) else None
     values = tuple(_row_value(item, names[0] if names[0] in averages else WITHOUT_JUDGE) for item in items)
     if all(map(math.isnan, values)):
         raise ValueError("none of the judge's answers can be read")
@@ -181,12 +182,12 @@ def _result(path: Path, content: dict[str, Any]) -> Result:
         path=path,
         name=arguments["datasets"],
         category=arguments["category"],
-        length=arguments["input_max_length"],
+        length=int(arguments["input_max_length"]),
         model=arguments["model_name_or_path"],
         generated=arguments["generated"],
         scores=known,
         missing=tuple(name for name in names if name not in known),
-        stand_in=averages.get(WITHOUT_JUDGE) if any(name.startswith("gpt-4") for name in names) else None,
+        stand_in=None if stand_in is None else float(stand_in),
         values=values,
         questions=tuple(_question(item, arguments["question_field"], row) for row, item in enumerate(items)),
         truncated=sum(item["removed_tokens"] > 0 for item in items),

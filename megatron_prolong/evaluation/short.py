@@ -19,7 +19,7 @@ from rich.table import Table
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.backend import backend_kind, open_backend
-from megatron_prolong.evaluation.harness_scores import remembered, simple_evaluate
+from megatron_prolong.evaluation.harness_scores import read_score, remembered, simple_evaluate
 from megatron_prolong.evaluation.identity import model_identity
 from megatron_prolong.evaluation.published import published
 from megatron_prolong.runtime.terminal import print_table
@@ -99,7 +99,7 @@ def run_short(
             found = evaluate(tasks=[name], **how, **asked)
             return 100 * float(found["results"][name][task.metric])
 
-        return remembered(path, arguments, list(by_name), ask, overwrite)
+        return remembered(path, arguments, list(by_name), ask, read_score, overwrite)
 
 
 @contextmanager

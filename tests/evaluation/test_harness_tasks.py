@@ -7,6 +7,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -241,6 +242,17 @@ def test_other_settings_are_other_questions(
     monkeypatch.setattr(harness_tasks, "version", lambda _: "another")
     run_questions(hf_directory, replace(once, samples=2), tmp_path)
     assert len(asked) == 6
+    file = tmp_path / "lm_eval_size2.json"
+    content = json.loads(file.read_text())
+    for scores in (0.5, {"own": 0.5}, {"own": {"acc,none": "high"}}):  # as a hand may have left it
+        file.write_text(json.dumps({**content, "scores": {"own": scores}}))
+        with pytest.raises(
+            UserError, match=r"lm_eval_size2\.json: not a whole result .*; delete it, and run the task"
+        ):
+            run_questions(hf_directory, replace(once, samples=2), tmp_path)
+    file.write_text(json.dumps({**content, "scores": {"own": {"own": {"acc,none": None}}}}))
+    found = run_questions(hf_directory, replace(once, samples=2), tmp_path)
+    assert isnan(found["own"]["own"]["acc,none"]), "as JSON has it"
 
 
 def test_tasks_are_made_to_a_length_in_the_models_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

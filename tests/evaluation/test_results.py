@@ -307,8 +307,14 @@ def test_a_result_that_was_copied_by_half_is_named_and_not_left_out(tmp_path: Pa
 
 def test_a_result_without_answers_or_with_words_for_scores_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x_in8192_shots2.json"
-    for items, said in (([], "no answers"), ([{"f1": "high", "removed_tokens": 0}], "high")):
-        write_result(path, items, {"f1": 50.0}, ["f1"])
+    row = {"f1": 0.5, "rougeL_f1": 0.5, "removed_tokens": 0}
+    for items, averaged, said in (
+        ([], {"f1": 50.0}, "no answers"),
+        ([{**row, "f1": "high"}], {"f1": 50.0}, "high"),
+        ([row], {"f1": "high"}, "high"),
+        ([row], {"rougeL_f1": "high"}, "high"),
+    ):
+        write_result(path, items, averaged, ["f1" if "f1" in averaged else "gpt-4-f1"])
         with pytest.raises(
             UserError, match=f"not a whole result .*{said}.*; delete it, and run the task again"
         ):
@@ -343,7 +349,7 @@ def test_a_directory_of_several_models_results_names_them(tmp_path: Path) -> Non
 def write_result(
     path: Path,
     items: list[Any],
-    averaged: dict[str, float],
+    averaged: dict[str, Any],
     metrics: list[str],
     name: str = "x",
 ) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 from collections import ChainMap
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,14 @@ def test_what_is_scored_already_is_not_asked_again_unless_it_was_of_something_el
     assert ask() == {"tiny_choice": 50.0}, "another version may ask otherwise"
     assert asked == [(["tiny_choice"], 3, limit) for limit in (9, None, None, None)]
     content = json.loads((tmp_path / "short.json").read_text())
-    for scores in ({}, {"scores": 50.0}):  # as a hand may have left it
+    for scores in ({}, {"scores": 50.0}, {"scores": {"other": "high"}}):  # as a hand may have left it
         (tmp_path / "short.json").write_text(json.dumps({"args": content["args"], **scores}))
         with pytest.raises(
             UserError, match=r"short\.json: not a whole result .*; delete it, and run the task"
         ):
             ask()
+    (tmp_path / "short.json").write_text(json.dumps({**content, "scores": {"tiny_choice": None}}))
+    assert isnan(ask()["tiny_choice"]), "as JSON has it"
 
 
 def test_shots_and_metrics_are_those_of_the_old_leaderboard() -> None:
