@@ -24,7 +24,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from packaging.requirements import Requirement
 
+from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.cores import usable_cores
+from megatron_prolong.runtime.flash_attention_3 import (
+    INSTALL,
+    is_flash_attention_3_installed,
+    use_flash_attention_3,
+)
 from megatron_prolong.runtime.stopwatch import Stopwatch
 
 Status = Literal["ok", "warning", "missing"]
@@ -32,7 +38,6 @@ Status = Literal["ok", "warning", "missing"]
 # Distribution name -> what is lost without it.
 OPTIONAL_PACKAGES = {
     "transformer-engine": "fp8 and Transformer Engine's attention",
-    "flash-attn-3": "FlashAttention-3 on Hopper where PyTorch attends (docs/gpu.md)",
     "apex": "Apex's fused optimizer (Transformer Engine's serves as well)",
     "wandb": "tracking with Weights & Biases",
     "lm-eval": "short-context evaluation",
@@ -69,7 +74,7 @@ def examine(directory: Path, *, quick: bool) -> list[Finding]:
         quick: skip the GPUs' speeds and the all-reduce, which take some seconds.
     """
     looks: list[Callable[[], list[Finding]]] = [
-        _system, _packages, _devices, _cudnn, _backends, _fabric, lambda: _disk(directory),
+        _system, _packages, _devices, _cudnn, _attention, _backends, _fabric, lambda: _disk(directory),
     ]  # fmt: skip
     if not quick:
         looks += [_gpu_speeds, _all_reduce]
@@ -195,6 +200,24 @@ def _cudnn() -> list[Finding]:
         detail += ": gradients of packed documents can be NaN on Hopper"
         return [Finding("cuDNN", "warning", detail, "install cuDNN 9.18 or later")]
     return [Finding("cuDNN", "ok", detail)]
+
+
+def _attention() -> list[Finding]:
+    """What attends on Hopper and Blackwell, where PyTorch's own kernel is far slower than the best."""
+    generation = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    if generation not in (9, 10):
+        return []
+    if generation == 9 and is_flash_attention_3_installed():
+        try:
+            use_flash_attention_3()
+        except UserError as error:
+            return [Finding("attention", "missing", str(error))]  # it says what to do
+        return [Finding("attention", "ok", "FlashAttention-3 where PyTorch attends")]
+    if version_of("transformer-engine") is not None:
+        return [Finding("attention", "ok", "Transformer Engine's")]
+    detail = "PyTorch's FlashAttention-2, with half the speed of the best kernels or less"
+    remedy = "use Transformer Engine" if generation == 10 else f"{INSTALL}, or use Transformer Engine"
+    return [Finding("attention", "warning", detail, remedy)]
 
 
 def _backends() -> list[Finding]:

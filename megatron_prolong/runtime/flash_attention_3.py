@@ -23,20 +23,34 @@ def use_flash_attention_3() -> None:
     """Have PyTorch attend with FlashAttention-3 in this process, on a Hopper GPU where it is installed.
 
     Raises:
-        UserError: it is installed but cannot be loaded, or was built without its backward.
+        UserError: it is installed but does not run: built for another PyTorch, or without its backward, or PyTorch
+            is an early 2.11 whose own part was unfinished.
     """
     import torch
-    from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
 
     if not is_flash_attention_3_installed() or torch.cuda.get_device_capability()[0] != 9:
         return
-    if current_flash_attention_impl() == "FA3":  # a second run in this process
-        return
     try:
+        from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
+
+        if current_flash_attention_impl() == "FA3":  # a second run in this process
+            return
         activate_flash_attention_impl("FA3")
-    except (ImportError, OSError, RuntimeError) as error:
+        _attend()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise UserError(
-            f"flash-attn-3 is installed, but PyTorch {torch.__version__} cannot use it: {said}; install the one "
-            f"for this PyTorch and CUDA ({INSTALL}), or uninstall it"
+            f"flash-attn-3 is installed, but PyTorch {torch.__version__} cannot use it: {said}; uninstall it, or "
+            f"install the one for this PyTorch and CUDA: {INSTALL}"
         ) from error
+
+
+def _attend() -> None:
+    """A document of one token, forward and backward: what does not fit fails here and not in the first step."""
+    import torch
+
+    token = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device="cuda")
+    documents = (*[torch.tensor([0, 1], dtype=torch.int32, device="cuda")] * 2, 1, 1, 0.0, True)
+    qkv = (token, token, token)
+    out, lse, *states, _ = torch.ops.aten._flash_attention_forward(*qkv, *documents, False, scale=1.0)
+    torch.ops.aten._flash_attention_backward(token, *qkv, out, lse, *documents, *states, scale=1.0)

@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_prolong.cli.main import app
+from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.shape import ModelShape, to_hf_config
 from megatron_prolong.runtime import doctor
 from megatron_prolong.runtime.doctor import measure_all_reduce
@@ -129,6 +130,35 @@ def test_a_cudnn_whose_gradients_can_be_nan_is_a_warning(monkeypatch, cudnn, cap
     monkeypatch.setattr("torch.backends.cudnn.version", version)
     (finding,) = doctor._cudnn()
     assert finding.status == status and bool(finding.remedy) == (status == "warning")
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "te", "status"),
+    [
+        (9, True, "2.12.0", "ok"),
+        (9, False, "2.12.0", "ok"),
+        (9, False, None, "warning"),
+        (9, None, "2.12.0", "missing"),
+        (10, True, None, "warning"),
+    ],
+)
+def test_what_attends_is_told(
+    monkeypatch, capability: int, installed: bool | None, te: str | None, status: str
+) -> None:
+    def use() -> None:
+        if installed is None:
+            raise UserError("flash-attn-3 is installed, but PyTorch cannot use it")
+
+    assert torch.cuda.is_available() or not doctor._attention()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (capability, 0))
+    monkeypatch.setattr(doctor, "is_flash_attention_3_installed", lambda: installed is not False)
+    monkeypatch.setattr(doctor, "use_flash_attention_3", use)
+    monkeypatch.setattr(doctor, "version_of", lambda _: te)
+    (finding,) = doctor._attention()
+    assert finding.status == status and bool(finding.remedy) == (status == "warning")
+    assert ("FlashAttention-3" in finding.detail) == (installed is True and capability == 9)
+    assert ("flash-attn-3" in finding.remedy) == (status == "warning" and capability == 9)
 
 
 def test_a_gpu_slower_than_those_beside_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

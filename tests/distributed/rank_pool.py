@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megatron_prolong.runtime.flash_attention_3 import use_flash_attention_3
+
 TIMEOUT_SECONDS = 180
 
 
@@ -79,6 +81,7 @@ def _serve(rank: int, size: int, on_gpus: bool, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     if on_gpus:
         torch.cuda.set_device(rank)
+        use_flash_attention_3()
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     dist.init_process_group(

@@ -11,11 +11,12 @@ import torch
 from torch.nn import attention
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime import flash_attention_3
 from megatron_prolong.runtime.flash_attention_3 import use_flash_attention_3
 
 KERNELS = """
 import torch
-library = torch.library.Library("flash_attn_3", "DEF")
+library = torch.library.Library("flash_attn_3", "FRAGMENT")
 for name in ("fwd", "bwd"):
     library.define(name + "(Tensor q) -> Tensor")
 """
@@ -31,11 +32,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("flash_attn_interface", None)
 
 
-def test_it_takes_the_place_of_pytorchs_kernels_once(package: Path) -> None:
+def test_it_takes_the_place_of_pytorchs_kernels_once(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(flash_attention_3, "_attend", lambda: tried.append("a token"))
     package.write_text(KERNELS)
     for _ in range(2):  # a program's second model
         use_flash_attention_3()
-    assert attention.current_flash_attention_impl() == "FA3"
+    assert attention.current_flash_attention_impl() == "FA3" and tried == ["a token"]
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
@@ -54,4 +57,18 @@ def test_without_the_package_nothing_changes(package: Path) -> None:
 def test_one_that_was_built_for_another_pytorch_is_refused(package: Path) -> None:
     package.write_text("raise ImportError('undefined symbol: _ZN3c104cuda9SetDeviceEa')")
     with pytest.raises(UserError, match=r"flash-attn-3 is installed.*undefined symbol.*pip install"):
+        use_flash_attention_3()
+
+
+def test_one_that_does_not_run_is_refused(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend() -> None:
+        raise RuntimeError(
+            "max_seqlen_q must be provided if cu_seqlens_q is provided\nException raised from …"
+        )
+
+    monkeypatch.setattr(flash_attention_3, "_attend", attend)
+    package.write_text(KERNELS)
+    with pytest.raises(
+        UserError, match=r"cannot use it: max_seqlen_q must be provided if cu_seqlens_q is provided;"
+    ):
         use_flash_attention_3()

@@ -11,6 +11,7 @@ import ctypes
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -256,6 +257,8 @@ def install() -> torch.library.Library:
         packet, _, overload = name.partition(".")
         if namespace != "aten" or packet in _MEMORY:
             continue
+        if "flash_attention" in packet and find_spec("flash_attn_interface") is not None:
+            continue  # PyTorch puts FlashAttention-3 there; 2.11 refuses to do so over another kernel from Python
         operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
         if _returns_view(operator._schema):
             continue
