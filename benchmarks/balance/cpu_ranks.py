@@ -77,7 +77,7 @@ class Rank:
             start = time.process_time()
             y_TH = x_TH
             for layer in self.layers:
-                y_TH = layer(y_TH, lambda *qkv: torch.cat(context_attention(*qkv, context)))
+                y_TH = layer(y_TH, lambda q, k, v: torch.cat(context_attention(q, k, v, context)))
             y_TH.square().mean().backward()
             times.append(time.process_time() - start)
         return min(times)

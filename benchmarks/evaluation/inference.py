@@ -104,7 +104,7 @@ def speed(case: dict[str, Any]) -> dict[str, Any]:
         paths = write_models(Path(folder), case["layers"], case["hidden"])
         with open_backend(paths["hf"]) as hf, open_backend(paths["megatron"]) as ours:
             for _ in range(case["repeats"]):
-                steps = {"hf": hf_steps(hf, prompt), "megatron": megatron_steps(ours, prompt)}  # type: ignore[arg-type]
+                steps = {"hf": hf_steps(hf, prompt), "megatron": megatron_steps(ours, prompt)}
                 texts: dict[str, list[int]] = {name: [] for name in BACKENDS}
                 for number in range(case["new_tokens"]):
                     for name in BACKENDS:

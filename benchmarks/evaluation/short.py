@@ -55,7 +55,7 @@ def speed(case: dict[str, Any]) -> dict[str, Any]:
         )
         with open_backend(paths["megatron"], batch_size=size) as backend:
             assert backend is not None
-            ours = HarnessModel(backend, add_bos=False)
+            ours = HarnessModel(backend, add_bos=False, ask_greedy=False)
             found = {}
             for name, model in (("lm_eval", theirs), ("megatron", ours)):
                 model.loglikelihood(asked[:CHOICES], disable_tqdm=True)  # what loads lazily

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.futures import Future
 
 
@@ -32,7 +32,7 @@ class EchoGroup(dist.ProcessGroup):
     """The collectives that a training step needs; the names are those that torch.distributed calls."""
 
     def __init__(self, rank: int, size: int) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]
         self._rank, self._size = rank, size
         self._sent: deque[Tensor] = deque()
         self._awaited: deque[Tensor] = deque()

@@ -78,7 +78,7 @@ TINY_LOADS = {"one document": Load(single_document(256), "none")}
 
 def documents(load: Load, shape: ModelShape) -> list[torch.Tensor]:
     """One packed sequence: of a mixture, the one whose Σ len² is nearest to the mean."""
-    sequences = load.lengths.sample(64)
+    sequences = load.lengths.batch(0, 64)
     squares = [int((lengths**2).sum()) for lengths in sequences]
     typical = min(range(64), key=lambda index: abs(squares[index] - sum(squares) / 64))
     generator = torch.Generator().manual_seed(0)

@@ -15,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
 import rehearsal
+import throughput
 
 ROWS = json.loads(Path(rehearsal.__file__).with_suffix(".json").read_text())["rows"]
 
@@ -26,3 +27,9 @@ def test_every_case_was_rehearsed():
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["case"])
 def test_planned_memory_is_what_the_allocator_gave(row):
     assert -0.01 < rehearsal.planned_gib(row["case"]) / row["peak_gib"] - 1 < 0.06
+
+
+@pytest.mark.parametrize("load", throughput.LOADS.values(), ids=list(throughput.LOADS))
+def test_what_the_gpu_benchmark_trains_on_is_one_packed_sequence(load):
+    lengths = [len(document) for document in throughput.documents(load, throughput.TINY)]
+    assert sum(lengths) == load.lengths.sequence_length
