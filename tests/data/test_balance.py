@@ -16,9 +16,11 @@ from benchmarks.balance.schemes import outcome_of
 from megatron_prolong.data.balance import CostModel, assign
 from megatron_prolong.data.balance.micro_batches import fill_alike, fill_even
 from megatron_prolong.data.balance.threshold import NEVER, best_share
-from megatron_prolong.data.packed import Identity, PackedSequence
+from megatron_prolong.data.batch import collate_pieces
+from megatron_prolong.data.packed import Identity, PackedSequence, Piece
 from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.groups import Axis, ParallelGroups
+from megatron_prolong.mcore.micro_batch import micro_batch
 from megatron_prolong.model.context_plan import ContextPlan
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.training.balance import micro_batches, share_out
@@ -189,6 +191,26 @@ def test_a_step_has_its_documents_where_they_were_assigned(pp):
             assert max(context.slice_length(rank) for rank in range(2)) == plan.share.max_tokens
         numbers_of_micro_batches.add(len(plans))
     assert len(numbers_of_micro_batches) == 2 // pp, "pipelines of unequal ones wait for each other"
+
+
+@pytest.mark.parametrize(
+    ("sequence_parallel", "token_multiple", "tokens"),
+    [(False, 1, 37), (True, 1, 38), (False, 16, 48), (True, 16, 64)],
+)
+def test_tokens_are_padded_for_the_ranks_and_the_tiles_that_they_are_cut_into(
+    sequence_parallel, token_multiple, tokens
+):
+    group = cast(dist.ProcessGroup, None)
+    alone, of_two = Axis(0, 1, group), Axis(0, 2, group)
+    batch = micro_batch(
+        collate_pieces([Piece(np.ones(37, np.uint32), None)]),
+        groups=ParallelGroups(dp=alone, cp=alone, pp=alone, tp=of_two, dp_cp=alone),
+        layout=Layout(tp=2, sequence_parallel=sequence_parallel),
+        device=torch.device("cpu"),
+        token_multiple=token_multiple,
+    )
+    assert batch.tokens.shape == batch.labels.shape == batch.positions.shape == (1, tokens)
+    assert batch.num_targets == 36 == int((batch.labels == 1).sum())
 
 
 def test_fit_finds_the_model_that_made_the_measurements():

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.optimizer import distrib_optimizer
 
-from megatron_prolong.mcore.adam import FusedAdam
+from megatron_prolong.mcore.adam import FusedAdam, fused_adam_in_megatron
 from megatron_prolong.mcore.cpu import cuda_on_cpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -51,3 +53,25 @@ def test_fused_adam_equals_torch_adamw_and_keeps_its_step_in_the_group():
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)  # another order of the same operations
     assert adam.param_groups[0]["step"] == 10
     assert set(adam.state[ours]) == {"exp_avg", "exp_avg_sq"}
+
+
+def test_a_rank_that_has_no_part_of_a_group_counts_its_steps_all_the_same():
+    """All norms may lie on other ranks; any rank's count may be the one that is saved."""
+    moved, without_gradient = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "adam_w_mode": True}
+    adam = FusedAdam([{"params": params} for params in ([moved], [without_gradient], [])], **options)
+    moved.grad = torch.ones(2)
+    for _ in range(2):
+        adam.step()
+    assert [group["step"] for group in adam.param_groups] == [2, 2, 2]
+    assert moved.max() < 1 and torch.equal(without_gradient, torch.ones(2))
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_megatron_takes_another_adam_only_where_there_is_one_for_the_gpu(fused, cuda, monkeypatch):
+    monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", fused)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    with fused_adam_in_megatron():
+        taken = {megatron_optimizer.Adam, distrib_optimizer.Adam}
+    assert (taken == {FusedAdam}) == (not (fused and cuda))

@@ -24,7 +24,10 @@ from reference import (
 
 from megatron_prolong.data.batch import NO_LABEL, PackedBatch, collate_pieces
 from megatron_prolong.data.packed import Piece
+from megatron_prolong.mcore import build
+from megatron_prolong.mcore.attention import DocumentAttention
 from megatron_prolong.mcore.build import build_model
+from megatron_prolong.mcore.config import transformer_config
 from megatron_prolong.mcore.groups import ParallelGroups, megatron
 from megatron_prolong.mcore.micro_batch import MicroBatch, micro_batch
 from megatron_prolong.mcore.offload import HostOffload
@@ -119,6 +122,22 @@ def test_loss_and_gradients(variant, recompute, world, groups):
         actual = ours[name].main_grad[: expected_gradient.shape[0]]
         error = (actual - expected_gradient).norm() / expected_gradient.norm()
         assert error < 1e-4, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("recompute", "times"), [("none", 1), ("selective", 1), ("all_but_attention", 1), ("full", 2)]
+)
+def test_attention_runs_again_only_where_it_is_recomputed(recompute, times, world, groups, monkeypatch):
+    calls, attend = [], DocumentAttention.attend
+
+    def counted(self, *tensors, **named):
+        calls.append(self.layer_number)
+        return attend(self, *tensors, **named)
+
+    monkeypatch.setattr(DocumentAttention, "attend", counted)
+    model = ours_from(reference_llama(), recompute)
+    forward_backward(model, [to_micro_batch(random_batch(2), groups, world)], groups)
+    assert len(calls) == times * model.shape.num_layers
 
 
 @pytest.mark.parametrize("recompute", ["none", "all_but_attention", "full"])
@@ -230,11 +249,36 @@ def test_it_is_built_of_zeros_with_gradients_in_fp32_where_it_trains(world, grou
     """Rows that pad the vocabulary are in no checkpoint: what memory happened to hold might be NaN."""
     shape = shape_of(reference_llama())
     for training in (True, False):
-        (chunk,) = build_model(shape, Layout(), precision="bf16", training=training).bare_chunks
+        options = {"precision": "bf16", "loss_chunk_tokens": 9, "training": training}
+        (chunk,) = build_model(shape, Layout(), **options).bare_chunks
+        assert chunk.loss_chunk_tokens == 9
         for name, weight in chunk.named_parameters():
             assert weight.dtype == torch.bfloat16 and not weight.any(), name
             gradient = getattr(weight, "main_grad", None)
             assert gradient.dtype == torch.float32 if training else gradient is None, name
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_weights_in_bf16_are_updated_in_fp32(distributed_optimizer, world, groups):
+    layout = Layout(distributed_optimizer=distributed_optimizer)
+    model = build_model(shape_of(reference_llama()), layout, precision="bf16")
+    optimizer = build_optimizer(model, OptimizerSpec(), layout, lr=1e-3)
+    updated = [weight.dtype for group in optimizer.param_groups for weight in group["params"]]
+    assert updated and set(updated) == {torch.float32}
+
+
+def test_every_setting_of_a_model_reaches_megatrons_config(world, groups, monkeypatch):
+    """On a CPU most of them change nothing."""
+    told = {}
+
+    def plain(shape, layout, **settings):
+        told.update(settings)
+        return transformer_config(shape, layout, precision="fp32", recompute="none")
+
+    monkeypatch.setattr(build, "transformer_config", plain)
+    settings = {"precision": "fp8", "recompute": "full", "fp8_recipe": "blockwise", "fp8_parameters": True}
+    build_model(shape_of(reference_llama()), Layout(), **settings, rank_tokens=64)
+    assert told == {**settings, "rank_tokens": 64}
 
 
 def test_padded_vocabulary_takes_no_probability(world, groups):
