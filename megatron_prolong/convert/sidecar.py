@@ -48,6 +48,17 @@ def copy_sidecar(source: Path, target: Path, tokenizer: Path | None = None) -> N
         shutil.copyfile(path, target / place)
 
 
+def check_sidecar(directory: Path) -> None:
+    """Raises UserError where nothing is that would travel along."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; expected a Hugging Face model or its tokenizer")
+    if not _matching(directory, (*_MODEL, *_TOKENIZER)):
+        raise UserError(
+            f"{directory}: neither a config nor a tokenizer is there; expected a Hugging Face model or its "
+            "tokenizer (without --hf what came with the checkpoint is taken)"
+        )
+
+
 def _matching(origin: Path, names: Sequence[str]) -> list[Path]:
     """What is there under these names; links to nothing too, which globbing for a name would pass over."""
     places = [origin / name for name in names]

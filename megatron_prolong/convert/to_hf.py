@@ -10,6 +10,7 @@ from megatron_prolong.convert.dtypes import dtype_name, parse_dtype
 from megatron_prolong.convert.hf_writer import write_safetensors
 from megatron_prolong.convert.names import hf_tensors
 from megatron_prolong.convert.sidecar import (
+    check_sidecar,
     config_changes,
     copy_sidecar,
     exported_config,
@@ -54,8 +55,8 @@ def to_hf(
     Raises:
         UserError: not such a checkpoint, damaged files, contradiction, `out` exists, disk full.
     """
-    if sidecar is not None and not sidecar.is_dir():
-        raise UserError(f"{sidecar}: no such directory; expected a Hugging Face model or its tokenizer")
+    if sidecar is not None:
+        check_sidecar(sidecar)
     opened = MegatronCheckpoint.open(Path(checkpoint), sidecar)
     shape = _exported_shape(opened, rope_base, max_length, contradict)
     target_dtype = parse_dtype(dtype)

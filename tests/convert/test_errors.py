@@ -201,6 +201,9 @@ def test_directories_that_are_something_else(original: Path, converted: Path, tm
     assert "no such directory" in _refused(lambda out: to_hf(tmp_path / "nowhere", out), tmp_path)
     message = _refused(lambda out: to_hf(converted, out, sidecar=tmp_path / "nowhere"), tmp_path)
     assert "nowhere: no such directory; expected a Hugging Face model" in message
+    (tmp_path / "empty").mkdir()
+    message = _refused(lambda out: to_hf(converted, out, sidecar=tmp_path / "empty"), tmp_path)
+    assert "empty: neither a config nor a tokenizer is there" in message
     (original / "model.safetensors").unlink()
     assert "no weights" in _refused(lambda out: to_megatron(original, out), tmp_path)
 
