@@ -30,7 +30,7 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
         needed_bytes: space the content takes; checked against the disk before anything is written.
 
     Raises:
-        UserError: `final` exists, its parent cannot be written, or the disk is or becomes full.
+        UserError: `final` exists, its parent is a file or cannot be written, or the disk is or becomes full.
     """
     # A link cannot be replaced by a directory, not even one to nothing; nor can `.`, which has no name.
     if (
@@ -39,6 +39,9 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
         or (final.exists() and (not final.is_dir() or any(final.iterdir())))
     ):
         raise UserError(f"{final}: already exists; choose another name or remove it")
+    for parent in final.parents:
+        if (parent.exists() or parent.is_symlink()) and not parent.is_dir():
+            raise UserError(f"{final}: {parent} is no directory; choose another place")
     partial = temporary_name(final)
     new_parents = [parent for parent in final.parents if not parent.exists()]  # the innermost first
     try:

@@ -225,6 +225,9 @@ def test_the_target_exists(
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="link: already exists"):
         to_megatron(original, tmp_path / "link")
+    for place in (taken / "precious", tmp_path / "link"):
+        with pytest.raises(UserError, match=rf"below: .*/{place.name} is no directory; choose another place"):
+            to_megatron(original, place / "and" / "below")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError, match=r"^\.: already exists"):  # empty, but it has no name to write beside
