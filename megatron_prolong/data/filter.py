@@ -71,6 +71,15 @@ class FilterOptions:
                 "nothing to filter by; give a length, duplicates, evaluation files or a predicate"
             )
 
+        for domain in sorted({*self.min_length, *self.max_length}):
+            least, most = _limit(self.min_length, domain, 0), _limit(self.max_length, domain, sys.maxsize)
+            if least > most:
+                documents = f"document of {domain}" if domain else "document"
+                raise UserError(
+                    f"no {documents} can be left: it must have at least {least:,} tokens and at most {most:,}; "
+                    "correct one of the lengths (DOMAIN=TOKENS is for one domain)"
+                )
+
     def length_problem(self, domain: str, length: int) -> str | None:
         """Why a document of so many tokens is dropped, if it is."""
         if length < _limit(self.min_length, domain, 0):

@@ -358,6 +358,12 @@ def test_refusals(tmp_path: Path) -> None:
         FilterOptions()
     with pytest.raises(UserError, match="needs the data's --tokenizer"):
         FilterOptions(against=("x.txt",))
+    with pytest.raises(
+        UserError, match=r"no document can be left: .* at least 1,000 tokens and at most 999;"
+    ):
+        FilterOptions({"": 1000}, {"": 999})
+    with pytest.raises(UserError, match=r"no document of books can be left: .* at least 40 .* at most 30;"):
+        FilterOptions({"": 40, "code": 10}, {"": 50, "books": 30, "code": 10})
     for number in ({"n": 0}, {"hits": 0}):
         with pytest.raises(UserError, match="n-grams have at least 1 word, and at least 1 hit"):
             FilterOptions(duplicates=True, **number)
