@@ -34,6 +34,7 @@ from megatron_prolong.data.job import REPORT, Job
 from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.data.report import Report
 from megatron_prolong.data.sources import Bad, Part, Record, find_kind, source_of
+from megatron_prolong.data.sources.files import is_remote
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import tokenizer_file
 
@@ -105,6 +106,8 @@ def tokenize(
     options = options or TokenizeOptions()
     if options.kind == "chat":
         options = replace(options, kind="jsonl", chat=True)
+    for source in sources:
+        _refuse_inside(Path(out), source)
     kinds = [options.kind or find_kind(source) for source in sources]
     parts = [
         (kind, part)
@@ -119,6 +122,12 @@ def tokenize(
                 return None
             job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
     return TokenizeReport.of([job.report()])
+
+
+def _refuse_inside(out: Path, source: str) -> None:
+    """A job that goes on, and the others of an array, would find its files among the source's."""
+    if not is_remote(source) and Path(source).resolve() in out.resolve().parents:
+        raise UserError(f"{out}: lies in {source}, and would be read as a part of it; choose a place outside")
 
 
 def _settings(

@@ -247,6 +247,19 @@ def test_domains_that_the_records_name(tokenizer: Path, tmp_path: Path) -> None:
     assert "field 'cluster' names no domain (fields: text, of); with --domain" in str(result.exception)
 
 
+def test_a_target_inside_a_source_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    """Its job.json was read as JSON Lines when the job went on, which ended it as one of other settings."""
+    source = tmp_path / "texts"
+    source.mkdir()
+    write_jsonl(source / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "link").symlink_to(source)
+    for out in (source / "out", tmp_path / "link" / "deep" / "out"):
+        with pytest.raises(UserError, match=r"out: lies in .*texts, and would be read as a part of it"):
+            tokenize([str(source)], tokenizer, out)
+    report = tokenize([str(source)], tokenizer, tmp_path / "texts-out")
+    assert report is not None and report.documents == 1
+
+
 def test_nothing_at_all(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").touch()
     with pytest.raises(UserError, match="not a single document in the sources; left out: nothing"):
