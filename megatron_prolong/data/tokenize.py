@@ -235,8 +235,11 @@ class _Work:
         value = _get(record.fields, name)
         if value is None:
             known = ", ".join(record.fields)
+            option = "--messages-field" if self.options.chat else "--text-field"
             return Bad(
-                record.name, f"field {name!r} is missing or null (fields: {known})", f"no field {name}"
+                record.name,
+                f"field {name!r} is missing or null (fields: {known}; {option} names another)",
+                f"no field {name}",
             )
         texts = []
         if not self.options.chat:  # chats are judged as they are rendered

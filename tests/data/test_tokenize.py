@@ -203,8 +203,12 @@ def test_a_job_that_bad_input_stopped_goes_on_with_skip(
     ("line", "message", "reason"),
     [
         (b'{"text": 7}', "field 'text' is int, not text", "not text"),
-        (b'{"txt": "a"}', r"field 'text' is missing or null \(fields: txt\)", "no field text"),
-        (b'{"text": null}', r"field 'text' is missing or null \(fields: text\)", "no field text"),
+        (
+            b'{"txt": "a"}',
+            r"field 'text' is missing or null \(fields: txt; --text-field names",
+            "no field text",
+        ),
+        (b'{"text": null}', r"field 'text' is missing or null \(fields: text; --text-field", "no field text"),
         (b'{"text": "\\ud800"}', "half a surrogate pair at character 0", "not UTF-8"),
         (b"[1]", "is not a JSON object but list; a JSON array becomes JSON Lines by `jq", "not an object"),
         (b"[", r"is not JSON \(.*\); a JSON array becomes JSON Lines by `jq", "not JSON"),
