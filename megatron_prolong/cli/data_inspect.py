@@ -34,6 +34,13 @@ def inspect(
 
     if png is not None and png.suffix != ".png":
         raise UserError(f"--png {png}: the name must end in .png")
+    if sample and png is not None:
+        raise UserError("--png draws all samples, and --sample shows some as text: give one of them")
+    if tokenizer is not None and not sample:
+        raise UserError(
+            "--tokenizer is for --sample NUMBER, which it turns into text: add that, or leave it out "
+            "(`prolong data verify` compares a tokenizer with the data)"
+        )
     console = screen()
     if sample:
         if tokenizer is None:

@@ -50,6 +50,10 @@ def test_inspect_shows_samples_as_text(packs: Path, tmp_path: Path) -> None:
     short = run("inspect", packs, "--sample", 2, "--tokenizer", tmp_path / "tokenizer", "--max-tokens", 2)
     assert "… 2 tokens …" in short.output
     assert "needs --tokenizer" in str(run("inspect", packs, "--sample", 0).exception)
+    without = run("inspect", packs, "--tokenizer", tmp_path / "tokenizer").exception
+    assert isinstance(without, UserError) and "--tokenizer is for --sample NUMBER" in str(without)
+    both = run("inspect", packs, "--sample", 0, "--tokenizer", "t", "--png", tmp_path / "all.png").exception
+    assert isinstance(both, UserError) and "give one of them" in str(both)
     missing = run("inspect", packs, "--sample", 0, "--tokenizer", tmp_path / "absent").exception
     assert isinstance(missing, UserError) and "absent: no tokenizer.json there; give the directory" in str(
         missing
