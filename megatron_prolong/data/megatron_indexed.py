@@ -186,8 +186,14 @@ class IndexedReader:
 def to_megatron(directory: Path, prefix: Path) -> int:
     """Write the samples of an MDS directory as PREFIX.bin and PREFIX.idx; returns how many.
 
-    Raises UserError for data without tokens, with a mask column, or with tokens beyond 31 bits.
+    Raises UserError for data without tokens, with a mask column, or with tokens beyond 31 bits, and for a prefix
+    that ends like one of the files.
     """
+    prefix = Path(prefix)
+    if prefix.suffix in (".bin", ".idx"):
+        raise UserError(
+            f"{prefix}: is the name of one of two files; give the prefix, {prefix.with_suffix('')}"
+        )
     reader = open_tokens(directory, "mask")
     if "mask" in reader.columns:
         raise UserError(

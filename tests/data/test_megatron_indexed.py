@@ -122,6 +122,9 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
         writer.write({"text": "x"})
     with pytest.raises(UserError, match="text: no column input_ids, only text; tokenize it first"):
         to_megatron(tmp_path / "text", tmp_path / "out")
+    for name in ("out.bin", "out.idx"):
+        with pytest.raises(UserError, match=r"out\.\w+: .* give the prefix, .*/out$"):
+            to_megatron(write_packs(tmp_path / f"of {name}", [[[1, 2]]]), tmp_path / name)
     assert not list(tmp_path.glob("out*")), "nothing half-written is left"
 
 
