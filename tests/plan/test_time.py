@@ -14,6 +14,7 @@ from megatron_prolong.plan.lengths import LONG_TOKENS, PROLONG_512K, BatchDocume
 from megatron_prolong.plan.memory import kept_by_chunk, kept_by_layer, parked_bytes
 from megatron_prolong.plan.search import RECOMPUTE_MODES, evaluate
 from megatron_prolong.plan.time import RankLoads, Rates, mfu, rates, step_time, tokens_per_second_per_gpu
+from megatron_prolong.plan.volume import context_bytes
 from megatron_prolong.plan.weights import stage_weights
 from megatron_prolong.recipe.counts import ForwardFlops
 from megatron_prolong.recipe.schema import Layout
@@ -100,6 +101,13 @@ def test_copies_to_the_host_hide_behind_long_documents_only() -> None:
     computed = time.matmul + time.attention + time.elementwise + time.tensor + time.context
     assert time.offload == pytest.approx(2 * copied * parked.micro_batches - computed) and time.offload > 0
     assert step_time(replace(parked, offload=False), slow, BATCHES).offload == 0
+    # A copy of half of a micro-batch's time, of half of the layers: the backward hides it, the forward two thirds.
+    staged = replace(parked, layout=Layout(tp=4, cp=2, pp=2))
+    time = step_time(staged, H100, BATCHES)
+    computed = time.matmul + time.attention + time.elementwise + time.tensor + time.context
+    bandwidth = kept_by_chunk(staged, 16) / (computed / staged.micro_batches / 2)
+    half = H100.model_copy(update={"host_bandwidth": bandwidth})
+    assert step_time(staged, half, BATCHES).offload == pytest.approx(computed / 6)
 
 
 def test_no_more_is_parked_than_half_of_a_nodes_memory() -> None:
@@ -230,6 +238,42 @@ def test_what_a_step_waits_for_by_hand() -> None:
     alone = replace(job, layout=Layout(tp=8), batch_sequences=1)
     time = step_time(alone, slow, [BatchDocuments.of(single_document(2**14).batch(0, 1))])
     assert time.gradients == 0 == time.pipeline
+    assert time.tensor == pytest.approx((32 * 4 * 2 + 2) * hidden * 7 / 8 / slow.bandwidth(8, 1))
+
+
+def test_whom_the_ranks_of_an_axis_reach_over_the_network() -> None:
+    """Tensor-parallel ranks are neighbours, context-parallel ones next, pipeline stages farthest apart."""
+    node = H100.model_copy(update={"gpus_per_node": 4, "inter_node_bandwidth": 10e9})
+    link = 10e9 * H100.efficiency.network
+    job = replace(JOB, sequence_length=2**14, batch_sequences=4, recompute="none")
+    batches = [BatchDocuments.of(single_document(2**14).batch(0, 4))]
+    stages = replace(job, layout=Layout(tp=2, pp=2, virtual_pp=2), world_size=8)
+    document = float(rates(stages, node).seconds(np.array([2**14]))[0])
+    # Both chunks of a rank hand two micro-batches on, forward and back, of half of the tokens.
+    handed_over = 2 * 2 * 2 * 2**14 * 4096 * 2 / 2
+    assert step_time(stages, node, batches).pipeline == pytest.approx(document / 2 + handed_over / link)
+    split = replace(job, layout=Layout(tp=4, cp=2, cp_exchange="all_gather"), world_size=8)
+    document = float(rates(split, node).seconds(np.array([2**14]))[0])
+    time = step_time(split, node, batches)
+    assert time.context == pytest.approx(4 * context_bytes(split) / link) and time.context > 0
+    weights = sum(stage_weights(split, 0))
+    assert time.gradients == pytest.approx((4 + 2) * weights / 2 / link - 0.9 * document)
+
+
+def test_the_all_gather_may_be_waited_for_where_the_reduce_scatter_is_not() -> None:
+    job = replace(
+        JOB,
+        layout=Layout(distributed_optimizer=False),
+        world_size=2,
+        sequence_length=2**14,
+        batch_sequences=2,
+    )
+    batches = [BatchDocuments.of(single_document(2**14).batch(0, 2))]
+    document = float(rates(job, H100).seconds(np.array([2**14]))[0])
+    # Each takes 45% of the micro-batch's time; the backward hides 60%, the forward 30%.
+    bandwidth = 4 * sum(stage_weights(job, 0)) / 2 / (0.45 * document) / H100.efficiency.network
+    pair = H100.model_copy(update={"intra_node_bandwidth": bandwidth})
+    assert step_time(job, pair, batches).gradients == pytest.approx(0.15 * document)
 
 
 def test_a_pipeline_fills_with_the_longest_micro_batch() -> None:
