@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megatron_prolong.cli.counts import OfDomain, at_least, each_at_least, of_domain
+from megatron_prolong.cli.eval import going_on
 from megatron_prolong.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def tokenize(
         on_bad_input=on_bad_input,  # type: ignore[arg-type]
     )
     engine = _executor(executor, workers)
-    report = run(inputs, tokenizer, out, options, executor=engine, slurm=_slurm(slurm_array))
+    with going_on(None):
+        report = run(inputs, tokenizer, out, options, executor=engine, slurm=_slurm(slurm_array))
     if report is None:
         _other_jobs_go_on(out)
         return
@@ -170,7 +172,8 @@ def filter_(
         tokenizer=str(tokenizer) if tokenizer else None,
     )
     engine = _executor(executor, workers)
-    report = filter_documents(inputs, out, options, executor=engine, slurm=_slurm(slurm_array))
+    with going_on(None):
+        report = filter_documents(inputs, out, options, executor=engine, slurm=_slurm(slurm_array))
     if report is None:
         _other_jobs_go_on(out)
         return
@@ -253,7 +256,8 @@ def pack(
         shuffle_seed=shuffle_seed,
         domain=domain,
     )
-    report = run(inputs, out, options, executor=_executor(executor, workers), slurm=_slurm(slurm_array))
+    with going_on(None):
+        report = run(inputs, out, options, executor=_executor(executor, workers), slurm=_slurm(slurm_array))
     if report is None:
         _other_jobs_go_on(out)
         return

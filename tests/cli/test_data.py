@@ -91,3 +91,23 @@ def test_an_option_without_effect_is_refused(command: str, message: str) -> None
     name, *words = command.split()
     error = CliRunner().invoke(app, ["data", name, "in", "out", *words]).exception
     assert isinstance(error, UserError) and message in str(error)
+
+
+@pytest.mark.parametrize(
+    ("command", "step"),
+    [
+        ("tokenize --tokenizer t", TOKENIZE),
+        ("filter --duplicates", FILTER),
+        ("pack --length 1K --mode concat", PACK),
+    ],
+)
+def test_an_interrupted_job_says_that_it_can_go_on(
+    command: str, step: tuple[ModuleType, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*step, interrupted)
+    name, *words = command.split()
+    found = CliRunner().invoke(app, ["data", name, "in", "out", *words])
+    assert "stopped; the same command continues from what is finished\n" in found.output
