@@ -301,10 +301,11 @@ def _cumulative(spans: list[tuple[int, int]], device: torch.device) -> Tensor:
 def _attend_cuda(
     q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, blocks: tuple[Block, ...], causal: bool
 ) -> tuple[Tensor, Tensor]:
+    if len(blocks) == 1:
+        return _attend_block_cuda(q_TND, k_SGD, v_SGD, blocks[0], causal)
     ragged = _ragged(blocks, q_TND.device)
     if not ragged.max_q or not ragged.max_k:
-        none_TND = torch.zeros_like(q_TND, memory_format=torch.contiguous_format)
-        return none_TND, q_TND.new_full(q_TND.shape[:2], -torch.inf, dtype=torch.float32)
+        return _nothing(q_TND)
     out, lse_NT, *_ = torch.ops.aten._flash_attention_forward(
         q_TND[ragged.q_rows],
         k_SGD[ragged.k_rows],
@@ -319,6 +320,27 @@ def _attend_cuda(
         scale=_scale(q_TND),
     )
     return _spread(out, ragged.q_rows, len(q_TND)), _spread(lse_NT.T, ragged.q_rows, len(q_TND), -torch.inf)
+
+
+def _attend_block_cuda(
+    q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, block: Block, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """One block, as a batch of one: there the kernel shares the keys out among the GPU's processors where queries
+    are few (flash_api.cpp: set_params_splitkv). Decoding would otherwise keep busy one for each key/value head."""
+    q_rows, k_rows = slice(block.q_start, block.q_stop), slice(block.k_start, block.k_stop)
+    q, k, v = q_TND[q_rows], k_SGD[k_rows], v_SGD[k_rows]
+    if not len(q) or not len(k):
+        return _nothing(q_TND)
+    out, lse_1NT, *_ = torch.ops.aten._flash_attention_forward(
+        *(x.unsqueeze(0) for x in (q, k, v)), None, None, len(q), len(k), 0.0, causal, False, scale=_scale(q)
+    )
+    return _spread(out[0], q_rows, len(q_TND)), _spread(lse_1NT[0].T, q_rows, len(q_TND), -torch.inf)
+
+
+def _nothing(q_TND: Tensor) -> tuple[Tensor, Tensor]:
+    """What queries without keys get."""
+    lse_TN = q_TND.new_full(q_TND.shape[:2], -torch.inf, dtype=torch.float32)
+    return torch.zeros_like(q_TND, memory_format=torch.contiguous_format), lse_TN
 
 
 def _attend_backward_cuda(

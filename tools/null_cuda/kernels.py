@@ -92,8 +92,8 @@ def flash_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cum_seq_q: Tensor,
-    cum_seq_k: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
     max_q: int,
     max_k: int,
     dropout_p: float,
@@ -103,7 +103,15 @@ def flash_attention_forward(
     scale: float,
     **_: Any,
 ) -> tuple[Tensor, ...]:
-    """`aten::_flash_attention_forward` for packed documents [T, N, D]: one after another, with their scores."""
+    """`aten::_flash_attention_forward` for packed documents [T, N, D], one after another, with their scores; or for
+    one alone [1, T, N, D]."""
+    if cum_seq_q is None or cum_seq_k is None:
+        cum_q, cum_k = (device(torch.tensor([0, x.shape[1]], dtype=torch.int32)) for x in (query, key))
+        q, k, v = (x.squeeze(0) for x in (query, key, value))
+        out, lse_NT, *rest = flash_attention_forward(
+            q, k, v, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, scale=scale
+        )
+        return out.unsqueeze(0), lse_NT.unsqueeze(0), *rest
     assert max_q == cum_seq_q.diff().max() and max_k == cum_seq_k.diff().max(), "wrong longest document"
     q, k, v = (host(x) for x in (query, key, value))
     out, lse_NT = torch.zeros_like(q), torch.full((q.shape[1], q.shape[0]), torch.inf)

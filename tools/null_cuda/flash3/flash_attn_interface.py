@@ -32,7 +32,7 @@ BACKWARD = (
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Packed queries and keys; of the other arguments those that our calls set."""
+    """Packed queries and keys, or one document alone; of the other arguments those that our calls set."""
     given = _named("fwd", (q, k, v, *arguments))
     _check(given)
     out, lse_NT, *_ = kernels.flash_attention_forward(
@@ -67,9 +67,12 @@ def _named(operator: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _check(given: dict[str, Any]) -> None:
-    """What the kernels refuse of packed documents."""
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        assert given[name].dtype == torch.int32 and given[name].is_contiguous() and given[name].is_cuda
+    """What the kernels refuse."""
+    for lengths in (given["cu_seqlens_q"], given["cu_seqlens_k"]):
+        assert (lengths is None) == (given["q"].dim() == 4)
+        assert lengths is None or (
+            lengths.dtype == torch.int32 and lengths.is_contiguous() and lengths.is_cuda
+        )
     half = [
         given[name]
         for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
@@ -77,8 +80,8 @@ def _check(given: dict[str, Any]) -> None:
     ]
     assert {x.dtype for x in half} in ({torch.bfloat16}, {torch.float16}), "half precision only"
     assert all(x.stride(-1) == 1 and x.is_cuda for x in half)
-    num_heads, head_dim = given["q"].shape[1:]
-    assert head_dim % 8 == 0 and head_dim <= 256 and num_heads % given["k"].shape[1] == 0
+    num_heads, head_dim = given["q"].shape[-2:]
+    assert head_dim % 8 == 0 and head_dim <= 256 and num_heads % given["k"].shape[-2] == 0
 
 
 def _documents(given: dict[str, Any]) -> tuple[Any, ...]:
