@@ -96,7 +96,7 @@ def tokenize(
         on_bad_input=on_bad_input,  # type: ignore[arg-type]
     )
     engine = _executor(executor, workers)
-    with going_on(None):
+    with going_on():
         report = run(inputs, tokenizer, out, options, executor=engine, slurm=_slurm(slurm_array))
     if report is None:
         _other_jobs_go_on(out)
@@ -172,7 +172,7 @@ def filter_(
         tokenizer=str(tokenizer) if tokenizer else None,
     )
     engine = _executor(executor, workers)
-    with going_on(None):
+    with going_on():
         report = filter_documents(inputs, out, options, executor=engine, slurm=_slurm(slurm_array))
     if report is None:
         _other_jobs_go_on(out)
@@ -256,7 +256,7 @@ def pack(
         shuffle_seed=shuffle_seed,
         domain=domain,
     )
-    with going_on(None):
+    with going_on():
         report = run(inputs, out, options, executor=_executor(executor, workers), slurm=_slurm(slurm_array))
     if report is None:
         _other_jobs_go_on(out)

@@ -199,7 +199,7 @@ def on_all_ranks(world: World | None, action: Callable[[], T]) -> T:
 
 
 @contextmanager
-def going_on(world: World | None) -> Iterator[None]:
+def going_on(world: World | None = None) -> Iterator[None]:
     """Around what keeps all that is finished: Ctrl-C says so."""
     try:
         yield

@@ -44,7 +44,7 @@ def judge(
     from megatron_prolong.evaluation.judge import Judge, judge_results
 
     client = Client(server, concurrency=concurrency)
-    with going_on(None):
+    with going_on():
         written = judge_results(results, Judge(client, model, results / "judge_cache.jsonl"), helmet)
     print("\n".join(f"wrote {path}" for path in written) or "nothing to judge")
 
