@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -216,6 +217,14 @@ def test_a_job_tries_again_only_if_all_that_went_wrong_may_pass(
     assert (str(raised.value), raised.value.exit_code, raised.value.said_here) == (said, code, True)
 
 
+def test_a_fault_that_names_no_file_keeps_its_traceback() -> None:
+    def lost() -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    with pytest.raises(ConnectionResetError):
+        together(lost)
+
+
 def missing_on_rank_1() -> None:
     if os.environ["RANK"] == "1":
         Path("/not/there").read_text()
@@ -227,7 +236,7 @@ def refused_on_both() -> None:
 
 def full_on_rank_0() -> None:
     def save() -> None:
-        raise UserError("the disk is full")
+        raise UserError(f"the disk of rank {os.environ['RANK']} is full")
 
     on_main(save)
 
@@ -265,7 +274,7 @@ def run_rank(rank: int, directory: str, action) -> None:
     [
         (missing_on_rank_1, "rank 1: /not/there: No such file or directory"),
         (refused_on_both, "no such recipe"),
-        (full_on_rank_0, "the disk is full"),
+        (full_on_rank_0, "the disk of rank 0 is full"),
         (
             other_copy_on_rank_1,
             "rank 1: {copies}/1 is not what rank 0 has under this name; copy it to this node again",
