@@ -164,8 +164,8 @@ def write_files(
                 yield chunk
                 advance(chunk.num_bytes)
 
-        futures = [pool.submit(write, number, watched(file)) for number, file in enumerate(files)]
         try:
+            futures = [pool.submit(write, number, watched(file)) for number, file in enumerate(files)]
             done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
             for future in done:
                 future.result()  # raises what went wrong, while others still write

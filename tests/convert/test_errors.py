@@ -15,9 +15,10 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -468,6 +469,28 @@ def test_an_interrupt_leaves_nothing(original: Path, tmp_path: Path, number: sig
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and b"output_layer.weight" not in errors, "it stops before the last tensor"
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+def test_an_interrupt_while_files_are_handed_out_stops_the_first() -> None:
+    class Files(list[Any]):
+        gone_through = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.gone_through += 1
+            for file in super().__iter__():
+                yield file
+                if self.gone_through == 2:  # the first time, their bytes are counted
+                    raise KeyboardInterrupt
+
+    def write(_: int, chunks: Iterator[Any]) -> None:
+        for _ in chunks:
+            written.append("a chunk")
+            time.sleep(0.02)
+
+    written: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        transfer.write_files("writing", Files([[SimpleNamespace(num_bytes=1)] * 50] * 2), write, workers=1)
+    assert len(written) < 50
 
 
 def test_exit_code_and_message_of_the_command(original: Path, tmp_path: Path) -> None:
