@@ -183,14 +183,15 @@ class Job:
                 self._assemble(tasks, account)
             self.directory.replace(self.out)
             sync(self.out.parent)  # else a power cut may undo the renaming
-            (self.out / LOCK).unlink(missing_ok=True)  # of a process that came since
+            (self.out / LOCK).unlink(missing_ok=True)
 
     def _assemble(self, tasks: Iterable[str], report: Mapping[str, Any]) -> None:
         parents = sorted({str(Path(task).parent) for task in tasks})
         for parent in parents:
             members = [self.directory / task for task in tasks if str(Path(task).parent) == parent]
             merge_indexes(members, self.directory / parent)
-        keep = {Path(task).parts[0] for task in tasks} | {SETTINGS, INDEX}
+        # Without LOCK, who comes now would have one to itself, and clear away what is being written here.
+        keep = {Path(task).parts[0] for task in tasks} | {SETTINGS, INDEX, LOCK}
         for path in self._content(*keep):  # plans, and temporary directories of killed workers
             _delete(path)
         for parent in parents:

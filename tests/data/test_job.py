@@ -105,6 +105,28 @@ def test_who_comes_as_a_job_is_finished_leaves_no_lock_in_it(
     assert job.is_finished and not (job.out / ".lock").exists()
 
 
+def test_who_comes_as_a_job_is_finished_clears_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only killed processes leave temporary files, and one that finishes is none."""
+    job, write_json = Job(tmp_path / "out", {"step": "test"}), job_module.write_json
+
+    def meanwhile(path: Path, value: object) -> None:
+        if path.name == job_module.REPORT:
+            temporary = path.with_name(f"{path.name}.tmp-{socket.gethostname()}-1")
+            temporary.write_text("as far as this")
+            with Job(tmp_path / "out", {"step": "test"}).open():
+                assert temporary.exists()
+            temporary.unlink()
+        write_json(path, value)
+
+    with job.open():
+        write(job.directory / "00000", 1)
+        monkeypatch.setattr(job_module, "write_json", meanwhile)
+        job.finish(["00000"], lambda: {"tokens": 3})
+    assert job.is_finished and not (job.out / job_module.LOCK).exists()
+
+
 def test_what_a_killed_process_began_gives_way_to_other_settings(tmp_path: Path) -> None:
     killed, job = (Job(tmp_path / "out", {"length": length}) for length in (8, 16))
     with killed.open():
