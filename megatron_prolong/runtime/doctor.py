@@ -71,13 +71,13 @@ def examine(directory: Path, *, quick: bool) -> list[Finding]:
 
     Args:
         directory: where runs would write, or the nearest one above it; its file system is looked at.
-        quick: skip the GPUs' speeds and the all-reduce, which take some seconds.
+        quick: skip what runs on the GPUs, whose memory a training may have filled, and the all-reduce.
     """
     looks: list[Callable[[], list[Finding]]] = [
-        _system, _packages, _devices, _cudnn, _attention, _backends, _fabric, lambda: _disk(directory),
+        _system, _packages, _devices, _cudnn, _backends, _fabric, lambda: _disk(directory),
     ]  # fmt: skip
     if not quick:
-        looks += [_gpu_speeds, _all_reduce]
+        looks += [_attention, _gpu_speeds, _all_reduce]
     return [finding for look in looks for finding in look()]
 
 
