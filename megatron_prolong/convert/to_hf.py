@@ -21,6 +21,7 @@ from megatron_prolong.convert.sidecar import (
 from megatron_prolong.convert.staging import staged_directory
 from megatron_prolong.convert.transfer import WORKERS, num_bytes, output_dtype
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.rope import is_positive
 from megatron_prolong.recipe.shape import HF_DIR, ModelShape, read_json
 
 
@@ -73,6 +74,8 @@ def _exported_shape(
 ) -> ModelShape:
     """The checkpoint's shape with the asked RoPE base and length, if they agree with what was trained."""
     trained = checkpoint.shape
+    if rope_base is not None and not is_positive(rope_base):
+        raise UserError(f"{rope_base:g} is no RoPE base; a number above 0 is needed")
     problems = []
     if rope_base is not None and rope_base != trained.rope_base:
         problems.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -240,6 +241,12 @@ class TestRope:
             json.loads((tmp_path / "exported" / "config.json").read_text()), "exported"
         )
         assert (shape.rope_base, shape.max_length) == (5e5, 8192)
+
+    def test_a_rope_base_that_config_json_cannot_hold_is_never_meant(
+        self, trained: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(UserError, match="inf is no RoPE base; a number above 0"):
+            to_hf(trained, tmp_path / "exported", rope_base=math.inf, contradict=True)
 
     def test_a_stage_on_shorter_sequences_takes_nothing_of_the_length(self, trained: Path) -> None:
         path = trained / "prolong.json"
