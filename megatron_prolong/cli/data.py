@@ -292,6 +292,8 @@ def _executor(name: str, workers: int) -> Executor:
 
     if name not in ("local", "ray"):
         raise UserError(f"--executor {name}: must be local or ray")
+    if name == "ray" and workers:
+        raise UserError(f"--workers {workers}: Ray's cluster says how many there are; leave it out")
     return Ray() if name == "ray" else LocalProcesses(workers or usable_cores())
 
 

@@ -24,7 +24,10 @@ def inspect(
         typer.Option(help="Show this sample as text, with boundaries and masks; may be repeated."),
     ] = None,
     tokenizer: Tokenizer = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens shown of each document.")] = 200,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="With --sample: tokens shown of each document (default: 200)."),
+    ] = None,
 ) -> None:
     """Count tokens, documents and attention cost by domain and length; show samples as text."""
     from megatron_prolong.data.inspect import domain_table, length_table, plot, preview, survey
@@ -41,13 +44,15 @@ def inspect(
             "--tokenizer is for --sample NUMBER, which it turns into text: add that, or leave it out "
             "(`prolong data verify` compares a tokenizer with the data)"
         )
+    if max_tokens is not None and not sample:
+        raise UserError(f"--max-tokens {max_tokens} is for --sample NUMBER: add that, or leave it out")
     console = screen()
     if sample:
         if tokenizer is None:
             raise UserError("--sample shows text, so it needs --tokenizer (the directory of the tokenizer)")
         loaded = _tokenizer(tokenizer, directory)
         for index in sample:
-            console.print(preview(directory, index, loaded, max_tokens=max_tokens), soft_wrap=True)
+            console.print(preview(directory, index, loaded, max_tokens=max_tokens or 200), soft_wrap=True)
         return
     domains = survey(directory)
     console.print(domain_table(domains), length_table(domains))

@@ -83,6 +83,7 @@ def test_options_reach_their_step(
         ("tokenize --tokenizer t --kind chat --text-field text", "--text-field text: chats have"),
         ("filter --duplicates --ngram 13", "--ngram and --hits are for --against"),
         ("filter --duplicates --hits 1", "--ngram and --hits are for --against"),
+        ("filter --duplicates --executor ray --workers 3", "--workers 3: Ray's cluster says"),
         ("pack --length 1K --mode concat --intact --overlap 3", "overlap 3 has no effect with intact"),
     ],
 )

@@ -52,6 +52,8 @@ def test_inspect_shows_samples_as_text(packs: Path, tmp_path: Path) -> None:
     assert "needs --tokenizer" in str(run("inspect", packs, "--sample", 0).exception)
     without = run("inspect", packs, "--tokenizer", tmp_path / "tokenizer").exception
     assert isinstance(without, UserError) and "--tokenizer is for --sample NUMBER" in str(without)
+    alone = run("inspect", packs, "--max-tokens", 2).exception
+    assert isinstance(alone, UserError) and "--max-tokens 2 is for --sample NUMBER" in str(alone)
     both = run("inspect", packs, "--sample", 0, "--tokenizer", "t", "--png", tmp_path / "all.png").exception
     assert isinstance(both, UserError) and "give one of them" in str(both)
     missing = run("inspect", packs, "--sample", 0, "--tokenizer", tmp_path / "absent").exception
