@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.mds import INDEX, MDSReader, common_tokenizer
+from megatron_prolong.data.mds import INDEX, MDSReader, common_tokenizer, read_index
 from megatron_prolong.data.packed import Identity, check_tokens, open_tokens, read_boundaries, read_mask
+from megatron_prolong.data.sources.files import refuse_repeated
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.progress import track
 
@@ -32,7 +33,12 @@ _BLOCK_DOCUMENTS = 1 << 16
 
 
 def identities(inputs: Sequence[str]) -> list[str]:
-    """Of tokenized data sets, for the settings of a job: another content, order or number is another job."""
+    """Of tokenized data sets, for the settings of a job: another content, order or number is another job.
+
+    Raises UserError when a shard is in two of them.
+    """
+    shards = [[str(shard.path) for shard in read_index(Path(name)).shards] for name in inputs]
+    refuse_repeated(zip(inputs, shards, strict=True))
     return [f"{name}, index {digest(Path(name) / INDEX)}" for name in inputs]
 
 

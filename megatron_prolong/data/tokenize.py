@@ -34,7 +34,7 @@ from megatron_prolong.data.job import REPORT, Job
 from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.data.report import Report
 from megatron_prolong.data.sources import Bad, Part, Record, find_kind, source_of
-from megatron_prolong.data.sources.files import is_remote
+from megatron_prolong.data.sources.files import is_remote, refuse_repeated
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import tokenizer_file
 
@@ -109,11 +109,9 @@ def tokenize(
     for source in sources:
         _refuse_inside(Path(out), source)
     kinds = [options.kind or find_kind(source) for source in sources]
-    parts = [
-        (kind, part)
-        for kind, source in zip(kinds, sources, strict=True)
-        for part in source_of(kind).parts(source)
-    ]
+    found = [source_of(kind).parts(source) for kind, source in zip(kinds, sources, strict=True)]
+    refuse_repeated((source, [part.path for part in own]) for source, own in zip(sources, found, strict=True))
+    parts = [(kind, part) for kind, own in zip(kinds, found, strict=True) for part in own]
     job = Job(Path(out), _settings(sources, tokenizer, options, parts))
     tasks = {f"{number:05}": task for number, task in enumerate(_into_tasks(parts))}
     if not job.is_finished:

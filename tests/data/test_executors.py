@@ -246,7 +246,7 @@ def test_inputs_in_another_order_are_another_job(
     """What a stopped one had planned was carried on with the documents of the wrong inputs."""
     a, b = (write_documents(tmp_path / name, [30] * 4) for name in "ab")
     step([a, b], tmp_path / "out", options)
-    for others in ([b, a], [a, b, b]):
+    for others in ([b, a], [a]):
         with pytest.raises(UserError, match="out exists already"):
             step(others, tmp_path / "out", options)
 

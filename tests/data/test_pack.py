@@ -21,6 +21,7 @@ from megatron_prolong.data.executors import LocalProcesses
 from megatron_prolong.data.filter import FilterOptions, filter_documents
 from megatron_prolong.data.inspect import survey
 from megatron_prolong.data.mds import MDSReader, MDSWriter
+from megatron_prolong.data.mds.merge import merge_tree
 from megatron_prolong.data.pack import PackOptions, PackReport, pack
 from megatron_prolong.errors import UserError
 
@@ -90,6 +91,22 @@ def test_every_piece_is_a_run_of_its_document(
     assert found == report.packed
     assert report.capacity == options.length * sum(map(len, subsets(path / "packs", report)))
     assert report.added == len(lengths) * ((options.bos is not None) + (options.eos is not None))
+
+
+def test_a_data_set_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    """Also by another name, and one that a merged index holds already: every document would be there twice."""
+    one = write_documents(tmp_path / "all" / "one", [20])
+    write_documents(tmp_path / "all" / "two", [20])
+    merge_tree(tmp_path / "all")
+    (tmp_path / "link").symlink_to(one)
+    for again in (one, one / ".." / "one", tmp_path / "link", tmp_path / "all"):
+        message = f"all/one/shard.00000.mds would be taken twice, for {one} and for {again};"
+        with pytest.raises(UserError, match=message):
+            pack([one, again], tmp_path / "out", PackOptions(10, "concat"))
+        with pytest.raises(UserError, match=message):
+            filter_documents([one, again], tmp_path / "out", FilterOptions(duplicates=True))
+    assert not (tmp_path / "out.partial").exists()
+    assert packed([one, tmp_path / "all" / "two"], tmp_path / "out", PackOptions(10, "concat")).documents == 2
 
 
 def check_span(tokens: np.ndarray, mask: np.ndarray, lengths: list[int], options: PackOptions) -> None:

@@ -264,6 +264,20 @@ def test_a_target_inside_a_source_is_refused(tokenizer: Path, tmp_path: Path) ->
     assert report is not None and report.documents == 1
 
 
+def test_a_source_that_is_given_twice_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    """Also by another name, and a file beside its directory: every document would be there twice."""
+    (tmp_path / "in").mkdir()
+    source = write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": "x"}])
+    write_jsonl(tmp_path / "in" / "b.jsonl", [{"text": "y"}])
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for again in (source, tmp_path / "in" / ".." / "in" / "a.jsonl", tmp_path / "in", tmp_path / "link"):
+        with pytest.raises(
+            UserError, match=f"in/a.jsonl would be taken twice, for {source} and for {again};"
+        ):
+            run([source, again], tokenizer, tmp_path / "out")
+    assert run([source, tmp_path / "in" / "b.jsonl"], tokenizer, tmp_path / "out").documents == 2
+
+
 def test_nothing_at_all(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").touch()
     with pytest.raises(UserError, match="not a single document in the sources; left out: nothing"):

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -22,6 +22,19 @@ COMPRESSED = (".gz", ".zst", ".zstd", ".bz2")
 
 def is_remote(path: str) -> bool:
     return "://" in path
+
+
+def refuse_repeated(inputs: Iterable[tuple[str, Iterable[str]]]) -> None:
+    """inputs: each with its files. Raises UserError when two of them hold the same one, by whatever names."""
+    owners: dict[str, str] = {}
+    for name, files in inputs:
+        own = {file if is_remote(file) else os.path.realpath(file): name for file in files}
+        if shared := [file for file in own if file in owners]:
+            raise UserError(
+                f"{shared[0]} would be taken twice, for {owners[shared[0]]} and for {name}; leave one of them out "
+                "(a recipe's mixture says how often data is seen)"
+            )
+        owners |= own
 
 
 def list_files(path: str, suffixes: Sequence[str]) -> list[tuple[str, int]]:
