@@ -228,8 +228,10 @@ def _combine(lse_T: Tensor, target_T: Tensor, group: dist.ProcessGroup | None) -
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (fp32) += left @ right, without a temporary where the dtypes allow it."""
+    """total (fp32) += left @ right; without a temporary, and unrounded, except in half precision on a CPU."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left @ right)

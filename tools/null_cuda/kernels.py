@@ -187,6 +187,14 @@ def cudnn_attention(
     return device(out), none, none, none, q.shape[2], k.shape[2], none, none, none
 
 
+def addmm_in_fp32(
+    self: Tensor, mat1: Tensor, mat2: Tensor, out_dtype: torch.dtype, *, out: Tensor, **_: Any
+) -> Tensor:
+    """`aten::addmm.dtype_out`: products of half precision, added up in fp32."""
+    torch.addmm(host(self), host(mat1).float(), host(mat2).float(), out=host(out))
+    return out
+
+
 def rms_norm(
     input: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -251,6 +259,7 @@ _OWN: dict[str, Callable[..., Any]] = {
     "_flash_attention_backward": flash_attention_backward,
     "_fused_rms_norm": rms_norm,
     "_fused_rms_norm_backward": rms_norm_backward,
+    "addmm.dtype_out": addmm_in_fp32,
     "_scaled_dot_product_cudnn_attention": cudnn_attention,
     "_fused_sdp_choice": lambda *args, **kwargs: 0,  # scaled_dot_product_attention in plain operations
 }
