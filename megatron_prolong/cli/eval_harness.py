@@ -34,6 +34,10 @@ def lm_eval(
         str, typer.Option(metavar="JSON", help='What tasks read, e.g. {"max_seq_lengths": "128k"}.')
     ] = "{}",
     chat: Annotated[bool, typer.Option("--chat", help="Prompts go through the chat template.")] = False,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, help="Solved examples before each question (default: the task's number)."),
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Questions per task (default: all).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts asked together.")] = 1,
     cp: Annotated[int, typer.Option(min=1, help="Ranks that share each very long prompt.")] = 1,
@@ -46,7 +50,7 @@ def lm_eval(
 
     def prepare() -> tuple[Questions, list[tuple[str, Path]]]:
         questions = Questions(
-            tuple(dict.fromkeys(names_of(tasks))), include, _object(metadata), chat, samples
+            tuple(dict.fromkeys(names_of(tasks))), include, _object(metadata), chat, samples, num_fewshot
         )
         pairs = models_of(model, compare)
         check_models([path for _, path in pairs], cp=cp)

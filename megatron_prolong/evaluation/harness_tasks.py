@@ -1,7 +1,7 @@
 """Any task of lm-evaluation-harness (extra `eval`), or in its format: LongBench, BABILong, one's own.
 
-The harness's defaults are kept: shots, metrics and answer lengths are the task's, BOS is there where the tokenizer
-adds it, and a prompt that is too long loses its beginning.
+The harness's defaults are kept: metrics, answer lengths and, unless told, shots are the task's, BOS is there where
+the tokenizer adds it, and a prompt that is too long loses its beginning.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class Questions:
         metadata: what some tasks read, such as max_seq_lengths.
         chat: prompts go through the chat template.
         samples: so many of every task; None asks all.
+        num_fewshot: so many solved examples before each question; None leaves it to the task. A task that says 0
+            keeps it, in the harness too.
     """
 
     tasks: tuple[str, ...]
@@ -61,6 +63,7 @@ class Questions:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     chat: bool = False
     samples: int | None = None
+    num_fewshot: int | None = None
 
     def check(self, models: Sequence[Path]) -> None:
         """Before the first is asked.
@@ -149,6 +152,7 @@ def run_questions(
             "model_identity": model_identity(model),
             "max_test_samples": questions.samples,
             "use_chat_template": questions.chat,
+            "num_fewshot": questions.num_fewshot,
             "include_identity": tasks_identity(questions.include) if questions.include else "",
             "metadata": dict(questions.metadata),
             "lm_eval": version("lm_eval"),
@@ -173,6 +177,7 @@ def _ask(backend: ScoringBackend, questions: Questions, manager: Any, name: str)
         found: dict[str, Any] = simple_evaluate(
             model=asked,
             tasks=[name],
+            num_fewshot=questions.num_fewshot,
             limit=questions.samples,
             task_manager=manager,
             apply_chat_template=questions.chat,

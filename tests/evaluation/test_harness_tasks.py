@@ -141,9 +141,9 @@ def ask(model: Path, own: Path, out: Path, *more: str) -> Any:
     return CliRunner().invoke(app, command)
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(("chat", "num_fewshot"), [(False, None), (True, None), (False, 0)])
 def test_scores_and_answers_are_the_harness_s_own(
-    chat: bool, model: Path, trained: Path, own: Path, tmp_path: Path
+    chat: bool, num_fewshot: int | None, model: Path, trained: Path, own: Path, tmp_path: Path
 ) -> None:
     """A checkpoint in place and a Hugging Face directory, three questions at a time, beside the harness's model."""
     names = [name for name in TASKS if chat or name != "own_prefilled"]
@@ -153,11 +153,13 @@ def test_scores_and_answers_are_the_harness_s_own(
         tasks=names,
         device="cpu",
         batch_size=1,
+        num_fewshot=num_fewshot,
         task_manager=TaskManager(include_path=str(own), include_defaults=False),
         apply_chat_template=chat,
         bootstrap_iters=0,
     )
     flags = ["--tasks", ",".join(names), "--batch-size", "3", *(["--chat"] if chat else [])]
+    flags += [] if num_fewshot is None else ["--num-fewshot", str(num_fewshot)]
     for source in (model, trained):
         out = tmp_path / source.name
         found = ask(source, own, out, *flags)
@@ -234,14 +236,15 @@ def test_other_settings_are_other_questions(
         replace(once, chat=True),
         once,
         replace(once, metadata={"max_seq_lengths": "8k"}),
+        replace(once, num_fewshot=2),
         replace(once, samples=2),
     ):
         run_questions(hf_directory, questions, tmp_path)
     assert [how[1] for how in asked].count(once) == 2, "asked again after --chat took its place"
-    assert len(asked) == 5
+    assert len(asked) == 6
     monkeypatch.setattr(harness_tasks, "version", lambda _: "another")
     run_questions(hf_directory, replace(once, samples=2), tmp_path)
-    assert len(asked) == 6
+    assert len(asked) == 7
     file = tmp_path / "lm_eval_size2.json"
     content = json.loads(file.read_text())
     for scores in (0.5, {"own": 0.5}, {"own": {"acc,none": "high"}}):  # as a hand may have left it
