@@ -149,6 +149,18 @@ def test_a_linked_directory_of_texts_is_warned_of(tmp_path: Path, capsys: pytest
     assert f"warning: {tmp_path}/all/more: a link to a directory is not followed" in capsys.readouterr().err
 
 
+def test_files_of_other_kinds_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A source tree that was meant to be one with --kind repositories, read for its README alone."""
+    write_tree(tmp_path, {"all/README.md": "1", "all/a.py": "2", "all/b.py": "3", "all/.git/HEAD": "4"})
+    assert find_kind(str(tmp_path / "all")) == "text" and len(read("text", tmp_path / "all")) == 1
+    said = f"warning: {tmp_path}/all: 2 files of other kinds are passed over, such as {tmp_path}/all/a.py\n"
+    assert capsys.readouterr().err == said
+    (tmp_path / "all" / "a.py").unlink()
+    (tmp_path / "all" / "b.py").unlink()
+    assert len(read("text", tmp_path / "all")) == 1
+    assert not capsys.readouterr().err
+
+
 def test_repository_of_nothing_gives_an_empty_text(tmp_path: Path) -> None:
     write_tree(tmp_path, {"a/b.bin": b"\0"})
     (found,) = read("repositories", tmp_path)

@@ -39,7 +39,8 @@ def refuse_repeated(inputs: Iterable[tuple[str, Iterable[str]]]) -> None:
 
 def list_files(path: str, suffixes: Sequence[str]) -> list[tuple[str, int]]:
     """(path, bytes) of `path` itself if it is a file, else of all files below it with one of the suffixes
-    (a compression's suffix may follow), sorted by path. Hidden files are left out.
+    (a compression's suffix may follow), sorted by path. Hidden files are left out; others too, with a warning: a
+    source tree with a README would pass for texts.
 
     Raises UserError when `path` does not exist or holds no such file.
     """
@@ -50,6 +51,11 @@ def list_files(path: str, suffixes: Sequence[str]) -> list[tuple[str, int]]:
     files = [(name, size) for name, size in found if name.lower().endswith(endings)]
     if not files:
         raise UserError(f"{path}: no file ends in {', '.join(suffixes)} (found {len(found)} other files)")
+    if others := sorted({name for name, _ in found} - {name for name, _ in files}):
+        print(
+            f"warning: {path}: {len(others):,} files of other kinds are passed over, such as {others[0]}",
+            file=sys.stderr,
+        )
     return sorted(files)
 
 
