@@ -151,7 +151,9 @@ def find_runs(directory: Path) -> list[Path]:
     """Run directories in `directory` (itself included), up to two levels down, oldest first."""
     if _is_run(directory):
         return [directory]
-    found = [path for pattern in ("*", "*/*") for path in directory.glob(pattern) if _is_run(path)]
+    # Of what it may not look into (another user's, lost+found) `glob` is silent, where `is_file` raises.
+    recipes = (path for pattern in ("*", "*/*") for path in directory.glob(f"{pattern}/{RESOLVED_RECIPE}"))
+    found = [path.parent for path in recipes if _is_run(path.parent)]
     return sorted(found, key=lambda path: (path / RESOLVED_RECIPE).stat().st_mtime)
 
 

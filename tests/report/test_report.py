@@ -1,5 +1,6 @@
 """`prolong runs` and `prolong report` on run directories as training writes them."""
 
+import errno
 import json
 import math
 import os
@@ -82,11 +83,48 @@ def test_a_run_that_was_sent_back_stands_where_it_is_now(run: Path) -> None:
     assert history.current is history.stages[0] and history.stages[1].records == []
 
 
-def test_time_left_is_the_median_step_times_the_steps_left(run: Path) -> None:
+def test_time_left_is_the_median_step_times_the_steps_left(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert read_run(run).remaining_seconds == 7 * 2.0
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n" + step("long", 4, step_seconds=100.0))  # a pause does not count
     assert read_run(run).remaining_seconds == 6 * 2.0
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + step("long", 5, step_seconds=100.0))
+    monkeypatch.setattr("megatron_prolong.report.history.RECENT_STEPS", 3)
+    assert read_run(run).remaining_seconds == 5 * 100.0, "the older steps do not count"
+
+
+def test_a_run_that_is_done_stands_at_its_last_stage(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "\n".join(step("long", number) for number in range(4, 11)))
+    row = next(
+        line for line in CliRunner().invoke(app, ["runs", str(run)]).stdout.splitlines() if "10/10" in line
+    )
+    assert "done" in row and "512" in row
+    (facts,) = json.loads(CliRunner().invoke(app, ["runs", str(run), "--json"]).stdout)
+    assert (facts["stage"], facts["done"], facts["remaining_seconds"]) == ("long", True, 0)
+    assert CliRunner().invoke(app, ["report", str(run)]).exit_code == 0
+    assert (run / "report.html").read_text().count("<td>done</td>") == 2
+
+
+def test_a_step_that_was_skipped_has_neither_a_loss_nor_a_time(run: Path) -> None:
+    """As training writes it: the last of the steps before it are shown."""
+    skipped = {
+        "time": 1.7e9,
+        "stage": "long",
+        "step": 4,
+        "tokens": 4096,
+        "skipped": 1,
+        "domains": {"books": 9},
+    }
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + dumps(skipped))
+    (facts,) = json.loads(CliRunner().invoke(app, ["runs", str(run), "--json"]).stdout)
+    assert (facts["step"], facts["loss"], facts["remaining_seconds"]) == (4, 2.5, 6 * 2.0)
+    assert [step for step, _ in read_run(run).current.curve("loss")] == [1, 2, 3]
+    assert CliRunner().invoke(app, ["report", str(run)]).exit_code == 0
 
 
 def test_runs_are_listed(run: Path) -> None:
@@ -119,6 +157,8 @@ def test_a_loss_that_is_no_number_is_shown_and_stays_json(run: Path) -> None:
         '{"stage": "long", "step": "x"}',
         '{"stage": "long", "step": 4, "loss": "low"}',
         '{"stage": ["long"], "step": 4}',
+        '{"stage": "of an older recipe", "step": 4}',
+        '{"stage": "long"}',
         '{"time": "x"}',
         "[1]",
         "\x00",
@@ -132,7 +172,9 @@ def test_a_damaged_line_is_skipped(run: Path, line: str) -> None:
     assert CliRunner().invoke(app, ["report", str(run)]).exit_code == 0
 
 
-def test_runs_are_found_in_subdirectories_and_what_is_none_is_named(run: Path, tmp_path: Path) -> None:
+def test_runs_are_found_in_subdirectories_and_what_is_none_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     older = shutil.copytree(run, tmp_path / "runs/the older")
     os.utime(older / "recipe.yaml", (1.6e9, 1.6e9))
     checkpoint = older / "short/step_00000005"
@@ -145,6 +187,16 @@ def test_runs_are_found_in_subdirectories_and_what_is_none_is_named(run: Path, t
         assert isinstance(refused, UserError) and "no run directory" in str(refused)
     with pytest.raises(UserError, match=r"no run directory, which holds a recipe\.yaml"):
         read_run(tmp_path)
+    stat = os.stat
+
+    def closed(path: Any, **how: Any) -> os.stat_result:
+        if Path(path).parent.name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **how)
+
+    (tmp_path / "lost+found").mkdir()
+    monkeypatch.setattr(os, "stat", closed)
+    assert find_runs(tmp_path) == [older, run], "what may not be looked into does not hide the others"
     assert isinstance(CliRunner().invoke(app, ["runs", str(tmp_path / "nowhere")]).exception, UserError)
 
 
