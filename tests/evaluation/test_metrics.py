@@ -49,6 +49,8 @@ def test_an_interval_is_over_questions_not_rows() -> None:
     assert four_times == once
     single = mean_interval([0.0, 1.0], ["same", "same"])
     assert single.mean == 0.5 and math.isnan(single.low) and math.isnan(single.high), "nothing to resample"
+    two = mean_interval([0.0, 1.0], ["one", "another"])
+    assert (two.low, two.high) == (0.0, 1.0)
 
 
 def test_text_scores_of_a_thousand_strings_are_helmets() -> None:
@@ -79,7 +81,9 @@ def test_parsed_rankings_are_helmets() -> None:
 
 def test_ranking_measures_are_those_of_trec_eval() -> None:
     for ranking, relevance, cut_offs, expected in VECTORS["measures"]:
-        assert ranking_metrics(dict(ranking), relevance, cut_offs) == pytest.approx(expected, abs=1.1e-5)
+        scores = ranking_metrics(dict(ranking), relevance, cut_offs)
+        assert scores == pytest.approx(expected, abs=1.1e-5)
+        assert all(score == round(score, 5) for score in scores.values()), "as HELMET rounds every row"
 
 
 def test_of_equal_scores_the_later_id_is_first_and_a_label_below_zero_is_no_gain() -> None:
@@ -117,7 +121,7 @@ def test_answers_of_all_forms() -> None:
 
 
 def test_ruler_recall_is_the_share_found() -> None:
-    assert ruler_recall("values: 12, ABC", ["12", "aBc", "7", "8"]) == 0.5
+    assert ruler_recall("values: 12, ABC", ["12", "aBc", "7", "8", "9"]) == 0.4
 
 
 def test_the_better_of_the_whole_and_the_parsed_answer_counts() -> None:
@@ -130,5 +134,6 @@ def test_a_prefix_alone_on_its_line_gives_nothing() -> None:
     assert parse_output("Answer:\nParis") == ""
 
 
-def test_a_list_without_arrows_is_one_id() -> None:
+def test_a_list_without_arrows_is_one_id_and_an_output_without_any_an_unknown_one() -> None:
     assert parse_ranking("12, 5, 7") == {"12": 1}
+    assert parse_ranking("None of them.") == {"none of them.": 1}
