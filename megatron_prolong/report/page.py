@@ -6,12 +6,14 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from math import isfinite
 from typing import Any
 
 from megatron_prolong.page.charts import lines, stacked_bars
 from megatron_prolong.page.html import figure, heading, note, page, preformatted, table
 from megatron_prolong.recipe.run_files import EVALUATION, RESOLVED_RECIPE
 from megatron_prolong.report.history import RunHistory, StageHistory
+from megatron_prolong.runtime.strict_json import with_nan
 
 _CURVES = (
     ("loss", "loss (nats per token)", "Training loss."),
@@ -27,7 +29,9 @@ def run_page(run: RunHistory) -> str:
     """HTML of a run."""
     body = [note(_when(run)), *_progress(run)]
     for key, name, caption in _CURVES:
-        curves = {stage.stage.name: stage.curve(key) for stage in run.stages if stage.curve(key)}
+        curves = {stage.stage.name: stage.curve(key) for stage in run.stages}
+        # Of a single rank the balance is null in every line.
+        curves = {stage: curve for stage, curve in curves.items() if any(isfinite(y) for _, y in curve)}
         if curves:
             body.append(figure(lines(curves, "step", name), caption))
     for stage in run.stages:
@@ -123,7 +127,7 @@ def _evaluation(run: RunHistory) -> Iterator[str]:
 
 def _scores(events: list[dict[str, Any]]) -> str:
     """One row per result, one column per checkpoint that was measured; a later measurement counts."""
-    columns = {f"{event['stage']} {event['step']}": event["scores"] for event in events}
+    columns = {f"{event['stage']} {event['step']}": with_nan(event["scores"]) for event in events}
     names = dict.fromkeys(name for found in columns.values() for name in found)
     rows = [
         (name, *(_short(found[name]) if name in found else "–" for found in columns.values()))

@@ -36,7 +36,7 @@ def step(stage: str, number: int, **facts: Any) -> str:
     base = {
         "time": 1.7e9 + number, "stage": stage, "step": number, "loss": 5 - number / 10, "lr": 1e-3,
         "grad_norm": 1.0, "tokens": 1024 * number, "tokens_per_second": 512.0, "tflops_per_rank": 0.5,
-        "step_seconds": 2.0,
+        "step_seconds": 2.0, "balance": None,
         "valid_tokens": 1000, "peak_memory_bytes": (3 if number == 2 else 2) * 10**9,
         "domains": {"books": 700 * number, "code": 300 * number},
     }  # fmt: skip
@@ -141,6 +141,8 @@ def test_runs_are_listed(run: Path) -> None:
 def test_a_loss_that_is_no_number_is_shown_and_stays_json(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n" + step("long", 4, loss=math.nan, grad_norm=math.inf))
+        held_out = {"event": "evaluation", "stage": "long", "step": 4, "scores": {"held_out": math.nan}}
+        file.write("\n" + dumps(held_out))
     assert '"loss": null' in (run / "metrics.jsonl").read_text()
     row = next(
         line for line in CliRunner().invoke(app, ["runs", str(run)]).stdout.splitlines() if "4/10" in line
@@ -149,6 +151,8 @@ def test_a_loss_that_is_no_number_is_shown_and_stays_json(run: Path) -> None:
     printed = CliRunner().invoke(app, ["runs", str(run), "--json"]).stdout
     (facts,) = json.loads(printed, parse_constant=pytest.fail)
     assert facts["loss"] is None and facts["step"] == 4
+    CliRunner().invoke(app, ["report", str(run)])
+    assert "<td>held_out</td><td>–</td><td>nan</td>" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,9 @@ def test_the_page_has_everything(run: Path) -> None:
         stage_start|sequence_length: 256"""
     for expected in map(str.strip, expectations.split("|")):
         assert expected in html, expected
-    assert html.count("<svg") == 5 + 1 + 1 + 1  # curves, domains of both stages, memory
+    assert (
+        html.count("<svg") == 5 + 1 + 1 + 1
+    )  # curves, domains of both stages, memory; no balance of one rank
     assert "NaN" not in html.split("<pre>")[0] and 'href="http' not in html and "src=" not in html
 
 
