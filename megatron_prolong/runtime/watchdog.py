@@ -46,7 +46,6 @@ class Watchdog:
         return "the start" if self._step is None else f"step {self._step}"
 
     def __enter__(self) -> Watchdog:
-        self._fed = time.monotonic()
         self._thread.start()
         return self
 

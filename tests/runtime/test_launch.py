@@ -2,6 +2,9 @@
 
 import os
 import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,3 +126,38 @@ def test_gloo_is_told_where_the_other_machines_are_if_there_are_any(
     with pytest.raises(UserError, match=said), distributed():
         pass
     assert found.get("GLOO_SOCKET_IFNAME") == given
+
+
+SAYS_WHO_IT_IS = """
+import os, sys
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+print(*sys.argv[1:], *(os.environ[name] for name in names), flush=True)
+"""
+ONE_OF_TWO_MACHINES = """
+import os, sys
+from megatron_prolong.runtime.processes import start_processes
+from megatron_prolong.runtime.rendezvous import Rendezvous
+os.chdir(sys.argv[1])  # whose package of our name the processes run
+start_processes(["train"], 2, Rendezvous(int(sys.argv[2]), 2, 0, 1, "127.0.0.1", int(sys.argv[3])))
+"""
+
+
+def test_processes_of_two_machines_are_ranks_of_one_job(tmp_path: Path) -> None:
+    (tmp_path / "megatron_prolong").mkdir()
+    (tmp_path / "megatron_prolong/__init__.py").touch()
+    (tmp_path / "megatron_prolong/__main__.py").write_text(SAYS_WHO_IT_IS)
+    port = str(read_rendezvous({}).port)
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_OF_TWO_MACHINES, str(tmp_path), str(rank), port],
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = sorted(line for each in machines for line in each.communicate(timeout=120)[0].splitlines())
+    finally:
+        for each in machines:
+            each.kill()
+    assert [each.returncode for each in machines] == [0, 0]
+    assert said == [f"train {rank} 4 {rank % 2} 2 127.0.0.1" for rank in range(4)]

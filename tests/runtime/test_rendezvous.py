@@ -104,7 +104,8 @@ def test_gloo_is_given_an_interface_that_other_nodes_can_reach(monkeypatch: pyte
     addresses = {"lo": "127.0.1.1", "eth0": "10.0.0.7", "ib0": "10.1.0.7"}
     interfaces = {name: [SimpleNamespace(address=address)] for name, address in addresses.items()}
     monkeypatch.setattr(rendezvous.psutil, "net_if_addrs", lambda: interfaces)
-    assert [rendezvous.interface_towards(name) for name in ("node1", "node2")] == ["eth0", "ib0"]
+    found = [rendezvous.interface_towards(name) for name in ("node1", "node2", "no name known here")]
+    assert found == ["eth0", "ib0", "eth0"]
     del routes["192.0.2.1"]
     assert rendezvous.interface_towards("node1") is None, "a machine without a network"
 
