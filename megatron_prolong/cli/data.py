@@ -163,8 +163,8 @@ def filter_(
             "--ngram and --hits are for --against FILE, an evaluation set: add it, or leave them out"
         )
     options = FilterOptions(
-        min_length=dict(min_length or []),
-        max_length=dict(max_length or []),
+        min_length=_by_domain("--min-length", min_length or []),
+        max_length=_by_domain("--max-length", max_length or []),
         duplicates=duplicates,
         against=tuple(against or ()),
         **rule,
@@ -284,6 +284,18 @@ def _split(paths: list[str]) -> tuple[list[str], Path]:
     if len(paths) < 2:
         raise UserError("give at least one input and, last, the directory to write")
     return paths[:-1], Path(paths[-1])
+
+
+def _by_domain(option: str, lengths: Sequence[OfDomain]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for domain, tokens in lengths:
+        if domain in found:
+            raise UserError(
+                f"{option}: given twice for {domain or 'all domains'} ({found[domain]:,} and {tokens:,} tokens); "
+                "keep one (books=32K is for one domain)"
+            )
+        found[domain] = tokens
+    return found
 
 
 def _executor(name: str, workers: int) -> Executor:

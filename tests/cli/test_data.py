@@ -83,6 +83,11 @@ def test_options_reach_their_step(
         ("tokenize --tokenizer t --kind chat --text-field text", "--text-field text: chats have"),
         ("filter --duplicates --ngram 13", "--ngram and --hits are for --against"),
         ("filter --duplicates --hits 1", "--ngram and --hits are for --against"),
+        (
+            "filter --min-length 8 --min-length 1K",
+            "--min-length: given twice for all domains (8 and 1,024 tokens)",
+        ),
+        ("filter --max-length a=8 --max-length a=9", "--max-length: given twice for a (8 and 9 tokens)"),
         ("filter --duplicates --executor ray --workers 3", "--workers 3: Ray's cluster says"),
         ("pack --length 1K --mode concat --intact --overlap 3", "overlap 3 has no effect with intact"),
     ],
