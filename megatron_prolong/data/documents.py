@@ -61,7 +61,7 @@ class TokenizedInputs:
         self.has_mask = any(masked)
         if self.has_mask and not all(masked):
             masked_one = directories[masked.index(True)]
-            raise UserError(f"{masked_one} has a column mask, other inputs have none; pack them apart")
+            raise UserError(f"{masked_one} has a column mask, other inputs have none; keep them apart")
         self.tokenizer = common_tokenizer({str(each.path): each.tokenizer for each in self._readers})
         self.is_packed = any("indices" in each.columns for each in self._readers)
 

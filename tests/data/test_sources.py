@@ -149,11 +149,21 @@ def test_a_linked_directory_of_texts_is_warned_of(tmp_path: Path, capsys: pytest
     assert f"warning: {tmp_path}/all/more: a link to a directory is not followed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_a_link_to_nothing_is_not_passed_over(tmp_path: Path, kind: str) -> None:
+    """Its documents would be missing in silence, as of a data set whose files were moved."""
+    write_tree(tmp_path, {"a.txt": "{}", "a.jsonl": "{}"})
+    (tmp_path / "b.txt").symlink_to("gone")
+    (tmp_path / "b.jsonl").symlink_to("gone")
+    with pytest.raises(UserError, match=r"/b\.(txt|jsonl): cannot be read to its end .*No such file"):
+        read(kind, tmp_path)
+
+
 def test_files_of_other_kinds_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A source tree that was meant to be one with --kind repositories, read for its README alone."""
     write_tree(tmp_path, {"all/README.md": "1", "all/a.py": "2", "all/b.py": "3", "all/.git/HEAD": "4"})
     assert find_kind(str(tmp_path / "all")) == "text" and len(read("text", tmp_path / "all")) == 1
-    said = f"warning: {tmp_path}/all: 2 files of other kinds are passed over, such as {tmp_path}/all/a.py\n"
+    said = f"warning: {tmp_path}/all: files of other kinds are passed over (2, such as {tmp_path}/all/a.py)\n"
     assert capsys.readouterr().err == said
     (tmp_path / "all" / "a.py").unlink()
     (tmp_path / "all" / "b.py").unlink()
@@ -452,6 +462,7 @@ def test_what_must_lie_on_a_disk_says_so(kind: str) -> None:
 def test_remote_directories_are_listed(tmp_path: Path) -> None:
     pytest.importorskip("fsspec")
     write_tree(tmp_path, {"b.jsonl.gz": gzip.compress(b"{}\n"), "a.jsonl": "{}", "readme": "x"})
+    write_tree(tmp_path / ".cache", {"c.jsonl": "{}"})
     parts = source_of("jsonl").parts(f"file://{tmp_path}")
     assert [part.path for part in parts] == [
         f"file://{tmp_path}/{name}" for name in ("a.jsonl", "b.jsonl.gz")

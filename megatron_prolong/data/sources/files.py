@@ -53,7 +53,7 @@ def list_files(path: str, suffixes: Sequence[str]) -> list[tuple[str, int]]:
         raise UserError(f"{path}: no file ends in {', '.join(suffixes)} (found {len(found)} other files)")
     if others := sorted({name for name, _ in found} - {name for name, _ in files}):
         print(
-            f"warning: {path}: {len(others):,} files of other kinds are passed over, such as {others[0]}",
+            f"warning: {path}: files of other kinds are passed over ({len(others):,}, such as {others[0]})",
             file=sys.stderr,
         )
     return sorted(files)
@@ -73,8 +73,11 @@ def _list_local(path: str) -> list[tuple[str, int]]:
                 f"warning: {link}: a link to a directory is not followed; name it beside {path}",
                 file=sys.stderr,
             )
-        paths = (Path(directory, name) for name in files if not name.startswith("."))
-        found += [(str(file), file.stat().st_size) for file in paths if file.is_file()]
+        for file in (Path(directory, name) for name in files if not name.startswith(".")):
+            if file.is_file():
+                found.append((str(file), file.stat().st_size))
+            elif not file.exists():  # a link to nothing: refused when it is to be read
+                found.append((str(file), 0))
     return found
 
 
@@ -97,7 +100,11 @@ def _list_remote(path: str) -> list[tuple[str, int]]:
         raise UserError(f"{path}: {error}") from None
     if not details:
         raise UserError(f"{path}: nothing there")
-    return [(system.unstrip_protocol(name), int(info.get("size") or 0)) for name, info in details.items()]
+    return [
+        (system.unstrip_protocol(name), int(info.get("size") or 0))
+        for name, info in details.items()
+        if "/." not in name.removeprefix(inner)
+    ]
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
