@@ -222,6 +222,13 @@ def test_merge_refuses_what_would_lose_samples(tmp_path: Path) -> None:
     write(tmp_path / "jobs" / "b.partial" / "00000", [4])
     with pytest.raises(UserError, match=r"b\.partial/00000 is of a job that is not finished"):
         merge_tree(tmp_path / "jobs")
+    write(tmp_path / "all" / "a", [3])
+    (tmp_path / "all" / "first").symlink_to("a")
+    (tmp_path / "all" / "shard").symlink_to(tmp_path / "own" / "index.json")
+    assert merge_tree(tmp_path / "all") == 1
+    (tmp_path / "all" / "b").symlink_to(tmp_path / "own")
+    with pytest.raises(UserError, match=r"all/b leads to data that does not lie below .*all; move it there"):
+        merge_tree(tmp_path / "all")
 
 
 def test_merge_carries_the_tokenizer_and_refuses_another(tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from megatron_prolong.data import pack as pack_module
 from megatron_prolong.data.executors import LocalProcesses
 from megatron_prolong.data.filter import FilterOptions, filter_documents
 from megatron_prolong.data.inspect import survey
-from megatron_prolong.data.mds import MDSReader, MDSWriter
-from megatron_prolong.data.mds.merge import merge_tree
+from megatron_prolong.data.mds import MDSReader, MDSWriter, merge_tree
 from megatron_prolong.data.pack import PackOptions, PackReport, pack
 from megatron_prolong.errors import UserError
 

@@ -50,9 +50,13 @@ def merge_tree(root: Path) -> int:
 
     An index that is itself a merger of directories below it is not counted twice: only directories that
     hold shard files are taken. Returns the sample count. Raises UserError when there is none, when `root` holds
-    shards itself, which the new index would not name, and when a job below it is not finished.
+    shards itself, which the new index would not name, when a job below it is not finished, and when a link leads to
+    data sets elsewhere.
     """
     root = Path(root)
+    for link in filter(Path.is_symlink, root.rglob("*")):
+        if any(link.rglob(INDEX)) and not link.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"{link} leads to data that does not lie below {root}; move it there to merge it")
     indexes = [path for path in root.rglob(INDEX) if not is_temporary(path, root)]
     holders = sorted({path.parent for path in indexes if any(path.parent.glob("shard.*.mds*"))})
     if not holders or holders == [root]:
