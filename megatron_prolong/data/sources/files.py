@@ -50,7 +50,10 @@ def list_files(path: str, suffixes: Sequence[str]) -> list[tuple[str, int]]:
     endings = tuple(suffix + zipped for suffix in suffixes for zipped in ("", *COMPRESSED))
     files = [(name, size) for name, size in found if name.lower().endswith(endings)]
     if not files:
-        raise UserError(f"{path}: no file ends in {', '.join(suffixes)} (found {len(found)} other files)")
+        raise UserError(
+            f"{path}: no file ends in {', '.join(suffixes)} (found {len(found)} other files, which have to "
+            "be named one by one)"
+        )
     if others := sorted({name for name, _ in found} - {name for name, _ in files}):
         print(
             f"warning: {path}: files of other kinds are passed over ({len(others):,}, such as {others[0]})",
