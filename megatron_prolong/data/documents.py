@@ -37,8 +37,7 @@ def identities(inputs: Sequence[str]) -> list[str]:
 
     Raises UserError when a shard is in two of them.
     """
-    shards = [[str(shard.path) for shard in read_index(Path(name)).shards] for name in inputs]
-    refuse_repeated(zip(inputs, shards, strict=True))
+    refuse_repeated(str(shard.path) for name in inputs for shard in read_index(Path(name)).shards)
     return [f"{name}, index {digest(Path(name) / INDEX)}" for name in inputs]
 
 

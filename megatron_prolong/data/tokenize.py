@@ -110,7 +110,7 @@ def tokenize(
         _refuse_inside(Path(out), source)
     kinds = [options.kind or find_kind(source) for source in sources]
     found = [source_of(kind).parts(source) for kind, source in zip(kinds, sources, strict=True)]
-    refuse_repeated((source, [part.path for part in own]) for source, own in zip(sources, found, strict=True))
+    refuse_repeated(path for own in found for path in dict.fromkeys(part.path for part in own))
     parts = [(kind, part) for kind, own in zip(kinds, found, strict=True) for part in own]
     job = Job(Path(out), _settings(sources, tokenizer, options, parts))
     tasks = {f"{number:05}": task for number, task in enumerate(_into_tasks(parts))}

@@ -271,11 +271,12 @@ def test_a_source_that_is_given_twice_is_refused(tokenizer: Path, tmp_path: Path
     write_jsonl(tmp_path / "in" / "b.jsonl", [{"text": "y"}])
     (tmp_path / "link").symlink_to(tmp_path / "in")
     for again in (source, tmp_path / "in" / ".." / "in" / "a.jsonl", tmp_path / "in", tmp_path / "link"):
-        with pytest.raises(
-            UserError, match=f"in/a.jsonl would be taken twice, for {source} and for {again};"
-        ):
+        with pytest.raises(UserError, match=rf"{source} and .*/a.jsonl are the same, whose documents would"):
             run([source, again], tokenizer, tmp_path / "out")
     assert run([source, tmp_path / "in" / "b.jsonl"], tokenizer, tmp_path / "out").documents == 2
+    (tmp_path / "in" / "latest.jsonl").symlink_to("b.jsonl")
+    with pytest.raises(UserError, match=r"in/b\.jsonl and .*in/latest\.jsonl are the same"):
+        run([tmp_path / "in"], tokenizer, tmp_path / "all")
 
 
 def test_nothing_at_all(tokenizer: Path, tmp_path: Path) -> None:

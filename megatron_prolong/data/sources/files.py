@@ -24,17 +24,17 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def refuse_repeated(inputs: Iterable[tuple[str, Iterable[str]]]) -> None:
-    """inputs: each with its files. Raises UserError when two of them hold the same one, by whatever names."""
-    owners: dict[str, str] = {}
-    for name, files in inputs:
-        own = {file if is_remote(file) else os.path.realpath(file): name for file in files}
-        if shared := [file for file in own if file in owners]:
+def refuse_repeated(paths: Iterable[str]) -> None:
+    """Raises UserError when two of them are one file, or one directory, by whatever names."""
+    seen: dict[str, str] = {}
+    for path in paths:
+        real = path if is_remote(path) else os.path.realpath(path)
+        if real in seen:
             raise UserError(
-                f"{shared[0]} would be taken twice, for {owners[shared[0]]} and for {name}; leave one of them out "
-                "(a recipe's mixture says how often data is seen)"
+                f"{seen[real]} and {path} are the same, whose documents would be taken twice; leave one out (how "
+                "often data is seen is said in a recipe's mixture)"
             )
-        owners |= own
+        seen[real] = path
 
 
 def list_files(path: str, suffixes: Sequence[str]) -> list[tuple[str, int]]:
