@@ -49,7 +49,8 @@ def copy_sidecar(source: Path, target: Path, tokenizer: Path | None = None) -> N
 
 
 def check_sidecar(directory: Path) -> None:
-    """Raises UserError where nothing is that would travel along."""
+    """Raises UserError where nothing is that would travel along, and for a config of another kind of model: what it
+    says beyond a Llama's shape (architectures, quantization_config) would stay in the export's."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; expected a Hugging Face model or its tokenizer")
     if not _matching(directory, (*_MODEL, *_TOKENIZER)):
@@ -57,6 +58,8 @@ def check_sidecar(directory: Path) -> None:
             f"{directory}: neither a config nor a tokenizer is there; expected a Hugging Face model or its "
             "tokenizer (without --hf what came with the checkpoint is taken)"
         )
+    if (config := directory / "config.json").exists():
+        ModelShape.from_hf(read_json(config), f"{config} (a directory without one gives the tokenizer alone)")
 
 
 def _matching(origin: Path, names: Sequence[str]) -> list[Path]:

@@ -205,6 +205,12 @@ def test_directories_that_are_something_else(original: Path, converted: Path, tm
     (tmp_path / "empty").mkdir()
     message = _refused(lambda out: to_hf(converted, out, sidecar=tmp_path / "empty"), tmp_path)
     assert "empty: neither a config nor a tokenizer is there" in message
+    quantised = {**json.loads((original / "config.json").read_text()), "quantization_config": {"bits": 4}}
+    (tmp_path / "empty" / "config.json").write_text(json.dumps(quantised))
+    message = _refused(lambda out: to_hf(converted, out, sidecar=tmp_path / "empty"), tmp_path)
+    assert (
+        "gives the tokenizer alone) does not describe a Llama" in message and "quantization_config" in message
+    )
     (original / "model.safetensors").unlink()
     assert "no weights" in _refused(lambda out: to_megatron(original, out), tmp_path)
 
