@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -55,11 +56,14 @@ def list_files(path: str, suffixes: Sequence[str]) -> list[tuple[str, int]]:
             "be named one by one)"
         )
     if others := sorted({name for name, _ in found} - {name for name, _ in files}):
-        print(
-            f"warning: {path}: files of other kinds are passed over ({len(others):,}, such as {others[0]})",
-            file=sys.stderr,
-        )
+        _warn(f"{path}: files of other kinds are passed over ({len(others):,}, such as {others[0]})")
     return sorted(files)
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once by each process: evaluation sets are listed to tell a job from others, and to be read."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _list_local(path: str) -> list[tuple[str, int]]:
@@ -72,10 +76,7 @@ def _list_local(path: str) -> list[tuple[str, int]]:
     for directory, names, files in os.walk(path, onerror=refuse_unreadable):
         names[:] = [name for name in names if not name.startswith(".")]
         for link in filter(Path.is_symlink, (Path(directory, name) for name in names)):
-            print(
-                f"warning: {link}: a link to a directory is not followed; name it beside {path}",
-                file=sys.stderr,
-            )
+            _warn(f"{link}: a link to a directory is not followed; name it beside {path}")
         for file in (Path(directory, name) for name in files if not name.startswith(".")):
             if file.is_file():
                 found.append((str(file), file.stat().st_size))
