@@ -89,6 +89,15 @@ def test_repositories(tmp_path: Path) -> None:
     }
 
 
+def test_a_repository_in_place_of_the_directory_above_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tree(tmp_path, {"one/.git/HEAD": "", "one/src/a.py": "a = 1", "one/setup.py": "b = 1"})
+    assert len(read("repositories", tmp_path)) == 1 and not capsys.readouterr().err
+    assert len(read("repositories", tmp_path / "one")) == 2  # src, and setup.py that is left out
+    assert f"warning: {tmp_path}/one: is itself a repository, of which each" in capsys.readouterr().err
+
+
 def test_names_that_are_no_text_are_left_out_and_counted(tmp_path: Path) -> None:
     """Written into the document they stopped the whole job."""
     write_tree(tmp_path, {"a/1.py": "one\n"})

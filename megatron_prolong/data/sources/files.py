@@ -56,12 +56,12 @@ def list_files(path: str, suffixes: Sequence[str]) -> list[tuple[str, int]]:
             "be named one by one)"
         )
     if others := sorted({name for name, _ in found} - {name for name, _ in files}):
-        _warn(f"{path}: files of other kinds are passed over ({len(others):,}, such as {others[0]})")
+        warn(f"{path}: files of other kinds are passed over ({len(others):,}, such as {others[0]})")
     return sorted(files)
 
 
 @cache
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     """Once by each process: evaluation sets are listed to tell a job from others, and to be read."""
     print(f"warning: {message}", file=sys.stderr)
 
@@ -76,7 +76,7 @@ def _list_local(path: str) -> list[tuple[str, int]]:
     for directory, names, files in os.walk(path, onerror=refuse_unreadable):
         names[:] = [name for name in names if not name.startswith(".")]
         for link in filter(Path.is_symlink, (Path(directory, name) for name in names)):
-            _warn(f"{link}: a link to a directory is not followed; name it beside {path}")
+            warn(f"{link}: a link to a directory is not followed; name it beside {path}")
         for file in (Path(directory, name) for name in files if not name.startswith(".")):
             if file.is_file():
                 found.append((str(file), file.stat().st_size))

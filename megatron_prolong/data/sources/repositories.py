@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_prolong.data.sources.base import MAX_RECORD_BYTES, Bad, Part, Record
-from megatron_prolong.data.sources.files import is_remote, refuse_unreadable
+from megatron_prolong.data.sources.files import is_remote, refuse_unreadable, warn
 from megatron_prolong.errors import UserError
 
 _VERSION_CONTROL = {".git", ".hg", ".svn"}
@@ -49,6 +49,11 @@ class Repositories:
         repositories = [root / name for name in sorted(trees) if name not in _SKIP]
         if not repositories:
             raise UserError(f"{path} has no subdirectories; every subdirectory is one repository")
+        if _VERSION_CONTROL & {*trees, *loose}:
+            warn(
+                f"{path}: is itself a repository, of which each subdirectory becomes a document (for one of it all, "
+                "name the directory above)"
+            )
         parts = [Part(str(root / name), 0, 0, 0) for name in sorted(loose)]
         for tree in repositories:
             size = sum(num_bytes for _, num_bytes in _files(tree, Counter(), []))
