@@ -51,8 +51,8 @@ class Repositories:
             raise UserError(f"{path} has no subdirectories; every subdirectory is one repository")
         if _VERSION_CONTROL & {*trees, *loose}:
             warn(
-                f"{path}: is itself a repository, of which each subdirectory becomes a document (for one of it all, "
-                "name the directory above)"
+                f"{path}: is itself a repository, of which each subdirectory becomes a document (for one of it "
+                "all, name the directory above)"
             )
         parts = [Part(str(root / name), 0, 0, 0) for name in sorted(loose)]
         for tree in repositories:
