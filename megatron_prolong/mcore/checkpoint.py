@@ -201,7 +201,11 @@ def load_weights_and_optimizer(directory: Path, model: StageModel, optimizer: Me
     loaded = _read(directory, {**state, "optimizer": optimizer_state(optimizer, state)})
     _load_model(model, loaded)
     loaded["optimizer"].pop("param_state", None)  # the distributed optimizer's shards, read into their places
+    groups = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(loaded["optimizer"])
+    # The groups are now the file's, which may be another Adam's and lack what this one reads in them.
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        group.update({**before, **group})
 
 
 def _model_state(model: StageModel) -> ShardedStateDict:

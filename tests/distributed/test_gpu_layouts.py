@@ -123,6 +123,12 @@ def test_a_checkpoint_continues_at_another_layout(pools, before, after, checkpoi
     assert_close(ranks, *single, first=4)
 
 
+def test_a_checkpoint_of_the_cpu_continues(pools, one_rank, checkpoint, single, tmp_path):
+    """Its optimizer is PyTorch's Adam, the GPU's Transformer Engine's where that is installed."""
+    one_rank.run(train, Job({}, checkpoint, precision="bf16", last=4, save=str(tmp_path)))
+    assert_close(train_on_gpus(pools, Job({}, str(tmp_path), precision="bf16", first=4)), *single, first=4)
+
+
 @pytest.mark.parametrize(
     ("name", "offload_activations"),
     [("one", True), ("tp2 sp", False), ("pp2", True), ("cp2 all_gather", False), ("cp2 p2p", True)],

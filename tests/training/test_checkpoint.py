@@ -599,6 +599,16 @@ def test_a_load_reads_a_rank_s_shards_only(trained, tmp_path, monkeypatch):
     load_weights_and_optimizer(tmp_path, model, optimizer)
 
 
+def test_groups_keep_what_the_adam_that_saved_them_did_not_have(trained, tmp_path):
+    """Transformer Engine's reads bias_correction in them; a checkpoint of PyTorch's kernels has none."""
+    model, optimizer, _ = trained
+    save_weights_and_optimizer(tmp_path, model, optimizer)
+    for group in optimizer.param_groups:
+        group["bias_correction"], group["step"] = True, 7
+    load_weights_and_optimizer(tmp_path, model, optimizer)
+    assert [(group["bias_correction"], group["step"]) for group in optimizer.param_groups] == [(True, 1)] * 2
+
+
 def test_megatrons_own_loader_reads_a_rank_s_shards_too(trained, tmp_path):
     model, optimizer, _ = trained
     save_weights_and_optimizer(tmp_path, model, optimizer)
