@@ -118,7 +118,6 @@ def play(name: str, way: str, rehearsed: bool) -> dict[str, Any]:
         [torch.randint(PROLONG_8B.vocab_size, (length,), generator=generator) for length in lengths]
         for lengths in case.documents
     ]
-    set_gpu_environment()
     torch.cuda.set_device(device)
     if case.gib is not None:
         total = torch.cuda.get_device_properties(device).total_memory
@@ -176,6 +175,7 @@ def measure_row(name: str, way: str) -> dict[str, Any]:
 
 
 def main(only: str) -> None:
+    set_gpu_environment()  # for the processes that measure
     for name in CASES:
         for way in WAYS:
             if only not in f"{name}, {way}":

@@ -190,7 +190,6 @@ def transformers_step(load: Load, shape: ModelShape, docs: list[torch.Tensor]) -
 
 def measure_case(case: dict[str, Any]) -> dict[str, Any]:
     """Both numbers of layers, one after the other."""
-    set_gpu_environment()  # transformers profits too
     load = (TINY_LOADS if case["tiny"] else LOADS)[case["mixture"]]
     found = [measure_layers(case["way"], load, num, case["tiny"]) for num in load.layers]
     return {name: [one[name] for one in found] for name in found[0]}
@@ -270,6 +269,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main(only: str, tiny: bool) -> None:
+    set_gpu_environment()  # for the processes that measure; transformers profits too
     rows, path = [], Path(__file__).with_suffix(".json")
     ways = WAYS if torch.cuda.is_available() else ("native", "transformers")
     for mixture in TINY_LOADS if tiny else LOADS:

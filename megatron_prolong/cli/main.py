@@ -24,6 +24,7 @@ from megatron_prolong.cli import (
     train,
 )
 from megatron_prolong.errors import JointError, RankLost, UserError
+from megatron_prolong.runtime.gpu_environment import set_gpu_environment
 from megatron_prolong.runtime.publish import is_disk_full, wanted_name
 
 app = typer.Typer(
@@ -68,6 +69,7 @@ app.command()(launch.launch)
 
 def run() -> None:
     """Console entry point. `--debug` anywhere on the line keeps the traceback of a user error."""
+    set_gpu_environment()  # before a command imports torch, which reads some of it as it does
     try:
         _run()
     except BaseException as error:

@@ -27,6 +27,10 @@ GPU_ENVIRONMENT = {
 
 
 def set_gpu_environment() -> None:
-    """Set what the user has not; before the first call of CUDA."""
+    """Set what the user has not; before torch is imported.
+
+    Torch's compiler reads this as it is imported, its allocator at the first call of CUDA, which Transformer Engine
+    makes as it is imported itself where the flash-attn package is installed.
+    """
     for name, value in GPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)

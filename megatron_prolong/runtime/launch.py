@@ -49,7 +49,7 @@ def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
         timeout_seconds: a collective that waits longer than this fails on every rank, so that one dead rank
             never leaves the others hanging. Long enough for the slowest rank to write its part of a checkpoint.
     """
-    set_gpu_environment()
+    set_gpu_environment()  # of programs other than `prolong`, which has done so earlier
     place = read_rendezvous(os.environ)
     _refuse_few_open_files(FEWEST_OPEN_FILES + _GROUPS_OF_ALL * (place.size - 1))
     if torch.cuda.is_available():

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -17,6 +19,22 @@ def test_what_the_user_has_set_stays(monkeypatch):
     set_gpu_environment()
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_a_command_finds_it_before_it_imports_torch():
+    """Whose compiler reads its variable once, as it is imported."""
+    code = """
+import sys
+from megatron_prolong.cli import main
+main.app = lambda **_: None
+main.run()
+assert "torch" not in sys.modules
+import torch._inductor.config
+print(torch._inductor.config.compile_threads)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in GPU_ENVIRONMENT}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
 
 
 class Knot:
