@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ import torch
 
 from megatron_prolong.convert.dtypes import dtype_name
 from megatron_prolong.recipe.shape import MANIFEST, ModelShape
+from megatron_prolong.runtime.packages import version_of
 
+_PACKAGES = ("megatron-prolong", "megatron-core", "torch", "transformer-engine", "flash-attn", "flash-attn-3")
 _NEVER_TRAINED = {"stage": None, "step": 0, "sequence_length": None, "layout": None}
 
 
@@ -41,5 +42,6 @@ def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that make the numbers."""
-    return {name: version(name) for name in ("megatron-prolong", "megatron-core", "torch")}
+    """Of the packages that make the numbers, those that are installed."""
+    found = {name: version_of(name) for name in _PACKAGES}
+    return {name: version for name, version in found.items() if version is not None}

@@ -31,6 +31,7 @@ from megatron_prolong.runtime.flash_attention_3 import (
     is_flash_attention_3_installed,
     use_flash_attention_3,
 )
+from megatron_prolong.runtime.packages import version_of
 from megatron_prolong.runtime.stopwatch import Stopwatch
 
 Status = Literal["ok", "warning", "missing"]
@@ -79,14 +80,6 @@ def examine(directory: Path, *, quick: bool) -> list[Finding]:
     if not quick:
         looks += [_attention, _gpu_speeds, _all_reduce]
     return [finding for look in looks for finding in look()]
-
-
-def version_of(package: str) -> str | None:
-    """Installed version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _system() -> list[Finding]:

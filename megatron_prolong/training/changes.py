@@ -82,7 +82,7 @@ def _stage_changes(before: Recipe, now: Recipe, statuses: list[StageStatus]) -> 
         if status.word == "waiting" or stage.name not in stages_before:
             continue
         old_stage, new_stage = (
-            _dump(one) | {"precision": settings_of(of, one).precision}
+            _dump(one) | {"precision": _precision(of, one)}
             for of, one in ((before, stages_before[stage.name]), (now, stage))
         )
         same_proportions = _proportions(old_stage["mixture"]) == _proportions(new_stage["mixture"])
@@ -93,6 +93,12 @@ def _stage_changes(before: Recipe, now: Recipe, statuses: list[StageStatus]) -> 
             fixed = not moved and (status.word == "done" or past or first in _FIXED_IN_STAGE)
             refusal = f"the stage is at step {status.step}" if fixed else None
             yield Change(f"stage.{stage.name}.{key}: {old} → {new}", refusal)
+
+
+def _precision(recipe: Recipe, stage: Stage) -> str:
+    """With what scales FP8's numbers, where it is FP8."""
+    precision = settings_of(recipe, stage).precision
+    return f"fp8 ({recipe.fp8_recipe})" if precision == "fp8" else precision
 
 
 def _disagree(old: Stage, new: Stage, made: int) -> bool:

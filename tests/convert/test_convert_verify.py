@@ -184,7 +184,7 @@ def test_what_a_conversion_says_about_itself(pair: tuple[Path, Path]) -> None:
     """The next versions read it too."""
     content = json.loads((pair[1] / "prolong.json").read_text())
     assert content.pop("shape") == read_shape(pair[0]).to_dict()
-    assert content.pop("versions").keys() == {"megatron-prolong", "megatron-core", "torch"}
+    assert content.pop("versions").keys() >= {"megatron-prolong", "megatron-core", "torch"}
     untrained = dict.fromkeys(("stage", "sequence_length", "layout")) | {"step": 0}
     assert content == {"format": 1, "kind": "weights", "dtype": "float32", **untrained}
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from megatron_prolong.convert import manifest
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Recipe
-from megatron_prolong.training.changes import refuse_changes, refuse_gaps
+from megatron_prolong.runtime.packages import version_of
+from megatron_prolong.training.changes import refuse_changes, refuse_gaps, refuse_other_work, work_of
 from megatron_prolong.training.run_directory import Checkpoint, StageStatus
 
 MIXTURE = {"books": 0.75, "code": 0.25}
@@ -106,6 +108,17 @@ def test_the_precision_of_the_recipe_is_fixed_for_stages_that_have_begun_without
     assert told(recipe(kept, precision="fp32")) == ["precision: bf16 → fp32"]
 
 
+def test_the_scales_of_fp8_are_fixed_where_a_stage_is_in_fp8():
+    before, now = (
+        recipe({"second": {"precision": "fp8"}}, fp8_recipe=name) for name in ("tensorwise", "delayed")
+    )
+    with pytest.raises(UserError) as refused:
+        refuse_changes(before, now, statuses(now))
+    assert str(refused.value).splitlines()[1:] == [
+        "  - stage.second.precision: fp8 (tensorwise) → fp8 (delayed) (the stage is at step 4)"
+    ]
+
+
 def test_what_names_the_run_is_no_change_and_other_settings_are_told():
     assert told(recipe(name="other", run_dir="/moved")) == []
     assert told(recipe(optimizer={"clip": 0.5})) == ["optimizer.clip: 1.0 → 0.5"]
@@ -151,3 +164,13 @@ def test_no_stage_is_trained_behind_one_that_has_begun(steps, refused):
             refuse_gaps(statuses(recipe(), steps))
     else:
         refuse_gaps(statuses(recipe(), steps))
+
+
+def test_a_rank_that_has_other_kernels_than_rank_0_is_refused(monkeypatch):
+    """A node without Transformer Engine would train other layers, in another ring of ranks than its neighbours."""
+    here = work_of(recipe())
+    monkeypatch.setattr(
+        manifest, "version_of", lambda name: "9.9" if name == "transformer-engine" else version_of(name)
+    )
+    with pytest.raises(UserError, match=r"version\.transformer-engine: 9\.9, but .* on rank 0"):
+        refuse_other_work(here, work_of(recipe()))
