@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -168,7 +167,14 @@ def has_packed_kernels() -> bool:
     tolerant = int(os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1"))
     if torch.are_deterministic_algorithms_enabled() or not tolerant:
         return False
-    return torch.cuda.get_device_capability()[0] in (9, 10) or find_spec("flash_attn") is not None
+    return torch.cuda.get_device_capability()[0] in (9, 10) or _takes_flash_attention()
+
+
+def _takes_flash_attention() -> bool:
+    """Whether the flash-attn package is there in a version that TE takes (2.12: 2.1.1 to 2.8.3)."""
+    from transformer_engine.pytorch.attention.dot_product_attention.utils import FlashAttentionUtils
+
+    return bool(FlashAttentionUtils.is_installed)
 
 
 def transformer_engine_block_spec(num_layers: int) -> TransformerBlockSubmodules:

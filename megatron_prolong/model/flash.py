@@ -274,7 +274,8 @@ class _Ragged:
     max_k: int
 
 
-@lru_cache(maxsize=64)
+# A micro-batch's layers ask one after another, each for four at most; rows are megabytes of the GPU at 512K tokens.
+@lru_cache(maxsize=8)
 def _ragged(blocks: tuple[Block, ...], device: torch.device) -> _Ragged:
     spans_q = [(b.q_start, b.q_stop) for b in blocks]
     spans_k = [(b.k_start, b.k_stop) for b in blocks]

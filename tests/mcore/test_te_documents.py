@@ -148,6 +148,6 @@ def test_attention_is_our_own_where_transformer_engine_would_materialise_scores(
 ):
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", nondeterministic)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(transformer_engine, "find_spec", lambda name: object() if flash_attn else None)
+    monkeypatch.setattr(transformer_engine, "_takes_flash_attention", lambda: flash_attn)
     (layer,) = transformer_engine_block_spec(1).layer_specs
     assert layer.submodules.self_attention.submodules.core_attention is expected

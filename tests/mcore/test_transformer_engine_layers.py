@@ -7,6 +7,9 @@ Its modules assert that there is CUDA and otherwise build on CPU like any other;
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -132,3 +135,18 @@ def test_megatron_and_transformer_engine_take_the_fp8_settings(on_hopper, recipe
             with get_fp8_context(settings, layer):
                 in_fp8 = te.quantization.FP8GlobalStateManager.is_fp8_enabled()
             assert in_fp8 == (recipe == "delayed" or 0 < layer < settings.num_layers - 1)
+
+
+def test_a_flash_attn_that_transformer_engine_does_not_take_is_none(tmp_path):
+    """It would be no reason to leave attention to TE, which attends with whole scores then."""
+    package = tmp_path / "flash_attn-2.99.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.99.0\n")
+    (tmp_path / "flash_attn").mkdir()
+    code = (
+        "from megatron_prolong.mcore import transformer_engine as ours; print(ours._takes_flash_attention())"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["False"], done.stderr
