@@ -124,7 +124,7 @@ def _train(load: Callable[[], Recipe]) -> None:
         recipe = together(load)
         evaluate = together(lambda: _ready(recipe, world, stop))
         try:
-            final = train_recipe(recipe, world, lambda: stop.agreed(world.device), evaluate)
+            final = train_recipe(recipe, world, stop.agreed, evaluate)
         except Preempted as event:
             if world.is_main:
                 print(f"{event}; continue with the same command")

@@ -100,9 +100,10 @@ def _connect(groups: ParallelGroups, layout: Layout) -> None:
         if layout.distributed_optimizer
         else parallel_state.get_model_parallel_group()
     )
-    axes = (axis.group for axis in (groups.tp, groups.pp, groups.cp, groups.dp_cp))
     token = torch.zeros(layout.cp, device="cuda")
-    for group in (*axes, *groups.hierarchical_cp, norms):
+    for group in (groups.pp.group, groups.dp_cp.group, norms):  # Megatron sends along them even to oneself
+        dist.all_reduce(token, group=group)
+    for group in (groups.tp.group, groups.cp.group, *groups.hierarchical_cp):
         if group.size() > 1:
             dist.all_reduce(token, group=group)
     if layout.cp > 1 and "a2a" in layout.cp_exchange:

@@ -83,7 +83,6 @@ def _reduce(
         totals[1] += num_targets
     # Only the last pipeline stage has losses: the sum over stages is a broadcast.
     for axis in (groups.dp_cp, groups.pp):
-        if axis.size > 1:  # NCCL takes half a GB for a group of one too
-            dist.all_reduce(totals, group=axis.group)
+        dist.all_reduce(totals, group=axis.group)
     num_targets = int(totals[1])
     return float(totals[0]) / num_targets if num_targets else math.nan, num_targets

@@ -30,15 +30,14 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
-    def agreed(self, device: torch.device | None = None) -> bool:
+    def agreed(self) -> bool:
         """Whether any rank was asked. Collective: every rank gets the same answer at the same step.
 
-        Args:
-            device: where the default process group can reduce; default CPU.
+        Through the CPU: for this alone NCCL would take memory for a group of all ranks.
         """
         if not dist.is_initialized():
             return self.received is not None
-        asked = torch.tensor(int(self.received is not None), device=device)
+        asked = torch.tensor(int(self.received is not None))
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked.item())
 

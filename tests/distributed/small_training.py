@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.distributed_c10d import _world
 
 from megatron_prolong.data.balance import CostModel
 from megatron_prolong.data.packed import Identity, PackedSequence
@@ -113,6 +114,7 @@ def train(rank: int, job: Job) -> Trained:
     small = [(build, "DistributedDataParallelConfig", buckets), (build, "HostOffload", offload)]
     with replaced(small), megatron(layout, seed=1) as groups:
         assert groups.dp.size == job.layout.get("dp", 1)
+        connected = nccl_groups()
         shape = read_shape(Path(job.start))
         model = build.build_model(
             shape, layout, precision=job.precision, recompute=job.recompute,
@@ -129,6 +131,7 @@ def train(rank: int, job: Job) -> Trained:
             plans += [batch.documents.context.plan for batch in shared if batch.documents.context]
             metrics.append(train_step(model, optimizer, shared, groups, spec=spec, lr=1e-3))
             assert metrics[-1].updated
+        assert nccl_groups() == connected, "NCCL took memory for a group in the middle of training"
         assert not job.offload_activations or model.offload.num_parked_bytes > 0
         if job.save:
             save(job, model, optimizer, rank)
@@ -140,6 +143,14 @@ def train(rank: int, job: Job) -> Trained:
             sum(len(documents) for plan in plans for documents in plan.local),
             shards_of(model),
         )
+
+
+def nccl_groups() -> set[str]:
+    """Groups of ranks that NCCL has a communicator for."""
+    if not torch.cuda.is_available():
+        return set()
+    backends = {group.group_name: group._get_backend(torch.device("cuda")) for group in _world.pg_map}
+    return {name for name, backend in backends.items() if backend._is_initialized()}
 
 
 def load(job: Job, model, layout: Layout, spec: OptimizerSpec):
