@@ -118,7 +118,7 @@ def _data_of(task: Task, inputs: Inputs) -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
         if not (files := task.files(inputs.data)) or (isinstance(error, OSError) and error.filename):
             raise
         raise UserError(
