@@ -116,6 +116,8 @@ def test_local_processes_end_as_a_single_one_would(workspace) -> None:
         ({0: 1, 2: -signal.SIGKILL}, 1, ""),  # ended later: by the launcher, or for another reason
         ({1: 75, 0: -signal.SIGTERM}, 75, ""),  # rank 0 had saved too, and the launcher ended it
         ({0: 2, 1: -signal.SIGABRT}, 2, ""),
+        ({0: 1, 1: -signal.SIGTERM}, 1, ""),  # the launcher ended what rank 0 had left waiting
+        ({0: 1, 1: 2}, 1, ""),
     ],
 )
 def test_of_processes_that_end_at_the_same_time_a_killed_one_is_named(
