@@ -146,3 +146,16 @@ def test_a_task_that_fails_at_its_first_answer_leaves_no_file(tmp_path: Path) ->
         partial.add(Generated("key", "said", 1, 1, 0, "asked"))
         raise InterruptedError
     assert PartialOutputs(path).done.keys() == {"key"}
+
+
+def test_answers_outlive_a_process_that_is_killed_and_half_a_line_of_it(tmp_path: Path) -> None:
+    path, samples = tmp_path / "a.partial.jsonl", [Generated(key, "said", 1, 1, 0, "asked") for key in "ab"]
+    with PartialOutputs(path) as partial:
+        partial.add(samples[0])
+        assert len(path.read_text().splitlines()) == 1, "written at once"
+    with path.open("a") as file:
+        file.write('{"key": "half')
+    with PartialOutputs(path) as partial:
+        partial.add(samples[1])
+    with PartialOutputs(path) as partial:
+        assert list(partial.done.values()) == samples

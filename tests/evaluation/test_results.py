@@ -66,6 +66,11 @@ def test_a_change_is_after_minus_before_in_points_and_of_what_both_have() -> Non
     assert (change.interval.mean, change.interval.low, change.interval.high) == (25.0, 25.0, 25.0)
     other_rows = [result("a", "rag", [0.25, 0.75], questions=(1, 0))]
     assert changes({"before": before, "after": other_rows})[0].interval is None
+    of_the_first, of_the_second = (
+        [result("a", "rag", [0.25, math.nan])],
+        [result("a", "rag", [math.nan, 0.75])],
+    )
+    assert changes({"before": of_the_first, "after": of_the_second})[0].interval is None, "as far as judged"
     table = grids({"before": before, "after": after}, "helmet")[1]
     cells = {row[2]: row[3:] for row in table.rows}
     assert cells["a"] == ["2", "25.0 [0, 50]", "50.0 [25, 75] +25.0 [+25, +25]"]

@@ -13,9 +13,11 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -301,6 +303,18 @@ def test_every_rank_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     else:
         said = said.format(copies=tmp_path / "copies")
         assert (first, second) == (f"{said}, said here: True", f"{said}, said here: False")
+
+
+def wait_for_rank_0(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    patient = dist.new_group(backend="gloo")
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5))
+    assert on_main(lambda: time.sleep(2) or "converted", patient) == (None if rank else "converted")
+
+
+def test_a_conversion_may_take_longer_than_a_collective(tmp_path: Path) -> None:
+    """In a group of its own, whose timeout is long."""
+    torch.multiprocessing.spawn(wait_for_rank_0, (str(tmp_path / "store"),), nprocs=2)
 
 
 FAILS_ALONE = """
