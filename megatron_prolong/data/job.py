@@ -28,7 +28,7 @@ from megatron_prolong.data.mds.writer import disk_full_is_users, refuse_existing
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.lock import LOCK
 from megatron_prolong.runtime.progress import track
-from megatron_prolong.runtime.publish import remove, sync, write_durably
+from megatron_prolong.runtime.publish import is_temporary, remove, sync, write_durably
 
 T = TypeVar("T")
 SETTINGS = "job.json"
@@ -56,8 +56,8 @@ class Job:
 
         Another process may finish the job meanwhile, and take its directory away from under a task: no error then.
 
-        Raises UserError when OUT holds something else, or OUT.partial was begun with other settings and has
-        finished tasks, or a process that is at work there.
+        Raises UserError when OUT or OUT.partial holds something else, or OUT.partial was begun with other settings
+        and has finished tasks, or a process that is at work there.
         """
         refuse_existing(self.out)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class Job:
         alone = locked is not False
         if not alone:
             lock_file(lock, fcntl.LOCK_SH)
-        begun = _read(self.directory / SETTINGS)
+        begun = self._begun()
         if begun is not None and begun != dict(self.settings):
             if not alone:
                 self._refuse(begun, "is in use by a process with other settings; wait, or choose another OUT")
@@ -117,6 +117,19 @@ class Job:
             with disk_full_is_users(self.out):
                 write_json(self.directory / SETTINGS, dict(self.settings))
         lock_file(lock, fcntl.LOCK_SH)
+
+    def _begun(self) -> dict[str, Any] | None:
+        """The settings that are there. Raises UserError for a directory of the user's: its files would go when the
+        job ends."""
+        paths = self.directory.glob("[!.]*")
+        names = [path.name for path in paths if not is_temporary(path, self.directory)]
+        begun = _read(self.directory / SETTINGS)
+        if begun is None and names and SETTINGS not in names:  # else another process took it away just now
+            raise UserError(
+                f"{self.directory}: {min(names)} in it is of no job, and would be deleted; move it away, or choose "
+                "another OUT"
+            )
+        return begun
 
     def _content(self, *but: str) -> list[Path]:
         return [path for path in self.directory.iterdir() if path.name not in but]

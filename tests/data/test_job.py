@@ -127,6 +127,17 @@ def test_who_comes_as_a_job_is_finished_clears_nothing_away(
     assert job.is_finished and not (job.out / job_module.LOCK).exists()
 
 
+def test_a_directory_of_the_user_s_that_is_named_like_a_job_s_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes").touch()
+    with (
+        pytest.raises(UserError, match=r"out\.partial: notes in it is of no job"),
+        Job(tmp_path / "out", {}).open(),
+    ):
+        raise AssertionError("begun")
+    assert (tmp_path / "out.partial" / "notes").exists()
+
+
 def test_what_a_killed_process_began_gives_way_to_other_settings(tmp_path: Path) -> None:
     killed, job = (Job(tmp_path / "out", {"length": length}) for length in (8, 16))
     with killed.open():
