@@ -309,6 +309,15 @@ def test_existing_data_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.
     assert len(MDSReader(tmp_path / "empty")) == 1
 
 
+@pytest.mark.parametrize("target", ["gone", "empty"])
+def test_a_link_is_refused_before_the_work(target: str, tmp_path: Path) -> None:
+    """At the end nothing could have been renamed to it."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(UserError, match=r"link is a link; name the place that it leads to"):
+        MDSWriter(tmp_path / "link", COLUMNS)
+
+
 @pytest.mark.parametrize(
     ("sample", "message"),
     [
