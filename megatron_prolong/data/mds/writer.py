@@ -214,8 +214,8 @@ def _buffer(num_bytes: int) -> memoryview:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise UserError if `path` is anything but absent or an empty directory; `.` has no name to appear under, and a
-    directory cannot be renamed to a link's name."""
+    """Raise UserError if `path` is anything but absent or an empty directory; `.` has no name to appear under, and
+    a directory cannot be renamed to a link's name."""
     if path.is_symlink():
         raise UserError(f"{path} is a link; name the place that it leads to, or another one")
     if path.exists() and not (path.name and path.is_dir() and not any(path.iterdir())):
