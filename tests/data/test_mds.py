@@ -220,9 +220,8 @@ def test_merge_refuses_what_would_lose_samples(tmp_path: Path) -> None:
     assert len(MDSReader(tmp_path / "own")) == 2
     write(tmp_path / "jobs" / "a", [3])
     write(tmp_path / "jobs" / "b.partial" / "00000", [4])
-    for root in (tmp_path / "jobs", tmp_path / "jobs" / "b.partial"):
-        with pytest.raises(UserError, match=r"b\.partial/00000 is of a job that is not finished"):
-            merge_tree(root)
+    with pytest.raises(UserError, match=r"b\.partial/00000 is of a job that is not finished"):
+        merge_tree(tmp_path / "jobs")
     write(tmp_path / "all" / "a", [3])
     (tmp_path / "all" / "first").symlink_to("a")
     (tmp_path / "all" / "shard").symlink_to(tmp_path / "own" / "index.json")

@@ -64,7 +64,6 @@ def merge_tree(root: Path) -> int:
     if root in holders:
         raise UserError(f"{root} holds shards itself; move them with their {INDEX} into a subdirectory first")
     for holder in holders:
-        names = (root.resolve().name, *holder.relative_to(root).parts)
-        if any(name.endswith(".partial") for name in names):
+        if ".partial" in {Path(name).suffix for name in holder.relative_to(root).parts}:
             raise UserError(f"{holder} is of a job that is not finished; finish it, or move it away")
     return merge_indexes(holders, root)
