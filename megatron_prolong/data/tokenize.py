@@ -106,6 +106,7 @@ def tokenize(
     options = options or TokenizeOptions()
     if options.kind == "chat":
         options = replace(options, kind="jsonl", chat=True)
+    sources = [source if is_remote(source) else str(Path(source)) for source in sources]  # x/ and ./x are x
     for source in sources:
         _refuse_inside(Path(out), source)
     kinds = [options.kind or find_kind(source) for source in sources]

@@ -169,6 +169,17 @@ def test_other_settings_do_not_continue_a_begun_run(
         tokenize(sources, tokenizer, tmp_path / "out", TokenizeOptions(domain="y"))
 
 
+def test_a_source_is_the_same_by_another_spelling(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shell completes a directory's name with a slash, and a stopped job would not go on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": "x"}])
+    for spelling in ("in", "in/", "./in"):
+        assert tokenize([spelling], tokenizer, tmp_path / "out") is not None
+
+
 def test_files_of_other_lengths_are_another_job(tokenizer: Path, tmp_path: Path) -> None:
     """Even as many of them, of as many bytes together."""
     source = tmp_path / "texts"
