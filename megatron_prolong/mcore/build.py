@@ -15,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_prolong.mcore.config import transformer_config
 from megatron_prolong.mcore.gpt import LongContextGPT
+from megatron_prolong.mcore.groups import connect_delayed_scaling
 from megatron_prolong.mcore.offload import HostOffload
 from megatron_prolong.recipe.fp8 import Fp8Recipe
 from megatron_prolong.recipe.schema import Layout
@@ -105,6 +106,8 @@ def build_model(
     stages = range(layout.virtual_pp) if layout.virtual_pp > 1 else [None]
     chunks = [_build_chunk(config, shape, loss_chunk_tokens, vp_stage) for vp_stage in stages]
     if training:
+        if precision == "fp8" and fp8_recipe == "delayed":
+            connect_delayed_scaling()
         chunks = [_wrap_ddp(config, layout, chunk, index) for index, chunk in enumerate(chunks)]
     offload = HostOffload(chunks) if offload_activations else None
     return StageModel(shape, config, chunks, offload, keeps_attention=recompute == "all_but_attention")

@@ -114,6 +114,13 @@ def _connect(groups: ParallelGroups, layout: Layout) -> None:
         _connect_neighbours(groups.pp.group)
 
 
+def connect_delayed_scaling() -> None:
+    """The same for the maxima of FP8's delayed scaling, which the first step shares."""
+    group = parallel_state.get_amax_reduction_group(with_context_parallel=True, tp_only_amax_red=True)
+    if group.size() > 1:
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+
+
 def _connect_neighbours(group: dist.ProcessGroup) -> None:
     """For messages that are sent one by one, not as a batch, as by interleaved pipelines and Transformer Engine's
     ring: NCCL gives each such pair of ranks a communicator, and ranks that make theirs in different orders in the

@@ -114,7 +114,6 @@ def train(rank: int, job: Job) -> Trained:
     small = [(build, "DistributedDataParallelConfig", buckets), (build, "HostOffload", offload)]
     with replaced(small), megatron(layout, seed=1) as groups:
         assert groups.dp.size == job.layout.get("dp", 1)
-        connected = nccl_groups()
         shape = read_shape(Path(job.start))
         model = build.build_model(
             shape, layout, precision=job.precision, recompute=job.recompute,
@@ -122,6 +121,7 @@ def train(rank: int, job: Job) -> Trained:
             offload_activations=job.offload_activations, loss_chunk_tokens=24,
         )  # fmt: skip
         optimizer = load(job, model, layout, spec)
+        connected = nccl_groups()
         metrics, plans = [], []
         for sequences in batches()[job.first : job.last]:
             assignment = share_out(sequences, groups, SEQUENCE_LENGTH, COST)
