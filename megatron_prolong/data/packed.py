@@ -73,7 +73,7 @@ class PackedSequence:
 
     tokens: uint32 [S]. boundaries: int64 [D+1], strictly increasing from 0 to S (cu_seqlens).
     mask: uint8 [S] of zeros and ones, or None when every token may be a target.
-    Raises UserError naming the sample when the tokens are not so: they come from files.
+    Raises UserError naming the sample when there are no tokens.
     """
 
     tokens: NDArray[np.uint32]
@@ -82,10 +82,10 @@ class PackedSequence:
     identity: Identity
 
     def __post_init__(self) -> None:
-        check_tokens(self.tokens, self.identity)
         if not len(self.tokens):
             raise UserError(f"{self.identity}: input_ids is empty; pack the data set again")
-        edges = self.boundaries  # those of a file were judged by read_boundaries, its mask by read_mask
+        edges = self.boundaries  # what comes from a file was judged by from_sample
+        assert self.tokens.dtype == np.uint32 and self.tokens.ndim == 1
         assert edges.dtype == np.int64 and edges[0] == 0 and edges[-1] == len(self.tokens)
         assert (np.diff(edges) > 0).all()
         assert self.mask is None or (self.mask.dtype == np.uint8 and self.mask.shape == self.tokens.shape)
@@ -105,6 +105,7 @@ class PackedSequence:
                 "tokenize the chats with `--kind chat`, or set loss_mask: false"
             )
         tokens = np.array(sample["input_ids"])
+        check_tokens(tokens, identity)
         mask = read_mask(sample["mask"], len(tokens), identity) if loss_mask else None
         boundaries = read_boundaries(sample.get("indices"), len(tokens), identity)
         return cls(tokens, boundaries, mask, identity)

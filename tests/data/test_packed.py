@@ -87,6 +87,7 @@ def test_arrays_do_not_refer_to_the_file() -> None:
     [
         ({"input_ids": np.zeros(3, np.int64)}, r"must be uint32 \[S\], found int64 \[3\]"),
         ({"input_ids": np.zeros((3, 1), np.uint32)}, r"found uint32 \[3, 1\]"),
+        ({"input_ids": 3}, r"must be uint32 \[S\], found int64 \[\]"),  # of a column of numbers
         (sample(0, indices=np.zeros((0, 2), np.uint32)), "input_ids is empty"),
         (sample(5, indices=np.array([0, 5], np.uint32)), r"must be \[documents, 2\], found \[2\]"),
         (sample(5, indices=np.array([[0, 5, 5]], np.uint32)), r"must be \[documents, 2\], found \[1, 3\]"),
