@@ -66,7 +66,7 @@ def remembered(
         overwrite: ask again what is there.
     """
     with whole_result(path):
-        written = dict(read_whole(path)["scores"]) if path.exists() and is_of(path, arguments) else {}
+        written = read_whole(path)["scores"] if path.exists() and is_of(path, arguments) else {}
         scores = {name: read(found) for name, found in written.items()}
     for name in names:
         if name not in scores or overwrite:

@@ -296,6 +296,8 @@ def test_what_cannot_be_asked_is_told_before_a_model_is_opened(
     (tmp_path / "broken/own.yaml").write_text("task: mine\ndoc_to_text: {{question}\n")
     broken = refusal("--tasks", "mine", "--include", str(tmp_path / "broken"))
     assert "no such task; " in broken and "broken/own.yaml cannot be read as YAML: while parsing" in broken
+    with pytest.raises(UserError, match=r"own: .* no such task; `lm-eval ls tasks` lists them"):
+        Questions(("own",)).check([])  # without --include
     assert "name at least one" in refusal("--tasks", ",")
     assert "not JSON" in refusal("--tasks", "own", "--metadata", "{")
     assert "must be a JSON object" in refusal("--tasks", "own", "--metadata", "[]")
@@ -308,8 +310,14 @@ def test_what_cannot_be_asked_is_told_before_a_model_is_opened(
     refusing.chat_template = "{{ raise_exception('no lone message') }}"
     monkeypatch.setattr("megatron_prolong.evaluation.harness_tasks.load_tokenizer", lambda _: refusing)
     assert "refuses it: no lone message; leave --chat out" in refusal("--tasks", "own", "--chat")
+    for name in ("bos_token", "eos_token"):  # the other one will do
+        setattr(refusing, name, None)
+        Questions(("own",), own).check([model])
+        setattr(refusing, name, getattr(tokenizer, name))
     refusing.bos_token = refusing.eos_token = None
     assert f"{model}: the tokenizer has neither BOS nor EOS" in refusal("--tasks", "own")
+    monkeypatch.setattr("megatron_prolong.evaluation.harness_scores.find_spec", lambda _: None)
+    assert "pip install 'megatron-prolong[eval]'" in refusal("--tasks", "own")
 
 
 def test_answers_drawn_at_random_and_answers_without_room_are_refused(
@@ -355,12 +363,17 @@ def test_a_fault_of_the_model_keeps_its_traceback(
 
 def test_a_task_of_two_groups_is_shown_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     """They may ask it with other shots."""
+    of_two = {"a": {"acc,none": 0.25}, "b": {"acc,none": 1, "acc_stderr,none": 0.125}}
     print_questions(
-        {"tiny": {"one": {"a": {"acc,none": 0.5}}, "two": {"a": {"acc,none": 0.25}, "b": {"acc,none": 1}}}}
+        {
+            "tiny": {"one": {"a": {"acc,none": 0.5}}, "two": of_two},
+            "other": {"two": {"b": {"acc,none": 0.75}}},
+        }
     )
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [row for row in rows if row[-2:-1] == ["acc"]] == [
-        ["a", "(of", "one)", "acc", "0.5000"], ["a", "(of", "two)", "acc", "0.2500"], ["b", "acc", "1.0000"],
+    assert [row for row in rows if row[:1] in (["a"], ["b"])] == [
+        ["a", "(of", "one)", "acc", "0.5000"], ["a", "(of", "two)", "acc", "0.2500"],
+        ["b", "acc", "1.0000", "±", "0.1250", "0.7500"],
     ]  # fmt: skip
 
 
