@@ -34,7 +34,7 @@ from megatron_prolong.data.job import REPORT, Job
 from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.data.report import Report
 from megatron_prolong.data.sources import Bad, Part, Record, find_kind, source_of
-from megatron_prolong.data.sources.files import is_remote, refuse_repeated
+from megatron_prolong.data.sources.files import is_remote, refuse_repeated, warn
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import tokenizer_file
 
@@ -120,6 +120,10 @@ def tokenize(
             if not job.run(tasks, _Work(str(tokenizer), options), executor or LocalProcesses(1), slurm):
                 return None
             job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
+    else:  # the settings know the files' sizes, not their contents
+        warn(
+            f"{out}: made before, of files of these names and sizes; nothing was done (remove it to start anew)"
+        )
     return TokenizeReport.of([job.report()])
 
 

@@ -180,6 +180,20 @@ def test_a_source_is_the_same_by_another_spelling(
         assert tokenize([spelling], tokenizer, tmp_path / "out") is not None
 
 
+def test_a_result_that_is_there_says_that_nothing_was_done(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who corrected a letter would take the old documents for new ones."""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "x"}])
+    run([source], tokenizer, tmp_path / "out")
+    assert "made before" not in capsys.readouterr().err
+    write_jsonl(source, [{"text": "y"}])
+    run([source], tokenizer, tmp_path / "out")
+    assert (
+        f"warning: {tmp_path}/out: made before, of files of these names and sizes;" in capsys.readouterr().err
+    )
+
+
 def test_files_of_other_lengths_are_another_job(tokenizer: Path, tmp_path: Path) -> None:
     """Even as many of them, of as many bytes together."""
     source = tmp_path / "texts"
