@@ -208,6 +208,12 @@ def test_a_run_without_steps_is_listed_too(run: Path) -> None:
     (run / "metrics.jsonl").unlink()
     assert "0/10" in CliRunner().invoke(app, ["runs", str(run)]).stdout
     assert CliRunner().invoke(app, ["report", str(run)]).exit_code == 0
+    html = (run / "report.html").read_text()
+    assert "no step yet" in html and "<svg" not in html and "Evaluation" not in html
+    (run / "evaluation").mkdir()
+    (run / "evaluation/needle.json").write_text('{"score": 0.5}')  # measured afterwards
+    CliRunner().invoke(app, ["report", str(run)])
+    assert "<td>score</td><td>0.5</td>" in (run / "report.html").read_text()
 
 
 def test_the_page_has_everything(run: Path) -> None:
@@ -221,7 +227,8 @@ def test_the_page_has_everything(run: Path) -> None:
     html = (run / "report.html").read_text()
     expectations = """10 / 10|3 / 10|Tokens by domain, stage short|7,000</td><td>70.0%</td><td>75.0%|
         >7.0 K tokens<|>2.1 K tokens<|json_kv/8192|87.5|short 10|3.0 GB|models.base.0.score|cannot be read|
-        stage_start|sequence_length: 256"""
+        stage_start|sequence_length: 256|last line written 2023-11-1|
+        <td>1,024</td><td>2.5000</td><td>512</td><td>2.00</td><td>0:00:14</td>"""
     for expected in map(str.strip, expectations.split("|")):
         assert expected in html, expected
     assert (
