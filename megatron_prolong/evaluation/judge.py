@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.client import Client
-from megatron_prolong.evaluation.partial import sample_key
+from megatron_prolong.evaluation.partial import open_to_add, sample_key
 from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.results import judged_path, read_whole, result_paths, whole_result
 from megatron_prolong.evaluation.text_metrics import parse_output
@@ -45,8 +45,7 @@ class Judge:
         known = self._cached()
         keys = [sample_key(self.model, max_tokens, prompt) for prompt in prompts]
         open_prompts = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
-        self.cache.parent.mkdir(parents=True, exist_ok=True)
-        with self.cache.open("a", encoding="utf-8") as file:
+        with open_to_add(self.cache) as file:
             answers = self.client.map(lambda prompt: self._one(prompt, max_tokens), open_prompts.values())
             for key, answer in zip(open_prompts, track(answers, len(open_prompts), "judge"), strict=True):
                 if answer is None:  # an error will follow

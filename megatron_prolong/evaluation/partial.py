@@ -39,10 +39,7 @@ class PartialOutputs:
             with suppress(TypeError):  # the fields of another version
                 sample = Generated(**entry)
                 self.done[sample.key] = sample
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")
+        self._file = open_to_add(path)
 
     def add(self, sample: Generated) -> None:
         self._file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
@@ -63,6 +60,15 @@ class PartialOutputs:
         self._file.close()
         if self.path.exists() and not self.path.stat().st_size:  # failed at the first
             self.path.unlink()
+
+
+def open_to_add(path: Path) -> IO[str]:
+    """Open a file of lines to add more of them; a line cut off by a crash is ended first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", encoding="utf-8")
+    if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        file.write("\n")
+    return file
 
 
 def sample_key(*parts: object) -> str:

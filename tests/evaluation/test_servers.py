@@ -100,6 +100,12 @@ def test_what_was_answered_behind_an_error_is_kept(
     judge.ask(["a", "b", "c", "d"], 4)
     assert len(server.requests) == 4
 
+    with judge.cache.open("a") as file:
+        file.write('{"key": "half')  # as a kill leaves it
+    for _ in range(2):
+        judge.ask(["e"], 4)
+    assert len(server.requests) == 5, "an answer joined to half a line is paid for twice"
+
 
 def test_an_interrupt_waits_for_no_answer() -> None:
     """A server may take half an hour for each: neither the call nor the end of the process may stay for it."""
