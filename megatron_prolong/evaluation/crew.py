@@ -28,7 +28,7 @@ Call = tuple[str, tuple[Any, ...]]
 _DISMISSED: Call = ("", ())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Crew:
     """The ranks of a job, which hold one or several replicas of a model, each spread over some of them.
 
@@ -38,12 +38,14 @@ class Crew:
         ending: where its answers end.
         dp: the axis along which the model is repeated; the replicas share out prompts and questions.
         group: all ranks; None for a single one.
+        midway: a call is under way, or an error has ended it.
     """
 
     inference: InferenceModel
     ending: Ending
     dp: Axis
     group: dist.ProcessGroup | None
+    midway: bool = False
 
     def token_logprobs(self, ids: Sequence[int]) -> Tensor:
         """See `InferenceModel`; every replica does the same."""
@@ -69,7 +71,10 @@ class Crew:
         self._agree(_DISMISSED)
 
     def _together(self, method: str, *arguments: Any) -> Any:
-        return self._do(self._agree((method, arguments)))
+        self.midway = True
+        answer = self._do(self._agree((method, arguments)))
+        self.midway = False
+        return answer
 
     def _agree(self, call: Call | None) -> Call:
         """The main rank's call, on every rank."""
@@ -112,7 +117,8 @@ def crew(inference: InferenceModel, ending: Ending, world: World, dp: Axis) -> I
         try:
             yield members
         finally:
-            members.dismiss()
+            if not members.midway:  # else the others wait in the call, and this rank's death is what ends it
+                members.dismiss()
     else:
         members.serve()
         yield None

@@ -5,15 +5,19 @@ from __future__ import annotations
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
+import pytest
 import torch
 from rank_pool import RankPool
 from small_training import VOCAB_SIZE
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from megatron_prolong.evaluation.crew import Crew, crew
 from megatron_prolong.recipe.schema import Layout
+from megatron_prolong.runtime.launch import World
 
 IDS = torch.randint(0, VOCAB_SIZE, (90,), generator=torch.Generator().manual_seed(0)).tolist()
 QUESTIONS = [(IDS[:40], [IDS[40:43], IDS[:5]]), (IDS[3:4], [IDS[9:10]]), (IDS[50:80], [IDS[80:], IDS[1:2]])]
@@ -21,11 +25,9 @@ PROMPTS = [question[0] for question in QUESTIONS]
 
 
 def answers(rank: int, checkpoint: str, tokenizer: str) -> tuple[Any, ...] | None:
-    from megatron_prolong.evaluation.crew import crew
     from megatron_prolong.evaluation.ending import Ending
     from megatron_prolong.mcore.groups import megatron
     from megatron_prolong.mcore.inference import load_for_inference
-    from megatron_prolong.runtime.launch import World
 
     layout, cpu = Layout(sequence_parallel=False), torch.device("cpu")
     with megatron(layout, seed=1) as groups:
@@ -53,3 +55,20 @@ def test_replicas_answer_as_one_model(
     assert nothing is None and len(set(logprobs)) == 5 and len(set(map(tuple, texts))) == 3
     np.testing.assert_allclose(found, logprobs, atol=1e-4)  # fp32, other products side by side
     assert found_texts == [texts, stopped]
+
+
+def test_who_fails_in_the_middle_of_a_call_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are in the call too, and would never hear that they are dismissed."""
+    dismissed: list[bool] = []
+    monkeypatch.setattr(Crew, "dismiss", lambda _: dismissed.append(True))
+    model = Mock(token_logprobs=Mock(side_effect=torch.OutOfMemoryError))
+    alone = World(0, 1, 0, torch.device("cpu"))
+    with pytest.raises(torch.OutOfMemoryError), crew(model, Mock(), alone, Mock(size=1)) as members:
+        assert members is not None
+        members.token_logprobs(IDS)
+    assert not dismissed
+    with pytest.raises(ValueError, match="between"), crew(Mock(), Mock(), alone, Mock(size=1)) as members:
+        assert members is not None
+        members.token_logprobs(IDS)
+        raise ValueError("between two calls")
+    assert dismissed == [True]

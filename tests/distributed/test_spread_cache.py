@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from rank_pool import RankPool
 from small_training import VOCAB_SIZE
 
+from megatron_prolong.model.spread_cache import _weighted
 from megatron_prolong.recipe.schema import Layout
 
 IDS = torch.randint(0, VOCAB_SIZE, (241,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -20,7 +22,7 @@ PROMPTS = [IDS[:37], IDS[5:7], IDS[3:140]]
 CHUNK_TOKENS = 16
 
 
-def answers(rank: int, checkpoint: str, layout: dict[str, Any]) -> tuple[Any, ...]:
+def answers(rank: int, checkpoint: str, layout: dict[str, Any], precision: str = "fp32") -> tuple[Any, ...]:
     from megatron_prolong.mcore import inference
     from megatron_prolong.mcore.attention import KeyValueCache
     from megatron_prolong.mcore.groups import megatron
@@ -28,12 +30,13 @@ def answers(rank: int, checkpoint: str, layout: dict[str, Any]) -> tuple[Any, ..
     inference.PREFILL_TOKENS = CHUNK_TOKENS
     wanted = Layout(**layout, sequence_parallel=False)
     with megatron(wanted, seed=1) as groups:
-        model = inference.load_for_inference(Path(checkpoint), wanted, groups, torch.device("cpu"), "fp32")
+        device = torch.device(torch.cuda.current_device())
+        model = inference.load_for_inference(Path(checkpoint), wanted, groups, device, precision)
         cache = KeyValueCache()
         with torch.inference_mode():
             model._read([IDS], [cache])
         return (
-            model.token_logprobs(IDS).numpy(),
+            model.token_logprobs(IDS).cpu().numpy(),
             list(
                 chain(*model.continuation_logprobs([(IDS[:90], [IDS[90:], IDS[:3]]), (IDS[:2], [IDS[:3]])]))
             ),
@@ -57,3 +60,11 @@ def test_spread_caches_answer_as_one(
         assert their_length <= len(IDS) / layout["cp"] + CHUNK_TOKENS
     kept = sum(length for *_, length in found)
     assert kept == len(IDS) * layout.get("tp", 1), "every token is kept once"
+
+
+def test_what_the_ranks_send_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL refuses all else; a GPU's kernel has log-sum-exps by heads."""
+    sent: list[bool] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: sent.append(tensor.is_contiguous()))
+    _weighted(torch.randn(5, 2, 8), torch.randn(2, 5).T, cast(dist.ProcessGroup, None))
+    assert sent == [True]
