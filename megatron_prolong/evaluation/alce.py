@@ -50,7 +50,7 @@ def str_em(item: Row) -> float:
     found = [
         any(normalize_answer(answer) in text for answer in pair["short_answers"]) for pair in item["qa_pairs"]
     ]
-    return float(np.mean(found))
+    return sum(found) / len(found)
 
 
 def rouge_l_sum(item: Row) -> float:

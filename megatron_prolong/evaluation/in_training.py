@@ -23,6 +23,7 @@ from megatron_prolong.evaluation.task import Inputs, Task
 from megatron_prolong.recipe.schema import EvaluationSpec
 from megatron_prolong.recipe.shape import read_json
 from megatron_prolong.runtime.agreement import from_main
+from megatron_prolong.runtime.full_gpu import naming_a_full_gpu
 from megatron_prolong.runtime.launch import World
 
 SCORES = "scores.json"
@@ -65,7 +66,10 @@ class CheckpointEvaluation:
         # Rank 0's answer: file systems show a new file to others late.
         if from_main(_measured(out / SCORES, about)):
             return {}
-        with open_megatron(checkpoint, world=self.world) as backend:
+        with (
+            naming_a_full_gpu(lambda: str(out), "shorten evaluation.lengths, or leave evaluation out"),
+            open_megatron(checkpoint, world=self.world) as backend,
+        ):
             if backend is None:
                 return {}
             inputs = Inputs(self.spec.data, backend.tokenizer, max_samples=self.spec.samples)
@@ -75,14 +79,14 @@ class CheckpointEvaluation:
                 results = run_suite(
                     self.tasks, _Interruptible(backend, self.interrupted), inputs, settings, out
                 )
+                scores = losses | {f"{result.name}/{result.length}": result.score for result in results}
+                write_json(out / SCORES, {**about, "scores": scores})
+                return scores
             except _Interrupted:
                 return {}
             except (UserError, OSError) as error:  # no reason to lose days of training
                 print(f"warning: {out}: not measured, training goes on: {error}", file=sys.stderr)
                 return {}
-        scores = losses | {f"{result.name}/{result.length}": result.score for result in results}
-        write_json(out / SCORES, {**about, "scores": scores})
-        return scores
 
     def _losses(self, backend: ScoringBackend) -> dict[str, float]:
         losses = []
