@@ -75,18 +75,22 @@ def recipe_findings(recipe: Recipe, world_size: int | None) -> list[Finding]:
 def _precision_findings(recipe: Recipe) -> list[Finding]:
     import torch
 
+    from megatron_prolong.recipe.fp8 import fp8_problem
     from megatron_prolong.recipe.schema import settings_of
     from megatron_prolong.runtime.doctor import Finding, version_of
 
-    stages = [stage.name for stage in recipe.stages if settings_of(recipe, stage).precision == "fp8"]
+    every = {stage.name: settings_of(recipe, stage) for stage in recipe.stages}
+    stages = {name: settings for name, settings in every.items() if settings.precision == "fp8"}
     if not stages or not torch.cuda.is_available():
         return []  # fp8 on CPU is among the recipe's problems already
     name = f"fp8 (stage {', '.join(stages)})"
     if version_of("transformer-engine") is None:
         remedy = "use NVIDIA's PyTorch image (see Dockerfile)"
         return [Finding(name, "missing", "needs Transformer Engine", remedy)]
-    if torch.cuda.get_device_capability() < (8, 9):
-        return [Finding(name, "missing", "needs compute capability 8.9 (Ada, Hopper)", "use bf16")]
+    capability = torch.cuda.get_device_capability()
+    problems = (fp8_problem(recipe.fp8_recipe, capability, one.layout.cp) for one in stages.values())
+    if problem := next(filter(None, problems), None):
+        return [Finding(name, "missing", problem)]
     return [Finding(name, "ok", "Transformer Engine and a GPU with fp8")]
 
 

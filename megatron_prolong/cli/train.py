@@ -173,10 +173,13 @@ def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
     from megatron_prolong.plan.disk import check_room
     from megatron_prolong.recipe.run_files import EVALUATION
     from megatron_prolong.recipe.validate import check
+    from megatron_prolong.training.prepare import refuse_precision
 
     warnings = check(recipe, world.size, on_cpu=world.device.type == "cpu")
     if world.is_main:
         warn(warnings)
+    if world.device.type == "cuda":
+        refuse_precision(recipe)
     check_room(recipe)
     spec = recipe.evaluation
     if spec is None:

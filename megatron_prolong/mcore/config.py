@@ -47,8 +47,8 @@ def transformer_config(
     dtype = params_dtype(precision)
     on_gpu = torch.cuda.is_available()
     on_te = runs_on_transformer_engine(dtype)
-    if on_gpu and precision == "fp32":
-        raise UserError("precision: fp32 runs on CPU only (the attention kernels of GPUs are bf16); use bf16")
+    if problem := precision_problem(precision, fp8_recipe, layout.cp):
+        raise UserError(problem)
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -100,7 +100,7 @@ def transformer_config(
         # Megatron asks for Apex's extension even where TE's linears would do the work.
         gradient_accumulation_fusion=on_te and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         **_recompute(recompute),
-        **(_fp8(fp8_recipe, fp8_parameters, layout, on_te) if precision == "fp8" else {}),
+        **(_fp8(fp8_recipe, fp8_parameters) if precision == "fp8" else {}),
     )
 
 
@@ -111,14 +111,20 @@ def fused_rotation_fits(shape: ModelShape, tp: int, rank_tokens: int) -> bool:
     return 1.1 * rank_tokens * row < 2**31  # a tenth for the padding of documents
 
 
-def _fp8(recipe: Fp8Recipe, parameters: bool, layout: Layout, on_te: bool) -> dict[str, object]:
+def precision_problem(precision: str, fp8_recipe: Fp8Recipe, cp: int) -> str | None:
+    """Why this machine cannot run that precision, or None."""
+    if precision == "fp32" and torch.cuda.is_available():
+        return "precision: fp32 runs on CPU only (the attention kernels of GPUs are bf16); use bf16"
+    if precision != "fp8":
+        return None
+    if not runs_on_transformer_engine(torch.bfloat16):
+        return "precision: fp8 needs CUDA and Transformer Engine (see `prolong doctor`); use bf16"
+    return fp8_problem(fp8_recipe, torch.cuda.get_device_capability(), cp)
+
+
+def _fp8(recipe: Fp8Recipe, parameters: bool) -> dict[str, object]:
     """E4M3 forward and E5M2 backward ("hybrid"), or E4M3 throughout where every 32 values have a scale; the first
     and last layer in bf16 where the recipe allows it (Megatron-Bridge's training/mixed_precision.py)."""
-    if not on_te:
-        raise UserError("precision: fp8 needs CUDA and Transformer Engine (see `prolong doctor`); use bf16")
-    problem = fp8_problem(recipe, torch.cuda.get_device_capability(), layout.cp)
-    if problem:
-        raise UserError(problem)
     history: dict[str, object] = {
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",

@@ -33,6 +33,11 @@ def fp8_problem(recipe: Fp8Recipe, capability: tuple[int, int], cp: int) -> str 
         possible = [name for name, (low, high) in _CAPABILITIES.items() if low <= capability < high]
         advice = f"use fp8_recipe: {' or '.join(possible)}" if possible else "use precision: bf16"
         return f"fp8_recipe {recipe} does not run on compute capability {capability[0]}.{capability[1]}: {advice}"
+    return fp8_layout_problem(recipe, cp)
+
+
+def fp8_layout_problem(recipe: Fp8Recipe, cp: int) -> str | None:
+    """Why this FP8 recipe runs on no GPU at this layout, or None."""
     if recipe == "blockwise" and cp > 1:
         return "fp8_recipe blockwise crashes on documents padded for context parallelism: use tensorwise"
     return None

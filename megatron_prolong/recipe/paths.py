@@ -20,10 +20,11 @@ UserPath = Annotated[Path, AfterValidator(expanded)]
 
 
 def _each_once(directories: object) -> object:
-    """Refuses two spellings of one path, of which a dict would silently keep the last."""
-    paths = [expanded(Path(str(name))) for name in directories] if isinstance(directories, dict) else []
-    if twice := [str(path) for path in paths if paths.count(path) > 1]:
-        raise ValueError(f"names {twice[0]} twice; keep one")
+    """Refuses two names of one directory: what is in it would be drawn twice as often as told."""
+    names = [str(name) for name in directories] if isinstance(directories, dict) else []
+    places = [expanded(Path(name)).resolve() for name in names]
+    if twice := [name for name, place in zip(names, places, strict=True) if places.count(place) > 1]:
+        raise ValueError(f"names one directory twice: {' and '.join(twice)}; keep one")
     return directories
 
 

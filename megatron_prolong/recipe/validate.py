@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.findings import Findings, problems_error
+from megatron_prolong.recipe.fp8 import fp8_layout_problem
 from megatron_prolong.recipe.inputs import (
     mixture_problems,
     model_problems,
@@ -27,6 +28,7 @@ from megatron_prolong.recipe.run_files import (
     RESOLVED_RECIPE,
     SIDECAR,
     complete_checkpoints,
+    history,
     nearest_existing,
 )
 from megatron_prolong.recipe.schema import Recipe, Stage, settings_of
@@ -212,7 +214,7 @@ def _optimizers(findings: Findings) -> None:
 
 
 def _newest(recipe: Recipe, stage: Stage) -> Path | None:
-    return next(reversed(complete_checkpoints(recipe.run_dir / stage.name).values()), None)
+    return next(reversed(history(recipe.run_dir / stage.name).values()), None)
 
 
 def _saved_optimizer(checkpoint: Path | None) -> OptimizerForm | None:
@@ -257,8 +259,8 @@ def _mixture(findings: Findings, stage: Stage, tokenizer: str | None) -> None:
 
 
 def _is_done(recipe: Recipe, stage: Stage) -> bool:
-    """Whether the last checkpoint of the stage is there."""
-    return stage.has_budget and stage.num_steps in complete_checkpoints(recipe.run_dir / stage.name)
+    """Whether the last checkpoint of the stage is there, and `latest` was not put back before it."""
+    return stage.has_budget and stage.num_steps in history(recipe.run_dir / stage.name)
 
 
 def _layout(findings: Findings, stage: Stage, shape: ModelShape | None, world_size: int | None) -> None:
@@ -271,6 +273,10 @@ def _layout(findings: Findings, stage: Stage, shape: ModelShape | None, world_si
             continue
         where = (*key, "layout", problem.field) if problem.field in own else ("layout", problem.field)
         findings.error(where, f"found {getattr(layout, problem.field)}; {problem.rule}")
+    if precision == "fp8" and (found := fp8_layout_problem(findings.recipe.fp8_recipe, layout.cp)):
+        findings.error(
+            (*key, "precision") if stage.precision else ("precision",), found, uses=[("fp8_recipe",)]
+        )
     if world_size and (dp := world_size // layout.model_ranks) > stage.batch_sequences:
         shared = f"{dp} data-parallel ranks share a batch of {stage.batch_sequences} sequences"
         findings.warn((*key, "batch_tokens"), f"{shared}: with few documents, some have nothing to do")

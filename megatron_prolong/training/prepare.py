@@ -13,6 +13,7 @@ from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.build import StageModel, build_model
 from megatron_prolong.mcore.checkpoint import load_weights, load_weights_and_optimizer
+from megatron_prolong.mcore.config import precision_problem
 from megatron_prolong.mcore.groups import ParallelGroups
 from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.recipe import fp8
@@ -23,7 +24,7 @@ from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.stopwatch import Stopwatch
 from megatron_prolong.training.balance import micro_batches, share_out
 from megatron_prolong.training.checkpoint import verify_checkpoint
-from megatron_prolong.training.run_directory import Checkpoint
+from megatron_prolong.training.run_directory import Checkpoint, chain_status
 from megatron_prolong.training.schedule import learning_rate
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics, train_step
@@ -133,6 +134,15 @@ def prepare_stage(
     return StageRun(
         recipe, stage, settings, world, groups, model, optimizer, mixture, cost, clock, stragglers
     )
+
+
+def refuse_precision(recipe: Recipe) -> None:
+    """Raises UserError where a stage that is not done has a precision that this machine cannot run."""
+    for status in chain_status(recipe, recipe.run_dir):
+        settings = settings_of(recipe, status.stage)
+        problem = precision_problem(settings.precision, recipe.fp8_recipe, settings.layout.cp)
+        if problem and status.word != "done":
+            raise UserError(f"stage {status.stage.name}: {problem}")
 
 
 def _refuse_other_data(stage: Stage, main: str, own: str) -> None:

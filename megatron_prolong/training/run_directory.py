@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.run_files import DELETING, LATEST, SAVING, complete_checkpoints
+from megatron_prolong.recipe.run_files import DELETING, LATEST, SAVING, complete_checkpoints, history
 from megatron_prolong.recipe.schema import Recipe, Stage
 from megatron_prolong.recipe.shape import MANIFEST, read_manifest
 from megatron_prolong.runtime.publish import remove, remove_leftovers, write_durably
@@ -59,9 +59,8 @@ def latest_checkpoint(stage_dir: Path) -> Checkpoint | None:
 
 def checkpoints(stage_dir: Path) -> list[Checkpoint]:
     """The complete checkpoints that led to the newest, oldest first; none of a history that was given up."""
-    newest = latest_checkpoint(stage_dir)
-    paths = complete_checkpoints(stage_dir).values()
-    return [Checkpoint.open(path) for path in paths if newest and path.name <= newest.directory.name]
+    latest_checkpoint(stage_dir)  # raises where `latest` names none
+    return [Checkpoint.open(path) for path in history(stage_dir).values()]
 
 
 def write_pointer(stage_dir: Path, name: str) -> None:
@@ -86,9 +85,7 @@ def prune(stage_dir: Path, keep: int, keep_every: int | None) -> None:
 
     The newest is the one that `latest` names; those beyond it stay until `remove_given_up` comes to them.
     """
-    newest = (stage_dir / LATEST).read_text().strip()
-    history = [item for item in complete_checkpoints(stage_dir).items() if item[1].name <= newest]
-    for step, old in history[:-keep]:
+    for step, old in [*history(stage_dir).items()][:-keep]:
         if keep_every is None or step % keep_every:
             remove(old)
 

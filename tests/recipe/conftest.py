@@ -52,11 +52,12 @@ def write_checkpoint(directory: Path, shape: ModelShape = SHAPE) -> None:
 
 @pytest.fixture
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, holding model/, books/ (with a mask column) and code/ (without)."""
+    """The working directory, holding model/, books/ (with a mask column), code/ (without) and a link to that."""
     monkeypatch.chdir(tmp_path)
     write_model(tmp_path / "model")
     write_domain(tmp_path / "books", ["domain", "indices", "input_ids", "length", "mask"])
     write_domain(tmp_path / "code", ["domain", "indices", "input_ids", "length"])
+    (tmp_path / "link").symlink_to("code")
     return tmp_path
 
 

@@ -81,7 +81,11 @@ MISTAKES = [
     (["stage.one.mixture={books: 0.5, code: 0.4}"], None, "the proportions sum to 0.9; they must sum to 1"),
     (["stage.one.mixture={books: 0.5, code: 0.499}"], None, "the proportions sum to 0.999; they must sum to 1"),
     (["stage.one.mixture={}"], None, "stages.one.mixture: found no directory"),
-    (["stage.one.mixture={code: 0.6, ./code: 1}"], None, "'./code': 1}; names code twice; keep one"),
+    (["stage.one.mixture={code: 0.6, ./code: 1}"], None,
+     "'./code': 1}; names one directory twice: code and ./code; keep one"),
+    (["stage.one.mixture={code: 0.6, link: 0.4}"], None, "names one directory twice: code and link; keep one"),
+    (["stage.two.precision=fp8", "fp8_recipe=blockwise", "layout.cp=2", "layout.tp=1"], None,
+     "stages.two.precision: fp8_recipe blockwise crashes on documents padded for context parallelism"),
     (["model.path=~nobody-here/m"], None, "model.path: ~nobody-here/m: no such directory"),
     (["stage.one.mixture={absent: 1}"], None, "stages.one.mixture.absent: no such directory"),
     (["stage.one.mixture={model: 1}"], None, "stages.one.mixture.model: no index.json"),
@@ -233,6 +237,8 @@ def test_the_data_of_a_stage_that_is_done_may_be_gone(
     for step, problems in ((9, 1), (10, 0)):
         write_checkpoint(workdir / f"runs/tiny/one/step_{step:08}")
         assert len(problems_of(path, gone)) == problems
+    (workdir / "runs/tiny/one/latest").write_text("step_00000009\n")  # put back: the last step is made again
+    assert len(problems_of(path, gone)) == 1
 
 
 def test_the_model_may_be_gone_once_no_stage_is_to_start_from_it(
@@ -268,8 +274,8 @@ def test_duplicate_and_reserved_stage_names(write: Write, recipe_data: dict[str,
     assert problems_of(write(recipe_data), []) == [
         "stages.one: 2 stages have this name; names must be unique"
     ]
-    first["name"] = "export"
-    assert "reserved" in problems_of(write(recipe_data), [])[0]
+    for first["name"] in ("export", "latest"):
+        assert "reserved" in problems_of(write(recipe_data), [])[0]
 
 
 TEN_MISTAKES = """\
