@@ -226,12 +226,13 @@ def _elementwise_seconds(job: Job, gpu: Gpu) -> float:
 
 
 def _tensor_seconds(job: Job, gpu: Gpu) -> float:
-    """Per layer and pass, two all-gathers and two reduce-scatters (or two all-reduces: the same bytes)."""
+    """Per layer and pass, two all-gathers and two reduce-scatters (or two all-reduces: the same bytes), and one of
+    each for an MLP that is recomputed. What the backward gathers again travels behind its products."""
     tp = job.layout.tp
     if tp == 1:
         return 0.0
     one = (tp - 1) / tp * job.hidden_bytes
-    rounds = 2 + job.recomputed_share
+    rounds = 2 + (0.5 if job.recompute == "selective" else job.recomputed_share)
     volume = 4 * rounds * one * job.longest_stage_layers + 2 * one
     return volume / gpu.bandwidth(tp, stride=1)
 

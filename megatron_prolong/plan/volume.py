@@ -46,7 +46,7 @@ def _tensor(job: Job, pp_rank: int) -> float:
 
     With sequence parallelism the forward gathers twice and scatters twice; the backward does the same for the
     gradients and gathers the inputs of both column-parallel products again. Without, two all-reduces each way.
-    Recomputing a layer repeats its forward but the last scatter, that of its output; the MLP alone likewise.
+    Recomputing a layer, or the MLP alone, repeats its forward.
     """
     layout, shape = job.layout, job.shape
     if layout.tp == 1:

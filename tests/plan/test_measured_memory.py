@@ -35,6 +35,7 @@ CASES = {
     "cp2 p2p, all but attention": (2, {"cp": 2, "cp_exchange": "p2p"}, "fp32", "all_but_attention"),
     "cp2 a2a, all but attention": (2, {"cp": 2, "cp_exchange": "a2a"}, "bf16", "all_but_attention"),
     "tp2 with sequence parallel": (2, {"tp": 2}, "bf16", "none"),
+    "tp2, MLP recomputed": (2, {"tp": 2}, "bf16", "selective"),
     "tp2 without": (2, {"tp": 2, "sequence_parallel": False}, "fp32", "full"),
     "cp2 all_gather": (2, {"cp": 2, "cp_exchange": "all_gather"}, "fp32", "none"),
     "cp2 p2p": (2, {"cp": 2, "cp_exchange": "p2p"}, "fp32", "selective"),
