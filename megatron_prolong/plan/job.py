@@ -137,6 +137,11 @@ class Job:
         return self.recomputed_layers(chunk_layers) / chunk_layers
 
     @property
+    def exchanged_again(self) -> float:
+        """Share of a forward's tensor-parallel exchange that recomputation repeats: half of it is the MLP's."""
+        return 0.5 if self.recompute == "selective" else self.recomputed_share
+
+    @property
     def attention_again(self) -> float:
         """Share of the longest stage's layers whose attention is computed twice."""
         return 0.0 if self.recompute == "all_but_attention" else self.recomputed_share

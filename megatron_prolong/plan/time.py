@@ -232,7 +232,7 @@ def _tensor_seconds(job: Job, gpu: Gpu) -> float:
     if tp == 1:
         return 0.0
     one = (tp - 1) / tp * job.hidden_bytes
-    rounds = 2 + (0.5 if job.recompute == "selective" else job.recomputed_share)
+    rounds = 2 + job.exchanged_again
     volume = 4 * rounds * one * job.longest_stage_layers + 2 * one
     return volume / gpu.bandwidth(tp, stride=1)
 

@@ -53,7 +53,7 @@ def _tensor(job: Job, pp_rank: int) -> float:
         return 0.0
     unit = (layout.tp - 1) / layout.tp * job.hidden_bytes
     split = layout.sequence_parallel
-    per_layer = (4 + 6 if split else 8) + (2 if job.recompute == "selective" else 4 * job.recomputed_share)
+    per_layer = (4 + 6 if split else 8) + 4 * job.exchanged_again
     layers = job.stage_layers[pp_rank]
     first, last = pp_rank == 0, pp_rank == layout.pp - 1
     # The embedding is scattered (or reduced) forward and gathered backward; the loss the other way round.
