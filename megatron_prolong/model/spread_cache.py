@@ -79,9 +79,8 @@ def gather_slices(slice_T: Tensor, num_tokens: int, group: dist.ProcessGroup) ->
 
 def _weighted(out_TND: Tensor, lse_TN: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Numerator and, behind it, denominator of the softmax over all ranks' keys, up to one factor: [T, N, D+1]."""
-    highest_TN = lse_TN.clone(
-        memory_format=torch.contiguous_format
-    )  # NCCL takes no other; a GPU's is a transposed one
+    # NCCL sends nothing else, and a GPU's kernel has it by heads.
+    highest_TN = lse_TN.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(highest_TN, op=dist.ReduceOp.MAX, group=group)
     highest_TN.masked_fill_(highest_TN == -torch.inf, 0.0)  # padding sees nothing anywhere
     weight_TN1 = torch.exp(lse_TN - highest_TN).unsqueeze(-1)

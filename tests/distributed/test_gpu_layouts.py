@@ -127,10 +127,9 @@ def test_a_checkpoint_continues_at_another_layout(pools, before, after, checkpoi
 @pytest.mark.parametrize("layout", [{}, {"cp": 2}, {"cp": 2, "tp": 2}], ids=str)
 def test_evaluation_over_gpus_answers_as_the_cpu(pools, one_rank, checkpoint, layout):
     """Log-probabilities of 240 tokens. 0.05: logits near 1 in bf16's 8 bits, over a few layers."""
-    if torch.cuda.device_count() < (size := num_ranks(layout)):
-        pytest.skip(f"needs {size} GPUs")
+    pool = pool_for(pools, layout)
     ((expected, *_),) = one_rank.run(answers, checkpoint, {})
-    for logprobs, *_ in pools[size].run(answers, checkpoint, layout, "bf16"):
+    for logprobs, *_ in pool.run(answers, checkpoint, layout, "bf16"):
         np.testing.assert_allclose(logprobs, expected, atol=0.05)
 
 
@@ -171,10 +170,14 @@ def train_under_sanitizer(rank: int, job: Job) -> Trained:
 
 
 def train_on_gpus(pools: dict[int, RankPool], job: Job, function: Any = train) -> list[Trained]:
-    size = num_ranks(job.layout)
+    return pool_for(pools, job.layout).run(function, job)
+
+
+def pool_for(pools: dict[int, RankPool], layout: dict[str, Any]) -> RankPool:
+    size = num_ranks(layout)
     if torch.cuda.device_count() < size:
         pytest.skip(f"needs {size} GPUs")
-    return pools[size].run(function, job)
+    return pools[size]
 
 
 def assert_close(ranks: list[Trained], expected: Trained, expected_weights, first: int = 0) -> None:
