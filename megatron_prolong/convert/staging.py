@@ -14,6 +14,7 @@ from megatron_prolong.runtime.publish import (
     is_disk_full,
     is_forbidden,
     publish,
+    refuse_url,
     remove_leftovers,
     temporary_name,
 )
@@ -30,8 +31,10 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
         needed_bytes: space the content takes; checked against the disk before anything is written.
 
     Raises:
-        UserError: `final` exists, its parent is a file or cannot be written, or the disk is or becomes full.
+        UserError: `final` exists or is a server's address, its parent is a file or cannot be written, or the disk
+            is or becomes full.
     """
+    refuse_url(final)
     # A link cannot be replaced by a directory, not even one to nothing; nor can `.`, which has no name.
     if (
         final.is_symlink()

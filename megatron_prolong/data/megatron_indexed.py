@@ -32,7 +32,7 @@ from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.packed import Identity, PackedSequence, open_tokens
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.progress import track
-from megatron_prolong.runtime.publish import publish, remove_leftovers, temporary_name
+from megatron_prolong.runtime.publish import publish, refuse_url, remove_leftovers, temporary_name
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")
@@ -48,6 +48,7 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: Path) -> None:
+        refuse_url(prefix)
         self._paths = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
         if self._paths[1].exists():
             raise UserError(f"{self._paths[1]} exists already; remove it or choose another prefix")

@@ -17,10 +17,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeGuard
 
+from megatron_prolong.errors import UserError
+
 
 def temporary_name(final: Path) -> Path:
     """Where this process writes what will be named `final`."""
     return final.with_name(f"{final.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+
+
+def is_url(path: Path) -> bool:
+    """Whether it was written as s3://…, gs://…, of which pathlib makes the relative directory `s3:`."""
+    return re.match(r"\w+:/", str(path)) is not None
+
+
+def refuse_url(path: Path) -> None:
+    """Raises UserError for a place to write to that is none on a disk."""
+    if is_url(path):
+        raise UserError(
+            f"{path}: is the address of a server; results are written to a disk, so name a directory there and "
+            "copy it afterwards (aws s3 sync, …)"
+        )
 
 
 def wanted_name(path: str) -> str:

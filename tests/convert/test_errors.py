@@ -239,6 +239,9 @@ def test_the_target_exists(
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError, match=r"^\.: already exists"):  # empty, but it has no name to write beside
         to_megatron(original, Path())
+    with pytest.raises(UserError, match=r"^s3:/bucket: is the address of a server"):
+        to_megatron(original, Path("s3://bucket"))
+    assert list(Path().iterdir()) == []
 
 
 _NAMES_IN_METADATA = (b"state_dict_metadata", b"properties", b"relative_path", b"offsets", b"sizes")

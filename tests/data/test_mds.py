@@ -318,6 +318,14 @@ def test_a_link_is_refused_before_the_work(target: str, tmp_path: Path) -> None:
         MDSWriter(tmp_path / "link", COLUMNS)
 
 
+def test_an_address_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pathlib makes a directory `s3:` of it, where a job's hours of results lay."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^s3:/bucket/data: is the address of a server; .* name a directory"):
+        MDSWriter("s3://bucket/data", COLUMNS)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("sample", "message"),
     [

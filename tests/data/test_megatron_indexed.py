@@ -133,6 +133,8 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"out\.idx exists already"):
         IndexedWriter(tmp_path / "out")
     assert (tmp_path / "out.idx").read_bytes() == b"precious"
+    with pytest.raises(UserError, match="is the address of a server"):
+        IndexedWriter(Path("gs://bucket/out"))
 
 
 def test_what_a_kill_between_the_two_files_left_is_replaced(

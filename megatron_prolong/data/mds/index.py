@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,6 +12,7 @@ from typing import Any
 import xxhash
 
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.publish import is_url
 
 INDEX = "index.json"
 
@@ -122,7 +122,7 @@ def _show(columns: Mapping[str, str]) -> str:
 
 
 def _missing(directory: Path) -> str:
-    if re.match(r"\w+:/", str(directory)):
+    if is_url(directory):
         return f"{directory}: MDS data sets are memory-mapped, so copy it to a disk first (aws s3 sync, …)"
     if not directory.exists():
         return f"{directory}: no such directory; expected an MDS data set (a directory with {INDEX})"

@@ -21,7 +21,7 @@ from megatron_prolong.data.mds.compression import compressed_writer, parse_compr
 from megatron_prolong.data.mds.encodings import encoding
 from megatron_prolong.data.mds.index import INDEX, hash_parts, hasher, index_text
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import is_disk_full, publish, temporary_name
+from megatron_prolong.runtime.publish import is_disk_full, publish, refuse_url, temporary_name
 
 HASHES = ("xxh64",)
 """Recorded by default, so that a flipped bit is found: 0.1 ms per MiB, a tenth of what packing it takes."""
@@ -216,6 +216,7 @@ def _buffer(num_bytes: int) -> memoryview:
 def refuse_existing(path: Path) -> None:
     """Raise UserError if `path` is anything but absent or an empty directory; `.` has no name to appear under, and
     a directory cannot be renamed to a link's name."""
+    refuse_url(path)
     if path.is_symlink():
         raise UserError(f"{path} is a link; name the place that it leads to, or another one")
     if path.exists() and not (path.name and path.is_dir() and not any(path.iterdir())):
