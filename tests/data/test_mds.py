@@ -483,6 +483,19 @@ def test_missing_index_names_what_is_there(data: Path) -> None:
         MDSReader("s3://bucket/data")
 
 
+def test_what_a_job_has_not_finished_is_no_data_set(data: Path) -> None:
+    """Its parts were proposed, one of them or all that are there so far: documents would have been missing."""
+    unfinished = data.parent / "packs.partial"
+    unfinished.mkdir()
+    data.rename(unfinished / "00000")
+    for name in ("packs", "packs.partial"):
+        with pytest.raises(
+            UserError,
+            match=rf"{name}: .*/packs\.partial is of a job that is not finished; run .*, for .*/packs$",
+        ):
+            MDSReader(data.parent / name)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"shards": [3]}', '{"shards": [{}]}', '{"shards": 3}', "\xff"]
 )

@@ -124,6 +124,12 @@ def _show(columns: Mapping[str, str]) -> str:
 def _missing(directory: Path) -> str:
     if is_url(directory):
         return f"{directory}: MDS data sets are memory-mapped, so copy it to a disk first (aws s3 sync, …)"
+    final = directory.with_suffix("") if directory.suffix == ".partial" else directory
+    unfinished = directory.parent / f"{final.name}.partial"  # where data/job.py works
+    if unfinished.exists():
+        return (
+            f"{directory}: {unfinished} is of a job that is not finished; run its command again, for {final}"
+        )
     if not directory.exists():
         return f"{directory}: no such directory; expected an MDS data set (a directory with {INDEX})"
     parts = sorted(path.parent.name for path in directory.glob(f"*/{INDEX}")) if directory.is_dir() else []
