@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import traceback
@@ -69,6 +70,8 @@ app.command()(launch.launch)
 
 def run() -> None:
     """Console entry point. `--debug` anywhere on the line keeps the traceback of a user error."""
+    # A crash below Python (a mapped shard that the file server no longer gives, a library's bug) says where it was.
+    faulthandler.enable(2)
     set_gpu_environment()  # before a command imports torch, which reads some of it as it does
     try:
         _run()

@@ -6,6 +6,7 @@ does not matter who runs which task, in which order, or how often it was tried.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -35,8 +36,8 @@ class Executor(Protocol):
 
 
 _KILLED = (
-    "a worker process was killed from outside, most often for lack of memory; {}. Run the same command again: "
-    "finished tasks are kept"
+    "a worker process was killed, most often for lack of memory (after a crash, the place of it stands above); {}. "
+    "Run the same command again: finished tasks are kept"
 )
 
 
@@ -88,6 +89,7 @@ def _ctrl_c_waits() -> Iterator[None]:
 
 
 def _begin_worker() -> None:
+    faulthandler.enable(2)
     _one_thread_each()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -52,6 +52,13 @@ def die_at_first(item: tuple[int, str]) -> int:
     return number
 
 
+def crash(number: int) -> int:
+    """As where a file server no longer gives a part of a shard that is mapped."""
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGBUS)
+    return number
+
+
 def test_local_processes_give_every_result() -> None:
     for workers in (1, 3):
         assert sorted(LocalProcesses(workers).map(square, range(5))) == [0, 1, 4, 9, 16]
@@ -97,6 +104,13 @@ def test_who_wants_no_more_results_does_not_wait_for_the_tasks_under_way(tmp_pat
     finally:
         other.kill()
         other.join()
+
+
+def test_a_worker_that_crashes_says_where(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"the place of it stands above\); take fewer --workers"):
+        list(LocalProcesses(2).map(crash, range(4)))
+    said = capfd.readouterr().err
+    assert "Bus error" in said and "in crash" in said
 
 
 KILLED = """
