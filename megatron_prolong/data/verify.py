@@ -16,7 +16,7 @@ from megatron_prolong.data.mds.compression import KNOWN
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.progress import track
-from megatron_prolong.runtime.publish import is_temporary
+from megatron_prolong.runtime.publish import is_disk_full, is_temporary
 
 _SHOWN_PER_SHARD = 3
 # Of shards; not .metadata and .lock, which `hf download` leaves.
@@ -35,7 +35,7 @@ class Verdict:
 
 
 def verify(directory: Path, vocab_size: int | None = None) -> Verdict:
-    """Read every byte of a data set. Raises UserError only when its index cannot be read."""
+    """Read every byte of a data set. Raises UserError only when its index cannot be read, or the disk is full."""
     reader = MDSReader(directory)
     problems = _unlisted(directory, reader.shards)
     if not len(reader):
@@ -66,6 +66,8 @@ def _check_shard(reader: MDSReader, number: int, shard: Shard, vocab_size: int |
     try:
         reader.verify(number)
     except UserError as error:
+        if is_disk_full(error):  # for want of room to unpack, which says nothing of the shard
+            raise
         yield str(error)
         return
     except OSError as error:  # of a bad disk, or for want of permission

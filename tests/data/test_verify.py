@@ -71,6 +71,19 @@ def test_a_shard_that_the_disk_does_not_give_is_one_of_the_damaged(
     assert "shard.00005.mds" in flipped
 
 
+def test_no_room_to_unpack_is_no_damage(small_disk: Path) -> None:
+    """Every shard that no longer fitted was called damaged."""
+    with MDSWriter(
+        small_disk / "data", {"input_ids": "ndarray:uint32"}, size_limit=1 << 19, compression="zstd"
+    ) as writer:
+        for _ in range(4):
+            writer.write({"input_ids": np.zeros(100_000, np.uint32)})
+    with pytest.raises(
+        UserError, match=r"^\S+shard.0000\d.mds: the disk is full; .* takes [\d,]+ bytes unpacked"
+    ):
+        verify(small_disk / "data")
+
+
 @pytest.mark.parametrize("position", [0, 4, 40, -9])
 def test_any_flipped_bit_is_found_by_the_hash(tmp_path: Path, position: int) -> None:
     directory = data_set(tmp_path)
