@@ -76,6 +76,8 @@ class TokenizedInputs:
         check_tokens(values["input_ids"], identity)
         if self.has_mask:
             values["mask"] = read_mask(values["mask"], len(values["input_ids"]), identity)
+        if "domain" in values:  # other writers number them
+            values["domain"] = str(values["domain"])
         return values
 
     def name(self, sample: int) -> str:

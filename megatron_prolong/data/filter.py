@@ -252,7 +252,7 @@ def _refuse_misspelt(inputs: Sequence[str], options: FilterOptions, out: Path) -
     steps = [(reader, 1 + len(reader) // _GLANCES) for reader in readers]
     some = (reader[number] for reader, step in steps for number in range(0, len(reader), step))
     for sample in chain(some, chain.from_iterable(readers)):
-        found.add(sample.get("domain", ""))
+        found.add(str(sample.get("domain", "")))
         if asked <= found:
             return
     raise UserError(

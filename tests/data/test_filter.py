@@ -233,6 +233,17 @@ def test_chinese_and_japanese_characters_are_words() -> None:
     assert words_of("한국어 단어, naïve Ünder_score") == "한국어 단어 naïve ünder_score"
 
 
+def test_domains_may_be_numbers(tmp_path: Path) -> None:
+    """As other writers of MDS have them; filter refused its own output's column, pack ended in a traceback."""
+    with MDSWriter(tmp_path / "in", COLUMNS | {"domain": "int"}) as writer:
+        for number, length in enumerate([6, 6, 10, 10]):
+            writer.write({"input_ids": tokens_of(number, length), "length": length, "domain": number % 2})
+    run([tmp_path / "in"], tmp_path / "out", min_length={"0": 8})
+    assert [each["domain"] for each in MDSReader(tmp_path / "out")] == ["1", "0", "1"]
+    pack([tmp_path / "in"], tmp_path / "packs", PackOptions(16, "concat"))
+    assert [each["domain"] for each in MDSReader(tmp_path / "packs")] == ["0+1", "0+1"]
+
+
 def test_a_misspelt_domain_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a rare one is found, where the first glance at the documents does not fall on it."""
     books = write_documents(tmp_path / "books", [30], domain="books")
