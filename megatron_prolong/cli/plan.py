@@ -115,13 +115,13 @@ def _flash(wanted: bool | None, gpu: Gpu) -> str:
 
 def _print(plan: StagePlan, gpu: Gpu, top: int, steps_between_checkpoints: int) -> None:
     from megatron_prolong.page.amount import amount
-    from megatron_prolong.plan.report import KERNELS
+    from megatron_prolong.plan.report import kernels_in_words
 
     stage, world = plan.stage, plan.written.job.world_size
     print(
         f"\n{stage.name}: {stage.num_steps} steps of {stage.batch_sequences} × {stage.sequence_length} tokens "
         f"on {world} × {gpu.name}\n  document lengths: {plan.batches.source}\n"
-        f"  layers and attention: {KERNELS[plan.written.job.attention]}"
+        f"  layers and attention: {kernels_in_words(plan.written.job)}"
     )
     if plan.written.runs:
         print(f"  recipe's layout ({plan.written.name}): {_summary(plan.written, gpu, stage.num_steps)}")

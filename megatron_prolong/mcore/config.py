@@ -92,6 +92,8 @@ def transformer_config(
         # The loss is a sum; finalize_model_grads divides by the valid tokens of the whole global batch.
         calculate_per_token_loss=True,
         attention_softmax_in_fp32=True,
+        # Of the embedding, whose gradient Megatron then adds up in order.
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         # These fusions are torch.compile'd, TE's or Apex's kernels, made for CUDA.
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,

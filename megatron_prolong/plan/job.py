@@ -44,6 +44,7 @@ class Job:
         transformer_engine: the layers are Transformer Engine's, which keep less for the backward, and attend with
             its kernels.
         flash: what is behind PyTorch's flash attention: its own FlashAttention-2 ("flash2") or "flash3".
+        deterministic: PyTorch attends in TE's place, and FlashAttention-2 keeps partial sums apart.
         mixed: micro-batches hold both documents that are split over context-parallel ranks and whole ones. True by
             default: training chooses for each micro-batch which are split, and the fullest one counts.
     """
@@ -62,6 +63,7 @@ class Job:
     fp8_parameters: bool = False
     transformer_engine: bool = False
     flash: str = "flash2"
+    deterministic: bool = False
     mixed: bool = True
 
     @property
@@ -149,7 +151,7 @@ class Job:
     @property
     def attention(self) -> str:
         """Kernels of the layers' attention: a field of the hardware table's `efficiency`."""
-        return "te" if self.transformer_engine else self.flash
+        return "te" if self.transformer_engine and not self.deterministic else self.flash
 
     @property
     def long_attention(self) -> str:
@@ -198,4 +200,5 @@ def job_of(
         fp8_parameters=recipe.fp8_parameters and precision == "fp8",
         transformer_engine=transformer_engine or precision == "fp8",
         flash=flash,
+        deterministic=recipe.deterministic,
     )

@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields, replace
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.weights import buffer_elements, fp8_weights, optimizer_bytes, stage_weights
 from megatron_prolong.recipe.counts import layer_weights
-from megatron_prolong.recipe.layout_rules import kv_repeats
+from megatron_prolong.recipe.layout_rules import head_ranks, kv_repeats
 from megatron_prolong.recipe.schema import recomputes_every_layer
 
 
@@ -154,6 +154,7 @@ def saved_by_layer(job: Job, kernels: Kernels = GPU_KERNELS, fp8: bool = False) 
     return saved
 
 
+_PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
 _RECOMPUTED_MLP = ("fc1", "silu", "activation")
 
 
@@ -334,7 +335,16 @@ def attention_gradients(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     if kernels.backward == "flash3":
         return gradients + queries * 4 + 2 * keys * 4
     expanded = gathered * queries * e
-    return gradients + queries * 4 + 2 * expanded + (keys * 4 if expanded >= 2**31 else 0)
+    return gradients + query_sums(job) * queries * 4 + 2 * expanded + (keys * 4 if expanded >= 2**31 else 0)
+
+
+def query_sums(job: Job) -> int:
+    """In how many parts FlashAttention-2 sums the gradient of the queries of one long document: where the order
+    counts, as many as give every processor a sum of its own (flash_api.cpp: nsplits)."""
+    if not job.deterministic:
+        return 1
+    heads = job.shape.num_heads // job.layout.tp // head_ranks(job.layout.cp_exchange, job.layout.cp)
+    return -(-_PROCESSORS // heads)
 
 
 def loss_working(job: Job) -> int:

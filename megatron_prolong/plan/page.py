@@ -8,7 +8,7 @@ from megatron_prolong.page.charts import Point, scatter, stacked_bars
 from megatron_prolong.page.html import figure, heading, note, page, table
 from megatron_prolong.plan.figures import figures
 from megatron_prolong.plan.hardware import Gpu
-from megatron_prolong.plan.report import KERNELS, StagePlan
+from megatron_prolong.plan.report import StagePlan, kernels_in_words
 from megatron_prolong.plan.search import Candidate, frontier
 
 _SHOWN = 8
@@ -32,7 +32,7 @@ def _stage(plan: StagePlan, gpu: Gpu) -> Iterator[str]:
     yield heading(f"Stage {stage.name}")
     yield note(
         f"{stage.num_steps} steps of {stage.batch_sequences} × {stage.sequence_length} tokens. "
-        f"Document lengths: {plan.batches.source}. Layers and attention: {KERNELS[plan.written.job.attention]}."
+        f"Document lengths: {plan.batches.source}. Layers and attention: {kernels_in_words(plan.written.job)}."
     )
     if plan.best is None:
         miss = plan.nearest_miss()

@@ -18,11 +18,18 @@ from megatron_prolong.recipe.schema import LayoutOverride, Recipe, Stage, settin
 from megatron_prolong.recipe.shape import ModelShape
 
 SAMPLED_STEPS = 16
-KERNELS = {
+_KERNELS = {
     "te": "Transformer Engine",
     "flash2": "PyTorch's FlashAttention-2 (--te plans with Transformer Engine)",
     "flash3": "PyTorch's, with FlashAttention-3",
 }
+
+
+def kernels_in_words(job: Job) -> str:
+    """Whose kernels the layers are made of and attend with."""
+    if job.transformer_engine and job.deterministic:
+        return "Transformer Engine, attention PyTorch's (deterministic)"
+    return _KERNELS[job.attention]
 
 
 @dataclass(frozen=True)

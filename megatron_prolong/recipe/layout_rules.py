@@ -74,12 +74,16 @@ def carry_problem(saved: OptimizerForm | None, own: OptimizerForm) -> str | None
     return None
 
 
-def kv_repeats(exchange: str, cp: int, kv_heads: int) -> int:
-    """How often a rank's key/value heads are repeated so that each rank of the all-to-all gets whole ones."""
+def head_ranks(exchange: str, cp: int) -> int:
+    """Over how many context-parallel ranks the exchange spreads the heads of a document that is split."""
     if cp == 1 or "a2a" not in exchange:
         return 1
-    ranks = 2 if exchange == "a2a+p2p" else cp  # heads are exchanged within pairs, the ring runs over these
-    return math.lcm(kv_heads, ranks) // kv_heads
+    return 2 if exchange == "a2a+p2p" else cp  # heads are exchanged within pairs, the ring runs over these
+
+
+def kv_repeats(exchange: str, cp: int, kv_heads: int) -> int:
+    """How often a rank's key/value heads are repeated so that each rank of the all-to-all gets whole ones."""
+    return math.lcm(kv_heads, head_ranks(exchange, cp)) // kv_heads
 
 
 def te_exchanges(exchange: str, cp: int, kv_heads: int) -> bool:

@@ -371,6 +371,9 @@ class Recipe(_Frozen):
     (all_but_attention) or with it (full), or the first N layers of each model chunk (block:N)."""
     offload_activations: bool = False
     """Keep in host memory what the backward pass needs; for sequences that do not fit otherwise."""
+    deterministic: bool = False
+    """On a GPU: only kernels that add in the same order every time, so that a step made again at the same layout
+    gives the same numbers bit for bit. Slower; meant for finding out where a number comes from."""
     loss_chunk_tokens: Positive = 2048
     """Tokens per block of logits, so that a long sequence's logits never exist at once."""
     optimizer: OptimizerSpec = OptimizerSpec()

@@ -21,6 +21,8 @@ GPU_ENVIRONMENT = {
     "TORCH_NCCL_HIGH_PRIORITY": "1",
     # Reductions in the switch would take memory for every group of ranks; gathers and scatters do without.
     "NCCL_NVLS_ENABLE": "0",
+    # What `deterministic: true` needs before cuBLAS's first product; 32 MiB, as PyTorch takes on Hopper without it.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     # Compile in the process itself: workers of a pool would die from the signal that asks for a save.
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }

@@ -22,6 +22,7 @@ from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.recipe.load import dump_recipe
 from megatron_prolong.recipe.schema import Recipe, Stage, settings_of
 from megatron_prolong.runtime.agreement import together
+from megatron_prolong.runtime.determinism import deterministic_kernels
 from megatron_prolong.runtime.full_gpu import naming_a_full_gpu
 from megatron_prolong.runtime.garbage import collected_by_hand
 from megatron_prolong.runtime.launch import World
@@ -102,6 +103,7 @@ def open_stage(
     """
     rank = world.rank
     with (
+        deterministic_kernels(recipe.deterministic),
         megatron(settings_of(recipe, stage).layout, stage.seed) as groups,
         Watchdog(rank, HANG_SECONDS) as watchdog,
         naming_lost_ranks(rank, lambda: f"{watchdog.where} of stage {stage.name}"),

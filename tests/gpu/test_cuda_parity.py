@@ -154,17 +154,13 @@ def test_fp8_trains_like_bf16(world):
     assert sum(fp8[-8:]) == pytest.approx(sum(bf16[-8:]), rel=1e-2)
 
 
-def test_a_training_is_repeated_bit_for_bit(kernels, world, monkeypatch):
-    """With PyTorch's and Transformer Engine's deterministic kernels."""
+def test_a_deterministic_training_is_repeated_bit_for_bit(kernels, world):
     from reference import reference_llama
 
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-    torch.use_deterministic_algorithms(True)
-    try:
+    from megatron_prolong.runtime.determinism import deterministic_kernels
+
+    with deterministic_kernels(True):
         first, again = (losses_of_training(reference_llama(), world, "bf16", 5) for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert first == again
 
 

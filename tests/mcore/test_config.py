@@ -9,6 +9,7 @@ from benchmarks.shapes import LLAMA3_8B
 from megatron_prolong.mcore.config import fused_rotation_fits, transformer_config
 from megatron_prolong.recipe.counts import padded_vocab_size
 from megatron_prolong.recipe.schema import Layout
+from megatron_prolong.runtime.determinism import deterministic_kernels
 
 K = 1024
 
@@ -37,6 +38,13 @@ def test_pipeline_stages_hold_the_layers_of_the_layout(layout, layers):
     stage = 0 if layout.virtual_pp > 1 else None
     assert [get_num_layers_to_build(config, vp_stage=stage, pp_rank=rank) for rank in range(4)] == layers
     assert layout.stage_layers(32) == tuple(layout.virtual_pp * chunk for chunk in layers)
+
+
+def test_megatron_goes_by_pytorchs_switch():
+    for wanted in (False, True):
+        with deterministic_kernels(wanted):
+            config = transformer_config(LLAMA3_8B, Layout(), precision="bf16", recompute="none")
+        assert config.deterministic_mode is wanted
 
 
 def test_what_is_still_being_sent_is_not_freed():

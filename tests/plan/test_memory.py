@@ -245,6 +245,18 @@ def test_cudnns_backward_has_three_buffers_in_fp32() -> None:
     assert attention_gradients(job, gpu_kernels(job)) - without == 3 * job.rank_tokens * 32 * 128 * 4
 
 
+@pytest.mark.parametrize(("exchange", "sums"), [("p2p", 9), ("a2a", 33), ("a2a+p2p", 17)])
+def test_a_deterministic_backward_gives_each_of_132_processors_a_sum_of_its_own(exchange, sums) -> None:
+    """Of 16, 4 and 8 heads on a rank. With TE it is the same: PyTorch attends in its place."""
+    layout = Layout(tp=2, cp=4, cp_exchange=exchange)
+    job = replace(JOB, transformer_engine=True, deterministic=True, layout=layout)
+    plain = replace(job, transformer_engine=False, deterministic=False)
+    more = attention_gradients(job, gpu_kernels(job)) - attention_gradients(plain, gpu_kernels(plain))
+    assert more == (sums - 1) * job.rank_tokens * 32 * 128 // 2 * 4
+    flash3 = [replace(other, flash="flash3") for other in (job, plain)]
+    assert len({attention_gradients(other, gpu_kernels(other)) for other in flash3}) == 1
+
+
 @pytest.mark.parametrize("te", [False, True])
 def test_flash_attention_3s_backward_sums_in_fp32(te: bool) -> None:
     """Of the whole sequence, as to keys and values. TE refuses this exchange: PyTorch attends there too."""

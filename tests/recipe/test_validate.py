@@ -133,7 +133,7 @@ MISTAKES = [
     (["layout=4"], None, "layout: found 4; must be a mapping"),
     (["name=a b"], None, "name: found 'a b'; may hold only letters"),
     (["stage.one.seqence_length=3"], None, "unknown key; did you mean stages.one.sequence_length?"),
-    (["colour=blue"], None, "colour: unknown key; known keys: base, checkpoint, evaluation"),
+    (["colour=blue"], None, "colour: unknown key; known keys: base, checkpoint, deterministic, evaluation"),
 ]  # fmt: skip
 
 

@@ -65,6 +65,23 @@ def test_resuming_repeats_the_undisturbed_run_bit_for_bit(workspace, undisturbed
     assert next(iter(resumed)) == ((stage, step + 1) if step != 6 else ("long", 1))
 
 
+def test_a_deterministic_run_uses_only_deterministic_kernels(workspace, undisturbed):
+    """Those of a CPU are so by themselves: what the switch adds changes no bit of the losses."""
+    workspace.train("steady", "deterministic=true")
+    assert workspace.losses("steady") == undisturbed
+    replaces_a_kernel = """
+import torch
+from megatron_prolong.cli.main import run
+from megatron_prolong.training.prepare import StageRun
+
+StageRun.update = lambda *_: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+run()
+"""
+    command = [sys.executable, "-c", replaces_a_kernel, "train", str(workspace.recipe("unsteady"))]
+    refused = subprocess.run([*command, "deterministic=true"], capture_output=True, text=True)
+    assert "put_ does not have a deterministic implementation" in refused.stderr, refused.stderr
+
+
 def test_a_run_goes_back_and_passes_steps_over(workspace, undisturbed):
     """What one does after a loss spike: an older checkpoint, and not the same batches again."""
     root = workspace.root
