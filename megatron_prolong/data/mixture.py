@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from megatron_prolong.data.domain import Domain, MockDomain, ShardedDomain
 from megatron_prolong.data.interleave import Interleave
-from megatron_prolong.data.mds import common_tokenizer
+from megatron_prolong.data.mds import common_tokenizer, is_there, read_index
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.permutation import Permutation
 from megatron_prolong.errors import UserError
@@ -148,6 +148,25 @@ class Mixture:
         shares = [str(share) for share in self._interleave.shares]
         facts = [shares, contents, self.batch_sequences, self.seed]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def refuse_incomplete(stages: Iterable[Stage]) -> None:
+    """Look for every shard that the stages read: a step may ask for it first after hours, a later stage after days.
+
+    One process is enough, which asks the file server about each. Raises UserError naming every directory that lacks
+    some, as after a download that was stopped.
+    """
+    mixtures = [stage.mixture for stage in stages if stage.mixture != "mock"]
+    problems = []
+    for directory in dict.fromkeys(directory for mixture in mixtures for directory in mixture):
+        shards = read_index(directory).shards
+        if gone := [shard.delivered[0] for shard in shards if not is_there(shard)]:
+            problems.append(
+                f"{directory}: {len(gone):,} of its {len(shards):,} shards are missing, or have another size than "
+                f"in index.json, such as {gone[0]}"
+            )
+    if problems:
+        raise UserError.many("data is not there as a whole; fetch or write it again:", problems)
 
 
 def _open(

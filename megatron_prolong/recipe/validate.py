@@ -198,7 +198,7 @@ def _optimizers(findings: Findings) -> None:
     uses: list[Key] = [("layout",), ("precision",)]
     for stage in recipe.stages:
         key, newest = ("stages", stage.name), _newest(recipe, stage)
-        if _is_done(recipe, stage):
+        if is_done(recipe, stage):
             saved, whose = _saved_optimizer(newest), f"that of {newest}"
             continue
         uses = [*uses, key]
@@ -251,14 +251,14 @@ def _draws(stage: Stage) -> tuple[object, ...]:
 
 def _mixture(findings: Findings, stage: Stage, tokenizer: str | None) -> None:
     key = ("stages", stage.name, "mixture")
-    if stage.mixture == "mock" or _is_done(findings.recipe, stage):
+    if stage.mixture == "mock" or is_done(findings.recipe, stage):
         return  # its data may have been deleted to make room
     for path in stage.mixture:
         for problem in mixture_problems(path, loss_mask=stage.loss_mask, tokenizer=tokenizer):
             findings.error((*key, str(path)), problem)
 
 
-def _is_done(recipe: Recipe, stage: Stage) -> bool:
+def is_done(recipe: Recipe, stage: Stage) -> bool:
     """Whether the last checkpoint of the stage is there, and `latest` was not put back before it."""
     return stage.has_budget and stage.num_steps in history(recipe.run_dir / stage.name)
 

@@ -84,6 +84,9 @@ def test_mixture_shows_how_often_domains_repeat(packs: Path, tmp_path: Path) -> 
     assert "Stage long: 5 steps of 4 sequences" in result.output and "speed: mock" in result.output
     error = run("mixture", recipe, "stage.long.sequence_length=4", "stage.speed.sequence_length=4").exception
     assert isinstance(error, UserError) and "stage long: the mixture cannot be read" in str(error)
+    next(packs.glob("*.mds")).unlink()
+    error = run("mixture", recipe).exception
+    assert isinstance(error, UserError) and "stage long: data is not there as a whole" in str(error)
 
 
 def test_mixture_refuses_data_of_another_tokenizer_than_the_models(packs: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packs import numbered_packs, record_tokenizer, write_packs
 
-from megatron_prolong.data.mds import MDSWriter
-from megatron_prolong.data.mixture import Mixture, SampleRef
+from megatron_prolong.data.mds import MDSReader, MDSWriter
+from megatron_prolong.data.mixture import Mixture, SampleRef, refuse_incomplete
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Stage
 
@@ -160,6 +160,28 @@ def test_a_stages_mixture_has_the_stages_seed_sizes_and_loss_mask(tmp_path: Path
     assert Mixture.of_stage(stage.model_copy(update={"loss_mask": False})).read(SampleRef(0, 0)).mask is None
     with pytest.raises(UserError, match="not in the vocabulary of 3"):
         Mixture.of_stage(stage, vocab_size=3)
+
+
+def test_shards_that_are_not_there_are_found_before_a_step_needs_them(tmp_path: Path) -> None:
+    """As after a download that was stopped: opening a domain reads its first, middle and last sample only."""
+    fields = {"name": "s", "sequence_length": 8, "batch_tokens": 32, "steps": 3, "lr": 1}
+    for name, compression in (("books", None), ("code", "zstd"), ("wiki", None)):
+        write_packs(tmp_path / name, numbered_packs(8), size_limit=300, compression=compression)
+    shares = {tmp_path / "books": 0.5, tmp_path / "code": 0.25, tmp_path / "wiki": 0.25}
+    stage = Stage(**fields, mixture=shares)  # type: ignore[arg-type]
+    MDSReader(tmp_path / "code")[3]  # unpacked, so that its compressed file may go
+    (tmp_path / "code/shard.00003.mds.zstd").unlink()
+    refuse_incomplete([stage, stage.model_copy(update={"mixture": "mock"})])
+    (tmp_path / "books/shard.00001.mds").unlink()
+    (tmp_path / "books/shard.00002.mds").write_bytes(b"the beginning of a")
+    (tmp_path / "code/shard.00006.mds.zstd").unlink()
+    Mixture.of_stage(stage)
+    with pytest.raises(UserError) as caught:
+        refuse_incomplete([stage, stage])
+    title, books, code = str(caught.value).splitlines()
+    assert title == "data is not there as a whole; fetch or write it again:"
+    assert "books: 2 of its 8 shards are missing" in books and "such as" in books
+    assert "code: 1 of its 8 shards" in code and code.endswith("/code/shard.00006.mds.zstd")
 
 
 def test_mock_is_random_tokens() -> None:

@@ -145,6 +145,10 @@ def write_domain(
         "version": 2,
         "column_names": columns,
         "column_encodings": [encodings.get(name, "str") for name in columns],
+        "column_sizes": [None for _ in columns],
+        "compression": None,
+        "raw_data": {"basename": "shard.00000.mds", "bytes": 0},
         "samples": samples,
     }
+    (directory / "shard.00000.mds").touch()
     (directory / "index.json").write_text(json.dumps({"version": 2, "shards": [shard]}))

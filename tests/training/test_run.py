@@ -120,6 +120,20 @@ def test_changes_that_would_corrupt_a_begun_stage_are_refused(workspace, undistu
         assert "stage.short.seed: 42 → 7" in output and "stage.long.lr" in output
 
 
+def test_data_that_a_later_stage_lacks_is_told_at_the_start(workspace, undisturbed):
+    """But for a finished stage's, which may have been deleted."""
+    workspace.write_data("half")
+    (shard,) = (workspace.root / "half").glob("*.mds")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    half = f"{{{workspace.root}/half: 1.0}}"
+    for check in ([], ["--check"]):
+        output = workspace.train("lacking", f"stage.long.mixture={half}", *check, code=2)
+        assert f"{workspace.root}/half: 1 of its 1 shards are missing, or have another size" in output
+        assert "short 1/6" not in output
+    shutil.copytree(workspace.root / "undisturbed", workspace.root / "deleted")
+    assert "done:" in workspace.train("deleted", f"stage.short.mixture={half}", f"stage.long.mixture={half}")
+
+
 def test_a_check_tells_what_changed(workspace, undisturbed):
     output = workspace.train("undisturbed", "optimizer.clip=0.5", "--check")
     assert "changed since the last start: optimizer.clip: 1.0 → 0.5\n" in output and "ready for 1" in output

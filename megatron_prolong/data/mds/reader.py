@@ -209,6 +209,12 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
+def is_there(shard: Shard) -> bool:
+    """Whether the shard can be read, as far as the sizes of its files tell."""
+    path, file = shard.delivered
+    return _has_size(path, file.num_bytes) or _has_size(shard.path, shard.raw.num_bytes)
+
+
 def _has_size(path: Path, num_bytes: int) -> bool:
     return path.exists() and path.stat().st_size == num_bytes
 
