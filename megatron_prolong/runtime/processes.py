@@ -72,6 +72,8 @@ def _config(count: int, machine: Rendezvous) -> LaunchConfig:
         rdzv_backend="c10d" if alone else "static",
         rdzv_endpoint="localhost:0" if alone else f"{machine.address}:{machine.port}",
         rdzv_configs={"rank": machine.rank, "timeout": MEETING_SECONDS},
+        # Torch would send them to this machine's own name, which in a container often leads nowhere.
+        local_addr="localhost" if alone else None,
         # Memory that the GPU copies to and from should be on its side of the machine.
         numa_options=NumaOptions(AffinityMode.NODE, True) if torch.cuda.is_available() else None,
         max_restarts=0,

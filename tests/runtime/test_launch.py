@@ -140,16 +140,37 @@ from megatron_prolong.runtime.rendezvous import Rendezvous
 os.chdir(sys.argv[1])  # whose package of our name the processes run
 start_processes(["train"], 2, Rendezvous(int(sys.argv[2]), 2, 0, 1, "127.0.0.1", int(sys.argv[3])))
 """
+A_MACHINE_ALONE = """
+import os, socket, sys
+from megatron_prolong.runtime.processes import start_processes
+from megatron_prolong.runtime.rendezvous import Rendezvous
+socket.getfqdn = lambda name="": "no-such-name.invalid"
+os.chdir(sys.argv[1])
+start_processes(["train"], 2, Rendezvous(0, 1, 0, 1, "127.0.0.1", 1))
+"""
 
 
-def test_processes_of_two_machines_are_ranks_of_one_job(tmp_path: Path) -> None:
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """A directory in which the processes run a package of our name that says who they are."""
     (tmp_path / "megatron_prolong").mkdir()
     (tmp_path / "megatron_prolong/__init__.py").touch()
     (tmp_path / "megatron_prolong/__main__.py").write_text(SAYS_WHO_IT_IS)
+    return tmp_path
+
+
+def test_processes_of_a_machine_that_cannot_look_up_its_own_name_meet_all_the_same(stand_in: Path) -> None:
+    """As in many containers: they waited five minutes for each other, and failed."""
+    command = [sys.executable, "-c", A_MACHINE_ALONE, str(stand_in)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert sorted(said.splitlines()) == [f"train {rank} 2 {rank} 2 localhost" for rank in range(2)]
+
+
+def test_processes_of_two_machines_are_ranks_of_one_job(stand_in: Path) -> None:
     port = str(read_rendezvous({}).port)
     machines = [
         subprocess.Popen(
-            [sys.executable, "-c", ONE_OF_TWO_MACHINES, str(tmp_path), str(rank), port],
+            [sys.executable, "-c", ONE_OF_TWO_MACHINES, str(stand_in), str(rank), port],
             stdout=subprocess.PIPE, text=True,
         )
         for rank in range(2)
