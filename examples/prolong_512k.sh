@@ -53,8 +53,9 @@ on_nodes() {
         options+=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}")
         options+=(--container-workdir="$PWD")
     fi
-    # A process that is gone makes the others stop; a node where they do not is given a minute.
-    exec srun --wait=60 --cpu-bind=none "${options[@]}" "$@"
+    # A process that is gone makes the others stop; a node where they do not is given a minute. What is exported here
+    # counts also where `sbatch --export` let little in, which srun would keep to.
+    exec srun --wait=60 --cpu-bind=none --export=ALL "${options[@]}" "$@"
 }
 
 echo "$(date '+%F %T') $RECIPE on $NODES × $GPUS, first node $MASTER_ADDR, start ${SLURM_RESTART_COUNT:-0}"
@@ -96,7 +97,7 @@ if [[ -n ${SLURM_JOB_ID:-} ]] && ((CODE != 0 && CANCELLED == 0)); then
     if ((CODE == 75 || ASKED)); then
         echo "$(date '+%F %T') stopped, back into the queue"
         scontrol requeue "$SLURM_JOB_ID"
-    elif ((CODE != 2)) && [[ $(where_it_stands) != "$BEFORE" ]]; then
+    elif ((CODE != 2)) && AFTER=$(where_it_stands) && [[ $AFTER != "$BEFORE" ]]; then
         echo "$(date '+%F %T') failed ($CODE) behind new checkpoints, back into the queue"
         scontrol requeue "$SLURM_JOB_ID"
     fi

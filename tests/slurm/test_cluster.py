@@ -156,11 +156,14 @@ def test_what_is_missing_ends_the_job_before_training(cluster: None, workdir: Pa
 
 
 def test_a_mistake_met_behind_a_checkpoint_ends_the_job(cluster: None, workdir: Path) -> None:
-    """All launchers end with 2, and the job is not put back to meet it again."""
+    """All launchers end with 2, and the job is not put back to meet it again.
+
+    They meet although sbatch is to hand over these variables alone, as some sites have it.
+    """
     environment = os.environ | {"OVERRIDES": "stage.one.lr=1e30 stage.one.warmup=0"}
-    submitted = subprocess.run(
-        ["sbatch", "--parsable", "script.sh"], capture_output=True, text=True, check=True, env=environment
-    )
+    exported = "--export=PATH,PYTHONPATH,GPUS,MASTER_ADDR,OMP_NUM_THREADS,OVERRIDES"
+    words = ["sbatch", "--parsable", exported, "script.sh"]
+    submitted = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
     job = submitted.stdout.strip()
     wait_for("the failure", lambda: job_fact(job, "JobState") == "FAILED")
     log = Path(f"tiny-{job}.log").read_text()

@@ -173,20 +173,23 @@ def test_a_signal_reaches_the_training_processes_and_their_save_is_waited_for(
         (2, True, False),
         (1, False, False),
         (1, True, True),
+        (1, None, False),
         (137, True, True),
         (0, True, False),
     ],
 )
 def test_a_job_that_got_on_goes_back_into_the_queue(
-    code: int, new_checkpoint: bool, requeued: bool, commands: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, new_checkpoint: bool | None, requeued: bool, commands: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But not one that made no checkpoint, or met a mistake (exit code 2) that it would meet again."""
+    """But not one that made no checkpoint (None: nobody can say), or met a mistake (exit code 2) that it would meet
+    again."""
+    meanwhile = {True: "echo 12 >stands;", False: "", None: "rm stands;"}[new_checkpoint]
     bodies = {
         "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"\n',
         "scontrol": 'if [[ $1 == show ]]; then echo node1; else echo "scontrol $*" >>calls.log; fi\n',
         "prolong": f"""case "$*" in
             status*) cat stands ;;
-            *--processes*) {"echo 12 >stands;" if new_checkpoint else ""} exit {code} ;;
+            *--processes*) {meanwhile} exit {code} ;;
         esac\n""",
     }
     for name, body in bodies.items():
