@@ -128,7 +128,7 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
         directory: exists and is empty; gets common.pt now (before 0.19), the rest from `write` and `finish`.
     """
     strategy = FullyParallelSaveStrategyWrapper(
-        torch_dist.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+        _Strategy("torch_dist", 1, thread_count=1),
         parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
     live = {value.data.untyped_storage().data_ptr() for value in _tensors(state)}
@@ -136,7 +136,6 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
         # no manager
         (filesystem_async, f"{'' if _SINCE_0_17 else '_'}get_write_results_queue", queue.SimpleQueue),
         (torch_dist, "MCoreSavePlanner", _SavePlanner),
-        (filesystem_async if _SINCE_0_17 else torch_dist, "FileSystemWriterAsync", _Writer),
     ]
     with warnings.catch_warnings(), replaced(quickly):
         warnings.simplefilter("ignore")
@@ -157,6 +156,24 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
     return Snapshot(directory, request)
 
 
+class _Strategy(torch_dist.TorchDistSaveShardedStrategy):
+    """Megatron's, but for the end: Megatron's tells the ranks through their GPUs that all is written, for which
+    NCCL would make a communicator of all ranks in the middle of training."""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *_: Any) -> AsyncRequest:
+        _, metadata, _ = planned
+        if metadata is not None:  # on rank 0; with the plans of all ranks it says everything twice
+            vars(metadata).pop("all_local_plans", None)
+
+        def finish() -> None:
+            results: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object(writer.retrieve_write_results(), results)
+            if results is not None:
+                writer.finish(metadata, results)
+
+        return AsyncRequest(None, writer.get_save_function_and_args()[-1], [finish])
+
+
 class _SavePlanner(torch_dist.MCoreSavePlanner):
     """Megatron's planner, but for torch's proof that no two boxes of a tensor overlap: it compares a box with most
     others of its tensor, while all ranks wait."""
@@ -170,15 +187,6 @@ class _SavePlanner(torch_dist.MCoreSavePlanner):
                 elements = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
                 assert len(corners) == len(entry.chunks) and elements == math.prod(entry.size), key
         return plans, metadata
-
-
-class _Writer(filesystem_async.FileSystemWriterAsync):
-    """Megatron's writer, without the plans of all ranks in the table of contents, which say the same once more."""
-
-    def finish(self, metadata: Metadata, results: Any) -> None:
-        """Write the table of contents."""
-        vars(metadata).pop("all_local_plans", None)
-        super().finish(metadata, results)
 
 
 def load_weights(directory: Path, model: StageModel) -> None:

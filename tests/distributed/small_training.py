@@ -120,8 +120,8 @@ def train(rank: int, job: Job) -> Trained:
             fp8_recipe=job.fp8_recipe, fp8_parameters=job.fp8_parameters,
             offload_activations=job.offload_activations, loss_chunk_tokens=24,
         )  # fmt: skip
-        optimizer = load(job, model, layout, spec)
         connected = nccl_groups()
+        optimizer = load(job, model, layout, spec)
         metrics, plans = [], []
         for sequences in batches()[job.first : job.last]:
             assignment = share_out(sequences, groups, SEQUENCE_LENGTH, COST)
@@ -131,10 +131,10 @@ def train(rank: int, job: Job) -> Trained:
             plans += [batch.documents.context.plan for batch in shared if batch.documents.context]
             metrics.append(train_step(model, optimizer, shared, groups, spec=spec, lr=1e-3))
             assert metrics[-1].updated
-        assert nccl_groups() == connected, "NCCL took memory for a group in the middle of training"
         assert not job.offload_activations or model.offload.num_parked_bytes > 0
         if job.save:
             save(job, model, optimizer, rank)
+        assert nccl_groups() == connected, "NCCL took memory for a group in the middle of training"
         return Trained(
             [step.loss for step in metrics],
             [step.grad_norm for step in metrics],

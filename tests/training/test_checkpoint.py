@@ -533,6 +533,14 @@ def test_a_snapshot_is_of_its_moment(trained, tmp_path):
         assert torch.equal(found, wanted)
 
 
+def test_completing_a_save_needs_no_gpu(trained, tmp_path, monkeypatch):
+    """Where the GPU is full, there is no memory for a message to all ranks."""
+    snapshot = take_snapshot(tmp_path, training_state(trained.model, trained.optimizer))
+    snapshot.write()
+    monkeypatch.delattr(torch.cuda, "current_device")
+    snapshot.finish()
+
+
 def test_the_size_of_a_checkpoint_counts_what_several_ranks_hold_once(trained):
     model, optimizer, _ = trained
     num_weights = sum(weight.numel() for weight in model.chunks[0].parameters())
