@@ -131,7 +131,8 @@ def test_gloo_is_told_where_the_other_machines_are_if_there_are_any(
 SAYS_WHO_IT_IS = """
 import os, sys
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-print(*sys.argv[1:], *(os.environ[name] for name in names), flush=True)
+line = " ".join([*sys.argv[1:], *(os.environ[name] for name in names)])
+sys.stdout.write(line + "\\n")  # in one piece, beside those of the others
 """
 ONE_OF_TWO_MACHINES = """
 import os, sys
