@@ -33,6 +33,7 @@ from megatron_prolong.data.sources import (
     tables,
 )
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime import progress
 
 
 def read(kind: str, path: Path) -> list[Record | Bad]:
@@ -200,6 +201,17 @@ def test_a_repository_s_files_are_asked_about_once(tmp_path: Path, monkeypatch: 
     (part,) = source.parts(str(tmp_path))
     assert part.num_bytes == 300 and asked.count("7.py") == 1
     assert len(list(source.read(part))) == 1 and asked.count("7.py") == 2
+
+
+def test_listing_repositories_shows_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file is asked about, which takes a file server an hour for some millions; it was silent meanwhile."""
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1.0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    source_of("repositories").parts(str(tmp_path))
+    assert f"{tmp_path}: repositories: 2 of 2" in capsys.readouterr().err
 
 
 def test_of_a_long_repository_the_files_that_fit_are_kept(

@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_prolong.data.sources.base import MAX_RECORD_BYTES, Bad, Part, Record
 from megatron_prolong.data.sources.files import is_remote, refuse_unreadable, warn
 from megatron_prolong.errors import UserError
+from megatron_prolong.runtime.progress import track
 
 _VERSION_CONTROL = {".git", ".hg", ".svn"}
 _VENDORED = {
@@ -55,7 +56,7 @@ class Repositories:
                 "all, name the directory above)"
             )
         parts = [Part(str(root / name), 0, 0, 0) for name in sorted(loose)]
-        for tree in repositories:
+        for tree in track(repositories, len(repositories), f"{path}: repositories"):
             size = sum(num_bytes for _, num_bytes in _files(tree, Counter(), []))
             parts.append(Part(str(tree), 0, size, size))
         return parts
