@@ -435,6 +435,24 @@ def test_a_saved_dataset_is_read_in_parts_of_about_one_size(
     assert [each.fields["text"] for each in read("hf", tmp_path)] == texts  # type: ignore[union-attr]
 
 
+def test_rows_of_a_saved_dataset_are_asked_for_many_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one they took a seventh of the time of tokenizing short texts."""
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": f"{number}", "messages": [{"role": "user", "n": number}]} for number in range(10)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path)
+    monkeypatch.setattr(tables, "_ROWS_AT_ONCE", 4)
+    asked: list[object] = []
+    get = datasets.Dataset.__getitem__
+    monkeypatch.setattr(
+        datasets.Dataset, "__getitem__", lambda self, key: asked.append(key) or get(self, key)
+    )
+    found = read("hf", tmp_path)
+    assert found == [Record(f"{tmp_path}, row {number}", row) for number, row in enumerate(rows)]
+    assert asked == [slice(0, 4), slice(4, 8), slice(8, 10)]
+
+
 def test_remote_paths_go_through_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec = pytest.importorskip("fsspec")
     monkeypatch.setattr(jsonl, "_PART_BYTES", 10)

@@ -84,8 +84,10 @@ class SavedDataset:
 
     def read(self, part: Part) -> Iterator[Record | Bad]:
         data = _open_dataset(part.path)
-        for row in range(part.start, part.stop):
-            yield Record(f"{part.path}, row {row}", data[row])
+        for start in range(part.start, part.stop, _ROWS_AT_ONCE):
+            columns = data[start : min(start + _ROWS_AT_ONCE, part.stop)]
+            for row, values in enumerate(zip(*columns.values(), strict=True), start):
+                yield Record(f"{part.path}, row {row}", dict(zip(columns, values, strict=True)))
 
 
 def _open_dataset(path: str) -> Any:
