@@ -42,4 +42,4 @@ $(VENV)/ready: setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo runs
+	rm -rf $(VENV) demo

@@ -64,3 +64,10 @@ def test_the_report_shows_the_run(demo):
     page = (directory / "runs/long/report.html").read_text()
     for stage in ("1k", "4k", "sft"):
         assert stage in page
+
+
+def test_clean_removes_what_make_made_and_no_run() -> None:
+    """`runs` is where every recipe's checkpoints go that does not say otherwise."""
+    asked = ["make", "--dry-run", "clean"]
+    said = subprocess.run(asked, cwd=EXAMPLES.parent, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["rm", "-rf", ".venv", "demo"]
