@@ -33,8 +33,12 @@ def runs(
     for path in find_runs(directory):
         try:
             found.append(read_run(path))
-        except UserError as error:  # one damaged run does not hide the others
-            print(f"warning: left out: {error}", file=sys.stderr)
+        except (
+            UserError,
+            OSError,
+        ) as error:  # one that is damaged, or closed to us, does not hide the others
+            why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+            print(f"warning: left out: {why}", file=sys.stderr)
     if json_output:
         print(dumps([_facts(run) for run in found], indent=1))
         return

@@ -109,7 +109,9 @@ def _chart(height: float) -> Iterator[_Chart]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # the user's own matplotlibrc may ask for LaTeX, or white on black
+        matplotlib.rcParams.update(_STYLE)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         chart = _Chart(figure.subplots())
         yield chart

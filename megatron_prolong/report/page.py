@@ -119,7 +119,7 @@ def _evaluation(run: RunHistory) -> Iterator[str]:
         yield note(str(path.relative_to(run.directory)))
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             yield note(f"cannot be read: {error}")
             continue
         yield table(["result", "value"], [(name, _short(value)) for name, value in _flat(content)][:200])

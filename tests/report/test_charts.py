@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import matplotlib
 import pytest
 
 from megatron_prolong.page.charts import COLOURS, Point, lines, scatter, stacked_bars
@@ -26,6 +27,20 @@ def strokes(colour: str, svg: str) -> list[list[tuple[float, float]]]:
 def spans(colour: str, svg: str) -> list[tuple[float, float]]:
     """From left to right, of the same."""
     return [(min(x for x, _ in points), max(x for x, _ in points)) for points in strokes(colour, svg)]
+
+
+def test_a_style_of_the_user_s_own_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LaTeX in a matplotlibrc ended the page where there is none."""
+
+    def drawn() -> str:
+        return re.sub(
+            r"[mp][0-9a-f]{10}", "", lines({"a": [(1, 2), (2, 3)]}, "step", "loss")
+        )  # less random ids
+
+    expected = drawn()
+    for name, value in (("text.usetex", True), ("axes.facecolor", "black"), ("font.size", 30)):
+        monkeypatch.setitem(matplotlib.rcParams, name, value)
+    assert drawn() == expected
 
 
 def test_bars_are_as_long_as_their_parts_and_the_limit_lies_at_its_value() -> None:

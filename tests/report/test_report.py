@@ -262,3 +262,26 @@ def test_a_damaged_run_does_not_hide_the_others(run: Path) -> None:
     result = CliRunner().invoke(app, ["runs", str(run.parent)])
     assert result.exit_code == 0 and "3/10" in result.stdout
     assert f"warning: left out: {run.parent}/damaged/recipe.yaml" in result.stderr
+
+
+def test_a_run_that_may_not_be_read_does_not_hide_the_others(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = shutil.copytree(run, run.with_name("closed")) / "metrics.jsonl"
+    opened = Path.open
+
+    def open_(path: Path, *how: Any, **also: Any) -> Any:
+        if path == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *how, **also)
+
+    monkeypatch.setattr(Path, "open", open_)
+    result = CliRunner().invoke(app, ["runs", str(run.parent)])
+    assert result.exit_code == 0 and "3/10" in result.stdout
+    assert result.stderr == f"warning: left out: {closed}: Permission denied\n"
+
+
+def test_a_result_that_cannot_be_read_does_not_cost_the_page(run: Path) -> None:
+    (run / "evaluation/scores.json").mkdir(parents=True)
+    result = CliRunner().invoke(app, ["report", str(run)])
+    assert result.exit_code == 0 and "cannot be read" in (run / "report.html").read_text()
