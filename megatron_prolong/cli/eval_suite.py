@@ -202,7 +202,7 @@ def data_check(
     chosen = select(suite, lengths, names_of(tasks))
     table = Table(title=f"{suite} in {data or 'no directory (give --data)'}")
     for heading in ("file", "state", "tasks"):
-        table.add_column(heading, overflow="fold")  # a name that is cut cannot be looked for
+        table.add_column(heading)
     commands: dict[str, None] = {}
     for need in needs(chosen, data):
         missing = "made offline" if need.generated else "missing"

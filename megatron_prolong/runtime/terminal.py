@@ -23,9 +23,11 @@ def print_table(table: Table) -> None:
     """Print without a box, the first column to the left, numbers to the right."""
     console = screen()
     if table.title is not None:  # as a line of its own: within a narrow table it would be folded
-        console.print(f"  {table.title}", highlight=False)
+        console.print(f"  {table.title}", highlight=False, soft_wrap=True)
         table.title = None
     table.box = box.SIMPLE
+    for column in table.columns:
+        column.overflow = "fold"  # a path that is cut is no use
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)

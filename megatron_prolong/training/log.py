@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_prolong.errors import UserError
@@ -52,7 +53,8 @@ class RunLog:
             yield
             return
         columns = (
-            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("[bold]{task.description}"), BarColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),  # the bar gives way, not the number of steps
             TextColumn("{task.fields[status]}"),
         )  # fmt: skip
         with Progress(*columns, console=self.console) as progress:

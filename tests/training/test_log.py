@@ -68,6 +68,15 @@ def test_a_terminal_has_a_bar_in_place_of_lines() -> None:
     assert "64k 4/50  loss" in shown.getvalue(), "the bar has gone"
 
 
+def test_the_bar_gives_way_on_a_narrow_terminal_not_the_number_of_steps() -> None:
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, color_system=None, width=80)
+    log = RunLog(terminal, io.StringIO(), Mock())
+    with log.stage("64k", 2, 500):
+        log.step("64k", 3, 500, FACTS, show=True)
+    assert "  3/500 loss 2.5000  lr 1.00e-04  grad 0.50  12,346 tok/s  ETA 12:" in shown.getvalue()
+
+
 def test_the_time_left_is_told_of_steps_that_take_minutes_on_a_terminal_too() -> None:
     shown = io.StringIO()
     log = RunLog(
