@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_prolong.cli.data import counted
-from megatron_prolong.cli.recipe import Overrides, RecipePath
+from megatron_prolong.cli.recipe import Overrides, RecipePath, warn
 from megatron_prolong.errors import UserError
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of MDS shards (index.json).")]
@@ -68,7 +68,7 @@ def mixture(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Open the data of every stage of a recipe; show what it draws from each domain and how often it repeats."""
     from megatron_prolong.data.inspect import usage_table
     from megatron_prolong.data.mds import common_tokenizer
-    from megatron_prolong.data.mixture import Mixture, refuse_incomplete
+    from megatron_prolong.data.mixture import Mixture, check_shards
     from megatron_prolong.recipe.inputs import tokenizer_fingerprint
     from megatron_prolong.recipe.load import load_recipe
     from megatron_prolong.runtime.terminal import screen
@@ -82,7 +82,7 @@ def mixture(recipe: RecipePath, overrides: Overrides = None) -> None:
             console.print(f"{stage.name}: mock, random tokens")
             continue
         try:
-            refuse_incomplete([stage])
+            warn(check_shards([stage]))
             mixture = Mixture.of_stage(stage)
             common_tokenizer({**model, "its data": mixture.tokenizer})
         except UserError as error:

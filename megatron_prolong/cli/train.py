@@ -88,7 +88,7 @@ def check_start(recipe: Recipe, world_size: int) -> list[str]:
     from megatron_prolong.training.changes import changes_since_start
 
     warn(check(recipe, world_size))
-    _refuse_incomplete_data(recipe)
+    warn(_check_data(recipe))
     check_room(recipe)
     if recipe.evaluation:
         from megatron_prolong.evaluation.backend import load_tokenizer
@@ -104,12 +104,12 @@ def check_start(recipe: Recipe, world_size: int) -> list[str]:
     return [f"changed since the last start: {change}" for change in changes_since_start(recipe)]
 
 
-def _refuse_incomplete_data(recipe: Recipe) -> None:
-    """A finished stage's may have been deleted to make room."""
-    from megatron_prolong.data.mixture import refuse_incomplete
+def _check_data(recipe: Recipe) -> list[str]:
+    """But for a finished stage's, which may have been deleted to make room. Returns warnings."""
+    from megatron_prolong.data.mixture import check_shards
     from megatron_prolong.recipe.validate import is_done
 
-    refuse_incomplete(stage for stage in recipe.stages if not is_done(recipe, stage))
+    return check_shards(stage for stage in recipe.stages if not is_done(recipe, stage))
 
 
 def _start(processes: int, machine: Rendezvous) -> None:
@@ -187,7 +187,7 @@ def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
     warnings = check(recipe, world.size, on_cpu=world.device.type == "cpu")
     if world.is_main:
         warn(warnings)
-        _refuse_incomplete_data(recipe)
+        warn(_check_data(recipe))
     if world.device.type == "cuda":
         refuse_precision(recipe)
     check_room(recipe)

@@ -23,7 +23,7 @@ from typing import Literal
 
 from megatron_prolong.data.domain import Domain, MockDomain, ShardedDomain
 from megatron_prolong.data.interleave import Interleave
-from megatron_prolong.data.mds import common_tokenizer, is_there, read_index
+from megatron_prolong.data.mds import common_tokenizer, is_there, is_unpacked_by_all, read_index
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.permutation import Permutation
 from megatron_prolong.errors import UserError
@@ -150,14 +150,14 @@ class Mixture:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def refuse_incomplete(stages: Iterable[Stage]) -> None:
+def check_shards(stages: Iterable[Stage]) -> list[str]:
     """Look for every shard that the stages read: a step may ask for it first after hours, a later stage after days.
 
-    One process is enough, which asks the file server about each. Raises UserError naming every directory that lacks
-    some, as after a download that was stopped.
+    One process is enough, which asks the file server about each. Returns warnings, of data that would be read
+    slowly. Raises UserError naming every directory that lacks some, as after a download that was stopped.
     """
     mixtures = [stage.mixture for stage in stages if stage.mixture != "mock"]
-    problems = []
+    problems, warnings = [], []
     for directory in dict.fromkeys(directory for mixture in mixtures for directory in mixture):
         shards = read_index(directory).shards
         if gone := [shard.delivered[0] for shard in shards if not is_there(shard)]:
@@ -165,8 +165,15 @@ def refuse_incomplete(stages: Iterable[Stage]) -> None:
                 f"{directory}: {len(gone):,} of its {len(shards):,} shards are missing, or have another size than "
                 f"in index.json, such as {gone[0]}"
             )
+        if any(map(is_unpacked_by_all, shards)):
+            warnings.append(
+                f"{directory}: its shards are compressed and nothing may be written beside them, so every rank "
+                "will unpack a whole one for nearly every sample, and keep 64 in its temporary directory; copy "
+                "them to where you may write, and unpack them by `prolong data verify`"
+            )
     if problems:
         raise UserError.many("data is not there as a whole; fetch or write it again:", problems)
+    return warnings
 
 
 def _open(

@@ -1,3 +1,4 @@
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from packs import numbered_packs, record_tokenizer, write_packs
 
 from megatron_prolong.data.mds import MDSReader, MDSWriter
-from megatron_prolong.data.mixture import Mixture, SampleRef, refuse_incomplete
+from megatron_prolong.data.mixture import Mixture, SampleRef, check_shards
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Stage
 
@@ -171,17 +172,34 @@ def test_shards_that_are_not_there_are_found_before_a_step_needs_them(tmp_path: 
     stage = Stage(**fields, mixture=shares)  # type: ignore[arg-type]
     MDSReader(tmp_path / "code")[3]  # unpacked, so that its compressed file may go
     (tmp_path / "code/shard.00003.mds.zstd").unlink()
-    refuse_incomplete([stage, stage.model_copy(update={"mixture": "mock"})])
+    assert check_shards([stage, stage.model_copy(update={"mixture": "mock"})]) == []
     (tmp_path / "books/shard.00001.mds").unlink()
     (tmp_path / "books/shard.00002.mds").write_bytes(b"the beginning of a")
     (tmp_path / "code/shard.00006.mds.zstd").unlink()
     Mixture.of_stage(stage)
     with pytest.raises(UserError) as caught:
-        refuse_incomplete([stage, stage])
+        check_shards([stage, stage])
     title, books, code = str(caught.value).splitlines()
     assert title == "data is not there as a whole; fetch or write it again:"
     assert "books: 2 of its 8 shards are missing" in books and "such as" in books
     assert "code: 1 of its 8 shards" in code and code.endswith("/code/shard.00006.mds.zstd")
+
+
+def test_shards_that_every_rank_would_unpack_are_warned_of(small_disk: Path) -> None:
+    """A whole shard, a tenth of a second, for each of the 64 sequences of a step."""
+    directory = write_packs(small_disk / "d", numbered_packs(8), size_limit=300, compression="zstd")
+    fields = {"name": "s", "sequence_length": 8, "batch_tokens": 32, "steps": 3, "lr": 1}
+    stage = Stage(**fields, mixture={directory: 1.0})  # type: ignore[arg-type]
+    assert check_shards([stage]) == []
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    (warning,) = check_shards([stage])
+    assert warning.startswith(
+        f"{directory}: its shards are compressed and nothing may be written beside them"
+    )
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    list(MDSReader(directory))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert check_shards([stage]) == [], "unpacked before"
 
 
 def test_mock_is_random_tokens() -> None:

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from megatron_prolong.cli import train
 from megatron_prolong.cli.main import app
+from megatron_prolong.data import mixture
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.load import load_recipe
 from megatron_prolong.report.history import read_run
@@ -132,6 +133,13 @@ def test_data_that_a_later_stage_lacks_is_told_at_the_start(workspace, undisturb
         assert "short 1/6" not in output
     shutil.copytree(workspace.root / "undisturbed", workspace.root / "deleted")
     assert "done:" in workspace.train("deleted", f"stage.short.mixture={half}", f"stage.long.mixture={half}")
+
+
+def test_data_that_is_slow_to_read_is_warned_of_at_the_start(workspace, monkeypatch):
+    monkeypatch.setattr(mixture, "is_unpacked_by_all", lambda shard: True)
+    checked = CliRunner().invoke(app, ["train", str(workspace.recipe("slow")), "--check"])
+    assert "ready for 1 rank" in checked.output
+    assert checked.stderr.count(f"warning: {workspace.root}/data: its shards are compressed") == 1
 
 
 def test_a_check_tells_what_changed(workspace, undisturbed):

@@ -13,7 +13,7 @@ this implementation; `tests/parity/test_mds_streaming.py` proves both directions
 
 from megatron_prolong.data.mds.index import INDEX, Shard, common_tokenizer, read_index
 from megatron_prolong.data.mds.merge import merge_indexes, merge_tree
-from megatron_prolong.data.mds.reader import MDSReader, is_there
+from megatron_prolong.data.mds.reader import MDSReader, is_there, is_unpacked_by_all
 from megatron_prolong.data.mds.writer import MDSWriter
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Shard",
     "common_tokenizer",
     "is_there",
+    "is_unpacked_by_all",
     "merge_indexes",
     "merge_tree",
     "read_index",

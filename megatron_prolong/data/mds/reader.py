@@ -215,6 +215,12 @@ def is_there(shard: Shard) -> bool:
     return _has_size(path, file.num_bytes) or _has_size(shard.path, shard.raw.num_bytes)
 
 
+def is_unpacked_by_all(shard: Shard) -> bool:
+    """Whether each process that reads the shard must unpack it for itself, as nothing can be written beside it."""
+    is_packed = shard.packed is not None and not _has_size(shard.path, shard.raw.num_bytes)
+    return is_packed and not os.access(shard.path.parent, os.W_OK)
+
+
 def _has_size(path: Path, num_bytes: int) -> bool:
     return path.exists() and path.stat().st_size == num_bytes
 
