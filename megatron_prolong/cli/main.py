@@ -1,4 +1,4 @@
-"""The `prolong` command: registers one thin file per command and turns UserError into exit code 2."""
+"""The `prolong` command: registers one thin file per command and turns UserError into its exit code."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from megatron_prolong.cli import (
 )
 from megatron_prolong.errors import JointError, RankLost, UserError
 from megatron_prolong.runtime.gpu_environment import set_gpu_environment
+from megatron_prolong.runtime.passing import exit_code
 from megatron_prolong.runtime.publish import is_disk_full, wanted_name
 
 app = typer.Typer(
@@ -100,7 +101,8 @@ def _is_one_of_many() -> bool:
 
 
 def _run() -> None:
-    """A path that cannot be read or written, or a full disk, is a user error wherever it comes up."""
+    """A path that cannot be read or written, or a full disk, is a user error wherever it comes up; a file server's
+    fault that passes ends with 1, so that a batch job is started again."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) != len(sys.argv) - 1
     try:
@@ -110,7 +112,7 @@ def _run() -> None:
             raise
         if not isinstance(error, JointError) or error.said_here:
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(exit_code(error))
     except RankLost as event:
         print(f"error: {event}", file=sys.stderr)
         sys.exit(1)
@@ -120,4 +122,4 @@ def _run() -> None:
         path = error.filename2 or error.filename  # of a rename, the name that was wanted
         where = f"{wanted_name(str(path))}: " if path else ""
         print(f"error: {where}{error.strerror} (--debug shows where)", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_code(error))

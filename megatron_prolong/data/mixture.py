@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,8 +27,9 @@ from megatron_prolong.data.interleave import Interleave
 from megatron_prolong.data.mds import common_tokenizer, is_there, is_unpacked_by_all, read_index
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.permutation import Permutation
-from megatron_prolong.errors import UserError
+from megatron_prolong.errors import PassingError, UserError
 from megatron_prolong.recipe.schema import Stage
+from megatron_prolong.runtime.passing import patiently
 
 
 @dataclass(frozen=True)
@@ -186,10 +188,13 @@ def _open(
     opened, problems = [], []
     for directory in domains:
         try:
-            domain = ShardedDomain(
-                Path(directory), sequence_length=sequence_length, vocab_size=vocab_size, loss_mask=loss_mask
-            )
-            opened.append(domain)
+            domain = partial(
+                ShardedDomain, Path(directory), sequence_length=sequence_length, vocab_size=vocab_size,
+                loss_mask=loss_mask,
+            )  # fmt: skip
+            opened.append(patiently(domain, f"opening {directory}"))
+        except PassingError:
+            raise
         except UserError as error:
             problems.append(str(error))
     if not domains:

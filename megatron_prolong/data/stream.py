@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from threading import Event
 
 from megatron_prolong.data.mixture import Mixture
 from megatron_prolong.data.packed import PackedSequence
+from megatron_prolong.runtime.passing import patiently
 
 _STEPS_AHEAD = 2  # one being read while one waits; 8M tokens of a step are 32 MiB
 
@@ -17,13 +20,16 @@ def stream(mixture: Mixture, first_step: int) -> Iterator[tuple[int, list[Packed
 
     Every rank reads it all, as documents are dealt to ranks by their lengths (data/balance), not by sequences.
     The thread reads and decompresses with numpy only, and lets go of the interpreter while doing so. An error
-    in it is raised here at the step it belongs to. Closing the generator (or dropping it) ends the thread.
+    in it is raised here at the step it belongs to, after further tries where it may pass. Closing the generator (or
+    dropping it) ends the thread.
     """
 
     def read(step: int) -> list[PackedSequence]:
-        return [mixture.read(ref) for ref in mixture.batch(step)]
+        what = f"reading the data of step {step + 1}"
+        return [patiently(partial(mixture.read, ref), what, closed.wait) for ref in mixture.batch(step)]
 
     waiting: deque[Future[list[PackedSequence]]] = deque()
+    closed = Event()
     pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
         submitted = first_step
@@ -33,4 +39,5 @@ def stream(mixture: Mixture, first_step: int) -> Iterator[tuple[int, list[Packed
                 submitted += 1
             yield step, waiting.popleft().result()
     finally:
+        closed.set()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -49,11 +49,12 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_prolong.convert.unpickle import COMMON_STATE, load_metadata
-from megatron_prolong.errors import JointError, UserError
+from megatron_prolong.errors import JointError, PassingError, UserError
 from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.mcore.optimizer_shards import METADATA, optimizer_state
 from megatron_prolong.runtime.agreement import together
 from megatron_prolong.runtime.checksums import Entries, HashingFile
+from megatron_prolong.runtime.passing import is_passing
 from megatron_prolong.runtime.replace import replaced
 
 _MEGATRON = Version(megatron_version).release
@@ -269,7 +270,10 @@ def _read(directory: Path, state: ShardedStateDict) -> dict[str, Any]:
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"checkpoint {directory} does not fit this model: {error}") from error
     except CheckpointException as error:  # on all ranks, with what any of them met
-        raise JointError(str(_unreadable(directory, error)), said_here=dist.get_rank() == 0) from error
+        unreadable = _unreadable(directory, error)
+        raise JointError(
+            str(unreadable), said_here=dist.get_rank() == 0, exit_code=unreadable.exit_code
+        ) from error
 
 
 def _common_values(directory: Path, reader: _SafeReader) -> object:
@@ -307,7 +311,8 @@ def _common_object(directory: Path, reader: _SafeReader) -> object:
 
 def _unreadable(directory: Path, error: CheckpointException) -> UserError:
     causes = sorted({_first_line(cause) for cause, _ in error.failures.values()})
-    return UserError.many(f"checkpoint {directory} cannot be read:", causes)
+    kind = PassingError if all(is_passing(cause) for cause, _ in error.failures.values()) else UserError
+    return kind.many(f"checkpoint {directory} cannot be read:", causes)
 
 
 def _first_line(error: BaseException) -> str:

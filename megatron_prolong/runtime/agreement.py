@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_prolong.errors import JointError, UserError
+from megatron_prolong.runtime.passing import exit_code
 
 T = TypeVar("T")
 
@@ -18,17 +19,17 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     Raises:
         JointError: on every rank, with all that went wrong anywhere.
     """
-    result, problem, exit_code = None, None, UserError.exit_code
+    result, problem, own_code = None, None, UserError.exit_code
     try:
         result = action()
     except UserError as error:
-        problem, exit_code = str(error), error.exit_code
+        problem, own_code = str(error), exit_code(error)
     except OSError as error:
         if error.filename is None:
             raise
-        problem = f"{error.filename}: {error.strerror}"
+        problem, own_code = f"{error.filename}: {error.strerror}", exit_code(error)
     problems: list[tuple[str | None, int]] = [(None, 0)] * dist.get_world_size(group)
-    dist.all_gather_object(problems, (problem, exit_code), group)
+    dist.all_gather_object(problems, (problem, own_code), group)
     first: dict[str, int] = {}
     for rank, (text, _) in enumerate(problems):
         if text is not None:

@@ -1,9 +1,14 @@
 """How the program ends, whatever the command."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+
+import pytest
+
+from megatron_prolong.cli import main
 
 
 def test_a_crash_below_python_says_where() -> None:
@@ -31,3 +36,21 @@ main.run()
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
     assert done.stdout.decode() == "64k → 512k \\udcff\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.ESTALE, 1), (errno.EIO, 1), (errno.EACCES, 2), (errno.ENOSPC, 2)]
+)
+def test_a_fault_that_passes_does_not_end_with_the_code_of_what_stays(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A batch script starts nothing again after 2."""
+
+    def a_command(**_: object) -> None:
+        raise OSError(number, os.strerror(number), "/data/shard")
+
+    monkeypatch.setattr(main, "app", a_command)
+    with pytest.raises(SystemExit) as left:
+        main._run()
+    assert left.value.code == code
+    assert capsys.readouterr().err == f"error: /data/shard: {os.strerror(number)} (--debug shows where)\n"

@@ -1,14 +1,19 @@
+import errno
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packs import numbered_packs, write_packs
 
+from megatron_prolong.data.mds import reader
 from megatron_prolong.data.mixture import Mixture, SampleRef
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.data.stream import stream
-from megatron_prolong.errors import UserError
+from megatron_prolong.errors import PassingError, UserError
+from megatron_prolong.runtime import passing
 
 
 def open_mixture(directory: Path) -> Mixture:
@@ -70,3 +75,84 @@ def test_leaving_early_ends_the_thread(tmp_path: Path) -> None:
     for _ in stream(mixture, 0):
         break
     assert not readers()
+
+
+STALE = OSError(errno.ESTALE, "Stale file handle", "/data/shard.00000.mds")
+
+
+class Faults:
+    """In place of a function: fails so many times, and then is that function."""
+
+    def __init__(self, function: Callable[..., Any], count: int, error: OSError = STALE) -> None:
+        self.function, self.left, self.error = function, count, error
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.left:
+            self.left -= 1
+            raise self.error
+        return self.function(*arguments)
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_a_fault_of_the_file_server_is_waited_out(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One rank's stale file handle ended the training of all."""
+    monkeypatch.setattr(passing, "WAITS_SECONDS", (0.0, 0.0, 0.0))
+    mixture = open_mixture(write_packs(tmp_path / "d", numbered_packs(10)))
+    batches = stream(mixture, 2)
+    expected = [ref.index for ref in mixture.batch(2)]
+    monkeypatch.setattr(mixture, "read", Faults(mixture.read, count))
+    if count == 4:
+        with pytest.raises(OSError, match="Stale file handle"):
+            next(batches)
+    else:
+        assert [packed.identity.index for packed in next(batches)[1]] == expected
+        batches.close()
+    assert capfd.readouterr().err.count(": reading the data of step 3: [Errno 116] Stale file handle") == 3
+    assert not readers()
+
+
+def test_nobody_waits_for_a_fault_to_pass_when_training_has_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passing, "WAITS_SECONDS", (600.0,))
+    mixture = open_mixture(write_packs(tmp_path / "d", numbered_packs(10)))
+    read, of_step_0 = mixture.read, iter(range(4))
+    failed = threading.Event()
+
+    def read_step_0(ref: SampleRef) -> PackedSequence:
+        if next(of_step_0, None) is None:
+            failed.set()
+            raise STALE
+        return read(ref)
+
+    monkeypatch.setattr(mixture, "read", read_step_0)
+    batches = stream(mixture, 0)
+    next(batches)
+    assert failed.wait(10)
+    batches.close()
+    assert not readers()
+
+
+def test_data_sets_are_opened_with_patience_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that fails at its start has made no checkpoint, and so does not go back into the queue."""
+    directory = write_packs(tmp_path / "d", numbered_packs(10))
+    monkeypatch.setattr(passing, "WAITS_SECONDS", (0.0,))
+    monkeypatch.setattr(reader, "read_index", Faults(reader.read_index, 1))
+    assert len(open_mixture(directory).batch(0)) == 4
+
+
+def test_a_compressed_shard_that_cannot_be_read_now_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_packs(tmp_path / "d", numbered_packs(10), compression="zstd")
+    monkeypatch.setattr(passing, "WAITS_SECONDS", (0.0,))
+    faults = Faults(reader.open_compressed, 1, OSError(errno.EIO, "Input/output error"))
+    monkeypatch.setattr(reader, "open_compressed", faults)
+    open_mixture(directory)
+    faults.left = 2
+    for shard in directory.glob("*.mds"):
+        shard.unlink()
+    with pytest.raises(PassingError, match=r"zstd: cannot be unpacked now .*Input/output error"):
+        open_mixture(directory)

@@ -27,6 +27,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from packaging.version import Version
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
@@ -754,6 +755,17 @@ def test_damage_is_told_in_a_sentence_where_no_checksums_tell_it(trained, tmp_pa
     pattern = said.format(path=path, directory=directory).replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(JointError, match=f"^{pattern}$"):
         load_weights_and_optimizer(directory, trained.model, trained.optimizer)
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_file_server_that_does_not_give_a_checkpoint_now_may_be_asked_again(tmp_path, lasting):
+    faults = [
+        OSError(errno.EIO, "I/O"),
+        OSError(errno.ENOENT if lasting else errno.ETIMEDOUT, "of another rank"),
+    ]
+    failures = {rank: (fault, None) for rank, fault in enumerate(faults)}
+    unreadable = saved._unreadable(tmp_path, CheckpointException("load", failures))
+    assert unreadable.exit_code == (2 if lasting else 1)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

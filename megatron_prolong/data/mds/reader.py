@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 from megatron_prolong.data.mds.compression import open_compressed, parse_compression
 from megatron_prolong.data.mds.encodings import Decode, encoding
 from megatron_prolong.data.mds.index import Shard, check_hashes, read_index
-from megatron_prolong.errors import UserError
+from megatron_prolong.errors import PassingError, UserError
 from megatron_prolong.runtime.open_files import allow_open_files
+from megatron_prolong.runtime.passing import is_passing
 from megatron_prolong.runtime.publish import is_disk_full, temporary_name
 
 _PAIR = struct.Struct("<II")
@@ -290,6 +291,8 @@ def _decompress(shard: Shard, raw: IO[bytes], place: Path) -> None:
                 f"{place}: the disk is full; {path.name} takes {shard.raw.num_bytes:,} bytes unpacked. Free space "
                 "and run the same command again"
             ) from None
+        if is_passing(error):
+            raise PassingError(f"{path}: cannot be unpacked now ({error}); start again") from error
         raise UserError(f"{path}: cannot be unpacked ({error}); fetch or write it again") from None
     if raw.tell() != shard.raw.num_bytes:
         raise UserError(f"{path} unpacks to {raw.tell()} bytes, index.json says {shard.raw.num_bytes}")
