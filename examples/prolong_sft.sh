@@ -60,6 +60,11 @@ on_nodes() {
 
 echo "$(date '+%F %T') $RECIPE on $NODES × $GPUS, first node $MASTER_ADDR, start ${SLURM_RESTART_COUNT:-0}"
 
+# Slurm asks to stop as soon as a job starts whose time limit is within --signal's notice, and so it would at every start.
+TOO_SHORT="error: asked to stop right at the start: the time limit must be longer than --signal's notice, half an hour \
+where nothing else is asked for (sbatch --signal=B:USR1@120: two minutes)"
+trap 'echo "$TOO_SHORT"; exit 75' USR1
+
 # Whatever is missing or does not fit this many GPUs ends the job here, in seconds.
 (WORLD_SIZE=$((NODES * GPUS)) on_nodes --nodes=1 --ntasks=1 -- prolong train "$RECIPE" "${OVERRIDES[@]}" --check)
 
@@ -78,7 +83,13 @@ save_and_stop() {
     ASKED=1
     echo "$(date '+%F %T') asked to stop: saving"
     kill -USR1 "$TRAINING" # srun hands it to every process on every node
+    if [[ -n ${SLURM_JOB_ID:-} ]] && ((SECONDS < 120)) && is_an_hour_at_most "$(squeue -h -j "$SLURM_JOB_ID" -o %l)"; then
+        echo "$TOO_SHORT"
+        CANCELLED=1
+    fi
 }
+# shellcheck disable=SC2317
+is_an_hour_at_most() { [[ $1 =~ ^([0-9]+|1:00):[0-9]+$ ]]; } # minutes:seconds, or hours and days before these
 trap save_and_stop USR1
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
     trap CANCELLED=1 TERM # scancel or a preemption: Slurm tells every process itself, and requeues where it wants to
@@ -86,11 +97,11 @@ else
     trap save_and_stop TERM
 fi
 
-while true; do # a signal interrupts wait, not training
-    CODE=0
-    wait "$TRAINING" || CODE=$?
-    kill -0 "$TRAINING" 2>/dev/null || break
+while kill -0 "$TRAINING" 2>/dev/null; do # a signal interrupts wait, not training
+    wait "$TRAINING" || true
 done
+CODE=0
+wait "$TRAINING" || CODE=$? # its own, not that of a wait which a signal interrupted
 
 # 2 is a mistake that would be met again; after anything else the job is worth another start if the last one got on.
 if [[ -n ${SLURM_JOB_ID:-} ]] && ((CODE != 0 && CANCELLED == 0)); then

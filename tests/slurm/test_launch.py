@@ -206,6 +206,52 @@ def test_a_job_that_got_on_goes_back_into_the_queue(
 
 
 @pytest.mark.parametrize(
+    ("limit", "requeued"),
+    [("20:00", False), ("1:00:00", False), ("10:00:00", True), ("1-00:00:00", True), ("UNLIMITED", True)],
+)
+def test_a_time_limit_within_the_notice_is_told_and_does_not_start_the_job_for_ever(
+    limit: str, requeued: bool, commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm asks such a job to stop as soon as it has started; a preemption may do so too."""
+    bodies = {
+        "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"\n',
+        "scontrol": 'if [[ $1 == show ]]; then echo node1; else echo "scontrol $*" >>calls.log; fi\n',
+        "squeue": f"sleep 0.5; echo {limit}\n",  # the answer comes after training has ended
+    }
+    for name, body in bodies.items():
+        command = commands.parent / "bin" / name
+        command.write_text(f"#!/bin/bash\n{body}")
+        command.chmod(0o755)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1")
+    monkeypatch.setenv("STEPS", "300")
+    with subprocess.Popen(["bash", "script.sh"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        seen = ""
+        while "step" not in seen:
+            seen += process.stdout.readline()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGUSR1)
+        seen += process.stdout.read()
+        assert process.wait(timeout=30) == 75
+    assert "saved" in seen and ("time limit must be longer" in seen) != requeued
+    assert ("scontrol requeue 42" in commands.read_text()) == requeued
+
+
+def test_a_job_that_is_asked_to_stop_during_its_check_says_why_it_ends(commands: Path) -> None:
+    prolong = commands.parent / "bin/prolong"
+    prolong.write_text("#!/bin/bash\necho checking\nsleep 1\n")
+    with subprocess.Popen(["bash", "script.sh"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while "checking" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGUSR1)
+        said = process.stdout.read()
+        assert process.wait(timeout=30) == 75
+    assert said.startswith("error: asked to stop right at the start")
+
+
+@pytest.mark.parametrize(
     ("override", "problem"),
     [
         ("evaluation={tasks: [nothing]}", "nothing"),
