@@ -54,7 +54,7 @@ from megatron_prolong.mcore.build import StageModel
 from megatron_prolong.mcore.optimizer_shards import METADATA, optimizer_state
 from megatron_prolong.runtime.agreement import together
 from megatron_prolong.runtime.checksums import Entries, HashingFile
-from megatron_prolong.runtime.passing import is_passing
+from megatron_prolong.runtime.passing import is_passing, patiently
 from megatron_prolong.runtime.replace import replaced
 
 _MEGATRON = Version(megatron_version).release
@@ -170,7 +170,7 @@ class _Strategy(torch_dist.TorchDistSaveShardedStrategy):
             results: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
             dist.gather_object(writer.retrieve_write_results(), results)
             if results is not None:
-                writer.finish(metadata, results)
+                patiently(lambda: writer.finish(metadata, results), f"writing {writer.path}/.metadata")
 
         return AsyncRequest(None, writer.get_save_function_and_args()[-1], [finish])
 

@@ -4,7 +4,8 @@ A save has three parts. `save` copies weights and optimizer to host memory and s
 (every rank its share). `poll`, once a step, finds out whether all ranks have written; then the checkpoint is
 completed: table of contents, checksums, synced to the disk, renamed, named by `latest`, old ones pruned. `finish`
 waits for that.
-Whatever happens before the rename, the checkpoint before this one is the newest.
+Whatever happens before the rename, the checkpoint before this one is the newest. A fault of the file server that
+passes is waited out where no rank talks to another: the snapshot is still in memory, to be written once more.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from megatron_prolong.recipe.schema import CheckpointSpec
 from megatron_prolong.recipe.shape import HF_DIR
 from megatron_prolong.runtime.agreement import against_main, on_main, together
 from megatron_prolong.runtime.checksums import CHECKSUMS, Entries, verify_checksums, write_checksums
+from megatron_prolong.runtime.passing import patiently
 from megatron_prolong.runtime.publish import is_disk_full, is_forbidden, publish
 from megatron_prolong.training.run_directory import prune, remove_given_up, remove_unfinished, write_pointer
 
@@ -62,7 +64,9 @@ class PendingSave:
 
     def _write(self) -> None:
         try:
-            self.entries = self.snapshot.write()
+            self.entries = patiently(
+                self.snapshot.write, f"writing {self.snapshot.directory.with_suffix('')}"
+            )
         except Exception as error:  # every rank has to hear of it, so it must not end the thread
             self.problem = _explained(error)
 
@@ -103,7 +107,11 @@ class CheckpointWriter:
         state = training_state(model, optimizer)
         num_bytes = _sum(state_bytes(state))
         partial = self._stage_dir / f"step_{manifest['step']:08d}.partial"
-        _on_main(lambda: self._make_room(partial, num_bytes))
+        _on_main(
+            lambda: patiently(
+                lambda: self._make_room(partial, num_bytes), f"saving {partial.with_suffix('')}"
+            )
+        )
         with _full_disks_explained(partial):
             snapshot = take_snapshot(partial, state)
         stall_seconds = time.perf_counter() - started
@@ -180,19 +188,24 @@ class CheckpointWriter:
             )
 
     def _complete(self, partial: Path, manifest: dict[str, Any], entries: Entries) -> None:
+        final = partial.with_suffix("")
         try:
-            _copy(self._sidecar, partial / HF_DIR)
-            (partial / RESOLVED_RECIPE).write_text(self._recipe)
-            write_manifest(partial, manifest)
-            write_checksums(partial, entries)
-            final = partial.with_suffix("")
-            remove_given_up(self._stage_dir, final.name)
-            publish(partial, final)
-            write_pointer(self._stage_dir, final.name)
+            patiently(lambda: self._name(partial, final, manifest, entries), f"completing {final}")
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise _not_saved(partial, [_explained(error)]) from error
         prune(self._stage_dir, self._spec.keep, self._spec.keep_every)
+
+    def _name(self, partial: Path, final: Path, manifest: dict[str, Any], entries: Entries) -> None:
+        """Can be called again after it failed anywhere."""
+        if partial.exists():  # or it has its name already
+            _copy(self._sidecar, partial / HF_DIR)
+            (partial / RESOLVED_RECIPE).write_text(self._recipe)
+            write_manifest(partial, manifest)
+            write_checksums(partial, entries)
+            remove_given_up(self._stage_dir, final.name)
+            publish(partial, final)
+        write_pointer(self._stage_dir, final.name)
 
 
 def verify_checkpoint(directory: Path) -> None:
@@ -220,7 +233,7 @@ def _refuse_other_copy(directory: Path, main: bytes, own: bytes) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """A directory; shutil.copytree's error would not tell that the disk is full."""
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     for path in source.iterdir():
         if path.is_dir():
             _copy(path, target / path.name)

@@ -57,7 +57,7 @@ def test_so_it_does_where_all_ranks_end_with_it(
     monkeypatch.setattr(
         dist, "all_gather_object", lambda found, own, _: found.__setitem__(slice(None), [own, (None, 2)])
     )
-    with pytest.raises(JointError, match="^/data/shard: ") as refused:
+    with pytest.raises(JointError, match=r"^/data/shard: ") as refused:
         together(action)
     assert refused.value.exit_code == code
 

@@ -40,6 +40,9 @@ stages:
 """
 
 
+PROGRAM = ("-m", "megatron_prolong")
+
+
 class Workspace:
     """A directory with a tokenizer, packed data and a recipe; runs are named within it."""
 
@@ -76,16 +79,17 @@ class Workspace:
         )
 
     def start_ranks(
-        self, run: str, *overrides: str, on_rank_1: Sequence[str] = ()
+        self, run: str, *overrides: str, on_rank_1: Sequence[str] = (), program: Sequence[str] = PROGRAM
     ) -> list[subprocess.Popen[str]]:
         """Two ranks as a launcher starts them; what each says goes to its `stderr`.
 
         on_rank_1: more overrides there, as if its node had another recipe.
+        program: of the command, for Python.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "megatron_prolong", "train", str(self.recipe(run)), *overrides]
+        command = [sys.executable, *program, "train", str(self.recipe(run)), *overrides]
         return [
             subprocess.Popen(
                 [*command, *(on_rank_1 if rank else ())],

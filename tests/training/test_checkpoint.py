@@ -51,6 +51,7 @@ from megatron_prolong.mcore.optimizer import MegatronOptimizer, build_optimizer
 from megatron_prolong.mcore.optimizer_shards import METADATA
 from megatron_prolong.recipe.schema import CheckpointSpec, Layout, OptimizerSpec
 from megatron_prolong.recipe.shape import ModelShape
+from megatron_prolong.runtime import passing
 from megatron_prolong.runtime.checksums import Entries, hash_files, verify_checksums
 from megatron_prolong.training import checkpoint
 from megatron_prolong.training.run_directory import latest_checkpoint
@@ -99,6 +100,7 @@ class Bench:
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, **spec: object) -> None:
         self.snapshots: list[FakeSnapshot] = []
         self.slow, self.num_bytes, self.reports = False, 10, []
+        monkeypatch.setattr(passing, "WAITS_SECONDS", (0.0, 0.0, 0.0))
         monkeypatch.setattr(checkpoint, "training_state", lambda model, optimizer: {})
         monkeypatch.setattr(checkpoint, "state_bytes", lambda state: 10)
         monkeypatch.setattr(checkpoint, "take_snapshot", self._take)
@@ -453,6 +455,48 @@ def test_latest_never_names_what_has_not_got_its_name_yet(bench, monkeypatch):
     with pytest.raises(UserError, match=r"step_00000002 could not be saved:\n  - rank 0: .*Stale") as refused:
         bench.writer.finish()
     assert refused.value.exit_code == 1 and bench.newest == 1
+
+
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "FakeSnapshot.write",
+        "shutil.disk_usage",
+        "shutil.copyfile",
+        "write_checksums",
+        "publish",
+        "write_pointer",
+    ],
+)
+def test_a_fault_of_the_file_server_costs_no_checkpoint(bench, monkeypatch, place, count, capfd):
+    """It ended the run, and the state was in memory. After each it is looked for anew what is done already."""
+    bench.save(1)
+    bench.writer.finish()
+    owner, _, name = f"checkpoint.{place}".rpartition(".")
+    owner = FakeSnapshot if place == "FakeSnapshot.write" else eval(owner)
+    function, failed = getattr(owner, name), []
+
+    def fails_at_first(*arguments):
+        if len(failed) < count:
+            failed.append(OSError(errno.ESTALE, "Stale file handle"))
+            if name == "publish":
+                function(*arguments)  # all but the last sync
+            raise failed[-1]
+        return function(*arguments)
+
+    with monkeypatch.context() as for_a_while:
+        for_a_while.setattr(owner, name, fails_at_first)
+        if count == 4 and name != "publish":
+            with pytest.raises(UserError, match="Stale file handle") as refused:
+                bench.save(2)
+                bench.writer.finish()
+            assert refused.value.exit_code == 1 and bench.newest == 1
+            return
+        bench.save(2)
+        bench.writer.finish()
+    assert bench.newest == 2 and bench.names == ["latest", "step_00000001", "step_00000002"]
+    assert capfd.readouterr().err.count("step_00000002: [Errno 116]") == len(failed)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
