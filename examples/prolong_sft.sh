@@ -82,7 +82,7 @@ save_and_stop() {
     ((ASKED == 0)) || return 0 # a second signal would end them at once
     ASKED=1
     echo "$(date '+%F %T') asked to stop: saving"
-    kill -USR1 "$TRAINING" # srun hands it to every process on every node
+    kill -USR1 "$TRAINING" 2>/dev/null || true # srun hands it to every process on every node; it may have just ended
     if [[ -n ${SLURM_JOB_ID:-} ]] && ((SECONDS < 120)) && is_an_hour_at_most "$(squeue -h -j "$SLURM_JOB_ID" -o %l)"; then
         echo "$TOO_SHORT"
         CANCELLED=1
@@ -107,10 +107,10 @@ wait "$TRAINING" || CODE=$? # its own, not that of a wait which a signal interru
 if [[ -n ${SLURM_JOB_ID:-} ]] && ((CODE != 0 && CANCELLED == 0)); then
     if ((CODE == 75 || ASKED)); then
         echo "$(date '+%F %T') stopped, back into the queue"
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$SLURM_JOB_ID" || true # with sbatch --no-requeue it is refused
     elif ((CODE != 2)) && AFTER=$(where_it_stands) && [[ $AFTER != "$BEFORE" ]]; then
         echo "$(date '+%F %T') failed ($CODE) behind new checkpoints, back into the queue"
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$SLURM_JOB_ID" || true # with sbatch --no-requeue it is refused
     fi
 fi
 exit "$CODE"

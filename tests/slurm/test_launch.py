@@ -205,6 +205,37 @@ def test_a_job_that_got_on_goes_back_into_the_queue(
     assert asked == requeued
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_exit_code_is_training_s_where_slurm_refuses_to_requeue(
+    asked: bool, commands: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is asked to stop after training has ended: `prolong status` does so here, the second time."""
+    ask = (
+        "if [[ -e ended ]]; then kill -USR1 $(<script.pid); sleep 0.2; date +%N; fi" if asked else "cat ended"
+    )
+    bodies = {
+        "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"\n',
+        "scontrol": 'if [[ $1 == show ]]; then echo node1; else echo "scontrol $*" >>calls.log; exit 1; fi\n',
+        "squeue": "echo 1-00:00:00\n",
+        "prolong": f"""case "$*" in
+            status*) {ask} ;;
+            *--processes*) echo 12 >ended; exit {1 if asked else 75} ;;
+        esac\n""",
+    }
+    for name, body in bodies.items():
+        command = commands.parent / "bin" / name
+        command.write_text(f"#!/bin/bash\n{body}")
+        command.chmod(0o755)
+    if not asked:
+        Path("ended").write_text("8\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1")
+    words = ["bash", "-c", "echo $$ >script.pid; exec bash script.sh"]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    assert result.returncode == (1 if asked else 75), result.stderr
+    assert "scontrol requeue 42" in commands.read_text()
+
+
 @pytest.mark.parametrize(
     ("limit", "requeued"),
     [("20:00", False), ("1:00:00", False), ("10:00:00", True), ("1-00:00:00", True), ("UNLIMITED", True)],
