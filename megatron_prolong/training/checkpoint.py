@@ -11,6 +11,7 @@ passes is waited out where no rank talks to another: the snapshot is still in me
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -194,7 +195,13 @@ class CheckpointWriter:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise _not_saved(partial, [_explained(error)]) from error
-        prune(self._stage_dir, self._spec.keep, self._spec.keep_every)
+        try:
+            prune(self._stage_dir, self._spec.keep, self._spec.keep_every)
+        except OSError as error:  # this one is complete, whatever becomes of those before it
+            print(
+                f"warning: {self._stage_dir}: old checkpoints stay until the next one is saved: {error}",
+                file=sys.stderr,
+            )
 
     def _name(self, partial: Path, final: Path, manifest: dict[str, Any], entries: Entries) -> None:
         """Can be called again after it failed anywhere."""

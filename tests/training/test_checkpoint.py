@@ -249,6 +249,31 @@ def test_an_old_checkpoint_that_cannot_be_deleted_yet_stops_nothing(tmp_path, mo
     assert bench.names == ["latest", "step_00000003"]
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_an_old_checkpoint_that_cannot_be_removed_goes_with_the_next_save(
+    tmp_path, monkeypatch, capfd, number
+):
+    """It ended the run, though the new one was complete."""
+    bench = Bench(tmp_path, monkeypatch, keep=1, async_save=False)
+    bench.save(1)
+    rename = Path.rename
+
+    def refused(path, target):
+        if path.name == "step_00000001":
+            raise OSError(number, os.strerror(number), str(path))
+        return rename(path, target)
+
+    with monkeypatch.context() as for_a_while:
+        for_a_while.setattr(Path, "rename", refused)
+        bench.save(2)
+    assert bench.newest == 2 and bench.names == ["latest", "step_00000001", "step_00000002"]
+    assert (
+        f"warning: {bench.stage}: old checkpoints stay until the next one is saved" in capfd.readouterr().err
+    )
+    bench.save(3)
+    assert bench.names == ["latest", "step_00000003"]
+
+
 def test_what_killed_processes_left_is_gone_before_space_is_looked_for(bench, monkeypatch):
     """A disk that holds a checkpoint more than is kept has no room for half a one and another one."""
     bench.save(1)
