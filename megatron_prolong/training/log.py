@@ -1,4 +1,8 @@
-"""What a run reports: a live bar on a terminal, lines elsewhere, metrics.jsonl and TensorBoard on disk."""
+"""What a run reports: a live bar on a terminal, lines elsewhere, metrics.jsonl and TensorBoard on disk.
+
+No training stops because its log cannot be written: that is told once. What metrics.jsonl lacks is kept in memory
+until it can be written; TensorBoard's writer is done for after an error, so its files go on at the next start.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,11 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -27,14 +32,16 @@ from megatron_prolong.runtime.strict_json import dumps
 
 @dataclass
 class RunLog:
-    """Open files and the terminal of the main rank; every other rank gets `None` instead of one."""
+    """Files and the terminal of the main rank; every other rank gets `None` instead of one."""
 
     console: Console
-    metrics: IO[str]
-    tensorboard: SummaryWriter
+    metrics: Path  # opened for every line, as an open file may be stale for good
+    tensorboard: SummaryWriter | None
     wandb: Any = None  # a wandb.Run, where the recipe asks for one
     progress: Progress | None = None
     task: TaskID | None = None
+    unwritten: str = ""  # lines of metrics.jsonl
+    was_warned: bool = False
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     def say(self, message: str) -> None:
@@ -93,16 +100,31 @@ class RunLog:
         self.say(f"{stage} {step} evaluation: {shown}")
 
     def _scalars(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        for key, value in values.items():
-            self.tensorboard.add_scalar(f"{stage}/{key}", value, step)
+        try:
+            if self.tensorboard is not None:
+                for key, value in values.items():
+                    self.tensorboard.add_scalar(f"{stage}/{key}", value, step)
+        except OSError as error:  # met by the writer's thread, at any earlier step
+            self.tensorboard = None
+            self.say(
+                f"warning: {TENSORBOARD} cannot be written, and gets nothing more until the next start: {error}"
+            )
         if self.wandb is not None:
             self.wandb.log(
                 {f"{stage}/step": step, **{f"{stage}/{key}": value for key, value in values.items()}}
             )
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.metrics.write(dumps(record) + "\n")
-        self.metrics.flush()
+        self.unwritten += dumps(record) + "\n"
+        try:
+            with self.metrics.open("a") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            self.unwritten = "\n" + self.unwritten.lstrip("\n")  # half of it may be there
+            if not self.was_warned:
+                self.was_warned = True
+                self.say(f"warning: {METRICS} cannot be written; its lines are kept until it can: {error}")
 
 
 @contextmanager
@@ -118,12 +140,22 @@ def open_log(recipe: Recipe) -> Iterator[RunLog]:
     if path.exists():
         written = path.read_bytes()
         os.truncate(path, written.rfind(b"\n") + 1)
+    path.touch()
     with (
-        path.open("a") as metrics,
-        SummaryWriter(str(run_dir / TENSORBOARD)) as tensorboard,
+        _tensorboard(run_dir / TENSORBOARD) as tensorboard,
         _wandb_run(recipe) if recipe.logging.wandb else nullcontext() as wandb,
     ):
-        yield RunLog(Console(), metrics, tensorboard, wandb)
+        yield RunLog(Console(), path, tensorboard, wandb)
+
+
+@contextmanager
+def _tensorboard(directory: Path) -> Iterator[SummaryWriter]:
+    writer = SummaryWriter(str(directory))
+    try:
+        yield writer
+    finally:
+        with suppress(OSError):  # of its thread, told when it was met
+            writer.close()
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -399,6 +401,23 @@ def test_half_a_line_of_a_process_that_died_does_not_spoil_the_next(tmp_path):
     assert _recorded(metrics, "short").keys() == {1, 2}
     lines = metrics.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines[:2]] == [1, 2] and len(lines) == 3
+
+
+def test_tensorboard_files_that_cannot_be_written_are_no_reason_to_stop(tmp_path, monkeypatch, capsys):
+    """Its writer's thread ends with the error, and raises it at any later step, and when it is closed."""
+
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with open_log(recipe(tmp_path)) as log:
+        thread = log.tensorboard.file_writer.event_writer._async_writer._worker
+        monkeypatch.setattr(thread._record_writer, "write", fails)
+        log._scalars("short", 1, {"loss": 2.0})
+        thread.join(60)
+        for step in (2, 3):
+            log._scalars("short", step, {"loss": 2.0})
+    assert capsys.readouterr().out.count("warning: tensorboard cannot be written") == 1
 
 
 def test_what_was_recorded_of_a_step_is_the_last_line_of_its_stage_with_a_loss(tmp_path):
