@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -160,7 +161,7 @@ def _tensorboard(directory: Path) -> Iterator[SummaryWriter]:
 
 @contextmanager
 def _wandb_run(recipe: Recipe) -> Iterator[Any]:
-    """One wandb run per run directory: a training that continues appends to it."""
+    """One wandb run per run directory: a training that continues appends to it. None where it does not begin."""
     try:
         import wandb
     except ImportError as error:
@@ -168,11 +169,15 @@ def _wandb_run(recipe: Recipe) -> Iterator[Any]:
             "logging.wandb: not installed; pip install 'megatron-prolong[wandb]', or leave the key out"
         ) from error
     identity = hashlib.sha256(str(recipe.run_dir.resolve()).encode()).hexdigest()[:12]
-    run = wandb.init(
-        project=recipe.logging.wandb, name=recipe.name, id=identity, resume="allow", dir=recipe.run_dir,
-        config=recipe.model_dump(mode="json"),
-    )  # fmt: skip
-    for stage in recipe.stages:
-        run.define_metric(f"{stage.name}/*", step_metric=f"{stage.name}/step")
-    with run:
-        yield run
+    try:
+        run = wandb.init(
+            project=recipe.logging.wandb, name=recipe.name, id=identity, resume="allow", dir=recipe.run_dir,
+            config=recipe.model_dump(mode="json"),
+        )  # fmt: skip
+        for stage in recipe.stages:
+            run.define_metric(f"{stage.name}/*", step_metric=f"{stage.name}/step")
+    except Exception as error:  # of many kinds: no network, no key, no room
+        run = nullcontext()
+        print(f"warning: nothing goes to Weights & Biases until the next start: {error}", file=sys.stderr)
+    with run as begun:
+        yield begun

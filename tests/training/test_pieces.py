@@ -6,11 +6,13 @@ import errno
 import json
 import math
 import re
+import sys
 import threading
 import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -418,6 +420,24 @@ def test_tensorboard_files_that_cannot_be_written_are_no_reason_to_stop(tmp_path
         for step in (2, 3):
             log._scalars("short", step, {"loss": 2.0})
     assert capsys.readouterr().out.count("warning: tensorboard cannot be written") == 1
+
+
+def test_weights_and_biases_out_of_reach_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
+    """At a requeue in the night, with the network down."""
+    begun = MagicMock()
+    init = Mock(side_effect=[ConnectionError("timed out"), begun])
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    of = recipe(tmp_path)
+    of = of.model_copy(update={"logging": of.logging.model_copy(update={"wandb": "a-project"})})
+    with open_log(of) as log:
+        log._scalars("short", 1, {"loss": 2.0})
+    assert (
+        "warning: nothing goes to Weights & Biases until the next start: timed out" in capsys.readouterr().err
+    )
+    with open_log(of) as log:
+        log._scalars("short", 2, {"loss": 2.0})
+    begun.__enter__().log.assert_called_once_with({"short/step": 2, "short/loss": 2.0})
+    begun.__exit__.assert_called_once()
 
 
 def test_what_was_recorded_of_a_step_is_the_last_line_of_its_stage_with_a_loss(tmp_path):
