@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import pickle
 import queue
 import warnings
 from collections.abc import Callable
@@ -61,6 +62,7 @@ _MEGATRON = Version(megatron_version).release
 # Megatron-Core 0.17 gave what is replaced here another name and place, and would leave writing to another package.
 _SINCE_0_17 = _MEGATRON >= (0, 17)
 _OWN_WRITER: dict[str, Any] = {"async_strategy": "mcore"} if _SINCE_0_17 else {}
+_NO_PLAN = pickle.dumps((None, None, None))
 
 
 def training_state(model: StageModel, optimizer: MegatronOptimizer) -> ShardedStateDict:
@@ -119,7 +121,40 @@ class Snapshot:
             finalize()
 
 
-def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
+class SaveStrategy(FullyParallelSaveStrategyWrapper):
+    """Shares the writing out over all ranks that hold the same numbers, and plans it once for the saves of a stage.
+
+    Planning takes every rank through what all ranks hold, while training waits. A plan is used again as long as
+    every rank holds the same shards, whatever their numbers, in the same group. It is kept as bytes: as objects
+    (34,000 on rank 0 of 512) it would be looked through after every step, for garbage.
+    """
+
+    parallelization_group: Any
+
+    def __init__(self) -> None:
+        super().__init__(_Strategy())
+        self._plan = _NO_PLAN
+
+    def async_save(self, sharded_state_dict: ShardedStateDict, *args: Any) -> AsyncRequest:
+        """Plan, or use the plan there is; and have Megatron's writer list what this rank writes. Collective."""
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        shards = [shard.without_data() for shard in nested_values(sharded_state_dict)]
+        planned_for, replicas, strategy = pickle.loads(self._plan)
+        planned = torch.tensor(int(group is self.parallelization_group and shards == planned_for))
+        dist.all_reduce(planned, op=dist.ReduceOp.MIN)  # ranks plan together or not at all
+        if planned:
+            for shard, replica in zip(nested_values(sharded_state_dict), replicas, strict=True):
+                shard.replica_id = replica
+            return strategy.async_save(sharded_state_dict, *args)
+        self.parallelization_group, self._plan, strategy = group, _NO_PLAN, _Strategy()
+        self.apply_saving_parallelization(sharded_state_dict)
+        replicas = [shard.replica_id for shard in nested_values(sharded_state_dict)]
+        request = strategy.async_save(sharded_state_dict, *args)
+        self._plan = pickle.dumps((shards, replicas, strategy))
+        return request
+
+
+def take_snapshot(directory: Path, state: ShardedStateDict, strategy: SaveStrategy) -> Snapshot:
     """Share the writing out over all ranks that hold the same numbers, and copy this rank's share. Collective.
 
     Megatron's own asynchronous writer forks processes (with CUDA and threads alive) and starts a manager to talk
@@ -127,11 +162,8 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
 
     Args:
         directory: exists and is empty; gets common.pt now (before 0.19), the rest from `write` and `finish`.
+        strategy: one for all saves of a stage.
     """
-    strategy = FullyParallelSaveStrategyWrapper(
-        _Strategy("torch_dist", 1, thread_count=1),
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-    )
     live = {value.data.untyped_storage().data_ptr() for value in _tensors(state)}
     quickly = [
         # no manager
@@ -158,13 +190,19 @@ def take_snapshot(directory: Path, state: ShardedStateDict) -> Snapshot:
 
 
 class _Strategy(torch_dist.TorchDistSaveShardedStrategy):
-    """Megatron's, but for the end: Megatron's tells the ranks through their GPUs that all is written, for which
-    NCCL would make a communicator of all ranks in the middle of training."""
+    """Megatron's, with the plan and the table of contents of its first save for all later ones. Two differences:
+    Megatron's makes them twice and compares, but trusts that no rank's shards have changed. And it tells the ranks
+    through their GPUs that all is written, for which NCCL would make a communicator of all ranks in the middle of
+    training."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1, thread_count=1, cached_metadata=True)
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *_: Any) -> AsyncRequest:
         _, metadata, _ = planned
         if metadata is not None:  # on rank 0; with the plans of all ranks it says everything twice
             vars(metadata).pop("all_local_plans", None)
+        self.cached_global_metadata, self.validated_cache_reuse = metadata, True
 
         def finish() -> None:
             results: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None

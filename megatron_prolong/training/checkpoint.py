@@ -26,7 +26,13 @@ import torch.distributed as dist
 from megatron_prolong.convert.manifest import write_manifest
 from megatron_prolong.errors import PassingError, UserError
 from megatron_prolong.mcore.build import StageModel
-from megatron_prolong.mcore.checkpoint import Snapshot, state_bytes, take_snapshot, training_state
+from megatron_prolong.mcore.checkpoint import (
+    SaveStrategy,
+    Snapshot,
+    state_bytes,
+    take_snapshot,
+    training_state,
+)
 from megatron_prolong.mcore.optimizer import MegatronOptimizer
 from megatron_prolong.recipe.run_files import RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import CheckpointSpec
@@ -93,6 +99,7 @@ class CheckpointWriter:
         self._stage_dir, self._spec, self._sidecar = stage_dir, spec, sidecar
         self._recipe, self._report = recipe, report
         self._pending: PendingSave | None = None
+        self._strategy = SaveStrategy()
 
     def save(self, model: StageModel, optimizer: MegatronOptimizer, manifest: dict[str, Any]) -> None:
         """Begin to save; waits for the save before, and for this one unless `checkpoint.async_save`.
@@ -114,7 +121,7 @@ class CheckpointWriter:
             )
         )
         with _full_disks_explained(partial):
-            snapshot = take_snapshot(partial, state)
+            snapshot = take_snapshot(partial, state, self._strategy)
         stall_seconds = time.perf_counter() - started
         self._pending = PendingSave(snapshot, manifest, num_bytes, stall_seconds, started)
         if not self._spec.async_save:

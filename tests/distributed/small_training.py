@@ -133,7 +133,7 @@ def train(rank: int, job: Job) -> Trained:
             assert metrics[-1].updated
         assert not job.offload_activations or model.offload.num_parked_bytes > 0
         if job.save:
-            save(job, model, optimizer, rank)
+            save(Path(job.save), model, optimizer, rank)
         assert nccl_groups() == connected, "NCCL took memory for a group in the middle of training"
         return Trained(
             [step.loss for step in metrics],
@@ -167,13 +167,13 @@ def load(job: Job, model, layout: Layout, spec: OptimizerSpec):
     return build_optimizer(model, spec, layout, lr=1e-3)
 
 
-def save(job: Job, model, optimizer, rank: int) -> None:
+def save(directory: Path, model, optimizer, rank: int, strategy=None) -> None:
     from tests.mcore.saving import save_weights_and_optimizer
 
-    save_weights_and_optimizer(Path(job.save), model, optimizer)
+    save_weights_and_optimizer(directory, model, optimizer, strategy)
     if rank == 0:
         manifest = {"format": 1, "kind": "training", "shape": model.shape.to_dict(), "step": 0}
-        (Path(job.save) / MANIFEST).write_text(json.dumps(manifest))
+        (directory / MANIFEST).write_text(json.dumps(manifest))
 
 
 def shards_of(model) -> list[tuple[str, tuple[int, ...], tuple[slice, ...], np.ndarray]]:

@@ -8,6 +8,8 @@ The weights in the file are those of the moment too, for who takes only them: an
 
 from __future__ import annotations
 
+import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,8 @@ import numpy as np
 import pytest
 import test_layouts
 import torch
-from small_training import VOCAB_SIZE, Job, assemble, shards_of, train
+import torch.distributed as dist
+from small_training import VOCAB_SIZE, Job, assemble, save, shards_of, train
 from test_layouts import assert_equal_weights, pool_of
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -68,6 +71,48 @@ def test_continues_at_another_layout(request, tmp_path, one_rank, before, after,
     assert_equal_weights(assemble(ranks), expected_weights, 1e-5)
 
 
+def save_after_every_step(rank: int, job: Job, root: str) -> None:
+    """Train; after every step save with the stage's plan (`step N`) and, to compare, with its own (`alone N`).
+
+    The first save of all fails on rank 1 alone, and after the third step one is given up with its snapshot taken.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from megatron_prolong.mcore.checkpoint import SaveStrategy, take_snapshot, training_state
+    from megatron_prolong.runtime.replace import replaced
+    from megatron_prolong.training import step
+
+    numbers, strategy, train_step = itertools.count(1), SaveStrategy(), step.train_step
+
+    def fail(*_: object) -> None:
+        raise OSError("no such disk")
+
+    def give_up(name: str, model, optimizer) -> None:
+        take_snapshot(new_directory(Path(root, name)), training_state(model, optimizer), strategy)
+
+    def step_and_save(model, optimizer, *args, **named):
+        metrics, number = train_step(model, optimizer, *args, **named), next(numbers)
+        if number == 1:
+            broken = [(FileSystemWriterAsync, "prepare_write_data", fail)] if rank == 1 else []
+            with replaced(broken), pytest.raises(OSError, match="no such") if broken else nullcontext():
+                give_up("failed", model, optimizer)
+        if number == 3:
+            give_up("given up", model, optimizer)
+        save(new_directory(Path(root, f"step {number}")), model, optimizer, rank, strategy)
+        save(new_directory(Path(root, f"alone {number}")), model, optimizer, rank)
+        return metrics
+
+    with replaced([(step, "train_step", step_and_save)]):
+        train(rank, job)
+
+
+def new_directory(path: Path) -> Path:
+    """As every rank sees it, empty."""
+    path.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    return path
+
+
 def stored_tensors(saved: Path) -> dict[str, torch.Tensor]:
     """All tensors in a checkpoint, whole; of the vocabulary without what a layout pads it with."""
     reader = torch_checkpoint.FileSystemReader(saved)
@@ -80,6 +125,28 @@ def stored_tensors(saved: Path) -> dict[str, torch.Tensor]:
     torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
     padded = ("word_embeddings.weight", "output_layer.weight")
     return {key: tensor[:VOCAB_SIZE] if key.endswith(padded) else tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(("before", "after"), [("dp2 distributed optimizer", "tp2 sp"), ("tp2 dp2", "pp2")])
+def test_every_save_of_a_stage_holds_its_own_numbers(request, tmp_path, before, after, checkpoint):
+    """The saves of a stage share one plan; a plan of its own writes the same, and another layout loads it."""
+    first = Job(LAYOUTS[before], checkpoint, precision="bf16", last=4)
+    pool_of(request, first.layout).run(save_after_every_step, first, str(tmp_path))
+    last: dict[str, torch.Tensor] = {}
+    for number in range(1, 5):
+        saved, again = tmp_path / f"step {number}", tmp_path / f"again {number}"
+        expected = stored_tensors(tmp_path / f"alone {number}")
+        assert last.keys() <= expected.keys() and all(
+            not torch.equal(expected[key], tensor) for key, tensor in last.items() if "layernorm" not in key
+        )
+        again.mkdir()
+        second = Job(LAYOUTS[after], str(saved), precision="bf16", last=0, save=str(again))
+        pool_of(request, second.layout).run(train, second)
+        for found in (stored_tensors(saved), stored_tensors(again)):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+        last = expected
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -7,16 +7,19 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_prolong.mcore.build import StageModel
-from megatron_prolong.mcore.checkpoint import _model_state, take_snapshot, training_state
+from megatron_prolong.mcore.checkpoint import SaveStrategy, _model_state, take_snapshot, training_state
 from megatron_prolong.mcore.optimizer import MegatronOptimizer
 
 
 def save_weights_and_optimizer(
-    directory: Path, model: StageModel, optimizer: MegatronOptimizer | None
+    directory: Path,
+    model: StageModel,
+    optimizer: MegatronOptimizer | None,
+    strategy: SaveStrategy | None = None,
 ) -> None:
     """Write this rank's share into `directory`, which must exist and be empty. Collective."""
     state = training_state(model, optimizer) if optimizer else _model_state(model)
-    snapshot = take_snapshot(directory, state)
+    snapshot = take_snapshot(directory, state, strategy or SaveStrategy())
     snapshot.write()
     dist.barrier()
     snapshot.finish()

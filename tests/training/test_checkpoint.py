@@ -11,10 +11,12 @@ import random
 import shutil
 import subprocess
 import threading
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,6 +25,8 @@ import torch.distributed as dist
 from megatron.core import __version__ as megatron_core_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.strategies import fully_parallel
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from packaging.version import Version
 from torch.distributed import checkpoint as torch_checkpoint
@@ -38,8 +42,10 @@ from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.mcore import checkpoint as saved
 from megatron_prolong.mcore.build import StageModel, build_model
 from megatron_prolong.mcore.checkpoint import (
+    SaveStrategy,
     _model_state,
     _WeightsOnlyPlanner,
+    load_weights,
     load_weights_and_optimizer,
     state_bytes,
     take_snapshot,
@@ -111,7 +117,7 @@ class Bench:
             self.stage, CheckpointSpec(**spec), root / "hf", "name: test\n", self.reports.append
         )
 
-    def _take(self, directory: Path, state: object) -> FakeSnapshot:
+    def _take(self, directory: Path, *_: object) -> FakeSnapshot:
         snapshot = FakeSnapshot(directory, self.num_bytes)
         if not self.slow:
             snapshot.may_write.set()
@@ -426,9 +432,9 @@ def test_checksums_are_of_what_every_rank_has_written_not_of_what_is_read_later(
 def test_a_report_says_how_long_training_stood_still(bench, monkeypatch):
     clock = [0.0]
 
-    def take(directory, state):
+    def take(directory, *_):
         clock[0] += 2
-        return bench._take(directory, state)
+        return bench._take(directory)
 
     def finish(self):
         clock[0] += 3
@@ -591,7 +597,7 @@ def test_a_snapshot_is_of_its_moment(trained, tmp_path):
     """Everything changes between the copy and the writing; the file has what there was at the copy."""
     model, optimizer, _ = trained
     expected = numbers(model, optimizer)
-    snapshot = take_snapshot(tmp_path, training_state(model, optimizer))
+    snapshot = take_snapshot(tmp_path, training_state(model, optimizer), SaveStrategy())
     for _ in range(2):
         optimizer.step()
     assert not any(torch.equal(*pair) for pair in zip(expected, numbers(model, optimizer), strict=True))
@@ -605,7 +611,7 @@ def test_a_snapshot_is_of_its_moment(trained, tmp_path):
 
 def test_completing_a_save_needs_no_gpu(trained, tmp_path, monkeypatch):
     """Where the GPU is full, there is no memory for a message to all ranks."""
-    snapshot = take_snapshot(tmp_path, training_state(trained.model, trained.optimizer))
+    snapshot = take_snapshot(tmp_path, training_state(trained.model, trained.optimizer), SaveStrategy())
     snapshot.write()
     monkeypatch.delattr(torch.cuda, "current_device")
     snapshot.finish()
@@ -624,7 +630,7 @@ def test_the_size_of_a_checkpoint_counts_what_several_ranks_hold_once(trained):
 @with_common_file
 def test_a_rank_may_have_nothing_to_write(trained, tmp_path):
     """All it holds may be written by others that hold the same."""
-    snapshot = take_snapshot(tmp_path, {"step": 1})
+    snapshot = take_snapshot(tmp_path, {"step": 1}, SaveStrategy())
     assert snapshot.write() == {}
     snapshot.finish()
     assert not list(tmp_path.glob("*.distcp"))
@@ -632,7 +638,7 @@ def test_a_rank_may_have_nothing_to_write(trained, tmp_path):
 
 def test_a_disk_that_turns_out_full_at_the_end_is_noticed(trained, tmp_path, monkeypatch):
     """NFS takes a file and says only when it is synced that there is no room for it."""
-    snapshot = take_snapshot(tmp_path, training_state(trained.model, trained.optimizer))
+    snapshot = take_snapshot(tmp_path, training_state(trained.model, trained.optimizer), SaveStrategy())
 
     def full(_):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
@@ -685,6 +691,57 @@ def test_groups_keep_what_the_adam_that_saved_them_did_not_have(trained, tmp_pat
         group["bias_correction"], group["step"] = True, 7
     load_weights_and_optimizer(tmp_path, model, optimizer)
     assert [(group["bias_correction"], group["step"]) for group in optimizer.param_groups] == [(True, 1)] * 2
+
+
+def test_the_saves_of_a_stage_are_planned_once(trained, tmp_path, monkeypatch):
+    """And anew when something else is saved, here the weights alone, or began to be."""
+    model, optimizer, _ = trained
+    strategy, calls = SaveStrategy(), Counter()
+    for owner, name in (
+        (saved._SavePlanner, "create_global_plan"),
+        (fully_parallel, "determine_global_metadata"),
+    ):
+        monkeypatch.setattr(owner, name, counted(calls, name, getattr(owner, name)))
+
+    def save(name: str, what: MegatronOptimizer | None) -> Path:
+        directory = tmp_path / name
+        directory.mkdir()
+        save_weights_and_optimizer(directory, model, what, strategy)
+        return directory
+
+    for number in range(4):
+        if number == 3:
+            with monkeypatch.context() as broken:
+                broken.delattr(FileSystemWriterAsync, "prepare_write_data")
+                with pytest.raises(AttributeError):
+                    save("broken", None)
+        expected, steps = numbers(model, optimizer), steps_of(optimizer)
+        directory = save(f"all {number}", optimizer)
+        optimizer.step()
+        load_weights_and_optimizer(directory, model, optimizer)
+        for found, wanted in zip(numbers(model, optimizer), expected, strict=True):
+            assert torch.equal(found, wanted)
+        assert steps_of(optimizer) == steps
+        assert set(calls.values()) == {1 if number < 3 else 3}
+        optimizer.step()
+    expected = [weight.detach().clone() for weight in model.chunks[0].parameters()]
+    directory = save("weights", None)
+    optimizer.step()
+    load_weights(directory, model)
+    for found, wanted in zip(model.chunks[0].parameters(), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def steps_of(optimizer: MegatronOptimizer) -> list[int]:
+    return [group["step"] for group in optimizer.param_groups]
+
+
+def counted(calls: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        calls[name] += 1
+        return function(*args)
+
+    return call
 
 
 def test_megatrons_own_loader_reads_a_rank_s_shards_too(trained, tmp_path):
