@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from megatron_prolong.recipe.shape import read_json
 from megatron_prolong.runtime.agreement import from_main
 from megatron_prolong.runtime.full_gpu import naming_a_full_gpu
 from megatron_prolong.runtime.launch import World
+from megatron_prolong.runtime.watchdog import Watchdog
 
 SCORES = "scores.json"
 PASSAGES_SEED = 42
@@ -66,27 +69,36 @@ class CheckpointEvaluation:
         # Rank 0's answer: file systems show a new file to others late.
         if from_main(_measured(out / SCORES, about)):
             return {}
+        full_gpu = partial(
+            naming_a_full_gpu, lambda: str(out), "shorten evaluation.lengths, or leave evaluation out"
+        )
         with (
-            naming_a_full_gpu(lambda: str(out), "shorten evaluation.lengths, or leave evaluation out"),
-            open_megatron(checkpoint, world=self.world) as backend,
+            Watchdog(self.world.rank, start=f"the evaluation {out}") as watchdog,
+            full_gpu(),
+            open_megatron(checkpoint, world=self.world, watchdog=watchdog) as backend,
         ):
             if backend is None:
                 return {}
-            inputs = Inputs(self.spec.data, backend.tokenizer, max_samples=self.spec.samples)
-            settings = Settings(too_long="allow", model_identity=identity)
             try:
-                losses = self._losses(backend)
-                results = run_suite(
-                    self.tasks, _Interruptible(backend, self.interrupted), inputs, settings, out
-                )
-                scores = losses | {f"{result.name}/{result.length}": result.score for result in results}
+                with full_gpu():
+                    scores = self._scores(backend, identity, out)
                 write_json(out / SCORES, {**about, "scores": scores})
                 return scores
             except _Interrupted:
                 return {}
-            except (UserError, OSError) as error:  # no reason to lose days of training
-                print(f"warning: {out}: not measured, training goes on: {error}", file=sys.stderr)
+            except Exception as error:  # no reason to lose days of training
+                if backend.inference.midway and self.world.size > 1:  # the others are in a call of the model
+                    raise
+                said = error if isinstance(error, UserError | OSError) else traceback.format_exc()
+                print(f"warning: {out}: not measured, training goes on: {said}", file=sys.stderr)
                 return {}
+
+    def _scores(self, backend: ScoringBackend, identity: str, out: Path) -> dict[str, float]:
+        inputs = Inputs(self.spec.data, backend.tokenizer, max_samples=self.spec.samples)
+        settings = Settings(too_long="allow", model_identity=identity)
+        losses = self._losses(backend)
+        results = run_suite(self.tasks, _Interruptible(backend, self.interrupted), inputs, settings, out)
+        return losses | {f"{result.name}/{result.length}": result.score for result in results}
 
     def _losses(self, backend: ScoringBackend) -> dict[str, float]:
         losses = []

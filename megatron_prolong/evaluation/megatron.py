@@ -28,6 +28,7 @@ from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import ModelShape, read_json, read_shape
 from megatron_prolong.runtime.agreement import together
 from megatron_prolong.runtime.launch import World, distributed
+from megatron_prolong.runtime.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,12 @@ class MegatronBackend:
 
 @contextmanager
 def open_megatron(
-    directory: Path, *, batch_size: int = 1, cp: int = 1, world: World | None = None
+    directory: Path,
+    *,
+    batch_size: int = 1,
+    cp: int = 1,
+    world: World | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Iterator[MegatronBackend | None]:
     """Load a checkpoint directory on all ranks of the job; collective, and outside any `megatron(…)`.
 
@@ -77,6 +83,7 @@ def open_megatron(
         batch_size: prompts decoded together by each replica of the model.
         cp: ranks that share each prompt: the work of reading it, and its keys and values.
         world: the job's ranks if torch.distributed is running already; else it is started and ended here.
+        watchdog: fed with every forward pass.
 
     Yields:
         On the main rank the backend. On the others None, once the main rank is done with it.
@@ -91,6 +98,8 @@ def open_megatron(
         groups = stack.enter_context(megatron(layout, seed=0))  # nothing draws from it
         precision = "fp32" if world.device.type == "cpu" else "bf16"
         inference = load_for_inference(directory, layout, groups, world.device, precision)
+        if watchdog is not None:
+            watchdog.feed_with(inference.model.chunks)
         members = stack.enter_context(crew(inference, _ending(directory), world, groups.dp))
         if members is None:
             yield None

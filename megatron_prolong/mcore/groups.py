@@ -20,6 +20,7 @@ from megatron_prolong.mcore.adam import fused_adam_in_megatron
 from megatron_prolong.mcore.cpu import cuda_on_cpu
 from megatron_prolong.mcore.specs import runs_on_transformer_engine
 from megatron_prolong.recipe.schema import Layout
+from megatron_prolong.runtime.launch import GROUP_TIMEOUT, refuse_few_open_files
 from megatron_prolong.runtime.seeding import seed_everything
 
 
@@ -64,6 +65,7 @@ def megatron(layout: Layout, seed: int) -> Iterator[ParallelGroups]:
         gc.collect()
         gc.collect()  # fp8 weights refer to themselves; the first pass only frees the autograd nodes that hold them
         torch.cuda.empty_cache()
+        refuse_few_open_files(_sockets(layout))
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
@@ -71,6 +73,7 @@ def megatron(layout: Layout, seed: int) -> Iterator[ParallelGroups]:
             context_parallel_size=layout.cp,
             hierarchical_context_parallel_sizes=_hierarchy(layout),
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=round(GROUP_TIMEOUT.total_seconds() / 60),
         )
         stack.push(_undo_groups)
         seed_everything(seed)
@@ -88,6 +91,12 @@ def megatron(layout: Layout, seed: int) -> Iterator[ParallelGroups]:
         if torch.cuda.is_available():
             _connect(groups, layout)
         yield groups
+
+
+def _sockets(layout: Layout) -> int:
+    """To other ranks, at most: of the rendezvous, three groups of all ranks, and five of those that hold the same
+    weights (counted at 8 to 512 ranks)."""
+    return round((4 + 5 / (layout.tp * layout.pp)) * (dist.get_world_size() - 1))
 
 
 def _connect(groups: ParallelGroups, layout: Layout) -> None:

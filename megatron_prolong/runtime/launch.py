@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.runtime.cores import usable_cores
@@ -21,9 +22,14 @@ from megatron_prolong.runtime.gpu_environment import set_gpu_environment
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
 from megatron_prolong.runtime.open_files import allow_open_files
 from megatron_prolong.runtime.rendezvous import Rendezvous, interface_towards, read_number, read_rendezvous
+from megatron_prolong.runtime.watchdog import HANG_SECONDS
 
 FEWEST_OPEN_FILES = 512  # a single process of the smallest model has 93 open
 _GROUPS_OF_ALL = 3  # that hold every rank: the default one and two of Megatron's
+_MEETING = timedelta(minutes=30)  # a node may be slow to start
+# A collective that waits longer fails on every rank, so that one that is gone without a word never leaves the
+# others hanging. Beyond the watchdog's patience: only the rank that hangs knows where.
+GROUP_TIMEOUT = timedelta(seconds=HANG_SECONDS) + timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,11 @@ class World:
 
 
 @contextmanager
-def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
-    """Initialise the default process group, yield this process's place in it, and leave cleanly.
-
-    Args:
-        timeout_seconds: a collective that waits longer than this fails on every rank, so that one dead rank
-            never leaves the others hanging. Long enough for the slowest rank to write its part of a checkpoint.
-    """
+def distributed() -> Iterator[World]:
+    """Initialise the default process group, yield this process's place in it, and leave cleanly."""
     set_gpu_environment()  # of programs other than `prolong`, which has done so earlier
     place = read_rendezvous(os.environ)
-    _refuse_few_open_files(FEWEST_OPEN_FILES + _GROUPS_OF_ALL * (place.size - 1))
+    refuse_few_open_files(_GROUPS_OF_ALL * (place.size - 1))
     if torch.cuda.is_available():
         if place.local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -70,7 +71,7 @@ def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
     several_machines = place.size > place.local_size or read_number(os.environ, "SLURM_NNODES", 1) > 1
     if several_machines and (interface := interface_towards(place.address)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    _meet(backend, place, timeout_seconds)
+    _meet(backend, place)
     with naming_lost_ranks(place.rank, lambda: "a collective"):
         try:
             yield World(place.rank, place.size, place.local_rank, device)
@@ -82,20 +83,16 @@ def distributed(timeout_seconds: float = 1800.0) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _meet(backend: str, place: Rendezvous, timeout_seconds: float) -> None:
+def _meet(backend: str, place: Rendezvous) -> None:
     """Find the other ranks.
 
     Raises:
         UserError: the port is taken, the first node is not found, or a rank does not come.
     """
     try:
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{place.address}:{place.port}",
-            rank=place.rank,
-            world_size=place.size,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
+        url = f"tcp://{place.address}:{place.port}"
+        store, rank, size = next(rendezvous(url, place.rank, place.size, timeout=_MEETING))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=GROUP_TIMEOUT)
     except (RuntimeError, ValueError) as error:  # ValueError: a port beyond 65535
         said = str(error).splitlines()[0]
         hint = (
@@ -109,12 +106,13 @@ def _meet(backend: str, place: Rendezvous, timeout_seconds: float) -> None:
         ) from error
 
 
-def _refuse_few_open_files(fewest: int) -> None:
+def refuse_few_open_files(sockets: int) -> None:
     """gloo keeps a socket to every rank in every group of ranks.
 
     Raises:
-        UserError: these are too few; PyTorch would end with an error of its own, or wait for ever.
+        UserError: a process may open too few; PyTorch would end with an error of its own, or wait for ever.
     """
+    fewest = FEWEST_OPEN_FILES + sockets
     if (most := allow_open_files()) < fewest:
         raise UserError(
             f"a process may open {most} files here; training takes at least {fewest} (sockets to all ranks and "

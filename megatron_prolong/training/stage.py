@@ -39,9 +39,6 @@ _LESS_MEMORY = (
     "`prolong plan` shows which layouts fit: more tp or cp, recompute and offload_activations take less "
     "(docs/training.md)"
 )
-# From one micro-batch to the next, which takes minutes (a step of 8M tokens takes hours on a few GPUs). Saving a
-# checkpoint of 70B, or reading it once, must fit too.
-HANG_SECONDS = 3600.0
 
 
 class Preempted(Exception):  # noqa: N818 - an event, not an error
@@ -105,13 +102,12 @@ def open_stage(
     with (
         deterministic_kernels(recipe.deterministic),
         megatron(settings_of(recipe, stage).layout, stage.seed) as groups,
-        Watchdog(rank, HANG_SECONDS) as watchdog,
+        Watchdog(rank) as watchdog,
         naming_lost_ranks(rank, lambda: f"{watchdog.where} of stage {stage.name}"),
         naming_a_full_gpu(lambda: f"rank {rank}, {watchdog.where} of stage {stage.name}", _LESS_MEMORY),
     ):
         run = prepare_stage(recipe, stage, start, world, groups, verified=watchdog.feed)
-        for chunk in run.model.chunks:
-            chunk.register_forward_pre_hook(lambda *_: watchdog.feed())
+        watchdog.feed_with(run.model.chunks)
         yield run, together(lambda: first_state(run, start)), watchdog
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -24,7 +24,9 @@ from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation import in_training
 from megatron_prolong.evaluation.documents import Passage
 from megatron_prolong.evaluation.in_training import CheckpointEvaluation, _measured
+from megatron_prolong.evaluation.megatron import open_megatron
 from megatron_prolong.recipe.schema import EvaluationSpec
+from megatron_prolong.runtime.watchdog import Watchdog
 
 RECIPE = """\
 name: tiny
@@ -151,6 +153,43 @@ def test_another_length_of_the_same_documents_is_measured(
         measure = CheckpointEvaluation(spec, [], passages, tmp_path, Mock(), lambda: False)
         found.append(measure(tmp_path / "stage" / "step"))
     assert found == [{"held_out_loss/64": 64}, {"held_out_loss/128": 128}, {}]
+
+
+@pytest.mark.parametrize(("midway", "size", "ends"), [(False, 2, False), (True, 1, False), (True, 2, True)])
+def test_a_defect_of_an_evaluation_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, midway: bool, size: int, ends: bool
+) -> None:
+    """But where other ranks wait in a call of the model, only its end tells them."""
+    monkeypatch.setattr(in_training, "from_main", lambda value: value)
+    model = Mock(token_logprobs=Mock(side_effect=ValueError("a defect")), inference=Mock(midway=midway))
+    watched = []
+
+    def opened(*_: object, watchdog: Watchdog, **__: object) -> AbstractContextManager[Mock]:
+        watched.append(watchdog.where)
+        return nullcontext(model)
+
+    monkeypatch.setattr(in_training, "open_megatron", opened)
+    spec = EvaluationSpec(lengths=(64,), suite="none", held_out=("a.txt",))
+    world = Mock(rank=0, size=size)
+    measure = CheckpointEvaluation(
+        spec, [], [Passage("a.txt", np.arange(64))], tmp_path, world, lambda: False
+    )
+    with pytest.raises(ValueError, match="a defect") if ends else nullcontext():
+        assert measure(tmp_path / "stage" / "step") == {}
+    said = capsys.readouterr().err
+    assert ("not measured, training goes on: " in said and "a defect" in said) is not ends
+    assert watched == [f"the evaluation {tmp_path}/stage/step"]
+
+
+def test_every_pass_of_the_model_feeds_the_watchdog(evaluated: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed = []
+    monkeypatch.setattr(Watchdog, "feed", lambda self, step=None: fed.append(step))
+    checkpoint = evaluated.root / "evaluated/short/step_00000005"
+    with open_megatron(checkpoint, watchdog=Watchdog(rank=0)) as backend:
+        assert backend is not None
+        fed.clear()
+        backend.token_logprobs([1, 2, 3])
+        assert fed
 
 
 def test_the_loss_of_held_out_documents_is_that_of_eval_perplexity(runs: Runs) -> None:

@@ -262,7 +262,7 @@ def broken_on_rank_0() -> None:
 def run_rank(rank: int, directory: str, action) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     try:
-        with distributed(timeout_seconds=60):
+        with distributed():
             together(action)
         text = "nothing"
     except JointError as error:
