@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -33,14 +32,14 @@ def check(state: TrainState, metrics: StepMetrics, sequences: Sequence[PackedSeq
             _stop(
                 state, f"{skips} steps in a row had no targets, or a non-finite loss or gradient", sequences
             )
-    elif len(state.recent_losses) == LOSS_WINDOW:
-        usual = statistics.median(state.recent_losses)
+    elif state.usual_loss is not None:
+        usual = state.usual_loss
         latest = [*state.recent_losses[1 - BAD_IN_A_ROW :], metrics.loss]
         if min(latest) > usual + SPIKE_NATS:
             _stop(
                 state,
                 f"loss {metrics.loss:.2f}, and {BAD_IN_A_ROW} steps in a row more than {SPIKE_NATS:g} above "
-                f"{usual:.2f}, the median of the last {LOSS_WINDOW}",
+                f"{usual:.2f}, the lowest median of {LOSS_WINDOW} steps",
                 sequences,
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ class TrainState:
         skipped_in_a_row: of them, the last ones, those that the recipe passes over not counted.
         recent_losses: of the last LOSS_WINDOW steps that made an update. In the checkpoint, so that a run that goes
             on judges a step as one that was never stopped (training/guard.py).
+        usual_loss: their median where it was lowest; a loss that climbs slowly does not become the usual one.
         domain_tokens: tokens consumed by domain.
         stream: fingerprint of the batch stream; a resume on another stream is refused.
     """
@@ -37,6 +39,7 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    usual_loss: float | None = None
     domain_tokens: dict[str, int] = field(default_factory=dict)
     stream: str = ""
 
@@ -55,12 +58,20 @@ class TrainState:
         for sequence in sequences:
             domain = sequence.identity.domain
             domains[names.get(domain, domain)] += sequence.num_tokens
+        recent, usual = (
+            [*self.recent_losses, *[metrics.loss] * metrics.updated][-LOSS_WINDOW:],
+            self.usual_loss,
+        )
+        if len(recent) == LOSS_WINDOW:
+            median = statistics.median(recent)
+            usual = median if usual is None else min(usual, median)
         return dataclasses.replace(
             self,
             step=self.step + 1,
             tokens=domains.total(),
             skipped=self.skipped + (not metrics.updated),
             skipped_in_a_row=0 if metrics.updated else self.skipped_in_a_row + metrics.wanted,
-            recent_losses=[*self.recent_losses, *[metrics.loss] * metrics.updated][-LOSS_WINDOW:],
+            recent_losses=recent,
+            usual_loss=usual,
             domain_tokens=dict(domains),
         )

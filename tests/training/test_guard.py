@@ -58,3 +58,22 @@ def test_a_loss_that_stays_high_stops_the_run_but_an_odd_batch_or_a_high_start_d
     state = walk(state, [*[30.0] * (BAD_IN_A_ROW - 1), 4.0, 30.0])
     with pytest.raises(UserError, match=r"loss 31\.00, and 5 steps in a row more than 3 above"):
         walk(state, [*[30.0] * (BAD_IN_A_ROW - 2), 31.0])
+
+
+def test_a_loss_that_climbs_slowly_stops_the_run_too():
+    """Within 250 steps the last good checkpoint may be pruned."""
+    state = walk(TrainState("64k"), [2.0] * LOSS_WINDOW)
+    climb = [2.0 + 0.05 * step for step in range(60)]
+    state = walk(state, climb)
+    with pytest.raises(
+        UserError, match=r"loss 5\.2\d, and 5 steps in a row more than 3 above 2\.00, the lowest"
+    ):
+        walk(state, [5.0 + 0.05 * step for step in range(20)])
+
+
+def test_a_checkpoint_of_before_goes_on():
+    """It does not tell the usual loss; that of its last steps counts, from the next one on."""
+    fields = TrainState("64k", recent_losses=[2.0] * LOSS_WINDOW).to_dict()
+    del fields["usual_loss"]
+    with pytest.raises(UserError, match=r"above 2\.00"):
+        walk(TrainState.from_dict(fields), [2.0, *[9.0] * BAD_IN_A_ROW])
