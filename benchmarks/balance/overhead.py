@@ -2,7 +2,7 @@
 
 python benchmarks/balance/overhead.py     (half a minute; writes overhead.json)
 
-Processor time of one core, least of five: training does it while the step before still runs.
+Processor time of one core, least of five: training does it between two steps.
 """
 
 from __future__ import annotations

@@ -74,10 +74,8 @@ def run() -> None:
     """Console entry point. `--debug` anywhere on the line keeps the traceback of a user error."""
     # A crash below Python (a mapped shard that the file server no longer gives, a library's bug) says where it was.
     faulthandler.enable(2)
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # no locale, and no name of a file, ends a run that is about to print it
+    # No locale, and no name of a file, ends a run that is about to print it.
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     set_gpu_environment()  # before a command imports torch, which reads some of it as it does

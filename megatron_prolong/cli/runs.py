@@ -33,10 +33,8 @@ def runs(
     for path in find_runs(directory):
         try:
             found.append(read_run(path))
-        except (
-            UserError,
-            OSError,
-        ) as error:  # one that is damaged, or closed to us, does not hide the others
+        except (UserError, OSError) as error:
+            # One that is damaged, or closed to us, does not hide the others.
             why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
             print(f"warning: left out: {why}", file=sys.stderr)
     if json_output:
