@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import is_alive
+from megatron_prolong.runtime.publish import is_alive_here
 
 LOCK = ".lock"
 # Lustre evicts a node that is gone after one to five minutes, NFS forgets it after 90 s.
@@ -95,11 +95,8 @@ class DirectoryLock:
 
 
 def _is_alive_here(holder: dict[str, Any]) -> bool:
-    return (
-        holder.get("host") == socket.gethostname()
-        and isinstance(holder["pid"], int)
-        and is_alive(holder["pid"])
-    )
+    host, pid = holder.get("host"), holder.get("pid")
+    return isinstance(host, str) and isinstance(pid, int) and is_alive_here(host, pid)
 
 
 def _read(file: IO[str]) -> dict[str, Any]:

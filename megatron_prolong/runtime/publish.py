@@ -102,7 +102,7 @@ def remove_leftovers(parent: Path, name: str = "*") -> None:
     """
     for path in parent.glob(f"{name}.tmp-*"):
         found = re.fullmatch(r".*\.tmp-(.+)-(\d+)", path.name)
-        if found is None or (found[1] == socket.gethostname() and is_alive(int(found[2]))):
+        if found is None or is_alive_here(found[1], int(found[2])):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -126,8 +126,10 @@ def is_forbidden(error: BaseException) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def is_alive(pid: int) -> bool:
-    """Whether this machine has such a process."""
+def is_alive_here(host: str, pid: int) -> bool:
+    """Whether this machine is `host` and has such a process."""
+    if host != socket.gethostname():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

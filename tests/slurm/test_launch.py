@@ -97,6 +97,14 @@ def test_no_sbatch(monkeypatch: pytest.MonkeyPatch) -> None:
         submit_script("#!/bin/bash\n")
 
 
+def put(directory: Path, bodies: dict[str, str]) -> None:
+    """Stand-ins for commands, as name and shell script."""
+    for name, body in bodies.items():
+        command = directory / name
+        command.write_text(f"#!/bin/bash\n{body}")
+        command.chmod(0o755)
+
+
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand-ins for prolong and sbatch that write their arguments to calls.log."""
@@ -112,9 +120,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f"if [[ $* == *--processes* ]]; then exec {sys.executable} {tmp_path}/worker.py; fi\n",
         "sbatch": "cat >/dev/null; echo '42;cluster'\n",
     }
-    for name, body in bodies.items():
-        (directory / name).write_text(f"#!/bin/bash\n{log}{body}")
-        (directory / name).chmod(0o755)
+    put(directory, {name: log + body for name, body in bodies.items()})
     monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
     for name in [name for name in os.environ if name.startswith("SLURM_")] + ["OVERRIDES", "MASTER_ADDR"]:
         monkeypatch.delenv(name, raising=False)
@@ -149,11 +155,21 @@ def test_a_failed_check_ends_the_job_before_training(commands: Path, monkeypatch
     assert "--processes" not in commands.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_reaches_the_training_processes_and_their_save_is_waited_for(
-    commands: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STEPS", "300")
+@pytest.fixture
+def job(commands: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same within job 42 of Slurm, whose scontrol writes to calls.log what it is asked for."""
+    bodies = {
+        "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"\n',
+        "scontrol": 'if [[ $1 == show ]]; then echo node1; else echo "scontrol $*" >>calls.log; fi\n',
+    }
+    put(commands.parent / "bin", bodies)
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1")
+    return commands
+
+
+def asked_to_stop(number: signal.Signals) -> str:
+    """What the script prints that gets this signal at its first step, and ends with 75."""
     with subprocess.Popen(["bash", "script.sh"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         seen = ""
@@ -163,6 +179,15 @@ def test_a_signal_reaches_the_training_processes_and_their_save_is_waited_for(
         process.send_signal(number)
         seen += process.stdout.read()
         assert process.wait(timeout=30) == 75
+    return seen
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_reaches_the_training_processes_and_their_save_is_waited_for(
+    commands: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPS", "300")
+    seen = asked_to_stop(number)
     assert "asked to stop: saving" in seen and "saved" in seen
 
 
@@ -179,42 +204,34 @@ def test_a_signal_reaches_the_training_processes_and_their_save_is_waited_for(
     ],
 )
 def test_a_job_that_got_on_goes_back_into_the_queue(
-    code: int, new_checkpoint: bool | None, requeued: bool, commands: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, new_checkpoint: bool | None, requeued: bool, job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But not one that made no checkpoint (None: nobody can say), or met a mistake (exit code 2) that it would meet
     again."""
     meanwhile = {True: "echo 12 >stands;", False: "", None: "rm stands;"}[new_checkpoint]
     bodies = {
-        "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"\n',
-        "scontrol": 'if [[ $1 == show ]]; then echo node1; else echo "scontrol $*" >>calls.log; fi\n',
         "prolong": f"""case "$*" in
             status*) cat stands ;;
             *--processes*) {meanwhile} exit {code} ;;
         esac\n""",
     }
-    for name, body in bodies.items():
-        command = commands.parent / "bin" / name
-        command.write_text(f"#!/bin/bash\n{body}")
-        command.chmod(0o755)
+    put(job.parent / "bin", bodies)
     Path("stands").write_text("8\n")
-    monkeypatch.setenv("SLURM_JOB_ID", "42")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1")
     result = subprocess.run(["bash", "script.sh"], capture_output=True, text=True, timeout=30)
     assert result.returncode == code, result.stderr
-    asked = commands.exists() and "scontrol requeue 42" in commands.read_text()
+    asked = job.exists() and "scontrol requeue 42" in job.read_text()
     assert asked == requeued
 
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_the_exit_code_is_training_s_where_slurm_refuses_to_requeue(
-    asked: bool, commands: Path, monkeypatch: pytest.MonkeyPatch
+    asked: bool, job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it is asked to stop after training has ended: `prolong status` does so here, the second time."""
     ask = (
         "if [[ -e ended ]]; then kill -USR1 $(<script.pid); sleep 0.2; date +%N; fi" if asked else "cat ended"
     )
     bodies = {
-        "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"\n',
         "scontrol": 'if [[ $1 == show ]]; then echo node1; else echo "scontrol $*" >>calls.log; exit 1; fi\n',
         "squeue": "echo 1-00:00:00\n",
         "prolong": f"""case "$*" in
@@ -222,18 +239,13 @@ def test_the_exit_code_is_training_s_where_slurm_refuses_to_requeue(
             *--processes*) echo 12 >ended; exit {1 if asked else 75} ;;
         esac\n""",
     }
-    for name, body in bodies.items():
-        command = commands.parent / "bin" / name
-        command.write_text(f"#!/bin/bash\n{body}")
-        command.chmod(0o755)
+    put(job.parent / "bin", bodies)
     if not asked:
         Path("ended").write_text("8\n")
-    monkeypatch.setenv("SLURM_JOB_ID", "42")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1")
     words = ["bash", "-c", "echo $$ >script.pid; exec bash script.sh"]
     result = subprocess.run(words, capture_output=True, text=True, timeout=30)
     assert result.returncode == (1 if asked else 75), result.stderr
-    assert "scontrol requeue 42" in commands.read_text()
+    assert "scontrol requeue 42" in job.read_text()
 
 
 @pytest.mark.parametrize(
@@ -241,32 +253,17 @@ def test_the_exit_code_is_training_s_where_slurm_refuses_to_requeue(
     [("20:00", False), ("1:00:00", False), ("10:00:00", True), ("1-00:00:00", True), ("UNLIMITED", True)],
 )
 def test_a_time_limit_within_the_notice_is_told_and_does_not_start_the_job_for_ever(
-    limit: str, requeued: bool, commands: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, requeued: bool, job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slurm asks such a job to stop as soon as it has started; a preemption may do so too."""
     bodies = {
-        "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"\n',
-        "scontrol": 'if [[ $1 == show ]]; then echo node1; else echo "scontrol $*" >>calls.log; fi\n',
         "squeue": f"sleep 0.5; echo {limit}\n",  # the answer comes after training has ended
     }
-    for name, body in bodies.items():
-        command = commands.parent / "bin" / name
-        command.write_text(f"#!/bin/bash\n{body}")
-        command.chmod(0o755)
-    monkeypatch.setenv("SLURM_JOB_ID", "42")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "node1")
+    put(job.parent / "bin", bodies)
     monkeypatch.setenv("STEPS", "300")
-    with subprocess.Popen(["bash", "script.sh"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        seen = ""
-        while "step" not in seen:
-            seen += process.stdout.readline()
-        time.sleep(0.2)
-        process.send_signal(signal.SIGUSR1)
-        seen += process.stdout.read()
-        assert process.wait(timeout=30) == 75
+    seen = asked_to_stop(signal.SIGUSR1)
     assert "saved" in seen and ("time limit must be longer" in seen) != requeued
-    assert ("scontrol requeue 42" in commands.read_text()) == requeued
+    assert ("scontrol requeue 42" in job.read_text()) == requeued
 
 
 def test_a_job_that_is_asked_to_stop_during_its_check_says_why_it_ends(commands: Path) -> None:
