@@ -43,7 +43,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def native(lengths: list[int]) -> Attend:
     from megatron_prolong.model.attention import packed_attention
 
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)])
+    cu_seqlens = [0, *accumulate(lengths)]
     return lambda q, k, v: packed_attention(q, k, v, cu_seqlens)
 
 

@@ -86,14 +86,14 @@ class Documents(PackedSeqParams):
     deriving them from cu_seqlens: positions are then right for any slice of any document.
 
     Attributes:
-        cu_seqlens: cumulative document starts of the whole micro-batch, [D+1] int32 on CPU.
+        cu_seqlens: cumulative starts of the documents that are whole on this rank, and the end of the last.
         context: set when the micro-batch is split over context-parallel ranks.
         caches: set when generating: one per document, whose new tokens are those of this micro-batch.
         spread: set when these caches are spread over ranks.
         kept: set when layers are recomputed but not their attention: by layer number, between the two passes.
     """
 
-    cu_seqlens: Tensor
+    cu_seqlens: tuple[int, ...]
     context: ContextParallel | None = None
     caches: tuple[KeyValueCache, ...] | None = None
     spread: Spread | None = None
@@ -160,9 +160,7 @@ class DocumentAttention(MegatronModule):
         """Each document's new tokens against all of its cached ones."""
         assert documents.caches is not None
         outs: list[Tensor] = []
-        for cache, (start, end) in zip(
-            documents.caches, pairwise(documents.cu_seqlens.tolist()), strict=True
-        ):
+        for cache, (start, end) in zip(documents.caches, pairwise(documents.cu_seqlens), strict=True):
             if documents.spread is not None:
                 outs.append(self._spread(q[start:end], k[start:end], v[start:end], len(outs), documents))
                 continue

@@ -71,7 +71,7 @@ class LongContextGPT(GPTModel):
         if labels is None or not self.post_process:
             documents = kwargs.get("packed_seq_params")
             if self.post_process and isinstance(documents, Documents) and documents.caches is not None:
-                hidden_states = hidden_states[documents.cu_seqlens[1:].long() - 1]
+                hidden_states = hidden_states[[end - 1 for end in documents.cu_seqlens[1:]]]
             return super()._postprocess(hidden_states, labels=None, **kwargs)
         weight = self._output_weight()
         hidden_TH = self._for_parallel_output(hidden_states)[:, 0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -166,7 +167,6 @@ class InferenceModel:
                 for cache, length in zip(caches, lengths, strict=True)
             ]
         )
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
         # Tokens that every rank has are kept by one rank after the other.
         keeps = tuple(
             chunk_tokens is not None or cache.position % self.cp.size == self.cp.rank for cache in caches
@@ -178,7 +178,9 @@ class InferenceModel:
                 positions.unsqueeze(0).to(self.device),
                 None,
                 labels=None if labels is None else labels.unsqueeze(0),
-                packed_seq_params=Documents(cu_seqlens=cu_seqlens, caches=tuple(caches), spread=spread),
+                packed_seq_params=Documents(
+                    cu_seqlens=(0, *accumulate(lengths)), caches=tuple(caches), spread=spread
+                ),
                 runtime_gather_output=True,
             )
         for cache, length, kept in zip(caches, lengths, keeps, strict=True):

@@ -66,6 +66,6 @@ def micro_batch(
         tokens=plan.take(packed.tokens_T, groups.cp.rank, 0).unsqueeze(0).to(device, non_blocking=True),
         labels=labels.unsqueeze(0).to(device, non_blocking=True),
         positions=plan.take(packed.positions_T, groups.cp.rank, 0).unsqueeze(0).to(device, non_blocking=True),
-        documents=Documents(cu_seqlens=torch.tensor(plan.local_cu_seqlens(groups.cp.rank)), context=context),
+        documents=Documents(cu_seqlens=plan.local_cu_seqlens(groups.cp.rank), context=context),
         num_targets=int((labels != NO_LABEL).sum()),
     )

@@ -75,7 +75,7 @@ class TransformerEngineAttention(DocumentAttention):
         if documents.caches is not None:
             return super().attend(q_TND, k_TGD, v_TGD, documents)
         end = len(q_TND)
-        boundaries = tuple(documents.cu_seqlens.tolist())
+        boundaries = documents.cu_seqlens
         first = boundaries[0]  # behind the split documents
         outs = []
         if first:

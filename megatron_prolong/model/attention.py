@@ -24,20 +24,19 @@ def packed_attention(
     q_TND: Tensor,
     k_TGD: Tensor,
     v_TGD: Tensor,
-    cu_seqlens: Sequence[int] | Tensor,
+    cu_seqlens: Sequence[int],
 ) -> Tensor:
     """Attention that is causal inside each document and blind across documents.
 
     Args:
         q_TND, k_TGD, v_TGD: one packed sequence, N a multiple of G. Autograd flows to all three.
-        cu_seqlens: document starts and the end of the last, on CPU (a CUDA tensor would stall the stream).
-            Empty documents are allowed. Tokens behind the last document are padding: they get 0, see nothing.
+        cu_seqlens: document starts and the end of the last. Empty documents are allowed. Tokens behind the last
+            document are padding: they get 0, see nothing.
 
     Returns:
         out_TND in q's dtype.
     """
-    blocks = document_blocks(tuple(cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens))
-    return BlockAttention.apply(q_TND, k_TGD, v_TGD, blocks, True)
+    return BlockAttention.apply(q_TND, k_TGD, v_TGD, document_blocks(tuple(cu_seqlens)), True)
 
 
 @torch.no_grad()

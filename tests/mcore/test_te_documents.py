@@ -74,9 +74,7 @@ def test_keys_and_values_begin_their_memory():
     torch.nn.Module.__init__(attention)
     attention.whole = attention.split = module
     plan = ContextPlan.build([0, 10, 13, 30], cp_size=2, multiple=4, split_threshold_tokens=5)
-    documents = Documents(
-        cu_seqlens=torch.tensor(plan.local_cu_seqlens(0)), context=ContextParallel(plan, 0, None, "p2p")
-    )
+    documents = Documents(cu_seqlens=plan.local_cu_seqlens(0), context=ContextParallel(plan, 0, None, "p2p"))
     num_tokens = plan.slice_length(0)
     q, k, v = (torch.randn(num_tokens, heads, 8) for heads in (4, 2, 2))
     assert torch.equal(torch.cat(attention.attend(q, k, v, documents)), q.flatten(1))
@@ -95,7 +93,7 @@ def test_the_output_of_one_call_is_not_copied():
     torch.nn.Module.__init__(attention)
     attention.whole, attention.split, attention.query_factor = module, None, None
     q, k, v = (torch.randn(9, 1, heads, 8) for heads in (4, 2, 2))
-    out = attention(q, k, v, None, packed_seq_params=Documents(cu_seqlens=torch.tensor([0, 4, 9])))
+    out = attention(q, k, v, None, packed_seq_params=Documents(cu_seqlens=(0, 4, 9)))
     assert len(made) == 1 and out.data_ptr() == made[0].data_ptr()
 
 

@@ -59,15 +59,6 @@ def test_packed_equals_each_document_alone(lengths, kv_heads, group_size, head_d
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_cu_seqlens_may_be_a_tensor():
-    starts = torch.tensor([0, 3, 11], dtype=torch.int32)
-    q, k, v, dout = random_qkv(11, 4, 2, 8)
-    ours = gradients(lambda q, k, v: packed_attention(q, k, v, starts), q, k, v, dout)
-    dense = gradients(lambda q, k, v: document_attention(q, k, v, [0, 3, 11]), q, k, v, dout)
-    for mine, plain in zip(ours, dense, strict=True):
-        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
-
-
 def test_newest_queries_against_earlier_keys():
     """Causal blocks with more keys than queries: two of a shape (5 of 20, run together), and two that are alone,
     of other queries (25 of 60) or only of other keys (5 of 30)."""
