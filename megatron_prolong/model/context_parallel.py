@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prolong.errors import UserError
 from megatron_prolong.model.attention import BlockAttention, document_blocks
 from megatron_prolong.model.context_plan import ContextPlan, zigzag_order
 from megatron_prolong.model.flash import Block, attend, attend_backward, merge
@@ -195,12 +194,7 @@ def _head_ring_attention(
         return _RingAttention.apply(q, k, v, chunk_tokens, outer)
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     shared_heads = math.lcm(num_kv_heads, inner_size)
-    if num_heads % shared_heads:
-        raise UserError(
-            f"cp_exchange a2a over {inner_size} ranks: {num_heads} query and {num_kv_heads} key/value heads "
-            f"per tensor-parallel rank cannot be divided (query heads must be a multiple of {shared_heads}); "
-            "use p2p or all_gather, or a smaller cp or tp"
-        )
+    assert num_heads % shared_heads == 0, "recipe/layout_rules.py refuses such a layout"
     k, v = (x.repeat_interleave(shared_heads // num_kv_heads, dim=1) for x in (k, v))
     q, k, v = (_HeadsForTokens.apply(x, chunk_tokens, inner) for x in (q, k, v))
     longer_chunks = tuple(inner_size * chunk for chunk in chunk_tokens)

@@ -80,19 +80,16 @@ class _CrossEntropySum(torch.autograd.Function):
         shard: VocabularyShard,
         chunk_tokens: int,
     ) -> Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        dhidden_TH = torch.zeros_like(hidden_TH) if needs_hidden else None
-        dweight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
+        dhidden_TH = torch.zeros_like(hidden_TH)
+        dweight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         losses_T = torch.zeros(len(hidden_TH), device=hidden_TH.device)
         for chunk in _chunks(len(hidden_TH), chunk_tokens):
             part = _part(hidden_TH[chunk], weight_VH, labels_T[chunk], shard)
             losses_T[chunk] = part.losses_C
             dlogits_CV = part.gradient_()
             num_rows = dlogits_CV.shape[1]
-            if dhidden_TH is not None:
-                dhidden_TH[chunk] = dlogits_CV @ weight_VH[:num_rows]
-            if dweight_VH is not None:
-                _add_product(dweight_VH[:num_rows], dlogits_CV.T, hidden_TH[chunk])
+            dhidden_TH[chunk] = dlogits_CV @ weight_VH[:num_rows]
+            _add_product(dweight_VH[:num_rows], dlogits_CV.T, hidden_TH[chunk])
             del part, dlogits_CV  # before the next chunk's logits are made
         ctx.save_for_backward(dhidden_TH)
         ctx.dweight_VH = dweight_VH  # no activation: nothing that saves or offloads those should meet it
@@ -104,9 +101,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden_TH,), dweight_VH = ctx.saved_tensors, ctx.dweight_VH
         del ctx.dweight_VH  # both are scaled in place: they serve once
-        dhidden_TH = None if dhidden_TH is None else dhidden_TH.mul_(dtotal)
-        dweight_VH = None if dweight_VH is None else dweight_VH.mul_(dtotal).to(ctx.weight_dtype)
-        return dhidden_TH, dweight_VH, None, None, None
+        return dhidden_TH.mul_(dtotal), dweight_VH.mul_(dtotal).to(ctx.weight_dtype), None, None, None
 
 
 @dataclass

@@ -184,19 +184,3 @@ def test_ranks_with_nothing_but_padding(four_ranks, exchange, lengths, threshold
     case = Case(lengths, 4, exchange, threshold=threshold, multiple=2)
     assert any(not (case.plan.take(torch.ones(sum(lengths)), rank, 0) > 0).any() for rank in range(4))
     assert_same(distributed(four_ranks, case), plain(case), 1e-5)
-
-
-def refuses_heads(rank: int) -> str:
-    case = Case((40,), 4, "a2a", num_heads=6, num_kv_heads=2)
-    group = group_of((0, 1, 2, 3))
-    q, k, v, _ = (case.plan.take(x, rank, 0.0) for x in case.tensors())
-    try:
-        context_attention(q, k, v, ContextParallel(case.plan, rank, group, "a2a"))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "accepted"
-
-
-def test_heads_that_cannot_be_divided_are_refused(four_ranks):
-    for message in four_ranks.run(refuses_heads):
-        assert message.startswith("UserError") and "6 query and 2 key/value heads" in message
