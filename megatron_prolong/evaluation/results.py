@@ -56,7 +56,6 @@ class Result:
     category: str
     length: int
     model: str
-    generated: bool
     scores: dict[str, float]
     missing: tuple[str, ...]
     stand_in: float | None
@@ -184,7 +183,6 @@ def _result(path: Path, content: dict[str, Any]) -> Result:
         category=arguments["category"],
         length=int(arguments["input_max_length"]),
         model=arguments["model_name_or_path"],
-        generated=arguments["generated"],
         scores=known,
         missing=tuple(name for name in names if name not in known),
         stand_in=None if stand_in is None else float(stand_in),

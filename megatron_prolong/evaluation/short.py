@@ -78,25 +78,33 @@ def run_short(
     Raises:
         UserError: a task's data is not there and cannot be fetched.
     """
+    from lm_eval.tasks import TaskManager
+
     by_name = {task.name: task for task in tasks}
     with _open(model, batch_size, world) as asked:
         if asked is None:
             return {}
-        evaluate, manager, harness_version = _harness()
+        manager = TaskManager()
         path = out / ("short.json" if samples is None else f"short_size{samples}.json")
         arguments = {
             "model_name_or_path": str(model),
             "model_identity": model_identity(model),
             "max_test_samples": samples,
             "add_bos_token": ADD_BOS,
-            "lm_eval": harness_version,
+            "lm_eval": version("lm_eval"),
             "tasks": [asdict(task) for task in TASKS],
         }
 
         def ask(name: str) -> float:
             task = by_name[name]
-            how = {"num_fewshot": task.shots, "limit": samples, "task_manager": manager, "bootstrap_iters": 0}
-            found = evaluate(tasks=[name], **how, **asked)
+            found = simple_evaluate(
+                tasks=[name],
+                num_fewshot=task.shots,
+                limit=samples,
+                task_manager=manager,
+                bootstrap_iters=0,
+                **asked,
+            )
             return 100 * float(found["results"][name][task.metric])
 
         return remembered(path, arguments, list(by_name), ask, read_score, overwrite)
@@ -130,10 +138,3 @@ def print_short(results: Mapping[str, Mapping[str, float]]) -> None:
     for name in names:
         table.add_row(name, *(f"{scores[name]:.1f}" if name in scores else "" for scores in columns.values()))
     print_table(table)
-
-
-def _harness() -> tuple[Any, Any, str]:
-    """The harness's function, its tasks, and its version."""
-    from lm_eval.tasks import TaskManager
-
-    return simple_evaluate, TaskManager(), version("lm_eval")

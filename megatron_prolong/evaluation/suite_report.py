@@ -84,7 +84,7 @@ def _unread(results: Sequence[Result]) -> str:
 
 def _generated(results: Sequence[Result]) -> str:
     """Which tasks' data were made here, and are not what the published scores are of."""
-    made = dict.fromkeys(one.name for one in results if one.generated)
+    made = dict.fromkeys(one.name for one in results if one.settings["generated"])
     return f"on generated data: {', '.join(made)}" if made else ""
 
 

@@ -1,7 +1,8 @@
 """The recipe: what a YAML file may say, as frozen data. A stage is data, so a run is a list of them.
 
-These models hold types and single-value bounds; what needs two values, the file system or the size of the
-cluster to judge is in `validate.py`. Lengths and counts are in tokens unless the name says otherwise.
+These models hold types and single-value bounds; rules between values are in `rules.py`, what needs the file system
+or the size of the cluster to judge in `validate.py`. Lengths and counts are in tokens unless the name says
+otherwise.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ SETTINGS = {
 def result(name: str, category: str, values: list[float], **changed: Any) -> Result:
     """One of 32K with the mean of the values, asked one question each."""
     known: dict[str, Any] = {
-        "path": Path(name), "name": name, "category": category, "length": 32768, "model": "m", "generated": False,
+        "path": Path(name), "name": name, "category": category, "length": 32768, "model": "m",
         "scores": {"f1": 100 * sum(values) / len(values)}, "missing": (), "stand_in": None,
         "values": tuple(values), "questions": tuple(range(len(values))), "truncated": 0,
         "settings": SETTINGS,
@@ -192,7 +192,8 @@ def test_what_lacks_a_task_is_marked_and_a_mean_over_fewer_categories_is_not_sho
 
 
 def test_the_terminal_says_what_was_measured_on_generated_data(capsys: pytest.CaptureFixture[str]) -> None:
-    both = [result("json_kv", "recall", [1.0], length=length, generated=True) for length in (8192, 32768)]
+    made = {**SETTINGS, "generated": True}
+    both = [result("json_kv", "recall", [1.0], length=length, settings=made) for length in (8192, 32768)]
     print_suite({"m": [*both, result("kilt_nq", "rag", [0.5])]}, None)
     assert capsys.readouterr().out.splitlines()[-1] == "m: on generated data: json_kv"
 

@@ -80,7 +80,8 @@ def test_a_checkpoint_in_place_answers_as_its_export_does(
         answers.append(found["samples"])
         return found
 
-    monkeypatch.setattr(short, "_harness", lambda: (keeping, TaskManager(include_path=str(tasks)), "1"))
+    monkeypatch.setattr(short, "simple_evaluate", keeping)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_path=str(tasks)))
     scores = run_short(exported, tmp_path / "theirs", tasks=TINY)
     assert run_short(checkpoint, tmp_path / "ours", tasks=TINY, batch_size=5) == pytest.approx(
         scores, abs=1e-2
@@ -107,14 +108,15 @@ def test_what_is_scored_already_is_not_asked_again_unless_it_was_of_something_el
         assert options["model_args"]["add_bos_token"] is False, "as in the published scores"
         return {"results": {"tiny_choice": {"acc,none": len(asked) / 8}}}
 
-    monkeypatch.setattr(short, "_harness", lambda: (evaluate, None, "0.4.9"))
+    monkeypatch.setattr(short, "simple_evaluate", evaluate)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: None)
     ask = partial(run_short, hf_directory, tmp_path, tasks=(ShortTask("tiny_choice", 3, "acc,none"),))
     assert ask(samples=9) == ask(samples=9) == {"tiny_choice": 12.5}
     assert ask() == {"tiny_choice": 25.0}
     assert ask(samples=9) == {"tiny_choice": 12.5}, "a smoke test neither replaces the whole nor is replaced"
     (tmp_path / "short.json").write_text("{}")  # as another version may have left it
     assert ask() == {"tiny_choice": 37.5}
-    monkeypatch.setattr(short, "_harness", lambda: (evaluate, None, "0.4.13"))
+    monkeypatch.setattr(short, "version", lambda _: "another")
     assert ask() == {"tiny_choice": 50.0}, "another version may ask otherwise"
     assert asked == [(["tiny_choice"], 3, limit) for limit in (9, None, None, None)]
     content = json.loads((tmp_path / "short.json").read_text())
@@ -197,7 +199,8 @@ def test_the_command_runs_the_tasks_asked_for_and_refuses_what_it_cannot_use(
         asked.extend(options["tasks"])
         return {"results": {"gsm8k": {"exact_match,strict-match": 0.5}}}
 
-    monkeypatch.setattr(short, "_harness", lambda: (evaluate, None, "0.4.13"))
+    monkeypatch.setattr(short, "simple_evaluate", evaluate)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda: None)
     command = ["eval", "run", str(hf_directory), "--suite", "short", "--out", str(tmp_path)]
     for more in ([], [], ["--overwrite"]):
         assert CliRunner().invoke(app, [*command, "--tasks", "gsm8k", *more]).exit_code == 0

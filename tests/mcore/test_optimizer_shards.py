@@ -22,7 +22,6 @@ def test_the_boxes_of_a_shard_hold_its_elements_at_their_places(shape):
         for shard in _shards(weight, start, {"optimizer.state.param.": numbers[start:stop]}):
             assert shard.key == "optimizer.state.param.weight" and shard.replica_id == (0, 0, 0)
             assert shard.allow_shape_mismatch  # another layout may pad the vocabulary otherwise
-            assert shard.allow_shape_mismatch  # another layout may pad the vocabulary otherwise
             corner, sizes = shard.global_offset, shard.local_shape
             place = whole[tuple(slice(at, at + size) for at, size in zip(corner, sizes, strict=True))]
             assert (place == -1).all()
