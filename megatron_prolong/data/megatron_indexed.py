@@ -188,9 +188,13 @@ def to_megatron(directory: Path, prefix: Path) -> int:
     """Write the samples of an MDS directory as PREFIX.bin and PREFIX.idx; returns how many.
 
     Raises UserError for data without tokens, with a mask column, or with tokens beyond 31 bits, and for a prefix
-    that ends like one of the files.
+    that ends like one of the files or has no name.
     """
     prefix = Path(prefix)
+    if prefix.name in ("", ".."):
+        raise UserError(
+            f"{prefix}: is a directory, not the beginning of the names of two files; give {prefix}/NAME"
+        )
     if prefix.suffix in (".bin", ".idx"):
         raise UserError(
             f"{prefix}: is the name of one of two files; give the prefix, {prefix.with_suffix('')}"

@@ -82,11 +82,12 @@ def evaluation_texts(paths: Sequence[str]) -> Iterator[str]:
     Raises UserError for a file that cannot be read.
     """
     for path in paths:
-        if Path(path).suffix == ".json" and Path(path).is_file():
-            yield from _json_file(path)
-            continue
         source = source_of(find_kind(path))
         for part in source.parts(path):
+            if Path(part.path).suffix == ".json" and Path(part.path).is_file():
+                if not part.start:  # a large file has several parts
+                    yield from _json_file(part.path)
+                continue
             for record in source.read(part):
                 if isinstance(record, Bad):
                     raise UserError(f"{record.name} {record.problem}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,12 +166,35 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if content.get("format") != 1:
         raise UserError(f"{path}: format {content.get('format')!r}; this version reads format 1")
     try:
-        ModelShape.from_dict(content["shape"])
+        shape = ModelShape.from_dict(content["shape"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a checkpoint description this version can read ({error!r})") from error
     if missing := [name for name in ("kind", "step") if name not in content]:
         raise UserError(f"{path}: does not say {' and '.join(missing)}: not a checkpoint's description")
+    wrong = [*_wrong_fields(shape), *(_wrong_fields(shape.rope_scaling) if shape.rope_scaling else [])]
+    wrong += [
+        f"{name} is {content[name]!r}"
+        for name in ("step", "sequence_length")
+        if not isinstance(content.get(name), int | None)
+    ]
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)}: not the kind of number that belongs there; correct it")
     return content
+
+
+def _wrong_fields(record: ModelShape | RopeScaling) -> list[str]:
+    """Fields whose values are of another type than theirs, or no positive number, as after an edit by hand."""
+    is_right: dict[Any, Callable[[Any], bool]] = {
+        "int": lambda value: type(value) is int and value > 0,
+        "float": lambda value: type(value) is not bool and is_positive(value),
+        "bool": lambda value: type(value) is bool,
+    }
+    values = {field.name: (field.type, getattr(record, field.name)) for field in dataclasses.fields(record)}
+    return [
+        f"{name} is {value!r}"
+        for name, (kind, value) in values.items()
+        if kind in is_right and not is_right[kind](value)
+    ]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -198,6 +198,18 @@ def test_contaminated_documents(tokenizer: Path, tmp_path: Path) -> None:
         run([source], tmp_path / "out3", **against)
 
 
+def test_json_files_of_a_directory_are_read_as_when_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some benchmarks come as a directory of indented documents; a large one is cut into parts elsewhere."""
+    monkeypatch.setattr("megatron_prolong.data.sources.jsonl._PART_BYTES", 8)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.json").write_text(json.dumps([{"question": "one"}, {"question": "two"}], indent=2))
+    (tmp_path / "sub" / "b.json").write_text('{"question": "three"}\n{"question": "four"}\n')
+    (tmp_path / "sub" / "c.jsonl").write_text('{"question": "five"}\n')
+    assert list(evaluation_texts([str(tmp_path)])) == ["one", "two", "three", "four", "five"]
+
+
 def test_an_evaluation_set_is_read_once_by_a_process(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

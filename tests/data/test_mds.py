@@ -497,7 +497,19 @@ def test_what_a_job_has_not_finished_is_no_data_set(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"shards": [3]}', '{"shards": [{}]}', '{"shards": 3}', "\xff"]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"shards": [3]}',
+        '{"shards": [{}]}',
+        '{"shards": 3}',
+        "\xff",
+        '{"shards": [], "tokenizer": ["a"]}',
+        '{"shards": [], "tokenizer": 7}',
+    ],
 )
 def test_index_that_is_none(data: Path, text: str) -> None:
     (data / "index.json").write_bytes(text.encode("latin-1"))

@@ -1,4 +1,5 @@
 import fcntl
+import re
 import signal
 import subprocess
 import sys
@@ -122,9 +123,13 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
         writer.write({"text": "x"})
     with pytest.raises(UserError, match="text: no column input_ids, only text; tokenize it first"):
         to_megatron(tmp_path / "text", tmp_path / "out")
+    packs = write_packs(tmp_path / "packs", [[[1, 2]]])
     for name in ("out.bin", "out.idx"):
         with pytest.raises(UserError, match=r"out\.\w+: .* give the prefix, .*/out$"):
-            to_megatron(write_packs(tmp_path / f"of {name}", [[[1, 2]]]), tmp_path / name)
+            to_megatron(packs, tmp_path / name)
+    for name in (".", "a/.."):  # hidden files: ..bin
+        with pytest.raises(UserError, match=rf"^{re.escape(name)}: is a directory, .*; give {name}/NAME$"):
+            to_megatron(packs, Path(name))
     assert not list(tmp_path.glob("out*")), "nothing half-written is left"
 
 

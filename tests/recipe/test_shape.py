@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,10 @@ def test_read_shape_says_what_is_missing(tmp_path: Path) -> None:
         read_shape(tmp_path)
 
 
+def edited(**shape: object) -> dict[str, Any]:
+    return {"format": 1, "kind": "weights", "step": 0, "shape": {**LLAMA3_8B.to_dict(), **shape}}
+
+
 @pytest.mark.parametrize(
     ("manifest", "said"),
     [
@@ -233,12 +238,17 @@ def test_read_shape_says_what_is_missing(tmp_path: Path) -> None:
         ({"format": 1, "shape": {"layers": 3}}, "not a checkpoint description"),
         ({"format": 1, "shape": None}, "not a checkpoint description"),
         ({"format": 1, "shape": LLAMA3_8B.to_dict()}, "does not say kind and step"),
+        (edited(num_layers="32"), "num_layers is '32': not the kind of number"),
+        (edited(num_heads=32.0, tie_embeddings=0), "num_heads is 32.0, tie_embeddings is 0: not"),
+        (edited(rope_base="8e6"), "rope_base is '8e6': not"),
+        (edited(rope_scaling={**asdict(SCALING), "factor": "8"}), "factor is '8': not"),
+        ({**edited(), "sequence_length": "64K", "step": "7"}, "step is '7', sequence_length is '64K': not"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_is_named(
     tmp_path: Path, manifest: dict[str, Any], said: str
 ) -> None:
-    """An emptied description, one of a newer version, one with other fields; whoever reads it."""
+    """An emptied description, one of a newer version, one with other fields, one edited by hand: always named."""
     (tmp_path / "prolong.json").write_text(json.dumps(manifest))
     for read in (read_shape, Checkpoint.open):
         with pytest.raises(UserError, match=rf"prolong\.json: {said}"):

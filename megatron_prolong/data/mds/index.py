@@ -72,7 +72,9 @@ def read_index(directory: Path) -> Index:
     path = Path(directory) / INDEX
     try:
         content = json.loads(path.read_bytes())
-        entries = list(content["shards"])
+        entries, tokenizer = list(content["shards"]), content.get("tokenizer")
+        if not isinstance(tokenizer, str | None):
+            raise TypeError(f"tokenizer is {tokenizer!r}, not a fingerprint")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(_missing(Path(directory))) from None
     except (ValueError, KeyError, TypeError) as error:
@@ -93,7 +95,7 @@ def read_index(directory: Path) -> Index:
             )
         shards.append(shard)
         first += shard.num_samples
-    return Index(shards, content.get("tokenizer"))
+    return Index(shards, tokenizer)
 
 
 def index_text(shards: Sequence[Mapping[str, Any]], tokenizer: str | None) -> str:
