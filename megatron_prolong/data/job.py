@@ -28,7 +28,7 @@ from megatron_prolong.data.mds.writer import disk_full_is_users, refuse_existing
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.lock import LOCK
 from megatron_prolong.runtime.progress import track
-from megatron_prolong.runtime.publish import is_temporary, remove, sync, write_durably
+from megatron_prolong.runtime.publish import TEMPORARY, is_temporary, remove, sync, write_durably
 
 T = TypeVar("T")
 SETTINGS = "job.json"
@@ -99,7 +99,7 @@ class Job:
         """Write the settings, or find the same. All that are at work share the lock; who has it alone may clear."""
         locked = lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if locked:  # then killed processes of this machine left these; other machines may not see the lock
-            for path in list(self.directory.rglob(f"*.tmp-{socket.gethostname()}-*")):
+            for path in list(self.directory.rglob(f"*{TEMPORARY}{socket.gethostname()}-*")):
                 _delete(path)
         alone = locked is not False
         if not alone:

@@ -32,7 +32,13 @@ from megatron_prolong.data.mds.writer import disk_full_is_users
 from megatron_prolong.data.packed import Identity, PackedSequence, open_tokens
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.progress import track
-from megatron_prolong.runtime.publish import publish, refuse_url, remove_leftovers, temporary_name
+from megatron_prolong.runtime.publish import (
+    TEMPORARY,
+    publish,
+    refuse_url,
+    remove_leftovers,
+    temporary_name,
+)
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")
@@ -100,7 +106,7 @@ def _open_locked(path: Path) -> IO[bytes]:
 
 
 def _remove_abandoned(final: Path) -> None:
-    for path in final.parent.glob(f"{glob.escape(final.name)}.tmp-*"):
+    for path in final.parent.glob(f"{glob.escape(final.name)}{TEMPORARY}*"):
         with path.open("ab") as file:
             if lock_file(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 path.unlink(missing_ok=True)

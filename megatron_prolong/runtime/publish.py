@@ -1,8 +1,8 @@
 """Files and directories appear under their name only when complete on disk; what a killed process left is removed.
 
-Until then they are called `NAME.tmp-HOST-PID`, so that leftovers can be told from work in progress. The host is in
-it because ranks of several machines unpack the same shard on a shared disk, and containers number their processes
-alike.
+Until then they are called `NAME.tmp-prolong-HOST-PID`, so that leftovers can be told from work in progress and from
+files of the user's. The host is in it because ranks of several machines unpack the same shard on a shared disk, and
+containers number their processes alike.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from typing import TypeGuard
 
 from megatron_prolong.errors import UserError
 
+TEMPORARY = ".tmp-prolong-"
+
 
 def temporary_name(final: Path) -> Path:
     """Where this process writes what will be named `final`."""
-    return final.with_name(f"{final.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    return final.with_name(f"{final.name}{TEMPORARY}{socket.gethostname()}-{os.getpid()}")
 
 
 def is_url(path: Path) -> bool:
@@ -41,7 +43,7 @@ def refuse_url(path: Path) -> None:
 
 def wanted_name(path: str) -> str:
     """`path` with final names in place of temporary ones, for messages."""
-    return re.sub(r"\.tmp-[^/]+-\d+(?=/|$)", "", path)
+    return re.sub(rf"{re.escape(TEMPORARY)}[^/]+-\d+(?=/|$)", "", path)
 
 
 def is_temporary(path: Path, root: Path) -> bool:
@@ -100,8 +102,8 @@ def remove_leftovers(parent: Path, name: str = "*") -> None:
 
     Another machine's processes cannot be seen from here: only call it where none can be at work on the same name.
     """
-    for path in parent.glob(f"{name}.tmp-*"):
-        found = re.fullmatch(r".*\.tmp-(.+)-(\d+)", path.name)
+    for path in parent.glob(f"{name}{TEMPORARY}*"):
+        found = re.fullmatch(rf".*{re.escape(TEMPORARY)}(.+)-(\d+)", path.name)
         if found is None or is_alive_here(found[1], int(found[2])):
             continue
         if path.is_dir():

@@ -397,7 +397,7 @@ def test_what_a_killed_conversion_left_is_removed(original: Path, tmp_path: Path
     dead = subprocess.Popen(["true"])
     dead.wait()
     for name in ("out[1]", "out1"):
-        left = tmp_path / f"{name}.tmp-{socket.gethostname()}-{dead.pid}"
+        left = tmp_path / f"{name}.tmp-prolong-{socket.gethostname()}-{dead.pid}"
         left.mkdir()
         (left / "__0_0.distcp").write_bytes(b"half")
     to_megatron(original, tmp_path / "out[1]")

@@ -113,7 +113,7 @@ def test_who_comes_as_a_job_is_finished_clears_nothing_away(
 
     def meanwhile(path: Path, value: object) -> None:
         if path.name == job_module.REPORT:
-            temporary = path.with_name(f"{path.name}.tmp-{socket.gethostname()}-1")
+            temporary = path.with_name(f"{path.name}.tmp-prolong-{socket.gethostname()}-1")
             temporary.write_text("as far as this")
             with Job(tmp_path / "out", {"step": "test"}).open():
                 assert temporary.exists()
@@ -142,7 +142,7 @@ def test_what_a_killed_process_began_gives_way_to_other_settings(tmp_path: Path)
     killed, job = (Job(tmp_path / "out", {"length": length}) for length in (8, 16))
     with killed.open():
         (killed.directory / "plan").mkdir()
-        write(killed.directory / f"00000.tmp-{socket.gethostname()}-1", 1)  # whole, but not renamed
+        write(killed.directory / f"00000.tmp-prolong-{socket.gethostname()}-1", 1)  # whole, but not renamed
     with job.open():
         assert not (job.directory / "plan").exists()
         write(job.directory / "00000", 1)
@@ -216,7 +216,7 @@ def test_what_killed_workers_left_vanishes(tmp_path: Path) -> None:
 def test_what_killed_workers_left_does_not_pile_up(tmp_path: Path) -> None:
     """A job that is preempted every hour had each time as much more as its workers were at."""
     job, again = (Job(tmp_path / "out", {"step": "test"}) for _ in range(2))
-    here, elsewhere = f"00001.tmp-{socket.gethostname()}-1", "00001.tmp-elsewhere-1"
+    here, elsewhere = f"00001.tmp-prolong-{socket.gethostname()}-1", "00001.tmp-prolong-elsewhere-1"
     with job.open():
         for name in (here, f"8-16/{here}", elsewhere):
             write(job.directory / "killed", 1)

@@ -179,7 +179,7 @@ def test_merge_keeps_order_and_reads_nested_directories(tmp_path: Path) -> None:
     write(tmp_path / "all" / "a", [4, 5], first=1, compression="zstd")
     assert merge_indexes([tmp_path / "all" / "b" / "x", tmp_path / "all" / "a"], tmp_path / "all") == 3
     assert [each["domain"] for each in MDSReader(tmp_path / "all")] == ["d0", "d1", "d2"]
-    write(tmp_path / "all" / "c.tmp-host-17", [6], first=3)  # a process that was killed left it
+    write(tmp_path / "all" / "c.tmp-prolong-host-17", [6], first=3)  # a process that was killed left it
     # by path this time, and without counting the merged index itself
     assert merge_tree(tmp_path / "all") == merge_tree(tmp_path / "all") == 3
     assert [each["domain"] for each in MDSReader(tmp_path / "all")] == ["d1", "d2", "d0"]

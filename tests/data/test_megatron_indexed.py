@@ -172,12 +172,21 @@ def test_what_a_kill_left_in_the_making_goes_with_the_next_attempt(tmp_path: Pat
     killed = subprocess.run([sys.executable, "-c", program])
     assert killed.returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob("out.*.tmp-*"))) == 2
-    (tmp_path / "outer.bin.tmp-host-1").touch()  # of another prefix
-    with (tmp_path / "out.bin.tmp-elsewhere-7").open("wb") as file:  # as of a process of another machine
+    (tmp_path / "outer.bin.tmp-prolong-host-1").touch()  # of another prefix
+    (tmp_path / "out.bin.tmp-mine").touch()  # a user's
+    with (tmp_path / "out.bin.tmp-prolong-elsewhere-7").open(
+        "wb"
+    ) as file:  # as of a process of another machine
         fcntl.flock(file, fcntl.LOCK_EX)
         to_megatron(source, tmp_path / "out")
         left = {path.name for path in tmp_path.glob("out*")}
-        assert left == {"out.bin", "out.idx", "outer.bin.tmp-host-1", "out.bin.tmp-elsewhere-7"}
+        assert left == {
+            "out.bin",
+            "out.idx",
+            "out.bin.tmp-mine",
+            "outer.bin.tmp-prolong-host-1",
+            "out.bin.tmp-prolong-elsewhere-7",
+        }
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

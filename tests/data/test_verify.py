@@ -159,7 +159,7 @@ def test_shards_the_index_does_not_know_are_found(tmp_path: Path) -> None:
     index = json.loads((directory / "index.json").read_text())
     index["shards"].pop(3)
     (directory / "index.json").write_text(json.dumps(index))
-    (directory / "shard.00001.mds.tmp-host-17").write_bytes(b"a process was killed while unpacking")
+    (directory / "shard.00001.mds.tmp-prolong-host-17").write_bytes(b"a process was killed while unpacking")
     downloads = directory / ".cache/huggingface/download"  # as `hf download --local-dir` leaves it
     downloads.mkdir(parents=True)
     for name in ("shard.00001.mds.metadata", "shard.00001.mds.zstd.metadata", "shard.00001.mds.lock"):

@@ -71,16 +71,27 @@ def test_a_directory_does_not_replace_what_another_has_made(tmp_path: Path) -> N
 
 def test_leftovers_go_but_not_what_is_being_made_or_is_not_ours(tmp_path: Path, dead_pid: int) -> None:
     host = socket.gethostname()
-    dead, elsewhere = f"out.tmp-{host}-{dead_pid}", f"out.tmp-node-7-{os.getpid()}"
-    living, other = f"out.tmp-{host}-{os.getpid()}", f"else.tmp-{host}-{dead_pid}"
+    dead, elsewhere = f"out.tmp-prolong-{host}-{dead_pid}", f"out.tmp-prolong-node-7-{os.getpid()}"
+    living, other = f"out.tmp-prolong-{host}-{os.getpid()}", f"else.tmp-prolong-{host}-{dead_pid}"
     for name in (dead, living, other):
         (tmp_path / name / "in").mkdir(parents=True)
-    for name in (elsewhere, "out.tmp-mine", "out"):
+    for name in (elsewhere, "out.tmp-prolong-mine", "out.tmp-copy-1", "out"):
         (tmp_path / name).write_text("")
     remove_leftovers(tmp_path, "out")
-    assert {path.name for path in tmp_path.iterdir()} == {living, other, "out.tmp-mine", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        living,
+        other,
+        "out.tmp-prolong-mine",
+        "out.tmp-copy-1",
+        "out",
+    }
     remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {living, "out.tmp-mine", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        living,
+        "out.tmp-prolong-mine",
+        "out.tmp-copy-1",
+        "out",
+    }
 
 
 def test_names_of_unfinished_things_are_not_shown(tmp_path: Path) -> None:

@@ -287,14 +287,14 @@ def test_what_killed_processes_left_is_gone_before_space_is_looked_for(bench, mo
     stage_before = bench.stage.parent / "before"
     leftovers = [
         bench.stage / "step_00000002.partial",
-        bench.stage / "latest.tmp-elsewhere-1",
-        bench.stage / "step_00000000.removed.tmp-elsewhere-1",
-        stage_before / "step_00000008.removed.tmp-elsewhere-1",  # at the end of its last save
+        bench.stage / "latest.tmp-prolong-elsewhere-1",
+        bench.stage / "step_00000000.removed.tmp-prolong-elsewhere-1",
+        stage_before / "step_00000008.removed.tmp-prolong-elsewhere-1",  # at the end of its last save
     ]
     for leftover in leftovers:
         leftover.mkdir(parents=True)
         (leftover / "weights").touch()
-    export = stage_before / "step_00000008-hf.tmp-elsewhere-1"  # at work on another machine, maybe
+    export = stage_before / "step_00000008-hf.tmp-prolong-elsewhere-1"  # at work on another machine, maybe
     export.mkdir()
     usage = shutil.disk_usage(bench.stage)
 
