@@ -11,8 +11,8 @@ from pathlib import Path
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.runtime.publish import (
-    is_disk_full,
     is_forbidden,
+    no_room,
     publish,
     refuse_url,
     remove_leftovers,
@@ -58,8 +58,8 @@ def staged_directory(final: Path, needed_bytes: int) -> Iterator[Path]:
         yield partial
         publish(partial, final)
     except (OSError, RuntimeError) as error:
-        if is_disk_full(error):
-            raise UserError(f"{final}: the disk is full; nothing was kept") from error
+        if why := no_room(error):
+            raise UserError(f"{final}: {why}; nothing was kept") from error
         # Once there is a place to write into, what is forbidden is to read a file of the source.
         if is_forbidden(error) and not partial.exists():
             raise UserError(f"{final}: cannot be written: {error.strerror}") from error

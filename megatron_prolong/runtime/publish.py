@@ -112,15 +112,27 @@ def remove_leftovers(parent: Path, name: str = "*") -> None:
             path.unlink(missing_ok=True)
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk is behind an error, or behind what it was raised from: when a write fails, torch.save
-    stumbles over its own half-written file and raises an error about that.
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "no file may become so large here (see `ulimit -f`)",
+}
+
+
+def no_room(error: BaseException | None) -> str | None:
+    """Why nothing more can be written, if that is behind an error, or behind what it was raised from: when
+    a write fails, torch.save stumbles over its own half-written file and raises an error about that.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return _NO_ROOM[error.errno]
         error = error.__cause__ or error.__context__
-    return False
+    return None
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether `no_room` is behind an error."""
+    return no_room(error) is not None
 
 
 def is_forbidden(error: BaseException) -> TypeGuard[OSError]:

@@ -40,7 +40,7 @@ from megatron_prolong.recipe.shape import HF_DIR
 from megatron_prolong.runtime.agreement import against_main, on_main, together
 from megatron_prolong.runtime.checksums import CHECKSUMS, Entries, verify_checksums, write_checksums
 from megatron_prolong.runtime.passing import patiently
-from megatron_prolong.runtime.publish import is_disk_full, is_forbidden, publish
+from megatron_prolong.runtime.publish import is_disk_full, is_forbidden, no_room, publish
 from megatron_prolong.training.run_directory import prune, remove_given_up, remove_unfinished, write_pointer
 
 T = TypeVar("T")
@@ -300,9 +300,7 @@ def _full_disks_explained(partial: Path) -> Iterator[None]:
 
 
 def _explained(error: Exception) -> UserError:
-    if is_disk_full(error):
-        return UserError(
-            "the disk is full; make room and start again: the run continues from its newest checkpoint"
-        )
+    if why := no_room(error):
+        return UserError(f"{why}; make room and start again: the run continues from its newest checkpoint")
     kind = UserError if is_forbidden(error) else PassingError
     return kind(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")

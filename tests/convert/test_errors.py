@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -376,6 +377,18 @@ def test_a_real_disk_that_fills_up(
             patch.setattr(staging.shutil, "disk_usage", lambda _: usage._replace(free=10**9))
             assert "the disk is full; nothing was kept" in _refused(convert, small_disk)
     assert (small_disk / "precious").read_bytes() == bytes(900_000)
+
+
+def test_a_limit_on_the_size_of_files(original: Path, converted: Path, tmp_path: Path) -> None:
+    """`ulimit -f`, which some clusters set on their login nodes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for convert in (lambda out: to_megatron(original, out), lambda out: to_hf(converted, out)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            message = _refused(convert, tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "no file may become so large here (see `ulimit -f`); nothing was kept" in message
 
 
 def test_a_disk_that_is_full_for_the_small_files_after_the_weights(

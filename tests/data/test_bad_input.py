@@ -151,6 +151,25 @@ def test_a_full_disk_while_writing_megatrons_files(tmp_path: Path, small_disk: P
     assert not list(small_disk.iterdir())
 
 
+def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    """`ulimit -f`, which some clusters set on their login nodes."""
+    source = write_documents(tmp_path / "source", [50_000] * 10)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in (
+        lambda out: to_megatron(source, out),
+        lambda out: pack([source], out, PackOptions(5000, "concat")),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            with pytest.raises(
+                UserError, match=r"out.*: no file may become so large here \(see `ulimit -f`\)"
+            ):
+                step(tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.tmp-*"))
+
+
 def test_a_disk_that_cannot_be_written_is_one_message(source: Path, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     for words in (["to-megatron"], ["pack", "--mode", "concat", "--length", 64]):

@@ -14,6 +14,7 @@ import pytest
 from megatron_prolong.runtime.publish import (
     is_disk_full,
     is_temporary,
+    no_room,
     publish,
     remove,
     remove_leftovers,
@@ -100,9 +101,17 @@ def test_names_of_unfinished_things_are_not_shown(tmp_path: Path) -> None:
     assert is_temporary(unfinished, tmp_path) and not is_temporary(unfinished, unfinished.parent)
 
 
-def test_a_full_disk_is_seen_behind_other_errors() -> None:
-    full = OSError(errno.EDQUOT, "Disk quota exceeded")
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "quota is used up"), (errno.EFBIG, "ulimit -f")],
+)
+def test_what_leaves_no_room_is_seen_behind_other_errors(number: int, said: str) -> None:
+    full = OSError(number, os.strerror(number))
     behind, raised = RuntimeError("unexpected pos"), RuntimeError("no zip")
     behind.__context__, raised.__cause__ = full, behind
-    assert is_disk_full(full) and is_disk_full(raised)
-    assert not is_disk_full(OSError(errno.EACCES, "no")) and not is_disk_full(None)
+    for error in (full, raised):
+        assert said in (no_room(error) or "") and is_disk_full(error)
+
+
+def test_other_errors_are_of_no_full_disk() -> None:
+    assert not is_disk_full(OSError(errno.EACCES, "no")) and no_room(None) is None

@@ -400,7 +400,7 @@ FULL = "the disk is full; make room and start again: the run continues from its 
         (RuntimeError("torn"), None, 1, ["rank 0: RuntimeError: torn"]),
         (OSError(errno.EROFS, "Read-only"), None, 2, ["rank 0: OSError: [Errno 30] Read-only"]),
         (OSError(errno.EIO, "I/O"), UserError(FULL), 2, ["rank 0: OSError: [Errno 5] I/O", FULL]),
-        (OSError(errno.EDQUOT, "Quota"), UserError(FULL), 2, [FULL]),
+        (OSError(errno.ENOSPC, "No space"), UserError(FULL), 2, [FULL]),
     ],
     ids=["torch", "forbidden", "two", "the same"],
 )

@@ -33,7 +33,7 @@ from megatron_prolong.data.mds.index import Shard, check_hashes, read_index
 from megatron_prolong.errors import PassingError, UserError
 from megatron_prolong.runtime.open_files import allow_open_files
 from megatron_prolong.runtime.passing import is_passing
-from megatron_prolong.runtime.publish import is_disk_full, temporary_name
+from megatron_prolong.runtime.publish import no_room, temporary_name
 
 _PAIR = struct.Struct("<II")
 _CHUNK_BYTES = 1 << 20
@@ -286,9 +286,9 @@ def _decompress(shard: Shard, raw: IO[bytes], place: Path) -> None:
                 raw.write(part)
         raw.flush()
     except (EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
-        if is_disk_full(error):
+        if why := no_room(error):
             raise UserError(
-                f"{place}: the disk is full; {path.name} takes {shard.raw.num_bytes:,} bytes unpacked. Free space "
+                f"{place}: {why}; {path.name} takes {shard.raw.num_bytes:,} bytes unpacked. Free space "
                 "and run the same command again"
             ) from None
         if is_passing(error):

@@ -21,7 +21,7 @@ from megatron_prolong.data.mds.compression import compressed_writer, parse_compr
 from megatron_prolong.data.mds.encodings import encoding
 from megatron_prolong.data.mds.index import INDEX, hash_parts, hasher, index_text
 from megatron_prolong.errors import UserError
-from megatron_prolong.runtime.publish import is_disk_full, publish, refuse_url, temporary_name
+from megatron_prolong.runtime.publish import no_room, publish, refuse_url, temporary_name
 
 HASHES = ("xxh64",)
 """Recorded by default, so that a flipped bit is found: 0.1 ms per MiB, a tenth of what packing it takes."""
@@ -196,14 +196,14 @@ class MDSWriter:
 
 @contextmanager
 def disk_full_is_users(path: Path) -> Iterator[None]:
-    """Turns "no space left on device" into a UserError that names the data set."""
+    """Turns "no space left on device" and its like into a UserError that names the data set."""
     try:
         yield
     except Exception as error:
-        if not is_disk_full(error):
+        if not (why := no_room(error)):
             raise
         raise UserError(
-            f"{path}: the disk is full; what was unfinished has been removed. Free space "
+            f"{path}: {why}; what was unfinished has been removed. Free space "
             "(or choose another place) and run the same command again"
         ) from None
 
