@@ -9,7 +9,7 @@
 # MOUNTS=/data:/data) runs it in a container, with pyxis; GPUS=4 uses that many of each node's GPUs. Start it where
 # the recipe's relative paths begin, with `prolong` on the PATH. Half an hour before the time limit, and at a
 # preemption, training saves after the step it is at, and the job goes back into the queue, to continue from there. So
-# it does when it fails behind new checkpoints.
+# it does when it fails, up to the fourth time in a row without a new checkpoint.
 #SBATCH --job-name=prolong-sft
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -65,18 +65,54 @@ TOO_SHORT="error: asked to stop right at the start: the time limit must be longe
 where nothing else is asked for (sbatch --signal=B:USR1@120: two minutes)"
 trap 'echo "$TOO_SHORT"; exit 75' USR1
 
-# Whatever is missing or does not fit this many GPUs ends the job here, in seconds.
-(WORLD_SIZE=$((NODES * GPUS)) on_nodes --nodes=1 --ntasks=1 -- prolong train "$RECIPE" "${OVERRIDES[@]}" --check)
+# How many starts before this one failed in a row without a new checkpoint: Slurm keeps it, as the job's comment.
+change_job() { scontrol update JobId="$SLURM_JOB_ID" "$1"; }
+FAILURES=0
+if [[ -n ${SLURM_JOB_ID:-} && $(squeue -h -j "$SLURM_JOB_ID" -o %k) =~ ^([0-9]+)" failed in a row" ]]; then
+    FAILURES=${BASH_REMATCH[1]}
+    change_job Comment= || true
+fi
 
 where_it_stands() {
     (on_nodes --nodes=1 --ntasks=1 -- prolong status "$RECIPE" "${OVERRIDES[@]}")
 }
-BEFORE=$(where_it_stands)
+
+# end CODE: of this start, and of the job where it is done, or met a mistake (2) that it would meet again. One that failed
+# otherwise goes back into the queue, for file servers and nodes recover: at once if it got on, else for 10, 20 and 40
+# minutes, and no more.
+BEFORE='' ASKED=0 CANCELLED=0
+end() {
+    local why=stopped minutes=0
+    if [[ -z ${SLURM_JOB_ID:-} || $1 == [02] ]] || ((CANCELLED)); then
+        exit "$1"
+    fi
+    if (($1 != 75)); then
+        if [[ -n $BEFORE ]] && AFTER=$(where_it_stands) && [[ $AFTER != "$BEFORE" ]]; then
+            why="failed ($1) behind new checkpoints"
+        else
+            why="failed ($1) without a new checkpoint" minutes=$((10 << FAILURES))
+            if ((FAILURES == 3)) || ! change_job Comment="$((FAILURES + 1)) failed in a row"; then # uncounted: for ever
+                echo "$(date '+%F %T') $why after $FAILURES such starts, stays failed"
+                exit "$1"
+            fi
+            why+=", to start again in $minutes minutes"
+        fi
+    fi
+    echo "$(date '+%F %T') $why, back into the queue"
+    trap '' TERM # Slurm sends it at a requeue, also to what is called here
+    if scontrol requeue "$SLURM_JOB_ID" && ((minutes)); then # with sbatch --no-requeue it is refused
+        change_job StartTime="now+${minutes}minutes" || true
+    fi
+    exit "$1"
+}
+
+# Whatever is missing or does not fit this many GPUs ends the job here, in seconds.
+(WORLD_SIZE=$((NODES * GPUS)) on_nodes --nodes=1 --ntasks=1 -- prolong train "$RECIPE" "${OVERRIDES[@]}" --check) || end $?
+BEFORE=$(where_it_stands) || end $?
 
 (on_nodes -- prolong train "$RECIPE" "${OVERRIDES[@]}" --processes "$GPUS") &
 TRAINING=$!
 
-ASKED=0 CANCELLED=0
 # shellcheck disable=SC2317 # called by the trap
 save_and_stop() {
     ((ASKED == 0)) || return 0 # a second signal would end them at once
@@ -102,15 +138,4 @@ while kill -0 "$TRAINING" 2>/dev/null; do # a signal interrupts wait, not traini
 done
 CODE=0
 wait "$TRAINING" || CODE=$? # its own, not that of a wait which a signal interrupted
-
-# 2 is a mistake that would be met again; after anything else the job is worth another start if the last one got on.
-if [[ -n ${SLURM_JOB_ID:-} ]] && ((CODE != 0 && CANCELLED == 0)); then
-    if ((CODE == 75 || ASKED)); then
-        echo "$(date '+%F %T') stopped, back into the queue"
-        scontrol requeue "$SLURM_JOB_ID" || true # with sbatch --no-requeue it is refused
-    elif ((CODE != 2)) && AFTER=$(where_it_stands) && [[ $AFTER != "$BEFORE" ]]; then
-        echo "$(date '+%F %T') failed ($CODE) behind new checkpoints, back into the queue"
-        scontrol requeue "$SLURM_JOB_ID" || true # with sbatch --no-requeue it is refused
-    fi
-fi
-exit "$CODE"
+end "$CODE"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,10 @@ def start_again(job: str) -> None:
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
 
 
+def seconds_until_start(job: str) -> float:
+    return (datetime.fromisoformat(job_fact(job, "StartTime")) - datetime.now()).total_seconds()
+
+
 def wait_for_requeue(job: str, restarts: int) -> None:
     def requeued() -> bool:
         return (job_fact(job, "Restarts"), job_fact(job, "JobState")) == (str(restarts), "PENDING")
@@ -118,11 +123,21 @@ def test_killed_preempted_and_requeued_it_is_still_the_same_run(cluster: None, w
     job = submitted.stdout.strip()
     run_dir = Path("runs/tiny")
 
+    # The start fails: the job puts itself back for a while.
+    wait_for("a start", lambda: all(map(processes_of, ("node1", "node2"))))
+    for victim in processes_of("node1") + processes_of("node2"):
+        os.kill(victim, 9)
+    wait_for_requeue(job, restarts=1)
+    wait_for("the wait", lambda: seconds_until_start(job) > 540)
+    assert job_fact(job, "Comment") == "1"
+
     # A process of the second node dies: the whole job ends at once, and puts itself back for what was saved.
+    start_again(job)
     wait_for("six steps", lambda: len(losses(run_dir)) >= 6)
     (victim,) = processes_of("node2")
     os.kill(victim, 9)
-    wait_for_requeue(job, restarts=1)
+    wait_for_requeue(job, restarts=2)
+    assert job_fact(job, "Comment") == "", "the failed start is forgiven"
     before = len(losses(run_dir))
     assert before < 18
 
@@ -130,7 +145,7 @@ def test_killed_preempted_and_requeued_it_is_still_the_same_run(cluster: None, w
     start_again(job)
     wait_for("more steps", lambda: len(losses(run_dir)) > before)
     subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
-    wait_for_requeue(job, restarts=2)
+    wait_for_requeue(job, restarts=3)
     saved = int((run_dir / "one" / "latest").read_text().removeprefix("step_"))
     assert saved == max(step for stage, step in losses(run_dir)), (
         "the last step before the stop was not saved"
@@ -140,7 +155,7 @@ def test_killed_preempted_and_requeued_it_is_still_the_same_run(cluster: None, w
     wait_for("the end", lambda: job_fact(job, "JobState") == "COMPLETED")
     assert losses(run_dir) == expected
     log = Path(f"tiny-{job}.log").read_text()
-    assert [f"start {count}" in log for count in range(4)] == [True, True, True, False]
+    assert [f"start {count}" in log for count in range(5)] == [True, True, True, True, False]
 
 
 def test_what_is_missing_ends_the_job_before_training(cluster: None, workdir: Path) -> None:

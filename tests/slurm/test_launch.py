@@ -157,10 +157,15 @@ def test_a_failed_check_ends_the_job_before_training(commands: Path, monkeypatch
 
 @pytest.fixture
 def job(commands: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same within job 42 of Slurm, whose scontrol writes to calls.log what it is asked for."""
+    """The same within job 42 of Slurm, whose scontrol keeps a comment and writes all else to calls.log."""
     bodies = {
         "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"\n',
-        "scontrol": 'if [[ $1 == show ]]; then echo node1; else echo "scontrol $*" >>calls.log; fi\n',
+        "scontrol": """case "$*" in
+            show*) echo node1 ;;
+            *Comment=*) echo "${3#*=}" >comment ;;
+            *) echo "scontrol $*" >>calls.log ;;
+        esac\n""",
+        "squeue": "cat comment 2>/dev/null\n",
     }
     put(commands.parent / "bin", bodies)
     monkeypatch.setenv("SLURM_JOB_ID", "42")
@@ -196,18 +201,18 @@ def test_a_signal_reaches_the_training_processes_and_their_save_is_waited_for(
     [
         (75, False, True),
         (2, True, False),
-        (1, False, False),
+        (1, False, True),
         (1, True, True),
-        (1, None, False),
+        (1, None, True),
         (137, True, True),
         (0, True, False),
     ],
 )
-def test_a_job_that_got_on_goes_back_into_the_queue(
-    code: int, new_checkpoint: bool | None, requeued: bool, job: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_job_met_decides_whether_it_goes_back_into_the_queue(
+    code: int, new_checkpoint: bool | None, requeued: bool, job: Path
 ) -> None:
-    """But not one that made no checkpoint (None: nobody can say), or met a mistake (exit code 2) that it would meet
-    again."""
+    """Not where that is a mistake (exit code 2) that it would meet again. At once where it made a checkpoint, later
+    where it made none (None: nobody can say)."""
     meanwhile = {True: "echo 12 >stands;", False: "", None: "rm stands;"}[new_checkpoint]
     bodies = {
         "prolong": f"""case "$*" in
@@ -219,8 +224,53 @@ def test_a_job_that_got_on_goes_back_into_the_queue(
     Path("stands").write_text("8\n")
     result = subprocess.run(["bash", "script.sh"], capture_output=True, text=True, timeout=30)
     assert result.returncode == code, result.stderr
-    asked = job.exists() and "scontrol requeue 42" in job.read_text()
-    assert asked == requeued
+    calls = job.read_text() if job.exists() else ""
+    assert ("scontrol requeue 42" in calls) == requeued
+    assert ("StartTime=now+10minutes" in calls) == (requeued and code != 75 and not new_checkpoint)
+
+
+def failing_starts(job: Path, where: str, count: int) -> list[str]:
+    """For each of so many starts of the job what scontrol was asked for, where the command in `where` fails."""
+    put(
+        job.parent / "bin",
+        {"prolong": f'case "$*" in {where}) exit 1 ;; status*) cat stands ;; esac\n'},
+    )
+    asked = []
+    for _ in range(count):
+        job.unlink(missing_ok=True)
+        result = subprocess.run(["bash", "script.sh"], capture_output=True, text=True, timeout=30)
+        assert result.returncode == 1, result.stderr
+        asked.append(job.read_text() if job.exists() else "")
+    return asked
+
+
+@pytest.mark.parametrize("where", ["*--check*", "status*", "*--processes*"])
+def test_starts_that_fail_in_a_row_are_tried_again_three_times(where: str, job: Path) -> None:
+    """A file server's fault passes, and the next start may be on other nodes."""
+    Path("stands").write_text("8\n")
+    *tried, last, anew = failing_starts(job, where, 5)
+    later = "scontrol requeue 42\nscontrol update JobId=42 StartTime=now+{}minutes\n"
+    assert tried == [later.format(minutes) for minutes in (10, 20, 40)]
+    assert last == "", "it stays failed"
+    assert anew == tried[0], "somebody has started it again"
+
+
+def test_a_new_checkpoint_in_between_forgives_the_failed_starts(job: Path) -> None:
+    Path("stands").write_text("8\n")
+    *_, third = failing_starts(job, "*--processes*", 3)
+    (got_on,) = failing_starts(job, "*--processes*) echo 12 >stands; exit 1 ;; no", 1)
+    (next_one,) = failing_starts(job, "*--processes*", 1)
+    assert "now+40minutes" in third
+    assert got_on == "scontrol requeue 42\n"
+    assert "now+10minutes" in next_one
+
+
+def test_a_job_whose_failed_starts_cannot_be_counted_stays_failed(job: Path) -> None:
+    """It might come back for ever."""
+    Path("stands").write_text("8\n")
+    refuse = "[[ $* != *Comment=* ]] && echo $* | grep -v show >>calls.log\n"
+    put(job.parent / "bin", {"scontrol": refuse})
+    assert failing_starts(job, "*--processes*", 1) == [""]
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -228,20 +278,17 @@ def test_the_exit_code_is_training_s_where_slurm_refuses_to_requeue(
     asked: bool, job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it is asked to stop after training has ended: `prolong status` does so here, the second time."""
-    ask = (
-        "if [[ -e ended ]]; then kill -USR1 $(<script.pid); sleep 0.2; date +%N; fi" if asked else "cat ended"
-    )
+    ask = "kill -USR1 $(<script.pid); sleep 0.2;"
+    ask = f"if [[ -e ended ]]; then {ask if asked else ''} echo 12; else echo 8; fi"
     bodies = {
         "scontrol": 'if [[ $1 == show ]]; then echo node1; else echo "scontrol $*" >>calls.log; exit 1; fi\n',
         "squeue": "echo 1-00:00:00\n",
         "prolong": f"""case "$*" in
             status*) {ask} ;;
-            *--processes*) echo 12 >ended; exit {1 if asked else 75} ;;
+            *--processes*) touch ended; exit {1 if asked else 75} ;;
         esac\n""",
     }
     put(job.parent / "bin", bodies)
-    if not asked:
-        Path("ended").write_text("8\n")
     words = ["bash", "-c", "echo $$ >script.pid; exec bash script.sh"]
     result = subprocess.run(words, capture_output=True, text=True, timeout=30)
     assert result.returncode == (1 if asked else 75), result.stderr
