@@ -150,8 +150,13 @@ def open_log(recipe: Recipe) -> Iterator[RunLog]:
 
 
 @contextmanager
-def _tensorboard(directory: Path) -> Iterator[SummaryWriter]:
-    writer = SummaryWriter(str(directory))
+def _tensorboard(directory: Path) -> Iterator[SummaryWriter | None]:
+    try:
+        writer = SummaryWriter(str(directory))
+    except OSError as error:
+        print(f"warning: nothing goes to {directory} until the next start: {error}", file=sys.stderr)
+        yield None
+        return
     try:
         yield writer
     finally:

@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 
 
@@ -27,6 +29,24 @@ def test_the_others_fail_with_rank_and_step(workspace, layout):
     )
     assert message and int(message[1]) >= 3, errors
     assert "Traceback" not in errors
+
+
+def test_processes_whose_launcher_is_killed_save_and_stop(workspace):
+    """They trained on, held the run directory, and failed at the next stage as if a rank were lost."""
+    every = "checkpoint.every=1000"
+    launcher = workspace.start("orphans", every, "stage.short.steps=100000", "layout.cp=2", "--processes=2")
+    ranks = []
+    try:
+        wait_for_step(workspace.root / "orphans/metrics.jsonl", 3, [launcher])
+        ranks = psutil.Process(launcher.pid).children()
+        launcher.kill()
+        output, _ = launcher.communicate(timeout=60)  # until the ranks have ended, which hold the pipe too
+    finally:
+        for process in (launcher, *ranks):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    assert "of stage short; continue with the same command" in output
+    assert (workspace.root / "orphans/short/latest").exists()
 
 
 def wait_for_step(metrics, step: int, ranks: list[subprocess.Popen[str]]) -> None:

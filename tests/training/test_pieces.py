@@ -422,6 +422,16 @@ def test_tensorboard_files_that_cannot_be_written_are_no_reason_to_stop(tmp_path
     assert capsys.readouterr().out.count("warning: tensorboard cannot be written") == 1
 
 
+def test_a_place_that_takes_no_tensorboard_files_is_no_reason_not_to_start(tmp_path, capsys):
+    of = recipe(tmp_path)
+    of.run_dir.mkdir(exist_ok=True)
+    (of.run_dir / "tensorboard").touch()
+    with open_log(of) as log:
+        log._scalars("short", 1, {"loss": 2.0})
+    said = capsys.readouterr().err
+    assert said.startswith("warning: nothing goes to ") and "tensorboard until the next start: " in said
+
+
 def test_weights_and_biases_out_of_reach_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
     """At a requeue in the night, with the network down."""
     begun = MagicMock()
