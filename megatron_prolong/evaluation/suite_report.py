@@ -171,11 +171,7 @@ def _references(
 
 
 def _tasks(models: Models) -> Grid:
-    change = (
-        {(one.model, (one.length, one.category, one.task)): one.interval for one in changes(models)}
-        if len(models) > 1
-        else {}
-    )
+    change = {(one.model, (one.length, one.category, one.task)): one.interval for one in changes(models)}
     cells = {
         (label, result.key): _task_cell(result, change.get((label, result.key)))
         for label, results in models.items()
@@ -230,5 +226,5 @@ def summary(models: Models, suite: str | None) -> dict[str, Any]:
             ]
             for label, results in models.items()
         },
-        "changes": changes(models) if len(models) > 1 else [],
+        "changes": changes(models),
     }

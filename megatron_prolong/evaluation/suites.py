@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.task import Task
@@ -56,7 +56,7 @@ def synthetic(length: int) -> list[Task]:
 SUITES = {"helmet": helmet, "ruler": ruler.ruler_tasks, "prolong": prolong, "synthetic": synthetic}
 
 
-def select(suite: str, lengths: Sequence[int], names: Iterable[str] = ()) -> list[Task]:
+def select(suite: str, lengths: Sequence[int], names: Sequence[str] = ()) -> list[Task]:
     """The tasks of a suite at some lengths; `names` keeps those whose name or category contains one of them.
 
     Raises:
@@ -65,21 +65,19 @@ def select(suite: str, lengths: Sequence[int], names: Iterable[str] = ()) -> lis
     if suite == NO_SUITE:
         return []
     tasks = [task for length in lengths for task in SUITES[suite](length)]
-    wanted = list(names)
-    named = {name: [task for task in tasks if name == task.category or name in task.name] for name in wanted}
-    if unknown := [name for name in wanted if not named[name]]:
+    named = {name: [task for task in tasks if name == task.category or name in task.name] for name in names}
+    if unknown := [name for name in names if not named[name]]:
         known = sorted({task.name for task in tasks})
         raise UserError(
             f"suite {suite} has no task {', '.join(unknown)} at {', '.join(map(format_count, lengths))}; "
             f"it has {', '.join(known) or 'none'}"
         )
-    return [task for task in tasks if not wanted or any(task in found for found in named.values())]
+    return [task for task in tasks if not names or any(task in found for found in named.values())]
 
 
-def left_out(suite: str, lengths: Sequence[int], names: Iterable[str] = ()) -> list[str]:
+def left_out(suite: str, lengths: Sequence[int], names: Sequence[str] = ()) -> list[str]:
     """In words: the categories that `select` leaves out at some lengths, since HELMET has no data for these."""
-    wanted = list(names)
-    everything = {task.category for task in select(suite, [*lengths, WITH_ALL_DATA], wanted)}
+    everything = {task.category for task in select(suite, [*lengths, WITH_ALL_DATA], names)}
     found = []
     for length in lengths:
         here = {task.category for task in select(suite, [length])}

@@ -157,24 +157,19 @@ class DocumentAttention(MegatronModule):
         return (packed_attention(q, k, v, documents.cu_seqlens),)
 
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> tuple[Tensor, ...]:
-        """Each document's new tokens against all of its cached ones."""
+        """Each document's new tokens against all of its cached ones, of which other ranks may have a part."""
         assert documents.caches is not None
+        spread = documents.spread
+        keeps = spread.keeps if spread else (True,) * len(documents.caches)
+        spans = pairwise(documents.cu_seqlens)
         outs: list[Tensor] = []
-        for cache, (start, end) in zip(documents.caches, pairwise(documents.cu_seqlens), strict=True):
-            if documents.spread is not None:
-                outs.append(self._spread(q[start:end], k[start:end], v[start:end], len(outs), documents))
-                continue
-            keys, values = cache.extend(self.layer_number, k[start:end], v[start:end])
-            outs.append(cached_attention(q[start:end], keys, values))
+        for cache, keeper, (start, end) in zip(documents.caches, keeps, spans, strict=True):
+            new, kept = q[start:end], slice(start, end if keeper else start)
+            keys, values = cache.extend(self.layer_number, k[kept], v[kept])
+            if spread is None:
+                outs.append(cached_attention(new, keys, values))
+            elif spread.chunk_tokens is not None:
+                outs.append(sliced_attention(new, keys, values, spread.chunk_tokens, spread.group))
+            else:
+                outs.append(shared_attention(new, keys, values, keeper, spread.group))
         return tuple(outs)
-
-    def _spread(self, q: Tensor, k: Tensor, v: Tensor, document: int, documents: Documents) -> Tensor:
-        """The same when every context-parallel rank has a part of the cache."""
-        spread, caches = documents.spread, documents.caches
-        assert spread is not None and caches is not None
-        keeps = spread.keeps[document]
-        kept = slice(None) if keeps else slice(0, 0)
-        keys, values = caches[document].extend(self.layer_number, k[kept], v[kept])
-        if spread.chunk_tokens is not None:
-            return sliced_attention(q, keys, values, spread.chunk_tokens, spread.group)
-        return shared_attention(q, keys, values, keeps, spread.group)

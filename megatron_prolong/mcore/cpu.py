@@ -61,10 +61,6 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
 
-def _manual_seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-
-
 @contextlib.contextmanager
 def cuda_on_cpu() -> Iterator[None]:
     """Run Megatron-Core on CPU inside this context.
@@ -84,7 +80,7 @@ def cuda_on_cpu() -> Iterator[None]:
         # on CPU both streams are torch's one generator, saved and restored the same way.
         (torch.cuda, "get_rng_state", _get_rng_state),
         (torch.cuda, "set_rng_state", _set_rng_state),
-        (torch.cuda, "manual_seed", _manual_seed),
+        (torch.cuda, "manual_seed", torch.default_generator.manual_seed),
         (megatron_random, "_get_cuda_rng_state", _get_rng_state),
         (megatron_random, "_set_cuda_rng_state", _set_rng_state),
         # Where Transformer Engine or Apex is installed anyway, their kernels need CUDA.

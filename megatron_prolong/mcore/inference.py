@@ -130,7 +130,7 @@ class InferenceModel:
     ) -> Tensor:
         """Feed these tokens; with labels, their losses one after another, [T], on every rank."""
         num_tokens = len(tokens[0])
-        if len(tokens) > 1 or not self._slices(num_tokens):
+        if len(tokens) > 1 or self.cp.size == 1 or not can_slice(num_tokens, self.cp.size):
             return self._forward(tokens, caches, torch.cat(list(labels)) if labels else None)[0]
         mine = slice_of(num_tokens, self.cp.rank, self.cp.size)
         own_labels = labels[0][mine] if labels else None
@@ -143,9 +143,6 @@ class InferenceModel:
     @property
     def _chunk_tokens(self) -> int:
         return PREFILL_TOKENS * self.cp.size
-
-    def _slices(self, num_tokens: int) -> bool:
-        return self.cp.size > 1 and can_slice(num_tokens, self.cp.size)
 
     def _forward(
         self,

@@ -218,20 +218,6 @@ def test_numbers_are_what_they_look_like(write: Write, recipe_data: dict[str, An
             load_recipe(path)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("name: [", "not valid YAML"),
-        ("- a\n- b\n", "a recipe is a mapping"),
-        ("", "a recipe is a mapping .* found an empty file"),
-        ("name: !!python/name:os.system x", "not valid YAML"),
-    ],
-)
-def test_what_is_not_a_recipe(write: Write, text: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load_recipe(write(text))
-
-
 def test_a_missing_file() -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml: cannot read the recipe: No such file"):
         load_recipe("nowhere.yaml")
@@ -263,13 +249,17 @@ def test_what_a_file_says_over_its_base_is_its_own_mistake(write: Write, recipe_
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("name: [", "not valid YAML"),
+        ("name: !!python/name:os.system x", "not valid YAML"),
+        ("- a\n- b\n", "a recipe is a mapping"),
+        ("", "a recipe is a mapping .* found an empty file"),
         ("run_dir: {{ scratch }}\n", r"not valid YAML: a key must be text\n.*line \d+"),
         ("? [a, b]\n: c\n", "not valid YAML: a key must be text"),
         ("model: &m {path: *m}\n", "an anchor holds itself"),
         ("model: " + "[" * 5000, "nested too deeply"),
     ],
 )
-def test_yaml_that_is_no_recipe(write: Write, text: str, message: str) -> None:
+def test_what_is_not_a_recipe(write: Write, text: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"recipe\.yaml: .*{message}"):
         load_recipe(write(text))
 
