@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Tokenize, filter, pack and look at training data.", no_args_is_help=True)
 
 Paths = Annotated[list[str], typer.Argument(metavar="IN... OUT", help="Inputs, then the directory to write.")]
+Kind = Annotated[str | None, typer.Option(help="See `prolong data sources`; found out if absent.")]
+TextField = Annotated[
+    str | None, typer.Option(help="Field that holds the text (default: text); `a.b` reaches inside.")
+]
+OnBadInput = Annotated[str, typer.Option(help="Stop at the first bad record, or skip and count.")]
 Workers = Annotated[int, typer.Option(help="Processes; 0 takes one per core.", min=0)]
 ExecutorName = Annotated[str, typer.Option("--executor", help="Where the work is done: local or ray.")]
 UINT32 = 2**32 - 1  # the largest token id, and NumPy's largest seed
@@ -45,14 +50,12 @@ def sources() -> None:
 def tokenize(
     paths: Paths,
     tokenizer: Annotated[Path, typer.Option(help="Directory of a tokenizer, model or checkpoint.")],
-    kind: Annotated[str | None, typer.Option(help="See `prolong data sources`; found out if absent.")] = None,
+    kind: Kind = None,
     domain: Annotated[str | None, typer.Option(help="Name of the domain (default: the name of OUT).")] = None,
     domain_field: Annotated[
         str | None, typer.Option(help="Field that names a record's domain; --domain: of those without.")
     ] = None,
-    text_field: Annotated[
-        str | None, typer.Option(help="Field that holds the text (default: text); `a.b` reaches inside.")
-    ] = None,
+    text_field: TextField = None,
     messages_field: Annotated[
         str | None, typer.Option(help="With --chat: field that holds the messages (default: messages).")
     ] = None,
@@ -65,9 +68,7 @@ def tokenize(
             help="Cut longer chats after the last whole assistant turn, e.g. 64K.",
         ),
     ] = None,
-    on_bad_input: Annotated[
-        str, typer.Option(help="Stop at the first bad record, or skip and count.")
-    ] = "stop",
+    on_bad_input: OnBadInput = "stop",
     workers: Workers = 0,
     executor: ExecutorName = "local",
     slurm_array: SlurmArray = False,
@@ -77,8 +78,6 @@ def tokenize(
     from megatron_prolong.data.tokenize import tokenize as run
 
     inputs, out = _split(paths)
-    if on_bad_input not in ("stop", "skip"):
-        raise UserError(f"--on-bad-input {on_bad_input}: must be stop or skip")
     names = {"text_field": text_field, "messages_field": messages_field}
     fields = {name: value for name, value in names.items() if value is not None}
     chats = chat or kind == "chat"
@@ -93,7 +92,7 @@ def tokenize(
         **fields,
         chat=chat,
         max_chat_tokens=max_chat_tokens,
-        on_bad_input=on_bad_input,  # type: ignore[arg-type]
+        on_bad_input=_stop_or_skip(on_bad_input),
     )
     engine = _executor(executor, workers)
     with going_on():
@@ -106,6 +105,47 @@ def tokenize(
         typer.echo(f"  {report.targets:,} tokens ({report.targets / report.tokens:.1%}) are training targets")
     if report.forced_cuts:
         typer.echo(f"  {report.forced_cuts:,} forced cuts in texts without blanks or newlines")
+    _print_counts("left out", report.left_out)
+
+
+@app.command()
+def group(
+    paths: Paths,
+    by: Annotated[
+        str,
+        typer.Option(help="Field that names a row's group, e.g. max_stars_repo_name; `a.b` reaches inside."),
+    ],
+    path_field: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows are files: field with the path of each; without it, rows stay in their order."
+        ),
+    ] = None,
+    kind: Kind = None,
+    text_field: TextField = None,
+    on_bad_input: OnBadInput = "stop",
+    workers: Workers = 0,
+    executor: ExecutorName = "local",
+    slurm_array: SlurmArray = False,
+) -> None:
+    """Put rows of files in order, for tokenize to make one document of every repository."""
+    from megatron_prolong.data.group import GroupOptions
+    from megatron_prolong.data.group import group as run
+
+    inputs, out = _split(paths)
+    options = GroupOptions(
+        by=by,
+        path_field=path_field,
+        kind=kind,
+        text_field=text_field or "text",
+        on_bad_input=_stop_or_skip(on_bad_input),
+    )
+    with going_on():
+        report = run(inputs, out, options, executor=_executor(executor, workers), slurm=_slurm(slurm_array))
+    if report is None:
+        _other_jobs_go_on(out)
+        return
+    typer.echo(f"{out}: {counted(report.documents, 'row')}")
     _print_counts("left out", report.left_out)
 
 
@@ -284,6 +324,12 @@ def _split(paths: list[str]) -> tuple[list[str], Path]:
     if len(paths) < 2:
         raise UserError("give at least one input and, last, the directory to write")
     return paths[:-1], Path(paths[-1])
+
+
+def _stop_or_skip(on_bad_input: str) -> Literal["stop", "skip"]:
+    if on_bad_input not in ("stop", "skip"):
+        raise UserError(f"--on-bad-input {on_bad_input}: must be stop or skip")
+    return on_bad_input  # type: ignore[return-value]
 
 
 def _by_domain(option: str, lengths: Sequence[OfDomain]) -> dict[str, int]:

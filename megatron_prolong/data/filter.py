@@ -92,6 +92,7 @@ class FilterReport(Report):
     """tokens == kept_tokens + sum(tokens of dropped). dropped: reason to [documents, tokens].
     examples: why documents were found contaminated, the first few."""
 
+    tokens: int = 0
     kept_documents: int = 0
     kept_tokens: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What tokenize and filter count: every task its own part, the job the sum of them."""
+"""What tokenize, filter and group count: every task its own part, the job the sum of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ class Report:
     """Base of the reports: all their whole numbers are summed."""
 
     documents: int = 0
-    tokens: int = 0
 
     @classmethod
     def of(cls, parts: Iterable[Mapping[str, Any]]) -> Self:

@@ -32,9 +32,22 @@ from megatron_prolong.data.encoder import TextEncoder
 from megatron_prolong.data.executors import Executor, LocalProcesses
 from megatron_prolong.data.job import REPORT, Job
 from megatron_prolong.data.mds import MDSWriter
+from megatron_prolong.data.records import (
+    Parts,
+    describe,
+    field_of,
+    into_tasks,
+    leave_out,
+    list_parts,
+    missing,
+    refuse_nothing,
+    spelled_alike,
+    surrogate_problem,
+    text_problem,
+    warn_made_before,
+)
 from megatron_prolong.data.report import Report
-from megatron_prolong.data.sources import Bad, Part, Record, find_kind, source_of
-from megatron_prolong.data.sources.files import is_remote, refuse_repeated, warn
+from megatron_prolong.data.sources import Bad, Record, source_of
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import tokenizer_file
 
@@ -79,6 +92,7 @@ class TokenizeReport(Report):
     encoding, which may change the two tokens there. targets: tokens with mask 1, chats only.
     """
 
+    tokens: int = 0
     targets: int = 0
     forced_cuts: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
@@ -106,38 +120,22 @@ def tokenize(
     options = options or TokenizeOptions()
     if options.kind == "chat":
         options = replace(options, kind="jsonl", chat=True)
-    sources = [source if is_remote(source) else str(Path(source)) for source in sources]  # x/ and ./x are x
-    for source in sources:
-        _refuse_inside(Path(out), source)
-    kinds = [options.kind or find_kind(source) for source in sources]
-    found = [source_of(kind).parts(source) for kind, source in zip(kinds, sources, strict=True)]
-    refuse_repeated(path for own in found for path in dict.fromkeys(part.path for part in own))
-    parts = [(kind, part) for kind, own in zip(kinds, found, strict=True) for part in own]
+    sources = spelled_alike(sources)
+    parts = list_parts(sources, options.kind, Path(out))
     job = Job(Path(out), _settings(sources, tokenizer, options, parts))
-    tasks = {f"{number:05}": task for number, task in enumerate(_into_tasks(parts))}
+    tasks = into_tasks(parts, TASK_BYTES)
     if not job.is_finished:
         with job.open():
             if not job.run(tasks, _Work(str(tokenizer), options), executor or LocalProcesses(1), slurm):
                 return None
             job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
-    else:  # the settings know the files' sizes, not their contents
-        warn(
-            f"{out}: made before, of files of these names and sizes; nothing was done (remove it to start anew)"
-        )
+    else:
+        warn_made_before(Path(out))
     return TokenizeReport.of([job.report()])
 
 
-def _refuse_inside(out: Path, source: str) -> None:
-    """A job that goes on, and the others of an array, would find its files among the source's."""
-    if not is_remote(source) and Path(source).resolve() in out.resolve().parents:
-        raise UserError(f"{out}: lies in {source}, and would be read as a part of it; choose a place outside")
-
-
 def _settings(
-    sources: Sequence[str],
-    tokenizer: Path | str,
-    options: TokenizeOptions,
-    parts: Sequence[tuple[str, Part]],
+    sources: Sequence[str], tokenizer: Path | str, options: TokenizeOptions, parts: Parts
 ) -> dict[str, Any]:
     file = tokenizer_file(tokenizer)
     digest = hashlib.sha256(file.read_bytes())
@@ -148,27 +146,12 @@ def _settings(
     settings = asdict(options)
     # A job that stopped may go on with `skip`: its finished tasks met no bad input.
     settings.pop("on_bad_input")
-    listing = hashlib.sha256(repr(parts).encode()).hexdigest()
     return {
         "step": "tokenize",
-        "sources": list(sources),
-        "files": f"{len(parts)} parts, {sum(part.num_bytes for _, part in parts)} bytes, sha256 {listing}",
+        **describe(sources, parts),
         "tokenizer": f"sha256 {digest.hexdigest()}",
         **settings,
     }
-
-
-def _into_tasks(parts: Sequence[tuple[str, Part]]) -> list[list[tuple[str, Part]]]:
-    """Consecutive parts of about TASK_BYTES together."""
-    tasks: list[list[tuple[str, Part]]] = []
-    room = 0
-    for kind, part in parts:
-        if room <= 0:
-            tasks.append([])
-            room = TASK_BYTES
-        tasks[-1].append((kind, part))
-        room -= part.num_bytes
-    return tasks
 
 
 def _sum(job: Job, tasks: Iterable[str], options: TokenizeOptions) -> TokenizeReport:
@@ -176,8 +159,7 @@ def _sum(job: Job, tasks: Iterable[str], options: TokenizeOptions) -> TokenizeRe
     if options.chat:
         refuse_empty_masks(total.tokens, total.targets, str(job.out))
     if not total.documents:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(total.left_out.items()))
-        raise UserError(f"{job.out}: not a single document in the sources; left out: {reasons or 'nothing'}")
+        refuse_nothing(job.out, total.left_out)
     return total
 
 
@@ -196,7 +178,7 @@ class _Work:
     tokenizer: str
     options: TokenizeOptions
 
-    def __call__(self, directory: Path, parts: list[tuple[str, Part]]) -> None:
+    def __call__(self, directory: Path, parts: Parts) -> None:
         report = TokenizeReport()
         encoder = TextEncoder(self.tokenizer)
         encode: Encode = partial(_encode_texts, encoder, self.options.text_field)
@@ -208,13 +190,13 @@ class _Work:
             for batch in _batches(self._records(parts, report)):
                 for record, encoded in zip(batch, encode(batch), strict=True):
                     if isinstance(encoded, Bad):
-                        self._leave_out(encoded, report)
+                        leave_out(encoded, self.options.on_bad_input, report.left_out)
                     else:
                         self._write(writer, record, encoded, report)
             report.forced_cuts = encoder.forced_cuts
             writer.attach_json(REPORT, vars(report))
 
-    def _records(self, parts: Sequence[tuple[str, Part]], report: TokenizeReport) -> Iterator[Record]:
+    def _records(self, parts: Parts, report: TokenizeReport) -> Iterator[Record]:
         """The usable records; the others are counted, or stop the job."""
         for kind, part in parts:
             for found in source_of(kind).read(part):
@@ -222,35 +204,17 @@ class _Work:
                 if isinstance(found, Record):
                     report.left_out.update(found.left_out)
                 if bad is not None:
-                    self._leave_out(bad, report)
+                    leave_out(bad, self.options.on_bad_input, report.left_out)
                 elif isinstance(found, Record):
                     yield found
 
-    def _leave_out(self, bad: Bad, report: TokenizeReport) -> None:
-        if bad.problem and self.options.on_bad_input == "stop":
-            raise UserError(
-                f"{bad.name}: {bad.problem}; correct it, or leave such records out with --on-bad-input skip"
-            )
-        report.left_out[f"document: {bad.reason}"] += 1
-
     def _problem(self, record: Record) -> Bad | None:
-        name = self.options.messages_field if self.options.chat else self.options.text_field
-        value = _get(record.fields, name)
-        if value is None:
-            known = ", ".join(record.fields)
-            option = "--messages-field" if self.options.chat else "--text-field"
-            return Bad(
-                record.name,
-                f"field {name!r} is missing or null (fields: {known}; {option} names another)",
-                f"no field {name}",
-            )
-        texts = []
-        if not self.options.chat:  # chats are judged as they are rendered
-            if not isinstance(value, str):
-                return Bad(record.name, f"field {name!r} is {type(value).__name__}, not text", "not text")
-            if not value:
-                return Bad(record.name, "", "empty")
-            texts.append(value)
+        if self.options.chat:  # the rest is judged as they are rendered
+            name = self.options.messages_field
+            if field_of(record.fields, name) is None:
+                return missing(record, name, "--messages-field")
+        elif problem := text_problem(record, self.options.text_field, "--text-field"):
+            return problem
         domain = self._domain(record)
         if domain is None:
             known = ", ".join(record.fields)
@@ -260,18 +224,13 @@ class _Work:
                 "records have that one",
                 "no domain",
             )
-        for text in (*texts, domain):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                return Bad(record.name, f"has half a surrogate pair at character {error.start}", "not UTF-8")
-        return None
+        return surrogate_problem(record, domain)
 
     def _domain(self, record: Record) -> str | None:
         """None where the record should name one and does not."""
         if not (name := self.options.domain_field):
             return self.options.domain
-        found = _get(record.fields, name)
+        found = field_of(record.fields, name)
         if found is not None and not isinstance(found, str | int | float | np.number):
             return None
         return ("" if found is None else str(found)) or self.options.domain or None
@@ -287,18 +246,6 @@ class _Work:
         writer.write(sample)
         report.documents += 1
         report.tokens += len(tokens)
-
-
-def _get(fields: Mapping[str, Any], name: str) -> Any:
-    """fields["a.b"], or fields["a"]["b"]; None where there is no such thing."""
-    if name in fields:
-        return fields[name]
-    value: Any = fields
-    for key in name.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            return None
-        value = value[key]
-    return value
 
 
 def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
@@ -325,7 +272,7 @@ def _num_characters(value: Any) -> int:
 
 
 def _encode_texts(encoder: TextEncoder, name: str, records: Sequence[Record]) -> list[Encoded | Bad]:
-    encoded = encoder.encode([_get(record.fields, name) for record in records])
+    encoded = encoder.encode([field_of(record.fields, name) for record in records])
     return [
         (tokens, None) if len(tokens) else Bad(record.name, "", "empty")
         for record, tokens in zip(records, encoded, strict=True)
@@ -352,7 +299,7 @@ class _Chats:
         ]
 
     def _render(self, record: Record) -> Rendered | Bad:
-        messages = _get(record.fields, self._options.messages_field)
+        messages = field_of(record.fields, self._options.messages_field)
         if problem := find_problem(messages, self._control):
             return Bad(record.name, problem, "not a chat")
         try:

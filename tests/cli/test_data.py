@@ -10,15 +10,18 @@ from typer.testing import CliRunner
 
 from megatron_prolong.cli.main import app
 from megatron_prolong.data import filter as filter_module
+from megatron_prolong.data import group as group_module
 from megatron_prolong.data import pack as pack_module
 from megatron_prolong.data import tokenize as tokenize_module
 from megatron_prolong.data.executors import LocalProcesses, Ray
 from megatron_prolong.data.filter import FilterOptions
+from megatron_prolong.data.group import GroupOptions
 from megatron_prolong.data.pack import PackOptions
 from megatron_prolong.data.tokenize import TokenizeOptions
 from megatron_prolong.errors import UserError
 
-TOKENIZE, FILTER, PACK = (
+GROUP, TOKENIZE, FILTER, PACK = (
+    (group_module, "group"),
     (tokenize_module, "tokenize"),
     (filter_module, "filter_documents"),
     (pack_module, "pack"),
@@ -28,6 +31,12 @@ TOKENIZE, FILTER, PACK = (
 @pytest.mark.parametrize(
     ("command", "step", "options"),
     [
+        ("group --by b", GROUP, GroupOptions("b")),
+        (
+            "group --by b --path-field p --kind parquet --text-field x --on-bad-input skip",
+            GROUP,
+            GroupOptions("b", "p", "parquet", "x", "skip"),
+        ),
         ("tokenize --tokenizer t", TOKENIZE, TokenizeOptions(domain="out")),
         (
             "tokenize --tokenizer t --kind parquet --domain d --domain-field e --text-field x --on-bad-input skip",
@@ -102,6 +111,7 @@ def test_an_option_without_effect_is_refused(command: str, message: str) -> None
 @pytest.mark.parametrize(
     ("command", "step"),
     [
+        ("group --by b", GROUP),
         ("tokenize --tokenizer t", TOKENIZE),
         ("filter --duplicates", FILTER),
         ("pack --length 1K --mode concat", PACK),

@@ -161,10 +161,14 @@ class MDSWriter:
     def _file_entry(self, name: str, num_bytes: int, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
         return {"basename": name, "bytes": num_bytes, "hashes": hash_parts(self._settings["hashes"], parts)}
 
-    def attach_json(self, name: str, value: Mapping[str, Any]) -> None:
+    def attach(self, name: str, content: bytes) -> None:
         """A further file that appears together with the data set."""
         with disk_full_is_users(self.path):
-            (self._temporary / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+            (self._temporary / name).write_bytes(content)
+
+    def attach_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """One of JSON."""
+        self.attach(name, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
     def finish(self) -> None:
         """Write what is left and the index, then move the directory to its name."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_prolong.data.sources import jsonl, text
 from megatron_prolong.data.sources.base import Bad, Part, Record, Source
 from megatron_prolong.data.sources.files import COMPRESSED, is_remote
+from megatron_prolong.data.sources.grouped import RUNS, Grouped
 from megatron_prolong.data.sources.jsonl import JsonLines
 from megatron_prolong.data.sources.repositories import Repositories
 from megatron_prolong.data.sources.shards import Shards
@@ -19,7 +20,7 @@ __all__ = ["SOURCES", "Bad", "Part", "Record", "Source", "find_kind", "source_of
 
 SOURCES: dict[str, Source] = {
     source.kind: source
-    for source in (Repositories(), Text(), JsonLines(), Parquet(), SavedDataset(), Shards())
+    for source in (Repositories(), Text(), JsonLines(), Parquet(), SavedDataset(), Shards(), Grouped())
 }
 _ENDINGS = {"text": text.SUFFIXES, "jsonl": jsonl.SUFFIXES, "parquet": (".parquet",)}
 
@@ -36,7 +37,7 @@ def find_kind(path: str) -> str:
     if is_remote(path) or Path(path).is_file():
         kinds = _kinds([path])
     elif (Path(path) / "index.json").exists():
-        kinds = {"mds"}
+        kinds = {"grouped" if any(Path(path).glob(f"*/{RUNS}")) else "mds"}
     elif (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
         kinds = {"hf"}
     elif Path(path).is_dir():

@@ -62,14 +62,12 @@ class Repositories:
         return parts
 
     def read(self, part: Part) -> Iterator[Record | Bad]:
-        root, left_out = Path(part.path), Counter[str]()
+        root, tree = Path(part.path), JoinedFiles()
         if not root.is_dir() and (root.exists() or root.is_symlink()):
             yield Bad(part.path, "", "a file beside the repositories")
             return
-        texts: list[str] = []
-        length = 0
         unreadable: list[Bad] = []
-        for file, num_bytes in _files(root, left_out, unreadable):
+        for file, num_bytes in _files(root, tree.left_out, unreadable):
             name = file.relative_to(root).as_posix()
             try:
                 text, reason = _read_file(file, name, num_bytes)
@@ -77,17 +75,41 @@ class Repositories:
                 unreadable.append(_unreadable(file, error))
                 continue
             if text is None:
-                left_out[f"file: {reason}"] += 1
-            elif length + len(text) > MAX_RECORD_BYTES:
-                left_out["file: repository too long"] += 1
+                tree.left_out[f"file: {reason}"] += 1
             else:
-                texts.append(f"### {name}\n{text}\n" if text.endswith("\n") else f"### {name}\n{text}\n\n")
-                length += len(texts[-1])
+                tree.add(text, f"### {name}\n")
         yield from unreadable
-        yield Record(part.path, {"text": "".join(texts)}, left_out)
+        yield tree.record(part.path)
+
+
+class JoinedFiles:
+    """One document of many texts, an empty line after each; those beyond a record's limit are left out."""
+
+    def __init__(self) -> None:
+        self.left_out = Counter[str]()
+        self._texts: list[str] = []
+        self._length = 0
+
+    def add(self, text: str, heading: str) -> None:
+        """Append the next text, after a line of its own."""
+        if self._length + len(text) > MAX_RECORD_BYTES:
+            self.left_out["file: repository too long"] += 1
+        else:
+            self._texts.append(f"{heading}{text}\n" if text.endswith("\n") else f"{heading}{text}\n\n")
+            self._length += len(self._texts[-1])
+
+    def record(self, name: str) -> Record:
+        """The document."""
+        return Record(name, {"text": "".join(self._texts)}, self.left_out)
 
 
 _SKIP = _VERSION_CONTROL | _VENDORED
+
+
+def walk_order(path: str) -> list[tuple[bool, str]]:
+    """Sorts paths as `_files` comes to them: a directory's files before its subdirectories', both by name."""
+    *directories, name = path.split("/")
+    return [*((True, directory) for directory in directories), (False, name)]
 
 
 def _files(root: Path, left_out: Counter[str], unreadable: list[Bad]) -> Iterator[tuple[Path, int]]:
@@ -122,20 +144,35 @@ def _read_file(path: Path, name: str, num_bytes: int) -> tuple[str | None, str]:
         name.encode()
     except UnicodeEncodeError:
         return None, "name not UTF-8"
-    if _GENERATED_NAMES.search(name):
-        return None, "generated"
-    if num_bytes > MAX_FILE_BYTES:
-        return None, f"over {MAX_FILE_BYTES >> 20} MiB"
+    if reason := _unwanted_by_name(name, num_bytes):
+        return None, reason
     data = path.read_bytes()
-    if not data.strip():
-        return None, "empty"
-    if b"\0" in data:
-        return None, "binary"
-    if _LONG_LINE.search(data):
-        return None, f"line over {MAX_LINE_BYTES} bytes"
-    if _GENERATED_MARK.search(data, 0, _MARK_BYTES):
-        return None, "generated"
+    if reason := _unwanted_by_content(data):
+        return None, reason
     try:
         return data.decode("utf-8-sig"), ""
     except UnicodeDecodeError:
         return None, "not UTF-8"
+
+
+def unwanted(name: str, data: bytes) -> str | None:
+    """Why a file of a source tree, known by its path in it and its content, is left out; None where it is not."""
+    if not _SKIP.isdisjoint(name.split("/")[:-1]):
+        return "vendored"
+    return _unwanted_by_name(name, len(data)) or _unwanted_by_content(data)
+
+
+def _unwanted_by_name(name: str, num_bytes: int) -> str | None:
+    if _GENERATED_NAMES.search(name):
+        return "generated"
+    return f"over {MAX_FILE_BYTES >> 20} MiB" if num_bytes > MAX_FILE_BYTES else None
+
+
+def _unwanted_by_content(data: bytes) -> str | None:
+    if not data.strip():
+        return "empty"
+    if b"\0" in data:
+        return "binary"
+    if _LONG_LINE.search(data):
+        return f"line over {MAX_LINE_BYTES} bytes"
+    return "generated" if _GENERATED_MARK.search(data, 0, _MARK_BYTES) else None

@@ -1,0 +1,166 @@
+"""Rows of files to whole repositories: what belongs together is put together, wherever it lies in the sources.
+
+Published code (The Stack, StarCoder's) has one row per file. ProLong concatenates the files of a repository, and
+textbooks of one subject. Rows are sorted here by a hash of the group's name, each run of some 256 MiB by itself,
+and written with a table of where each range of hashes begins; `data/sources/grouped.py` reads a range of all runs.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_prolong.data.executors import Executor, LocalProcesses
+from megatron_prolong.data.job import REPORT, Job
+from megatron_prolong.data.mds import MDSWriter
+from megatron_prolong.data.records import (
+    Parts,
+    describe,
+    field_of,
+    into_tasks,
+    leave_out,
+    list_parts,
+    refuse_nothing,
+    spelled_alike,
+    text_problem,
+    warn_made_before,
+)
+from megatron_prolong.data.report import Report
+from megatron_prolong.data.sources import Bad, Record, source_of
+from megatron_prolong.data.sources.grouped import BUCKETS, COLUMNS, RUNS, bucket_of
+from megatron_prolong.data.sources.repositories import unwanted
+
+RUN_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class GroupOptions:
+    """by: field that names a row's group. path_field: field with the path of the file that the row is; then a group
+    is a source tree, as of kind `repositories`: its order, its lines `### path`, and what is left out. Without it
+    texts follow in the order they come. kind, text_field, on_bad_input: as of tokenize.
+    """
+
+    by: str
+    path_field: str | None = None
+    kind: str | None = None
+    text_field: str = "text"
+    on_bad_input: Literal["stop", "skip"] = "stop"
+
+
+@dataclass
+class GroupReport(Report):
+    """documents: rows that were taken. left_out: reason to count, of the others."""
+
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Mapping[str, Any]) -> None:
+        super().add(other)
+        self.left_out.update(other["left_out"])
+
+
+def group(
+    sources: Sequence[str],
+    out: Path | str,
+    options: GroupOptions,
+    *,
+    executor: Executor | None = None,
+    slurm: Mapping[str, str] | None = None,
+) -> GroupReport | None:
+    """Put the rows of `sources` in order into `out`, for tokenize to make one document of each group.
+
+    slurm: as of tokenize. Raises UserError for bad input, naming file and record.
+    """
+    sources = spelled_alike(sources)
+    parts = list_parts(sources, options.kind, Path(out))
+    settings = asdict(options)
+    settings.pop("on_bad_input")  # a job that stopped may go on with `skip`
+    job = Job(Path(out), {"step": "group", **describe(sources, parts), **settings})
+    tasks = into_tasks(parts, RUN_BYTES)
+    if not job.is_finished:
+        with job.open():
+            if not job.run(tasks, _Work(options), executor or LocalProcesses(1), slurm):
+                return None
+            job.finish(tasks, lambda: vars(_sum(job, tasks)))
+    else:
+        warn_made_before(Path(out))
+    return GroupReport.of([job.report()])
+
+
+def _sum(job: Job, tasks: Iterable[str]) -> GroupReport:
+    total = GroupReport.of(job.task_reports(tasks))
+    if not total.documents:
+        refuse_nothing(job.out, total.left_out)
+    return total
+
+
+Row = dict[str, str]
+"""With the COLUMNS of sources/grouped.py."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One task: read its parts, sort them run by run, write one directory. Picklable, for any process to do."""
+
+    options: GroupOptions
+
+    def __call__(self, directory: Path, parts: Parts) -> None:
+        report, runs = GroupReport(), io.BytesIO()
+        with MDSWriter(directory, COLUMNS) as writer:
+            tables = [_write_sorted(writer, run) for run in _into_runs(self._rows(parts, report))]
+            np.save(runs, np.array(tables, np.int64).reshape(-1, BUCKETS + 1))
+            writer.attach(RUNS, runs.getvalue())
+            writer.attach_json(REPORT, vars(report))
+
+    def _rows(self, parts: Parts, report: GroupReport) -> Iterator[Row]:
+        """The usable rows; the others are counted, or stop the job."""
+        for kind, part in parts:
+            for found in source_of(kind).read(part):
+                row = found if isinstance(found, Bad) else self._row(found)
+                if isinstance(row, Bad):
+                    leave_out(row, self.options.on_bad_input, report.left_out)
+                elif self.options.path_field and (reason := unwanted(row["path"], row["text"].encode())):
+                    report.left_out[f"file: {reason}"] += 1
+                else:
+                    report.documents += 1
+                    yield row
+
+    def _row(self, record: Record) -> Row | Bad:
+        fields = {"group": self.options.by, "text": self.options.text_field}
+        if self.options.path_field:
+            fields["path"] = self.options.path_field
+        for column, name in fields.items():
+            option = {"group": "--by", "text": "--text-field", "path": "--path-field"}[column]
+            if problem := text_problem(record, name, option):
+                return problem
+        row = {column: field_of(record.fields, name) for column, name in fields.items()}
+        return {"path": "", **row, "text": row["text"].removeprefix("\ufeff")}
+
+
+def _into_runs(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Consecutive rows of about RUN_BYTES of text together."""
+    run: list[Row] = []
+    room = RUN_BYTES
+    for row in rows:
+        run.append(row)
+        room -= len(row["text"])
+        if room <= 0:
+            yield run
+            run, room = [], RUN_BYTES
+    if run:
+        yield run
+
+
+def _write_sorted(writer: MDSWriter, run: list[Row]) -> NDArray[np.int64]:
+    """Write a run by ranges of hashes, each in the order the rows came in; returns where each range begins."""
+    first = writer.num_samples
+    buckets = np.array([bucket_of(row["group"]) for row in run])
+    for number in np.argsort(buckets, kind="stable"):
+        writer.write(run[number])
+    return first + np.searchsorted(np.sort(buckets), np.arange(BUCKETS + 1))
