@@ -86,7 +86,7 @@ end() {
     if [[ -z ${SLURM_JOB_ID:-} || $1 == [02] ]] || ((CANCELLED)); then
         exit "$1"
     fi
-    if (($1 != 75)); then
+    if (($1 != 75 && ASKED == 0)); then # asked, also before training listened to signals
         if [[ -n $BEFORE ]] && AFTER=$(where_it_stands) && [[ $AFTER != "$BEFORE" ]]; then
             why="failed ($1) behind new checkpoints"
         else

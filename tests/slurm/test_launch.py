@@ -173,8 +173,8 @@ def job(commands: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return commands
 
 
-def asked_to_stop(number: signal.Signals) -> str:
-    """What the script prints that gets this signal at its first step, and ends with 75."""
+def asked_to_stop(number: signal.Signals, code: int = 75) -> str:
+    """What the script prints that gets this signal at its first step, and ends with `code`."""
     with subprocess.Popen(["bash", "script.sh"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         seen = ""
@@ -183,7 +183,7 @@ def asked_to_stop(number: signal.Signals) -> str:
         time.sleep(0.2)
         process.send_signal(number)
         seen += process.stdout.read()
-        assert process.wait(timeout=30) == 75
+        assert process.wait(timeout=30) == code
     return seen
 
 
@@ -311,6 +311,13 @@ def test_a_time_limit_within_the_notice_is_told_and_does_not_start_the_job_for_e
     seen = asked_to_stop(signal.SIGUSR1)
     assert "saved" in seen and ("time limit must be longer" in seen) != requeued
     assert ("scontrol requeue 42" in job.read_text()) == requeued
+
+
+def test_a_job_that_is_asked_to_stop_before_training_listens_is_no_failed_start(job: Path) -> None:
+    """It ends from the signal then: an hour in the queue, for four preemptions, and it would stay there."""
+    put(job.parent / "bin", {"prolong": '[[ $* != *--processes* ]] || { echo step; exec sleep 30; }\n'})
+    asked_to_stop(signal.SIGUSR1, 128 + signal.SIGUSR1)
+    assert job.read_text() == "scontrol requeue 42\n"
 
 
 def test_a_job_that_is_asked_to_stop_during_its_check_says_why_it_ends(commands: Path) -> None:
