@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 import traceback
 from importlib.metadata import version
@@ -27,6 +28,7 @@ from megatron_prolong.cli import (
 )
 from megatron_prolong.errors import JointError, RankLost, UserError
 from megatron_prolong.runtime.gpu_environment import set_gpu_environment
+from megatron_prolong.runtime.orphans import follow_launcher
 from megatron_prolong.runtime.passing import exit_code
 from megatron_prolong.runtime.publish import is_disk_full, wanted_name
 
@@ -72,6 +74,7 @@ app.command()(launch.launch)
 
 def run() -> None:
     """Console entry point. `--debug` anywhere on the line keeps the traceback of a user error."""
+    follow_launcher(signal.SIGKILL)  # also while torch is imported
     # A crash below Python (a mapped shard that the file server no longer gives, a library's bug) says where it was.
     faulthandler.enable(2)
     # No locale, and no name of a file, ends a run that is about to print it.

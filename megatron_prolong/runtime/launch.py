@@ -5,7 +5,6 @@ NCCL when CUDA is there, gloo on CPU. One process per device; this module knows 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 from collections.abc import Iterator
@@ -23,13 +22,13 @@ from megatron_prolong.runtime.flash_attention_3 import use_flash_attention_3
 from megatron_prolong.runtime.gpu_environment import set_gpu_environment
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
 from megatron_prolong.runtime.open_files import allow_open_files
+from megatron_prolong.runtime.orphans import follow_launcher
 from megatron_prolong.runtime.rendezvous import Rendezvous, interface_towards, read_number, read_rendezvous
 from megatron_prolong.runtime.watchdog import HANG_SECONDS
 
 FEWEST_OPEN_FILES = 512  # a single process of the smallest model has 93 open
 _GROUPS_OF_ALL = 3  # that hold every rank: the default one and two of Megatron's
 _MEETING = timedelta(minutes=30)  # a node may be slow to start
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # A collective that waits longer fails on every rank, so that one that is gone without a word never leaves the
 # others hanging. Beyond the watchdog's patience: only the rank that hangs knows where.
 GROUP_TIMEOUT = timedelta(seconds=HANG_SECONDS) + timedelta(minutes=10)
@@ -74,9 +73,8 @@ def distributed() -> Iterator[World]:
     several_machines = place.size > place.local_size or read_number(os.environ, "SLURM_NNODES", 1) > 1
     if several_machines and (interface := interface_towards(place.address)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    _follow_launcher(signal.SIGKILL)  # there is nothing to save yet, and the meeting would wait for the dead
     _meet(backend, place)
-    _follow_launcher(signal.SIGTERM)
+    follow_launcher(signal.SIGTERM)  # from now on there may be something to save
     with naming_lost_ranks(place.rank, lambda: "a collective"):
         try:
             yield World(place.rank, place.size, place.local_rank, device)
@@ -86,12 +84,6 @@ def distributed() -> Iterator[World]:
                 dist.destroy_process_group()
             raise
         dist.destroy_process_group()
-
-
-def _follow_launcher(number: signal.Signals) -> None:
-    """Have Linux send us this signal when torch's agent, our parent, dies: else nothing would stop us."""
-    if dist.is_torchelastic_launched():
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _meet(backend: str, place: Rendezvous) -> None:

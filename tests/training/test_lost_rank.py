@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -31,22 +32,29 @@ def test_the_others_fail_with_rank_and_step(workspace, layout):
     assert "Traceback" not in errors
 
 
-def test_processes_whose_launcher_is_killed_save_and_stop(workspace):
-    """They trained on, held the run directory, and failed at the next stage as if a rank were lost."""
+@pytest.mark.parametrize("step", [0, 3])
+def test_processes_whose_launcher_is_killed_save_and_stop(workspace, step):
+    """They waited half an hour for each other, or trained on, and failed at the next stage as if one were lost."""
+    run = f"orphans-{step}"
     every = "checkpoint.every=1000"
-    launcher = workspace.start("orphans", every, "stage.short.steps=100000", "layout.cp=2", "--processes=2")
+    launcher = workspace.start(run, every, "stage.short.steps=100000", "layout.cp=2", "--processes=2")
     ranks = []
     try:
-        wait_for_step(workspace.root / "orphans/metrics.jsonl", 3, [launcher])
-        ranks = psutil.Process(launcher.pid).children()
+        while len(ranks := psutil.Process(launcher.pid).children()) < 2 and launcher.poll() is None:
+            time.sleep(0.01)
+        if step:
+            wait_for_step(workspace.root / run / "metrics.jsonl", step, [launcher])
+        while any("libtorch" not in Path(f"/proc/{rank.pid}/maps").read_text() for rank in ranks):
+            time.sleep(0.01)
         launcher.kill()
         output, _ = launcher.communicate(timeout=60)  # until the ranks have ended, which hold the pipe too
     finally:
         for process in (launcher, *ranks):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-    assert "of stage short; continue with the same command" in output
-    assert (workspace.root / "orphans/short/latest").exists()
+    assert len(ranks) == 2
+    assert ("of stage short; continue with the same command" in output) == (step > 0)
+    assert (workspace.root / run / "short/latest").exists() == (step > 0)
 
 
 def wait_for_step(metrics, step: int, ranks: list[subprocess.Popen[str]]) -> None:
