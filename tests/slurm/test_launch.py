@@ -315,7 +315,7 @@ def test_a_time_limit_within_the_notice_is_told_and_does_not_start_the_job_for_e
 
 def test_a_job_that_is_asked_to_stop_before_training_listens_is_no_failed_start(job: Path) -> None:
     """It ends from the signal then: an hour in the queue, for four preemptions, and it would stay there."""
-    put(job.parent / "bin", {"prolong": '[[ $* != *--processes* ]] || { echo step; exec sleep 30; }\n'})
+    put(job.parent / "bin", {"prolong": "[[ $* != *--processes* ]] || { echo step; exec sleep 30; }\n"})
     asked_to_stop(signal.SIGUSR1, 128 + signal.SIGUSR1)
     assert job.read_text() == "scontrol requeue 42\n"
 
