@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prolong.data.mds import MDSWriter
+from megatron_prolong.data.records import list_parts
 from megatron_prolong.data.sources import (
     SOURCES,
     Bad,
@@ -550,6 +551,23 @@ def test_kinds_are_told_by_names_or_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no source of kind 'books'; known: repositories, .*, grouped, chat"):
         source_of("books")
     assert all(source.about for source in SOURCES.values())
+
+
+def test_files_of_a_large_corpus_are_asked_about_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each job of a Slurm array lists them all: seven questions to the file server about each were too many."""
+    write_tree(tmp_path, {f"a/b/{number}.txt": "x" for number in range(50)})
+    asked: list[str] = []
+
+    def counted(ask: Callable[..., object], path: object, **how: object) -> object:
+        asked.append(str(path))
+        return ask(path, **how)
+
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, partial(counted, getattr(os, name)))
+    list_parts([str(tmp_path)], None, Path("out"))
+    assert sum(path.endswith(".txt") for path in asked) == 2 * 50 and len(asked) < 3 * 50
 
 
 def test_files_are_listed_in_the_same_order_everywhere(tmp_path: Path) -> None:

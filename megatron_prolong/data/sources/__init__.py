@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def find_kind(path: str) -> str:
     elif Path(path).is_dir():
         if any(Path(path).glob("*/.git")):
             return "repositories"
-        kinds = _kinds(str(file) for file in Path(path).rglob("*") if file.is_file())
+        kinds = _kinds(name for _, _, files in os.walk(path) for name in files)
     else:
         raise UserError(f"{path}: no such file or directory")
     if len(kinds) != 1:

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import os
+import stat
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,8 +29,15 @@ def is_remote(path: str) -> bool:
 def refuse_repeated(paths: Iterable[str]) -> None:
     """Raises UserError when two of them are one file, or one directory, by whatever names."""
     seen: dict[str, str] = {}
+    real_directory = cache(os.path.realpath)  # corpora have millions of files in few directories
     for path in paths:
-        real = path if is_remote(path) else os.path.realpath(path)
+        head, name = os.path.split(path)
+        if is_remote(path):
+            real = path
+        elif name in ("", ".", "..") or Path(path).is_symlink():
+            real = os.path.realpath(path)
+        else:
+            real = str(Path(real_directory(head), name))
         if real in seen:
             raise UserError(
                 f"{seen[real]} and {path} are the same, whose documents would be taken twice; leave one out (how "
@@ -78,10 +86,13 @@ def _list_local(path: str) -> list[tuple[str, int]]:
         for link in filter(Path.is_symlink, (Path(directory, name) for name in names)):
             warn(f"{link}: a link to a directory is not followed; name it beside {path}")
         for file in (Path(directory, name) for name in files if not name.startswith(".")):
-            if file.is_file():
-                found.append((str(file), file.stat().st_size))
-            elif not file.exists():  # a link to nothing: refused when it is to be read
+            try:
+                state = file.stat()
+            except FileNotFoundError:  # a link to nothing: refused when it is to be read
                 found.append((str(file), 0))
+            else:
+                if stat.S_ISREG(state.st_mode):
+                    found.append((str(file), state.st_size))
     return found
 
 
