@@ -27,6 +27,7 @@ class Kept:
         self.tokenizer = tokenizer
         self.questions: list[tuple[str, list[str]]] = []
         self.prompts: list[tuple[str, int, list[str]]] = []
+        self.batches: list[int] = []
 
     def continuation_logprobs(
         self, questions: Sequence[tuple[Sequence[int], Sequence[list[int]]]]
@@ -39,6 +40,7 @@ class Kept:
 
     def generate(self, prompts: Sequence[Prompt], tokens: int, stop: Sequence[str] = ()) -> list[str]:
         texts = [self.tokenizer.decode(prompt.ids) for prompt in prompts]
+        self.batches.append(len(prompts))
         self.prompts += [(text, tokens, list(stop)) for text in texts]
         return [text[-tokens:] for text in texts]
 
@@ -60,7 +62,8 @@ def test_contexts_lose_their_beginning_where_context_and_continuation_do_not_fit
     """The last token of a continuation is not read: together they may be one more than the length."""
     model = HarnessModel(kept, add_bos=False, ask_greedy=True)  # type: ignore[arg-type]
     found = model.loglikelihood(asked(("abcdef", "xyz"), ("abcdefg", "efg"), ("a", "12345678")))
-    assert sorted(kept.questions) == [("a", ["12345678"]), ("abcdef", ["xyz"]), ("bcdefg", ["efg"])]
+    longest_first = [("bcdefg", ["efg"]), ("abcdef", ["xyz"]), ("a", ["12345678"])]
+    assert kept.questions == longest_first, "so that what does not fit in memory is met at once"
     assert model.cut_requests == 1
     assert found == [(-6, False), (-6, True), (-1, False)], "in the order they were asked in"
     assert ("bcdefg", 3, []) in kept.prompts
@@ -107,20 +110,21 @@ def test_without_a_prompt_bos_is_one_or_else_eos(kept: Kept) -> None:
         assert model.loglikelihood(asked(("", "x"))) == [(-1, False)]
         assert kept.questions.pop() == (prefix, ["x"])
         kept.tokenizer.bos_token = None
+    assert not kept.prompts, "what is greedy was not asked"
 
 
 def test_a_text_is_read_in_windows_of_the_models_length(kept: Kept) -> None:
     model = HarnessModel(kept, add_bos=False, ask_greedy=False)  # type: ignore[arg-type]
-    (total,) = model.loglikelihood_rolling(asked(("abcdefghijk",)))
-    assert kept.questions == [("<bos>", ["abcdefgh"]), ("cdefgh", ["ijk"])]
-    assert total == -1 - 6 and model.cut_requests == 0
+    (total,) = model.loglikelihood_rolling(asked(("abcdefghijklmnopqr",)))
+    assert kept.questions == [("<bos>", ["abcdefgh"]), ("h", ["ijklmnop"]), ("jklmnop", ["qr"])]
+    assert total == -1 - 1 - 7 and model.cut_requests == 0
 
 
 def test_answers_are_asked_for_as_the_task_says(kept: Kept) -> None:
     kept.max_length = 300
     model = HarnessModel(kept, add_bos=False, ask_greedy=False)  # type: ignore[arg-type]
     ways: list[dict[str, Any]] = [
-        {"until": "x", "max_new_tokens": 2, "max_tokens": 3},
+        {"until": "xy", "max_new_tokens": 2, "max_tokens": 3},
         {"until": ["x", "y"], "max_completion_tokens": 4, "num_beams": 1},
         {"max_gen_toks": 5, "max_new_tokens": 2, "do_sample": False},
         {"until": None},
@@ -130,10 +134,10 @@ def test_answers_are_asked_for_as_the_task_says(kept: Kept) -> None:
     assert [len(answer) for answer in answers] == [2] * 3 + [4] * 3 + [5] * 3 + [44] * 3
     assert [answer[-1] for answer in answers] == ["a", "c", "d"] * 4
     assert [(len(text), tokens, stop) for text, tokens, stop in kept.prompts] == [
-        (297, 2, ["x"]), (298, 2, ["x"]), (298, 2, ["x"]), *[(296, 4, ["x", "y"])] * 3,
+        (297, 2, ["xy"]), (298, 2, ["xy"]), (298, 2, ["xy"]), *[(296, 4, ["x", "y"])] * 3,
         *[(295, 5, [])] * 3, *[(44, 256, [])] * 3,
     ]  # fmt: skip
-    assert model.cut_requests == 11
+    assert model.cut_requests == 11 and kept.batches == [2, 1] * 4
     for drawn in ({"do_sample": True}, {"num_beams": 2}):
         with pytest.raises(UserError, match="draws its answers"):
             model.generate_until(asked(("a", drawn)))

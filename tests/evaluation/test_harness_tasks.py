@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -176,6 +177,7 @@ def test_scores_and_answers_are_the_harness_s_own(
         if not chat:
             assert scores["own_greedy"]["own_greedy"]["acc,none"] == pytest.approx(4 / 9)
             assert "own_greedy: 1 requests lost their beginning" in found.stderr
+            assert "own_text: " not in found.stderr, "which is read in windows"
 
 
 def test_finished_tasks_are_kept_until_a_task_file_changes(
@@ -223,9 +225,10 @@ def test_data_that_lies_elsewhere_makes_other_questions(tmp_path: Path) -> None:
 
 
 def test_other_settings_are_other_questions(
-    hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **how: how["metadata"])
     nothing = {"results": {}, "configs": {}, "samples": {}}
     monkeypatch.setattr(harness_tasks, "open_backend", lambda *_, **__: nullcontext(Mock()))
     monkeypatch.setattr(harness_tasks, "_ask", lambda *how: asked.append(how) or nothing)
@@ -236,15 +239,24 @@ def test_other_settings_are_other_questions(
         replace(once, chat=True),
         once,
         replace(once, metadata={"max_seq_lengths": "8k"}),
+        once,
         replace(once, num_fewshot=2),
         replace(once, samples=2),
     ):
-        run_questions(hf_directory, questions, tmp_path)
-    assert [how[1] for how in asked].count(once) == 2, "asked again after --chat took its place"
-    assert len(asked) == 6
-    monkeypatch.setattr(harness_tasks, "version", lambda _: "another")
-    run_questions(hf_directory, replace(once, samples=2), tmp_path)
+        run_questions(checkpoint, questions, tmp_path)
+    assert [how[1] for how in asked].count(once) == 3, "asked again after --chat took its place"
     assert len(asked) == 7
+    assert asked[0][2] == {"tokenizer": str(checkpoint / "hf")}, "in whose tokens lengths are counted"
+    assert {file.name for file in tmp_path.glob("*.jsonl")} == {
+        "lm_eval_own.jsonl",
+        "lm_eval_size2_own.jsonl",
+    }
+    for what in ("version", "model_identity"):
+        monkeypatch.setattr(harness_tasks, what, lambda _: "another")
+        run_questions(checkpoint, replace(once, samples=2), tmp_path)
+    assert len(asked) == 9
+    run_questions(checkpoint, replace(once, samples=2), tmp_path, overwrite=True)
+    assert len(asked) == 10
     file = tmp_path / "lm_eval_size2.json"
     content = json.loads(file.read_text())
     for scores in (0.5, {"own": 0.5}, {"own": {"acc,none": "high"}}):  # as a hand may have left it
@@ -252,10 +264,21 @@ def test_other_settings_are_other_questions(
         with pytest.raises(
             UserError, match=r"lm_eval_size2\.json: not a whole result .*; delete it, and run the task"
         ):
-            run_questions(hf_directory, replace(once, samples=2), tmp_path)
+            run_questions(checkpoint, replace(once, samples=2), tmp_path)
     file.write_text(json.dumps({**content, "scores": {"own": {"own": {"acc,none": None}}}}))
-    found = run_questions(hf_directory, replace(once, samples=2), tmp_path)
+    found = run_questions(checkpoint, replace(once, samples=2), tmp_path)
     assert isnan(found["own"]["own"]["acc,none"]), "as JSON has it"
+
+
+def test_the_model_is_opened_as_told_and_a_rank_that_only_lends_its_part_writes_nothing(
+    hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Mock(return_value=nullcontext(None))
+    monkeypatch.setattr(harness_tasks, "open_backend", opened)
+    how: dict[str, Any] = {"batch_size": 3, "cp": 2, "world": Mock()}
+    assert run_questions(hf_directory, Questions(("own",)), tmp_path / "out", **how) == {}
+    assert not (tmp_path / "out").exists()
+    assert (opened.call_args.args, opened.call_args.kwargs) == ((hf_directory,), how)
 
 
 def test_tasks_are_made_to_a_length_in_the_models_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,10 +315,10 @@ def test_what_cannot_be_asked_is_told_before_a_model_is_opened(
         return str(error)
 
     assert "no such task; did you mean own_choice" in refusal("--tasks", "own_choices")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/own.yaml").write_text("task: mine\ndoc_to_text: {{question}\n")
+    (tmp_path / "broken/mine").mkdir(parents=True)
+    (tmp_path / "broken/mine/own.yaml").write_text("task: mine\ndoc_to_text: {{question}\n")
     broken = refusal("--tasks", "mine", "--include", str(tmp_path / "broken"))
-    assert "no such task; " in broken and "broken/own.yaml cannot be read as YAML: while parsing" in broken
+    assert "no such task; " in broken and "mine/own.yaml cannot be read as YAML: while parsing" in broken
     with pytest.raises(UserError, match=r"own: .* no such task; `lm-eval ls tasks` lists them"):
         Questions(("own",)).check([])  # without --include
     assert "name at least one" in refusal("--tasks", ",")
@@ -307,7 +330,9 @@ def test_what_cannot_be_asked_is_told_before_a_model_is_opened(
     )
     assert "has no chat template" in refusal("--tasks", "own", "--chat")
     refusing = copy.deepcopy(tokenizer)
-    refusing.chat_template = "{{ raise_exception('no lone message') }}"
+    refusing.chat_template = (
+        "{% if add_generation_prompt %}{{ raise_exception('no lone message') }}{% endif %}"
+    )
     monkeypatch.setattr("megatron_prolong.evaluation.harness_tasks.load_tokenizer", lambda _: refusing)
     assert "refuses it: no lone message; leave --chat out" in refusal("--tasks", "own", "--chat")
     for name in ("bos_token", "eos_token"):  # the other one will do
@@ -354,6 +379,23 @@ def test_a_mistake_in_a_task_of_ones_own_is_one_message(
     assert f"mistaken: lm-evaluation-harness cannot ask this task ({said}" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(ConnectionError("no Hub"), UserError), (OSError(errno.ENOSPC, "No space left on device"), OSError)],
+)
+def test_data_that_is_not_there_and_a_full_disk_are_no_mistakes_in_a_task(
+    error: OSError,
+    kind: type[Exception],
+    hf_directory: Path,
+    own: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", Mock(side_effect=error))
+    found = ask(hf_directory, own, tmp_path, "--tasks", "own_answer").exception
+    assert type(found) is kind and "mend its YAML" not in str(found)
+
+
 def test_a_fault_of_the_model_keeps_its_traceback(
     hf_directory: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,7 +405,7 @@ def test_a_fault_of_the_model_keeps_its_traceback(
 
 def test_a_task_of_two_groups_is_shown_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     """They may ask it with other shots."""
-    of_two = {"a": {"acc,none": 0.25}, "b": {"acc,none": 1, "acc_stderr,none": 0.125}}
+    of_two = {"a": {"acc,none": 0.25, "acc_stderr,none": 0.0}, "b": {"acc,none": 1, "acc_stderr,none": 0.125}}
     print_questions(
         {
             "tiny": {"one": {"a": {"acc,none": 0.5}}, "two": of_two},
@@ -372,7 +414,7 @@ def test_a_task_of_two_groups_is_shown_for_each(capsys: pytest.CaptureFixture[st
     )
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row for row in rows if row[:1] in (["a"], ["b"])] == [
-        ["a", "(of", "one)", "acc", "0.5000"], ["a", "(of", "two)", "acc", "0.2500"],
+        ["a", "(of", "one)", "acc", "0.5000"], ["a", "(of", "two)", "acc", "0.2500", "±", "0.0000"],
         ["b", "acc", "1.0000", "±", "0.1250", "0.7500"],
     ]  # fmt: skip
 
