@@ -33,6 +33,7 @@ _KNOWN_DTYPES = {
     "BOOL": torch.bool,
 }
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_POINTER = b"version "  # a clone without Git LFS has a small text in place of each large file
 _HEAD = "lm_head.weight"
 # Buffers that old checkpoints carry and that are computed, not trained.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -188,7 +189,12 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start == _POINTER:
+            raise UserError(
+                f"{path}: only Git LFS's pointer to it; fetch the file itself, by `git lfs pull` or `hf download`"
+            )
+        length = int.from_bytes(start, "little")
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):
             raise UserError(f"{path}: truncated or not a safetensors file")
         try:

@@ -16,7 +16,7 @@ from megatron_prolong.convert.sidecar import copy_sidecar
 from megatron_prolong.convert.staging import staged_directory
 from megatron_prolong.convert.transfer import WORKERS, RowSource, num_bytes, output_dtype
 from megatron_prolong.errors import UserError
-from megatron_prolong.recipe.shape import HF_DIR, ModelShape, no_model, read_json
+from megatron_prolong.recipe.shape import HF_DIR, ModelShape, no_model, read_json, stages_hint
 from megatron_prolong.runtime.checksums import write_checksums
 
 
@@ -38,7 +38,8 @@ def to_megatron(
     if not hf_dir.exists():
         raise no_model(hf_dir)
     if not (hf_dir / "config.json").exists():
-        raise UserError(f"{hf_dir}: no config.json; expected a Hugging Face model directory")
+        hint = stages_hint(hf_dir)
+        raise UserError(f"{hf_dir}: no config.json; expected a Hugging Face model directory{hint}")
     shape = ModelShape.from_hf(read_json(hf_dir / "config.json"), str(hf_dir / "config.json"))
     with contextlib.closing(HFWeights(hf_dir)) as weights:
         weights.check(shape)

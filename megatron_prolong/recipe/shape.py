@@ -118,7 +118,11 @@ def model_directory(path: Path | str) -> Path:
 
 
 def stages_hint(directory: Path) -> str:
-    """What an error adds when somebody gives a run, or a stage that it does not have, instead of a checkpoint."""
+    """What an error adds when somebody gives a run, a stage that it does not have, or a model's place in the Hub's
+    cache, instead of a checkpoint."""
+    snapshots = [str(config.parent) for config in sorted(directory.glob("snapshots/*/config.json"))]
+    if snapshots:
+        return f"; this is the Hub's cache of a model, give a snapshot of it: {', '.join(snapshots)}"
     run, subject = (directory, "this") if directory.is_dir() else (directory.parent, directory.parent)
     stages = ", ".join(str(pointer.parent) for pointer in sorted(run.glob(f"*/{LATEST}")))
     return f"; {subject} is a run, give one of its stages: {stages}" if stages else ""

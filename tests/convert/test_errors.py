@@ -35,6 +35,7 @@ from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.convert.unpickle import Inert, SafeUnpickler, load_common, load_metadata
 from megatron_prolong.errors import UserError
+from megatron_prolong.recipe.shape import read_shape
 from megatron_prolong.runtime.checksums import verify_checksums
 from megatron_prolong.runtime.publish import temporary_name
 
@@ -66,6 +67,26 @@ def test_every_wrong_tensor_is_listed(original: Path, tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.q_proj.bias: unexpected" in message
     assert "model.layers.0.self_attn.q_proj.weight: dtype torch.float8_e4m3fn; only fp32" in message
     assert "model.layers.0.self_attn.o_proj.weight: dtype torch.float64; only fp32" in message
+
+
+def test_a_clone_without_git_lfs(original: Path, tmp_path: Path) -> None:
+    """It was told as a truncated file, which fetching again the same way does not cure."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4976698672\n"
+    (original / "model.safetensors").write_text(pointer)
+    message = _refused(lambda out: to_megatron(original, out), tmp_path)
+    assert "model.safetensors: only Git LFS's pointer to it; fetch the file itself" in message
+
+
+def test_the_cache_of_the_hub_in_place_of_a_snapshot(original: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "models--meta-llama--Llama-3.2-1B"
+    shutil.copytree(original, cache / "snapshots" / "4e20de")
+    message = _refused(lambda out: to_megatron(cache, out), tmp_path)
+    assert message.endswith(
+        f"this is the Hub's cache of a model, give a snapshot of it: {cache}/snapshots/4e20de"
+    )
+    with pytest.raises(UserError, match="give a snapshot of it"):
+        read_shape(cache)
+    to_megatron(cache / "snapshots" / "4e20de", tmp_path / "out")
 
 
 def test_a_file_without_tensors(original: Path, tmp_path: Path) -> None:
