@@ -20,10 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prolong.data import filter as filter_module
+from megatron_prolong.data import group as group_module
 from megatron_prolong.data import pack as pack_module
 from megatron_prolong.data import tokenize as tokenize_module
 from megatron_prolong.data.executors import LocalProcesses, Ray, array_share
 from megatron_prolong.data.filter import FilterOptions, filter_documents
+from megatron_prolong.data.group import GroupOptions, group
 from megatron_prolong.data.pack import PackOptions, pack
 from megatron_prolong.data.tokenize import tokenize
 from megatron_prolong.errors import UserError
@@ -270,6 +272,7 @@ def test_the_tasks_of_every_step_go_to_the_executor(
 ) -> None:
     """Done in this process, they give the same bytes, only a day later."""
     for module, name in (
+        (group_module, "RUN_BYTES"),
         (tokenize_module, "TASK_BYTES"),
         (filter_module, "TASK_BYTES"),
         (pack_module, "TASK_TOKENS"),
@@ -285,10 +288,11 @@ def test_the_tasks_of_every_step_go_to_the_executor(
     (tmp_path / "texts").mkdir()
     for number in range(3):
         (tmp_path / "texts" / f"{number}.txt").write_text("word " * 9)
+    group([str(tmp_path / "texts")], tmp_path / "g", GroupOptions("text"), executor=Counting())
     tokenize([str(tmp_path / "texts")], tokenizer, tmp_path / "t", executor=Counting())
     filter_documents([tmp_path / "t"], tmp_path / "f", FilterOptions({"": 1}), executor=Counting())
     pack([tmp_path / "f"], tmp_path / "p", PackOptions(4, "concat"), executor=Counting())
-    assert given[:2] == [3, 3] and given[2] > 3
+    assert given[:3] == [3, 3, 3] and given[3] > 3
 
 
 @pytest.mark.slow

@@ -199,6 +199,22 @@ def test_from_the_command_line_to_tokens(tokenizer: Path, tmp_path: Path) -> Non
         read("grouped", tmp_path / "code")
 
 
+def test_a_result_that_was_not_copied_whole(tmp_path: Path, small_runs: None) -> None:
+    """Rows of other groups would be taken."""
+    run(write_rows(tmp_path / "rows", rows_of(TREE)), tmp_path / "out")
+    table = next((tmp_path / "out").glob("*/runs.npy"))
+    content = table.read_bytes()
+    for length in (0, 50, 200):
+        table.write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"runs\.npy: damaged .*; copy or write it again"):
+            read("grouped", tmp_path / "out")
+    table.unlink()
+    with pytest.raises(
+        UserError, match=r"out: some of its files runs\.npy are missing; copy or write it again"
+    ):
+        read("grouped", tmp_path / "out")
+
+
 def test_nothing_but_what_is_left_out(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows", rows_of({"one/web/yarn.lock": "x"}))
     with pytest.raises(

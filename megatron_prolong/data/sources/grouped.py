@@ -50,12 +50,14 @@ class Grouped:
     about = "what `prolong data group` wrote: one document per group, such as a repository's files"
 
     def parts(self, path: str) -> list[Part]:
-        reader, runs = MDSReader(path), _runs(path)
+        reader, tables = MDSReader(path), _tables(path)
         num_bytes = sum(shard.raw.num_bytes for shard in reader.shards)
-        if not runs or not len(reader):
+        if not tables or not len(reader):
             raise UserError(f"{path}: no rows in groups; write it with `prolong data group`")
-        rows = sum((np.diff(run).sum(axis=0) for run in runs), np.zeros(BUCKETS, np.int64))
-        least = max(_PART_BYTES, sum(map(len, runs)) * _READ_BYTES)
+        if sum(map(_num_rows, tables)) != len(reader):
+            raise UserError(f"{path}: some of its files {RUNS} are missing; copy or write it again")
+        rows = sum((np.diff(table).sum(axis=0) for table in tables), np.zeros(BUCKETS, np.int64))
+        least = max(_PART_BYTES, sum(map(len, tables)) * _READ_BYTES)
         parts: list[Part] = []
         start = filled = 0
         for stop, count in enumerate(rows.tolist(), 1):
@@ -69,12 +71,12 @@ class Grouped:
         names, texts = MDSReader(part.path, columns=["group", "path"]), MDSReader(part.path, columns=["text"])
         rows: list[_Row] = []
         first = 0
-        for run in _runs(part.path):
-            for begin, end in run[:, [part.start, part.stop]].tolist():
+        for table in _tables(part.path):
+            for begin, end in table[:, [part.start, part.stop]].tolist():
                 for number in range(first + begin, first + end):
                     row = names[number]
                     rows.append(_Row(row["group"], walk_order(row["path"]), number, row["path"]))
-            first += int(run[-1, -1]) if len(run) else 0
+            first += _num_rows(table)
         for group, members in groupby(sorted(rows), key=lambda row: row.group):
             document = JoinedFiles()
             for row in members:
@@ -82,6 +84,19 @@ class Grouped:
             yield document.record(f"{part.path}, {group}")
 
 
-def _runs(path: str) -> list[NDArray[np.int64]]:
+def _tables(path: str) -> list[NDArray[np.int64]]:
     """The tables of all tasks, in the order of the rows; mapped, as most of them is for other parts."""
-    return [np.load(file, mmap_mode="r") for file in sorted(Path(path).glob(f"*/{RUNS}"))]
+    return [_table(file) for file in sorted(Path(path).glob(f"*/{RUNS}"))]
+
+
+def _table(file: Path) -> NDArray[np.int64]:
+    try:
+        table: NDArray[np.int64] = np.load(file, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{file}: damaged ({error}); copy or write it again") from None
+    return table
+
+
+def _num_rows(table: NDArray[np.int64]) -> int:
+    """Of a task."""
+    return int(table[-1, -1]) if len(table) else 0
