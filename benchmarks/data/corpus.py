@@ -24,14 +24,15 @@ def texts() -> Iterator[str]:
 
 
 def write_jsonl(path: Path, num_bytes: int) -> int:
-    """At least num_bytes of text as JSON Lines; returns the bytes of the text."""
-    written = 0
+    """At least num_bytes of text as JSON Lines, of 1000 repositories; returns the bytes of the text."""
+    written = number = 0
     source = texts()
     with path.open("w", encoding="utf-8") as out:
         while written < num_bytes:
             text = next(source)
             written += len(text.encode())
-            out.write(json.dumps({"text": text}) + "\n")
+            out.write(json.dumps({"text": text, "repository": f"owner/{number % 1000}"}) + "\n")
+            number += 1
     return written
 
 

@@ -58,6 +58,22 @@ def step_tokenize_document(work: Path) -> None:
     tokenize([str(work / "document.txt")], work / "tok", work / "out")
 
 
+def step_group(work: Path) -> None:
+    from megatron_prolong.data.group import GroupOptions, group
+
+    group([str(work / "corpus.jsonl")], work / "out", GroupOptions("repository"))
+
+
+def step_read_grouped(work: Path) -> None:
+    """Every repository, as tokenize does."""
+    from megatron_prolong.data.sources import source_of
+
+    source = source_of("grouped")
+    for part in source.parts(str(work / "rows")):
+        for _ in source.read(part):
+            pass
+
+
 def step_filter(work: Path) -> None:
     from megatron_prolong.data.filter import FilterOptions, filter_documents
 
@@ -116,6 +132,7 @@ def step_mixture(work: Path) -> None:
 
 
 STEPS = [name.removeprefix("step_") for name in globals() if name.startswith("step_")]
+OF_TEXT = ("tokenize", "group", "read_grouped")
 
 
 def fresh(step: str, work: Path) -> float:
@@ -133,6 +150,7 @@ def main(options: argparse.Namespace) -> None:
     from corpus import write_document, write_jsonl, write_repeated, write_tokenizer
     from measure import machine
 
+    from megatron_prolong.data.group import GroupOptions, group
     from megatron_prolong.data.pack import PackOptions, pack
     from megatron_prolong.data.tokenize import tokenize
 
@@ -150,7 +168,7 @@ def main(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
         work = Path(name)
         write_tokenizer(work / "tok")
-        later = [step for step in wanted if not step.startswith("tokenize")]
+        later = [step for step in wanted if step not in (*OF_TEXT, "tokenize_document")]
         if later:
             write_jsonl(work / "corpus.jsonl", 100 << 20)
             tokenize([str(work / "corpus.jsonl")], work / "tok", work / "source")
@@ -167,10 +185,15 @@ def main(options: argparse.Namespace) -> None:
             write_document(work / "document.txt", size << 20)
             peaks["tokenize_document"][str(size)] = fresh("tokenize_document", work)
             save()
-        for size in options.tokenize_megabytes if "tokenize" in wanted else []:
+        of_text = [step for step in wanted if step in OF_TEXT]
+        for size in options.tokenize_megabytes if of_text else []:
             write_jsonl(work / "corpus.jsonl", size << 20)
-            peaks["tokenize"][str(size)] = fresh("tokenize", work)
-            save()
+            if "read_grouped" in of_text:
+                group([str(work / "corpus.jsonl")], work / "rows", GroupOptions("repository"))
+            for step in of_text:
+                peaks[step][str(size)] = fresh(step, work)
+                save()
+            shutil.rmtree(work / "rows", ignore_errors=True)
 
 
 if __name__ == "__main__":
