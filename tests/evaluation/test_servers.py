@@ -112,6 +112,7 @@ def test_an_interrupt_waits_for_no_answer() -> None:
     program = (
         "import os, signal, threading, time\n"
         "from megatron_prolong.evaluation.client import Client\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()\n"
         "list(Client('', concurrency=2).map(time.sleep, [600, 600, 600]))\n"
     )
