@@ -27,6 +27,7 @@ from megatron_prolong.data.records import (
     into_tasks,
     leave_out,
     list_parts,
+    missing,
     refuse_nothing,
     spelled_alike,
     text_problem,
@@ -42,9 +43,9 @@ RUN_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class GroupOptions:
-    """by: field that names a row's group. path_field: field with the path of the file that the row is; then a group
-    is a source tree, as of kind `repositories`: its order, its lines `### path`, and what is left out. Without it
-    texts follow in the order they come. kind, text_field, on_bad_input: as of tokenize.
+    """by: field with the name, or the number, of a row's group. path_field: field with the path of the file that a
+    row is; then a group is a source tree, as of kind `repositories`: its order, its lines `### path`, and what is
+    left out. Without it texts follow in the order they come. kind, text_field, on_bad_input: as of tokenize.
     """
 
     by: str
@@ -135,12 +136,15 @@ class _Work:
         fields = {"group": self.options.by, "text": self.options.text_field}
         if self.options.path_field:
             fields["path"] = self.options.path_field
+        row = {column: field_of(record.fields, name) for column, name in fields.items()}
         for column, name in fields.items():
             option = {"group": "--by", "text": "--text-field", "path": "--path-field"}[column]
-            if problem := text_problem(record, name, option):
+            if row[column] == "" and column != "text":
+                return missing(record, name, option)
+            is_number = column == "group" and isinstance(row[column], int | np.integer)
+            if not is_number and (problem := text_problem(record, name, option)):
                 return problem
-        row = {column: field_of(record.fields, name) for column, name in fields.items()}
-        return {"path": "", **row, "text": row["text"].removeprefix("\ufeff")}
+        return {"path": "", **row, "group": str(row["group"]), "text": row["text"].removeprefix("\ufeff")}
 
 
 def _into_runs(rows: Iterator[Row]) -> Iterator[list[Row]]:

@@ -115,12 +115,14 @@ def test_without_paths_rows_stay_in_their_order(tmp_path: Path, small_runs: None
     """Chapters of textbooks, say: of prose nothing is left out for its long lines."""
     chapters = ["word " * 400 + str(number) for number in range(5)]
     rows = [
-        {"meta": {"subject": subject}, "text": f"{subject} {text}"} for text in chapters for subject in "ab"
+        {"meta": {"subject": subject}, "text": f"{subject} {text}"}
+        for text in chapters
+        for subject in (1, "b")
     ]
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(source, tmp_path / "out", GroupOptions("meta.subject"))
-    expected = {subject: "".join(f"{subject} {text}\n\n" for text in chapters) for subject in "ab"}
+    expected = {subject: "".join(f"{subject} {text}\n\n" for text in chapters) for subject in "1b"}
     assert texts(tmp_path / "out") == expected
 
 
@@ -150,7 +152,8 @@ def test_bytes_do_not_depend_on_workers_or_stops(tmp_path: Path, small_runs: Non
             "--by names another",
             "no field max_stars_repo_name",
         ),
-        ({"max_stars_repo_name": 7}, "field 'max_stars_repo_name' is int, not text", "not text"),
+        ({"max_stars_repo_name": [7]}, "field 'max_stars_repo_name' is list, not text", "not text"),
+        ({"max_stars_repo_name": ""}, "--by names another", "no field max_stars_repo_name"),
         ({"max_stars_repo_path": None}, "--path-field names another", "no field max_stars_repo_path"),
         ({"content": None}, "--text-field names another", "no field content"),
         ({"content": "\ud800"}, "half a surrogate pair", "not UTF-8"),
