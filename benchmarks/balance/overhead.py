@@ -2,7 +2,7 @@
 
 python benchmarks/balance/overhead.py     (half a minute; writes overhead.json)
 
-Processor time of one core, least of five: training does it between two steps.
+Processor time of one core, least of five: the thread that reads ahead of training does it.
 """
 
 from __future__ import annotations

@@ -123,10 +123,14 @@ class PackedSequence:
         """Tokens of each document in this sequence, int64 [D]."""
         return np.diff(self.boundaries)
 
+    def piece(self, document: int) -> Piece:
+        """One document, as views."""
+        part = slice(self.boundaries[document], self.boundaries[document + 1])
+        return Piece(self.tokens[part], None if self.mask is None else self.mask[part])
+
     def pieces(self) -> Iterator[Piece]:
-        """The documents one by one, as views."""
-        for start, end in zip(self.boundaries[:-1], self.boundaries[1:], strict=True):
-            yield Piece(self.tokens[start:end], None if self.mask is None else self.mask[start:end])
+        """The documents one by one."""
+        return map(self.piece, range(self.num_documents))
 
 
 def read_mask(stored: Any, num_tokens: int, identity: Identity) -> NDArray[np.uint8]:

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from threading import Event
+from typing import TypeVar
 
 from megatron_prolong.data.mixture import Mixture
 from megatron_prolong.data.packed import PackedSequence
 from megatron_prolong.runtime.passing import patiently
 
+T = TypeVar("T")
+
 _STEPS_AHEAD = 2  # one being read while one waits; 8M tokens of a step are 32 MiB
 
 
-def stream(mixture: Mixture, first_step: int) -> Iterator[tuple[int, list[PackedSequence]]]:
-    """(step, global batch) for every step from first_step to the end of the run.
+def stream(
+    mixture: Mixture, first_step: int, prepare: Callable[[list[PackedSequence]], T]
+) -> Iterator[tuple[int, T]]:
+    """(step, what `prepare` makes of its global batch) for every step from first_step to the end of the run.
 
     Every rank reads it all, as documents are dealt to ranks by their lengths (data/balance), not by sequences.
-    The thread reads and decompresses with numpy only, and lets go of the interpreter while doing so. An error
-    in it is raised here at the step it belongs to, after further tries where it may pass. Closing the generator (or
-    dropping it) ends the thread.
+    The thread reads and decompresses with numpy only, and lets go of the interpreter while doing so; then it calls
+    `prepare`. An error in it is raised here at the step it belongs to, after further tries where reading may meet
+    one that passes. Closing the generator (or dropping it) ends the thread.
     """
 
-    def read(step: int) -> list[PackedSequence]:
+    def read(step: int) -> T:
         what = f"reading the data of step {step + 1}"
-        return [patiently(partial(mixture.read, ref), what, closed.wait) for ref in mixture.batch(step)]
+        refs = mixture.batch(step)
+        return prepare([patiently(partial(mixture.read, ref), what, closed.wait) for ref in refs])
 
-    waiting: deque[Future[list[PackedSequence]]] = deque()
+    waiting: deque[Future[T]] = deque()
     closed = Event()
     pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:

@@ -45,14 +45,13 @@ def micro_batches(
     token_multiple: int = 1,
 ) -> list[MicroBatch]:
     """This rank's micro-batches, on its device."""
-    pieces = [list(sequence.pieces()) for sequence in sequences]
     plans = list(assignment[groups.dp.rank])
     if layout.virtual_pp > 1:
         # The interleaved schedule takes micro-batches in groups of pp; empty ones fill up the last group.
         plans += [EMPTY] * (-len(plans) % layout.pp)
     batches = []
     for plan in plans:
-        chosen = [pieces[index.sample][index.document] for index in plan.documents]
+        chosen = [sequences[index.sample].piece(index.document) for index in plan.documents]
         packed = collate_pieces(chosen, None if chosen else 1)
         batches.append(
             micro_batch(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_prolong.data.balance import CostModel
+from megatron_prolong.data.balance import Assignment, CostModel
 from megatron_prolong.data.mixture import Mixture
 from megatron_prolong.data.packed import PackedSequence
+from megatron_prolong.data.stream import stream
 from megatron_prolong.errors import UserError
 from megatron_prolong.mcore.build import StageModel, build_model
 from megatron_prolong.mcore.checkpoint import load_weights, load_weights_and_optimizer
@@ -71,13 +72,20 @@ class StageRun:
     clock: Stopwatch
     stragglers: Stragglers
 
-    def update(self, step: int, sequences: list[PackedSequence]) -> StepMetrics:
+    def batches(self, first_step: int) -> Iterator[tuple[int, tuple[list[PackedSequence], Assignment]]]:
+        """(step, (its global batch, which rank trains on which document)) of every step from `first_step` on."""
+
+        def dealt(sequences: list[PackedSequence]) -> tuple[list[PackedSequence], Assignment]:
+            return sequences, share_out(sequences, self.groups, self.stage.micro_batch_length, self.cost)
+
+        return stream(self.mixture, first_step, dealt)
+
+    def update(self, step: int, sequences: list[PackedSequence], assignment: Assignment) -> StepMetrics:
         """Make update `step` (counted from 0) with its global batch. Collective."""
         stage, recipe, lr = self.stage, self.recipe, learning_rate(self.stage, step)
         if stage.skips(step + 1):
             return StepMetrics(math.nan, math.nan, lr, 0, updated=False, wanted=False)
         self.clock.start()
-        assignment = share_out(sequences, self.groups, stage.micro_batch_length, self.cost)
         batches = micro_batches(
             sequences, assignment, self.groups, self.settings.layout, self.world.device,
             token_multiple=fp8.TOKEN_MULTIPLE if self.settings.precision == "fp8" else 1,

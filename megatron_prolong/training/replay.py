@@ -11,7 +11,6 @@ from typing import Any
 import torch.profiler
 
 from megatron_prolong.data.packed import PackedSequence
-from megatron_prolong.data.stream import stream
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.run_files import METRICS, RESOLVED_RECIPE
 from megatron_prolong.recipe.schema import Recipe, Stage
@@ -79,12 +78,12 @@ def replay(
     start = together(lambda: _start(recipe, stage, step))
     recorded = _recorded(recipe.run_dir / METRICS, stage.name)
     with open_stage(recipe, stage, start, world) as (run, state, watchdog):
-        for index, sequences in stream(run.mixture, state.step):
+        for index, (sequences, assignment) in run.batches(state.step):
             watchdog.feed(index + 1)
             is_last = index + 1 == step
             name = f"{stage.name}_{step}_rank{world.rank}.json.gz"
             with _tracing(trace / name if trace and is_last else None):
-                metrics = run.update(index, sequences)
+                metrics = run.update(index, sequences, assignment)
             yield Replayed(index + 1, metrics, sequences, recorded.get(index + 1))
             if is_last:
                 return

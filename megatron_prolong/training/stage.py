@@ -15,7 +15,6 @@ import torch
 
 from megatron_prolong.convert.manifest import manifest
 from megatron_prolong.data.packed import PackedSequence
-from megatron_prolong.data.stream import stream
 from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.mcore.groups import megatron
 from megatron_prolong.plan.flops import model_flops
@@ -119,8 +118,8 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
         report=(lambda facts: log.event("checkpoint", **facts)) if log else None,
     )  # fmt: skip
     started = time.perf_counter()
-    for step, sequences in writer.reading(stream(run.mixture, state.step)):
-        metrics = run.update(step, sequences)
+    for step, (sequences, assignment) in writer.reading(run.batches(state.step)):
+        metrics = run.update(step, sequences, assignment)
         gc.collect()  # all ranks are here at the same time
         seconds = time.perf_counter() - started
         before, state = state, state.after(stage, sequences, metrics)

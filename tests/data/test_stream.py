@@ -29,7 +29,7 @@ def test_it_delivers_what_the_mixture_says(tmp_path: Path, first_step: int) -> N
     mixture = open_mixture(write_packs(tmp_path / "d", numbered_packs(10)))
     got = [
         (step, [packed.identity.index for packed in sequences])
-        for step, sequences in stream(mixture, first_step)
+        for step, sequences in stream(mixture, first_step, list)
     ]
     assert got == [(step, [ref.index for ref in mixture.batch(step)]) for step in range(first_step, 6)]
     assert not readers()
@@ -49,7 +49,7 @@ def test_it_reads_ahead_but_not_far(tmp_path: Path) -> None:
         return read(ref)
 
     mixture.read = spy  # type: ignore[method-assign]
-    batches = stream(mixture, 0)
+    batches = stream(mixture, 0, list)
     next(batches)
     assert third_read.wait(10), "two steps are read while the first is trained on"
     time.sleep(0.2)  # a third step ahead would be read now
@@ -64,15 +64,35 @@ def test_a_bad_sample_is_raised_at_its_step(tmp_path: Path) -> None:
     assert bad_step > 0
     seen = []
     with pytest.raises(UserError, match="sample 22: 9 tokens"):
-        for step, _ in stream(mixture, 0):
+        for step, _ in stream(mixture, 0, list):
             seen.append(step)
     assert seen == list(range(bad_step))
     assert not readers()
 
 
+def test_batches_are_prepared_ahead_too(tmp_path: Path) -> None:
+    """Training waits for nothing between two steps. What cannot be prepared is told at its step."""
+    mixture = open_mixture(write_packs(tmp_path / "d", numbered_packs(10)))
+    calls = []
+
+    def prepare(sequences: list[PackedSequence]) -> int:
+        assert threading.current_thread().name.startswith("read-ahead")
+        calls.append(sum(packed.identity.index for packed in sequences))
+        if len(calls) == 3:
+            raise UserError("a document is too long")
+        return calls[-1]
+
+    got = []
+    with pytest.raises(UserError, match="too long"):
+        for step, total in stream(mixture, 0, prepare):
+            got.append((step, total))
+    assert got == [(step, sum(ref.index for ref in mixture.batch(step))) for step in range(2)]
+    assert not readers()
+
+
 def test_leaving_early_ends_the_thread(tmp_path: Path) -> None:
     mixture = open_mixture(write_packs(tmp_path / "d", numbered_packs(10)))
-    for _ in stream(mixture, 0):
+    for _ in stream(mixture, 0, list):
         break
     assert not readers()
 
@@ -100,7 +120,7 @@ def test_a_fault_of_the_file_server_is_waited_out(
     """One rank's stale file handle ended the training of all."""
     monkeypatch.setattr(passing, "WAITS_SECONDS", (0.0, 0.0, 0.0))
     mixture = open_mixture(write_packs(tmp_path / "d", numbered_packs(10)))
-    batches = stream(mixture, 2)
+    batches = stream(mixture, 2, list)
     expected = [ref.index for ref in mixture.batch(2)]
     monkeypatch.setattr(mixture, "read", Faults(mixture.read, count))
     if count == 4:
@@ -128,7 +148,7 @@ def test_nobody_waits_for_a_fault_to_pass_when_training_has_stopped(
         return read(ref)
 
     monkeypatch.setattr(mixture, "read", read_step_0)
-    batches = stream(mixture, 0)
+    batches = stream(mixture, 0, list)
     next(batches)
     assert failed.wait(10)
     batches.close()
@@ -136,7 +156,7 @@ def test_nobody_waits_for_a_fault_to_pass_when_training_has_stopped(
 
 
 def test_data_sets_are_opened_with_patience_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that fails at its start has made no checkpoint, and so does not go back into the queue."""
+    """A job that fails at its start has made no checkpoint, and is put back for ten minutes only a few times."""
     directory = write_packs(tmp_path / "d", numbered_packs(10))
     monkeypatch.setattr(passing, "WAITS_SECONDS", (0.0,))
     monkeypatch.setattr(reader, "read_index", Faults(reader.read_index, 1))

@@ -359,10 +359,10 @@ import torch
 from megatron_prolong.cli import main
 from megatron_prolong.training.prepare import StageRun
 
-def update(self, step, sequences, make=StageRun.update):
+def update(self, step, *batch, make=StageRun.update):
     if step == 2:
         raise {error}
-    return make(self, step, sequences)
+    return make(self, step, *batch)
 
 StageRun.update = update
 main.run()

@@ -19,6 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_prolong.data.balance import CostModel
+from megatron_prolong.data.mixture import Mixture
 from megatron_prolong.data.packed import Identity, PackedSequence
 from megatron_prolong.errors import JointError, UserError
 from megatron_prolong.plan.flops import model_flops
@@ -59,6 +61,7 @@ SHAPE = ModelShape(
     num_layers=1, hidden_size=8, ffn_hidden_size=8, num_heads=1, num_kv_heads=1, head_dim=8, vocab_size=8,
     max_length=64, rope_base=1e4,
 )  # fmt: skip
+COST = CostModel.for_shape(SHAPE)
 INITIAL = Checkpoint(Path("initial"), {"step": 0, "kind": "weights"})
 
 
@@ -196,8 +199,8 @@ def walk(
         clock[0] += seconds
         return result
 
-    def read(mixture, first_step):
-        yield from ((step, take(3, [])) for step in range(first_step, of.stages[0].num_steps))
+    def read(first_step):
+        yield from ((step, take(3, ([], ()))) for step in range(first_step, of.stages[0].num_steps))
 
     def save(*_):
         told.append("saved")
@@ -210,10 +213,9 @@ def walk(
         reading=lambda batches: batches,
     )
     at = SimpleNamespace(
-        recipe=of, stage=of.stages[0], mixture=None, model=None, optimizer=None,
+        recipe=of, stage=of.stages[0], model=None, optimizer=None, batches=read,
         update=lambda *_: take(2, metrics), stragglers=Stragglers([]),
     )  # fmt: skip
-    monkeypatch.setattr(stage_module, "stream", read)
     monkeypatch.setattr(stage_module, "CheckpointWriter", lambda *_, **__: writer)
     monkeypatch.setattr(stage_module, "dump_recipe", lambda _: "")
     monkeypatch.setattr(stage_module, "_manifest", lambda *_: {})
@@ -333,18 +335,43 @@ def test_an_update_has_the_rate_of_its_step_and_times_each_ranks_own_part(tmp_pa
     clock = SimpleNamespace(
         start=lambda: told.append("start"), stop=lambda: told.append("stop"), seconds=lambda: 9.0
     )
-    monkeypatch.setattr(prepare, "share_out", lambda *_: plans)
     monkeypatch.setattr(prepare, "micro_batches", micro_batches)
     monkeypatch.setattr(prepare, "train_step", train_step)
     stragglers = SimpleNamespace(note=lambda *found: told.append(found))
     at = prepare.StageRun(
         of, stage, settings_of(of, stage), WORLD, None, None, None, None, None, clock, stragglers
     )
-    at.update(0, [])
+    at.update(0, [], plans)
     assert told == ["start", TOKEN_MULTIPLE, (of.optimizer, learning_rate(stage, 0)), "stop", (9.0, [3, 4])]
-    assert not at.update(1, []).wanted and len(told) == 5
-    at.update(2, [])
+    assert not at.update(1, [], plans).wanted and len(told) == 5
+    at.update(2, [], plans)
     assert told[7] == (of.optimizer, learning_rate(stage, 2)) and told[7] != told[2]
+
+
+def test_documents_are_dealt_out_ahead_of_training(tmp_path, monkeypatch):
+    """Training would wait for it between two steps."""
+    of = recipe(tmp_path)
+    stage = of.stages[0]
+    mixture = Mixture.of_stage(stage, vocab_size=16)
+    alone = SimpleNamespace(size=1, rank=0)
+    groups = SimpleNamespace(dp=SimpleNamespace(size=2, rank=0), cp=alone, pp=alone)
+    at = prepare.StageRun(
+        of, stage, settings_of(of, stage), WORLD, groups, None, None, mixture, COST, None, None
+    )
+    threads, share_out = [], prepare.share_out
+
+    def spy(*arguments):
+        threads.append(threading.current_thread().name)
+        return share_out(*arguments)
+
+    monkeypatch.setattr(prepare, "share_out", spy)
+    for step, (sequences, assignment) in at.batches(1):
+        assert [packed.identity for packed in sequences] == [
+            mixture.read(ref).identity for ref in mixture.batch(step)
+        ]
+        assert assignment == share_out(sequences, groups, stage.micro_batch_length, COST)
+    assert step == stage.num_steps - 1
+    assert len(threads) == step and all(name.startswith("read-ahead") for name in threads)
 
 
 def test_a_stages_yarn_stands_in_for_the_incoming_scaling(tmp_path):
