@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_prolong.runtime import signals
 from megatron_prolong.runtime.signals import STOP_SIGNALS, StopRequest, stop_requests
 
 
@@ -25,6 +27,23 @@ def test_a_signal_sets_the_flag_and_the_old_handler_comes_back(number):
         assert request.received == number
     assert signal.getsignal(number) == before
     assert signal.set_wakeup_fd(-1) == -1, "later signals would be written into whatever has this number then"
+    for thread in [one for one in threading.enumerate() if one.name == "signals"]:
+        thread.join(timeout=60)
+        assert not thread.is_alive(), "which listens to nothing any more"
+
+
+def test_only_signals_to_stop_end_the_process_also_where_others_come_with_them(monkeypatch):
+    """Ctrl-C is the interpreter's, which writes it into the pipe too."""
+    reader, writer = os.pipe()
+    os.write(writer, bytes([signal.SIGINT, signal.SIGTERM]))
+    os.close(writer)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(signals, "_SAME_REQUEST_SECONDS", 0)
+    signals._exit_on_the_second(reader)
+    assert ended == [128 + signal.SIGTERM]
+    with pytest.raises(OSError):
+        os.fstat(reader)
 
 
 def test_a_signal_that_comes_twice_is_one_request_and_a_later_one_ends_the_process():
