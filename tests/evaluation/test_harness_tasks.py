@@ -193,6 +193,7 @@ def test_finished_tasks_are_kept_until_a_task_file_changes(
 
     def counting(**how: Any) -> Any:
         asked.append((*how["tasks"], how["limit"]))
+        assert how["task_manager"].metadata == {"tokenizer": str(trained / "hf")}
         return simple_evaluate(**how)
 
     monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", counting)
