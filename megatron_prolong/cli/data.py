@@ -6,9 +6,9 @@ The commands that look at data (inspect, verify, convert) live in cli/data_inspe
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -19,6 +19,7 @@ from megatron_prolong.errors import UserError
 if TYPE_CHECKING:
     from megatron_prolong.data.executors import Executor
 
+R = TypeVar("R")
 app = typer.Typer(help="Tokenize, filter, pack and look at training data.", no_args_is_help=True)
 
 Paths = Annotated[list[str], typer.Argument(metavar="IN... OUT", help="Inputs, then the directory to write.")]
@@ -94,12 +95,8 @@ def tokenize(
         max_chat_tokens=max_chat_tokens,
         on_bad_input=_stop_or_skip(on_bad_input),
     )
-    engine = _executor(executor, workers)
-    with going_on():
-        report = run(inputs, tokenizer, out, options, executor=engine, slurm=_slurm(slurm_array))
-    if report is None:
-        _other_jobs_go_on(out)
-        return
+    how = _how(executor, workers, slurm_array)
+    report = _done(out, lambda: run(inputs, tokenizer, out, options, **how))
     typer.echo(f"{out}: {counted(report.documents, 'document')}, {counted(report.tokens, 'token')}")
     if report.targets:
         typer.echo(f"  {report.targets:,} tokens ({report.targets / report.tokens:.1%}) are training targets")
@@ -140,11 +137,8 @@ def group(
         text_field=text_field or "text",
         on_bad_input=_stop_or_skip(on_bad_input),
     )
-    with going_on():
-        report = run(inputs, out, options, executor=_executor(executor, workers), slurm=_slurm(slurm_array))
-    if report is None:
-        _other_jobs_go_on(out)
-        return
+    how = _how(executor, workers, slurm_array)
+    report = _done(out, lambda: run(inputs, out, options, **how))
     typer.echo(f"{out}: {counted(report.documents, 'row')}")
     _print_counts("left out", report.left_out)
 
@@ -211,12 +205,8 @@ def filter_(
         predicate=predicate,
         tokenizer=str(tokenizer) if tokenizer else None,
     )
-    engine = _executor(executor, workers)
-    with going_on():
-        report = filter_documents(inputs, out, options, executor=engine, slurm=_slurm(slurm_array))
-    if report is None:
-        _other_jobs_go_on(out)
-        return
+    how = _how(executor, workers, slurm_array)
+    report = _done(out, lambda: filter_documents(inputs, out, options, **how))
     kept, all_tokens = counted(report.kept_documents, "document"), counted(report.tokens, "token")
     typer.echo(f"{out}: kept {kept}, {counted(report.kept_tokens, 'token')}")
     typer.echo(f"  of {counted(report.documents, 'document')}, {all_tokens}")
@@ -296,11 +286,8 @@ def pack(
         shuffle_seed=shuffle_seed,
         domain=domain,
     )
-    with going_on():
-        report = run(inputs, out, options, executor=_executor(executor, workers), slurm=_slurm(slurm_array))
-    if report is None:
-        _other_jobs_go_on(out)
-        return
+    how = _how(executor, workers, slurm_array)
+    report = _done(out, lambda: run(inputs, out, options, **how))
     for subset, count in report.packs.items():
         typer.echo(f"{out / subset}: {counted(count, 'pack')} of {options.length:,} tokens")
     typer.echo(f"  {counted(report.tokens, 'token')} of {counted(report.documents, 'document')}")
@@ -355,12 +342,20 @@ def _executor(name: str, workers: int) -> Executor:
     return Ray() if name == "ray" else LocalProcesses(workers or usable_cores())
 
 
-def _slurm(wanted: bool) -> Mapping[str, str] | None:
-    return dict(os.environ) if wanted else None
+def _how(executor: str, workers: int, slurm_array: bool) -> dict[str, Any]:
+    """The arguments that say where a job is done."""
+    slurm = dict(os.environ) if slurm_array else None
+    return {"executor": _executor(executor, workers), "slurm": slurm}
 
 
-def _other_jobs_go_on(out: Path) -> None:
-    typer.echo(f"this job's share is done; {out} appears when the other jobs are done too")
+def _done(out: Path, run: Callable[[], R | None]) -> R:
+    """The report of a job; the command ends here where other jobs of an array still have tasks to do."""
+    with going_on():
+        report = run()
+    if report is None:
+        typer.echo(f"this job's share is done; {out} appears when the other jobs are done too")
+        raise typer.Exit
+    return report
 
 
 def counted(count: int, noun: str) -> str:

@@ -8,32 +8,30 @@ and written with a table of where each range of hashes begins; `data/sources/gro
 from __future__ import annotations
 
 import io
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.data.executors import Executor, LocalProcesses
+from megatron_prolong.data.executors import Executor
 from megatron_prolong.data.job import REPORT, Job
 from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.data.records import (
     Parts,
+    SourcesReport,
     describe,
     field_of,
+    in_lots,
     into_tasks,
     leave_out,
     list_parts,
     missing,
-    refuse_nothing,
     spelled_alike,
     text_problem,
-    warn_made_before,
 )
-from megatron_prolong.data.report import Report
 from megatron_prolong.data.sources import Bad, Record, source_of
 from megatron_prolong.data.sources.grouped import BUCKETS, COLUMNS, RUNS, bucket_of
 from megatron_prolong.data.sources.repositories import unwanted
@@ -55,17 +53,6 @@ class GroupOptions:
     on_bad_input: Literal["stop", "skip"] = "stop"
 
 
-@dataclass
-class GroupReport(Report):
-    """documents: rows that were taken. left_out: reason to count, of the others."""
-
-    left_out: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: Mapping[str, Any]) -> None:
-        super().add(other)
-        self.left_out.update(other["left_out"])
-
-
 def group(
     sources: Sequence[str],
     out: Path | str,
@@ -73,32 +60,16 @@ def group(
     *,
     executor: Executor | None = None,
     slurm: Mapping[str, str] | None = None,
-) -> GroupReport | None:
+) -> SourcesReport | None:
     """Put the rows of `sources` in order into `out`, for tokenize to make one document of each group.
 
-    slurm: as of tokenize. Raises UserError for bad input, naming file and record.
+    The report counts rows as documents. slurm: as of tokenize.
+    Raises UserError for bad input, naming file and record.
     """
     sources = spelled_alike(sources)
     parts = list_parts(sources, options.kind, Path(out))
-    settings = asdict(options)
-    settings.pop("on_bad_input")  # a job that stopped may go on with `skip`
-    job = Job(Path(out), {"step": "group", **describe(sources, parts), **settings})
-    tasks = into_tasks(parts, RUN_BYTES)
-    if not job.is_finished:
-        with job.open():
-            if not job.run(tasks, _Work(options), executor or LocalProcesses(1), slurm):
-                return None
-            job.finish(tasks, lambda: vars(_sum(job, tasks)))
-    else:
-        warn_made_before(Path(out))
-    return GroupReport.of([job.report()])
-
-
-def _sum(job: Job, tasks: Iterable[str]) -> GroupReport:
-    total = GroupReport.of(job.task_reports(tasks))
-    if not total.documents:
-        refuse_nothing(job.out, total.left_out)
-    return total
+    job = Job(Path(out), {"step": "group", **describe(sources, parts, options)})
+    return SourcesReport.complete(job, into_tasks(parts, RUN_BYTES), _Work(options), executor, slurm)
 
 
 Row = dict[str, str]
@@ -112,14 +83,15 @@ class _Work:
     options: GroupOptions
 
     def __call__(self, directory: Path, parts: Parts) -> None:
-        report, runs = GroupReport(), io.BytesIO()
+        report, table = SourcesReport(), io.BytesIO()
+        runs = in_lots(self._rows(parts, report), RUN_BYTES, lambda row: len(row["text"]))
         with MDSWriter(directory, COLUMNS) as writer:
-            tables = [_write_sorted(writer, run) for run in _into_runs(self._rows(parts, report))]
-            np.save(runs, np.array(tables, np.int64).reshape(-1, BUCKETS + 1))
-            writer.attach(RUNS, runs.getvalue())
+            tables = [_write_sorted(writer, run) for run in runs]
+            np.save(table, np.array(tables, np.int64).reshape(-1, BUCKETS + 1))
+            writer.attach(RUNS, table.getvalue())
             writer.attach_json(REPORT, vars(report))
 
-    def _rows(self, parts: Parts, report: GroupReport) -> Iterator[Row]:
+    def _rows(self, parts: Parts, report: SourcesReport) -> Iterator[Row]:
         """The usable rows; the others are counted, or stop the job."""
         for kind, part in parts:
             for found in source_of(kind).read(part):
@@ -133,32 +105,21 @@ class _Work:
                     yield row
 
     def _row(self, record: Record) -> Row | Bad:
-        fields = {"group": self.options.by, "text": self.options.text_field}
+        fields = [("group", self.options.by, "--by"), ("text", self.options.text_field, "--text-field")]
         if self.options.path_field:
-            fields["path"] = self.options.path_field
-        row = {column: field_of(record.fields, name) for column, name in fields.items()}
-        for column, name in fields.items():
-            option = {"group": "--by", "text": "--text-field", "path": "--path-field"}[column]
-            if row[column] == "" and column != "text":
+            fields.append(("path", self.options.path_field, "--path-field"))
+        row = {"path": ""}
+        for column, name, option in fields:
+            value = field_of(record.fields, name)
+            if value == "" and column != "text":
                 return missing(record, name, option)
-            is_number = column == "group" and isinstance(row[column], int | np.integer)
-            if not is_number and (problem := text_problem(record, name, option)):
+            if column == "group" and isinstance(value, int | np.integer):
+                value = str(value)
+            elif problem := text_problem(record, name, option):
                 return problem
-        return {"path": "", **row, "group": str(row["group"]), "text": row["text"].removeprefix("\ufeff")}
-
-
-def _into_runs(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """Consecutive rows of about RUN_BYTES of text together."""
-    run: list[Row] = []
-    room = RUN_BYTES
-    for row in rows:
-        run.append(row)
-        room -= len(row["text"])
-        if room <= 0:
-            yield run
-            run, room = [], RUN_BYTES
-    if run:
-        yield run
+            row[column] = value
+        row["text"] = row["text"].removeprefix("\ufeff")
+        return row
 
 
 def _write_sorted(writer: MDSWriter, run: list[Row]) -> NDArray[np.int64]:

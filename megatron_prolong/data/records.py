@@ -3,17 +3,73 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
+from megatron_prolong.data.executors import Executor, LocalProcesses
+from megatron_prolong.data.job import Job
+from megatron_prolong.data.report import Report
 from megatron_prolong.data.sources import Bad, Part, Record, find_kind, source_of
 from megatron_prolong.data.sources.files import is_remote, refuse_repeated, warn
 from megatron_prolong.errors import UserError
 
 Parts = Sequence[tuple[str, Part]]
 """Parts of sources, each with the source's kind."""
+T = TypeVar("T")
+
+
+@dataclass
+class SourcesReport(Report):
+    """What became of the records of sources. left_out: reason to count, of those that were not taken."""
+
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Mapping[str, Any]) -> None:
+        super().add(other)
+        self.left_out.update(other["left_out"])
+
+    @classmethod
+    def complete(
+        cls,
+        job: Job,
+        tasks: Mapping[str, Parts],
+        work: Callable[[Path, Parts], None],
+        executor: Executor | None,
+        slurm: Mapping[str, str] | None,
+        refuse: Callable[[Self], None] | None = None,
+    ) -> Self | None:
+        """Do a job's tasks and report; None while others of a Slurm array still have some to do.
+
+        refuse: raises UserError for a sum of the tasks' reports whose result is of no use; nothing of it is kept.
+        """
+        if job.is_finished:
+            # The settings know the files' sizes, not their contents.
+            warn(
+                f"{job.out}: made before, of files of these names and sizes; nothing was done (remove it to "
+                "start anew)"
+            )
+        else:
+            with job.open():
+                if not job.run(tasks, work, executor or LocalProcesses(1), slurm):
+                    return None
+                job.finish(tasks, lambda: vars(cls._sum(job, tasks, refuse)))
+        return cls.of([job.report()])
+
+    @classmethod
+    def _sum(cls, job: Job, tasks: Iterable[str], refuse: Callable[[Self], None] | None) -> Self:
+        total = cls.of(job.task_reports(tasks))
+        if refuse:
+            refuse(total)
+        if not total.documents:
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(total.left_out.items()))
+            raise UserError(
+                f"{job.out}: not a single document in the sources; left out: {reasons or 'nothing'}"
+            )
+        return total
 
 
 def list_parts(sources: Sequence[str], kind: str | None, out: Path) -> Parts:
@@ -37,32 +93,41 @@ def spelled_alike(sources: Sequence[str]) -> list[str]:
     return [source if is_remote(source) else str(Path(source)) for source in sources]
 
 
-def describe(sources: Sequence[str], parts: Parts) -> dict[str, Any]:
-    """For the settings of a job: other names, numbers or sizes of files are another job."""
+def describe(sources: Sequence[str], parts: Parts, options: Any) -> dict[str, Any]:
+    """The settings of a job: other names, numbers or sizes of files are another job, as are other options (a
+    dataclass with on_bad_input)."""
+    settings = asdict(options)
+    # A job that stopped may go on with `skip`: its finished tasks met no bad input.
+    settings.pop("on_bad_input")
     listing = hashlib.sha256(repr(parts).encode()).hexdigest()
     num_bytes = sum(part.num_bytes for _, part in parts)
     return {
         "sources": list(sources),
         "files": f"{len(parts)} parts, {num_bytes} bytes, sha256 {listing}",
+        **settings,
     }
-
-
-def warn_made_before(out: Path) -> None:
-    """The settings know the files' sizes, not their contents."""
-    warn(f"{out}: made before, of files of these names and sizes; nothing was done (remove it to start anew)")
 
 
 def into_tasks(parts: Parts, task_bytes: int) -> dict[str, Parts]:
     """Consecutive parts of about `task_bytes` together, by the task's name."""
-    tasks: list[list[tuple[str, Part]]] = []
-    room = 0
-    for kind, part in parts:
-        if room <= 0:
-            tasks.append([])
-            room = task_bytes
-        tasks[-1].append((kind, part))
-        room -= part.num_bytes
+    tasks = in_lots(parts, task_bytes, lambda part: part[1].num_bytes)
     return {f"{number:05}": task for number, task in enumerate(tasks)}
+
+
+def in_lots(
+    items: Iterable[T], lot: int, size: Callable[[T], int], most: int = sys.maxsize
+) -> Iterator[list[T]]:
+    """Consecutive items whose sizes come to about `lot` together, `most` of them at most."""
+    found: list[T] = []
+    room = lot
+    for item in items:
+        found.append(item)
+        room -= size(item)
+        if room <= 0 or len(found) >= most:
+            yield found
+            found, room = [], lot
+    if found:
+        yield found
 
 
 def field_of(fields: Mapping[str, Any], name: str) -> Any:
@@ -113,9 +178,3 @@ def leave_out(bad: Bad, on_bad_input: str, left_out: Counter[str]) -> None:
             f"{bad.name}: {bad.problem}; correct it, or leave such records out with --on-bad-input skip"
         )
     left_out[f"document: {bad.reason}"] += 1
-
-
-def refuse_nothing(out: Path, left_out: Mapping[str, int]) -> None:
-    """Raises UserError for a job that has found no document."""
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(left_out.items()))
-    raise UserError(f"{out}: not a single document in the sources; left out: {reasons or 'nothing'}")

@@ -8,9 +8,8 @@ content alone (some 64 MiB each), so the result does not depend on how many work
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,24 +28,23 @@ from megatron_prolong.data.chat import (
     render,
 )
 from megatron_prolong.data.encoder import TextEncoder
-from megatron_prolong.data.executors import Executor, LocalProcesses
+from megatron_prolong.data.executors import Executor
 from megatron_prolong.data.job import REPORT, Job
 from megatron_prolong.data.mds import MDSWriter
 from megatron_prolong.data.records import (
     Parts,
+    SourcesReport,
     describe,
     field_of,
+    in_lots,
     into_tasks,
     leave_out,
     list_parts,
     missing,
-    refuse_nothing,
     spelled_alike,
     surrogate_problem,
     text_problem,
-    warn_made_before,
 )
-from megatron_prolong.data.report import Report
 from megatron_prolong.data.sources import Bad, Record, source_of
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.inputs import tokenizer_file
@@ -85,8 +83,8 @@ class TokenizeOptions:
 
 
 @dataclass
-class TokenizeReport(Report):
-    """What became of the input. left_out: reason to count, of documents and (in repositories) of files.
+class TokenizeReport(SourcesReport):
+    """What became of the input. left_out: also of files in repositories.
 
     forced_cuts: places where a text of 128K characters without any blank or newline had to be cut before
     encoding, which may change the two tokens there. targets: tokens with mask 1, chats only.
@@ -95,11 +93,6 @@ class TokenizeReport(Report):
     tokens: int = 0
     targets: int = 0
     forced_cuts: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: Mapping[str, Any]) -> None:
-        super().add(other)
-        self.left_out.update(other["left_out"])
 
 
 def tokenize(
@@ -123,15 +116,13 @@ def tokenize(
     sources = spelled_alike(sources)
     parts = list_parts(sources, options.kind, Path(out))
     job = Job(Path(out), _settings(sources, tokenizer, options, parts))
-    tasks = into_tasks(parts, TASK_BYTES)
-    if not job.is_finished:
-        with job.open():
-            if not job.run(tasks, _Work(str(tokenizer), options), executor or LocalProcesses(1), slurm):
-                return None
-            job.finish(tasks, lambda: vars(_sum(job, tasks, options)))
-    else:
-        warn_made_before(Path(out))
-    return TokenizeReport.of([job.report()])
+
+    def refuse(total: TokenizeReport) -> None:
+        if options.chat:
+            refuse_empty_masks(total.tokens, total.targets, str(job.out))
+
+    work = _Work(str(tokenizer), options)
+    return TokenizeReport.complete(job, into_tasks(parts, TASK_BYTES), work, executor, slurm, refuse)
 
 
 def _settings(
@@ -143,24 +134,11 @@ def _settings(
         for name in ("tokenizer_config.json", "chat_template.jinja"):  # where the template may be
             path = file.with_name(name)
             digest.update(path.read_bytes() if path.exists() else b"")
-    settings = asdict(options)
-    # A job that stopped may go on with `skip`: its finished tasks met no bad input.
-    settings.pop("on_bad_input")
     return {
         "step": "tokenize",
-        **describe(sources, parts),
         "tokenizer": f"sha256 {digest.hexdigest()}",
-        **settings,
+        **describe(sources, parts, options),
     }
-
-
-def _sum(job: Job, tasks: Iterable[str], options: TokenizeOptions) -> TokenizeReport:
-    total = TokenizeReport.of(job.task_reports(tasks))
-    if options.chat:
-        refuse_empty_masks(total.tokens, total.targets, str(job.out))
-    if not total.documents:
-        refuse_nothing(job.out, total.left_out)
-    return total
 
 
 Encoded = tuple[NDArray[np.uint32], NDArray[np.uint8] | None]
@@ -250,16 +228,7 @@ class _Work:
 
 def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
     """Consecutive records of about _BATCH_BYTES of text together."""
-    batch: list[Record] = []
-    room = _BATCH_BYTES
-    for record in records:
-        batch.append(record)
-        room -= _num_characters(record.fields)
-        if room <= 0 or len(batch) >= 4096:
-            yield batch
-            batch, room = [], _BATCH_BYTES
-    if batch:
-        yield batch
+    return in_lots(records, _BATCH_BYTES, lambda record: _num_characters(record.fields), most=4096)
 
 
 def _num_characters(value: Any) -> int:

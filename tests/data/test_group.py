@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from megatron_prolong.cli.main import app
 from megatron_prolong.data import group as group_module
 from megatron_prolong.data.executors import LocalProcesses
-from megatron_prolong.data.group import GroupOptions, GroupReport, group
-from megatron_prolong.data.mds import MDSReader
+from megatron_prolong.data.group import GroupOptions, group
+from megatron_prolong.data.mds import MDSReader, merge_tree
+from megatron_prolong.data.records import SourcesReport
 from megatron_prolong.data.sources import Record, find_kind, grouped
 from megatron_prolong.data.sources import repositories as repositories_module
 from megatron_prolong.data.sources.repositories import walk_order
@@ -62,7 +63,7 @@ def write_rows(directory: Path, rows: list[dict[str, object]], num_files: int = 
     return directory
 
 
-def run(source: Path, out: Path, options: GroupOptions = STACK, workers: int = 1) -> GroupReport:
+def run(source: Path, out: Path, options: GroupOptions = STACK, workers: int = 1) -> SourcesReport:
     report = group([str(source)], out, options, executor=LocalProcesses(workers))
     assert report is not None
     return report
@@ -200,6 +201,18 @@ def test_from_the_command_line_to_tokens(tokenizer: Path, tmp_path: Path) -> Non
     assert find_kind(str(tmp_path / "grouped")) == "grouped" and len(MDSReader(tmp_path / "code")) == 3
     with pytest.raises(UserError, match=r"code: no rows in groups; write it with `prolong data group`"):
         read("grouped", tmp_path / "code")
+
+
+def test_merged_groupings_are_as_one(tmp_path: Path, small_runs: None) -> None:
+    """A repository with rows in both is one document."""
+    rows = rows_of(TREE)
+    for half in (0, 1):
+        source = write_rows(tmp_path / f"rows{half}", rows[half::2])
+        run(source, tmp_path / "merged" / "languages" / str(half))
+    run(write_rows(tmp_path / "rows", rows), tmp_path / "out")
+    merge_tree(tmp_path / "merged")
+    assert find_kind(str(tmp_path / "merged")) == "grouped"
+    assert texts(tmp_path / "merged") == texts(tmp_path / "out")
 
 
 def test_a_result_that_was_not_copied_whole(tmp_path: Path, small_runs: None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_prolong.data.sources import jsonl, text
 from megatron_prolong.data.sources.base import Bad, Part, Record, Source
 from megatron_prolong.data.sources.files import COMPRESSED, is_remote
-from megatron_prolong.data.sources.grouped import RUNS, Grouped
+from megatron_prolong.data.sources.grouped import Grouped, is_grouped
 from megatron_prolong.data.sources.jsonl import JsonLines
 from megatron_prolong.data.sources.repositories import Repositories
 from megatron_prolong.data.sources.shards import Shards
@@ -38,7 +38,7 @@ def find_kind(path: str) -> str:
     if is_remote(path) or Path(path).is_file():
         kinds = _kinds([path])
     elif (Path(path) / "index.json").exists():
-        kinds = {"grouped" if any(Path(path).glob(f"*/{RUNS}")) else "mds"}
+        kinds = {"grouped" if is_grouped(path) else "mds"}
     elif (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
         kinds = {"hf"}
     elif Path(path).is_dir():

@@ -50,7 +50,8 @@ class Grouped:
     about = "what `prolong data group` wrote: one document per group, such as a repository's files"
 
     def parts(self, path: str) -> list[Part]:
-        reader, tables = MDSReader(path), _tables(path)
+        reader = MDSReader(path)
+        tables = list(_tables(reader))
         num_bytes = sum(shard.raw.num_bytes for shard in reader.shards)
         if not tables or not len(reader):
             raise UserError(f"{path}: no rows in groups; write it with `prolong data group`")
@@ -71,7 +72,7 @@ class Grouped:
         names, texts = MDSReader(part.path, columns=["group", "path"]), MDSReader(part.path, columns=["text"])
         rows: list[_Row] = []
         first = 0
-        for table in _tables(part.path):
+        for table in _tables(names):
             for begin, end in table[:, [part.start, part.stop]].tolist():
                 for number in range(first + begin, first + end):
                     row = names[number]
@@ -84,9 +85,16 @@ class Grouped:
             yield document.record(f"{part.path}, {group}")
 
 
-def _tables(path: str) -> list[NDArray[np.int64]]:
+def is_grouped(path: str) -> bool:
+    """Whether a data set has such a table, or was merged from some that do."""
+    return next(_tables(MDSReader(path)), None) is not None
+
+
+def _tables(reader: MDSReader) -> Iterator[NDArray[np.int64]]:
     """The tables of all tasks, in the order of the rows; mapped, as most of them is for other parts."""
-    return [_table(file) for file in sorted(Path(path).glob(f"*/{RUNS}"))]
+    directories = ((shard.directory / shard.raw.basename).parent for shard in reader.shards)
+    files = [directory / RUNS for directory in dict.fromkeys(directories)]
+    return (_table(file) for file in files if file.exists())
 
 
 def _table(file: Path) -> NDArray[np.int64]:
