@@ -104,8 +104,8 @@ class ScoringBackend(Backend, Protocol):
         """See `Backend`."""
         ...
 
-    def token_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Log-probability of each token given those before it: float32 [len(ids) − 1]."""
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """Of each sequence, the log-probability of each token given those before it: float32 [len − 1]."""
         ...
 
     def continuation_logprobs(self, questions: Sequence[Question]) -> list[list[float]]:
@@ -157,7 +157,7 @@ def refuse_nan(backend: ScoringBackend) -> None:
     Raises:
         UserError: it is not a number.
     """
-    if np.isnan(backend.token_logprobs([0, 0])).any():
+    if np.isnan(backend.token_logprobs([[0, 0]])).any():
         raise UserError(
             f"{backend.model}: this model's logits are not numbers (NaN), so its scores would mean nothing; its "
             "weights are damaged, or its training had diverged: take an earlier checkpoint"

@@ -36,7 +36,7 @@ class Crew:
 
     Attributes:
         ending: where its answers end.
-        dp: the axis along which the model is repeated; the replicas share out prompts and questions.
+        dp: the axis along which the model is repeated; the replicas share out what is asked.
         group: all ranks; None for a single one.
         midway: a call is under way, or an error has ended it.
     """
@@ -47,9 +47,9 @@ class Crew:
     group: dist.ProcessGroup | None
     midway: bool = False
 
-    def token_logprobs(self, ids: Sequence[int]) -> Tensor:
-        """See `InferenceModel`; every replica does the same."""
-        return self._together("token_logprobs", ids)
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """See `InferenceModel`; sequence i is read by replica i mod dp."""
+        return self._together("token_logprobs", sequences)
 
     def continuation_logprobs(self, questions: Sequence[Question]) -> list[list[float]]:
         """See `InferenceModel`; question i is answered by replica i mod dp."""
@@ -86,10 +86,8 @@ class Crew:
 
     def _do(self, call: Call) -> Any:
         method, arguments = call
-        if method == "token_logprobs":
-            return self.inference.token_logprobs(*arguments)
-        if method == "continuation_logprobs":
-            return self._share_out(self.inference.continuation_logprobs, *arguments)
+        if method != "generate":
+            return self._share_out(getattr(self.inference, method), *arguments)
         prompts, max_new_tokens, stop = arguments
         ended = partial(self.ending.reached, stop=stop)
         return self._share_out(self.inference.generate, prompts, max_new_tokens, ended)

@@ -93,9 +93,9 @@ class HuggingFaceBackend:
         return self.ending.tokenizer
 
     @torch.inference_mode()
-    def token_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """See `ScoringBackend`; the logits of at most SCORE_CHUNK_TOKENS positions exist at a time."""
-        return self._logprobs(self._tensor([ids]), _new_cache()).cpu().numpy()
+        return [self._logprobs(self._tensor([ids]), _new_cache()).cpu().numpy() for ids in sequences]
 
     @torch.inference_mode()
     def continuation_logprobs(self, questions: Sequence[Question]) -> list[list[float]]:

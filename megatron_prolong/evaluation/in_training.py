@@ -6,6 +6,7 @@ import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.backend import Backend, Prompt, ScoringBackend, load_tokenizer
+from megatron_prolong.evaluation.backend import Backend, Prompt, ScoringBackend, batches, load_tokenizer
 from megatron_prolong.evaluation.documents import Passage, check_documents, read_passages
 from megatron_prolong.evaluation.identity import data_identity, model_identity
 from megatron_prolong.evaluation.megatron import open_megatron
@@ -30,6 +31,8 @@ from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.watchdog import Watchdog
 
 SCORES = "scores.json"
+ATTEMPT = "attempt.json"
+MOST_ATTEMPTS = 2
 PASSAGES_SEED = 42
 
 
@@ -55,7 +58,7 @@ class CheckpointEvaluation:
     def __call__(self, checkpoint: Path) -> dict[str, float]:
         """TASK/LENGTH → 0 to 100 and held_out_loss/LENGTH → nats per token, on the main rank.
 
-        Nothing elsewhere, when measured before, or interrupted.
+        Nothing elsewhere, when measured before, interrupted, or when MOST_ATTEMPTS starts have ended in it.
         """
         out = self.out / checkpoint.parent.name / checkpoint.name
         identity = model_identity(checkpoint)
@@ -67,7 +70,7 @@ class CheckpointEvaluation:
         if self.held_out:
             about["held_out"] = [passage.name for passage in self.held_out]
         # Rank 0's answer: file systems show a new file to others late.
-        if from_main(_measured(out / SCORES, about)):
+        if not from_main(self.world.is_main and _begin(out, about)):
             return {}
         full_gpu = partial(
             naming_a_full_gpu, lambda: str(out), "shorten evaluation.lengths, or leave evaluation out"
@@ -79,19 +82,21 @@ class CheckpointEvaluation:
         ):
             if backend is None:
                 return {}
+            scores: dict[str, float] = {}
             try:
                 with full_gpu():
-                    scores = self._scores(backend, identity, out)
-                write_json(out / SCORES, {**about, "scores": scores})
-                return scores
+                    found = self._scores(backend, identity, out)
+                write_json(out / SCORES, {**about, "scores": found})
+                scores = found
             except _Interrupted:
-                return {}
+                pass
             except Exception as error:  # no reason to lose days of training
                 if backend.inference.midway and self.world.size > 1:  # the others are in a call of the model
                     raise
-                said = error if isinstance(error, UserError | OSError) else traceback.format_exc()
-                print(f"warning: {out}: not measured, training goes on: {said}", file=sys.stderr)
-                return {}
+                _warn(out, error if isinstance(error, UserError | OSError) else traceback.format_exc())
+            with suppress(OSError):
+                (out / ATTEMPT).unlink()
+            return scores
 
     def _scores(self, backend: ScoringBackend, identity: str, out: Path) -> dict[str, float]:
         inputs = Inputs(self.spec.data, backend.tokenizer, max_samples=self.spec.samples)
@@ -102,10 +107,11 @@ class CheckpointEvaluation:
 
     def _losses(self, backend: ScoringBackend) -> dict[str, float]:
         losses = []
-        for passage in self.held_out:
+        for passages in batches(self.held_out, backend.batch_size):
             if self.interrupted():
                 raise _Interrupted
-            losses.append(-float(backend.token_logprobs(passage.tokens.tolist()).mean(dtype=np.float64)))
+            found = backend.token_logprobs([passage.tokens.tolist() for passage in passages])
+            losses += [-float(logprobs.mean(dtype=np.float64)) for logprobs in found]
         return {self._loss_name: statistics.fmean(losses)} if losses else {}
 
     @property
@@ -126,14 +132,36 @@ def read_held_out(spec: EvaluationSpec, tokenizer: Path) -> list[Passage]:
     return read_passages(spec.held_out, load_tokenizer(tokenizer), longest, spec.samples, PASSAGES_SEED)
 
 
-def _measured(scores: Path, about: Mapping[str, object]) -> bool:
-    """Whether there are scores of just this model and these questions; a damaged file is none."""
-    if not scores.exists():
+def _begin(out: Path, about: Mapping[str, object]) -> bool:
+    """Whether to measure: not what was measured before, nor what seems to be what ends every start."""
+    if _read(out / SCORES, about):
+        return False
+    attempts = _read(out / ATTEMPT, about).get("attempts", 0)
+    if attempts >= MOST_ATTEMPTS:
+        _warn(
+            out,
+            f"{attempts} starts have ended in it; remove {ATTEMPT} there, or change evaluation, to try again",
+        )
         return False
     try:
-        return about.items() <= read_json(scores).items()
-    except UserError:
+        write_json(out / ATTEMPT, {**about, "attempts": attempts + 1})
+    except OSError as error:
+        _warn(out, error)
         return False
+    return True
+
+
+def _read(file: Path, about: Mapping[str, object]) -> dict[str, Any]:
+    """A file about just this model and these questions; of others, or a damaged one, nothing."""
+    try:
+        found = read_json(file) if file.exists() else {}
+    except UserError:
+        return {}
+    return found if about.items() <= found.items() else {}
+
+
+def _warn(out: Path, problem: object) -> None:
+    print(f"warning: {out}: not measured, training goes on: {problem}", file=sys.stderr)
 
 
 class _Interrupted(Exception):  # noqa: N818 - an event, not an error

@@ -46,9 +46,13 @@ class MegatronBackend:
         """See `Backend`."""
         return self.inference.ending.tokenizer
 
-    def token_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """See `ScoringBackend`."""
-        return self.inference.token_logprobs(ids).numpy()
+        return [
+            logprobs.numpy()
+            for some in batches(sequences, self.batch_size)
+            for logprobs in self.inference.token_logprobs(some)
+        ]
 
     def continuation_logprobs(self, questions: Sequence[Question]) -> list[list[float]]:
         """See `ScoringBackend`: a prompt's keys and values serve all its continuations."""

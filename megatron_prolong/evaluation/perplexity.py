@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_prolong.evaluation.backend import ScoringBackend
+from megatron_prolong.evaluation.backend import ScoringBackend, batches
 from megatron_prolong.evaluation.documents import Passage
 from megatron_prolong.runtime.progress import track
 
@@ -67,10 +67,11 @@ def measure(backend: ScoringBackend, passages: Sequence[Passage], lengths: Seque
     assert all(len(passage.tokens) == lengths[-1] for passage in passages)
     window = min(MAX_WINDOW_TOKENS, lengths[0] // 2)
     losses: dict[int, list[NDArray[np.float32]]] = {length: [] for length in lengths}
-    work = [(passage, length) for passage in passages for length in lengths]
-    total = sum(length for _, length in work)
-    for passage, length in track(work, total, "perplexity", amount=lambda item: item[1]):
-        losses[length].append(-backend.token_logprobs(passage.tokens[-length:].tolist()))
+    work = [(some, length) for length in lengths for some in batches(passages, backend.batch_size)]
+    total = len(passages) * sum(lengths)
+    for some, length in track(work, total, "perplexity", amount=lambda item: len(item[0]) * item[1]):
+        found = backend.token_logprobs([passage.tokens[-length:].tolist() for passage in some])
+        losses[length] += [-logprobs for logprobs in found]
     tokenizer = backend.tokenizer
     return Perplexity(
         tokens=hashlib.sha256(np.stack([passage.tokens for passage in passages]).tobytes()).hexdigest(),

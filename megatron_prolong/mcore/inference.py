@@ -44,9 +44,9 @@ class InferenceModel:
     cp: Axis
 
     @torch.inference_mode()
-    def token_logprobs(self, ids: Sequence[int]) -> Tensor:
-        """Log-probability of each token given those before it: fp32 [len(ids) − 1], on CPU."""
-        return self._logprobs([ids], [KeyValueCache()])[0]
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Of each sequence, the log-probability of each token given those before it: fp32 [len − 1], on CPU."""
+        return self._logprobs(sequences, [KeyValueCache() for _ in sequences])
 
     @torch.inference_mode()
     def continuation_logprobs(self, questions: Sequence[Question]) -> list[list[float]]:

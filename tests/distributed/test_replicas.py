@@ -38,9 +38,10 @@ def answers(rank: int, checkpoint: str, tokenizer: str) -> tuple[Any, ...] | Non
                 return None
             logprobs = members.continuation_logprobs(QUESTIONS)
             few = members.continuation_logprobs(QUESTIONS[:1])  # nothing for the second replica
+            passages = members.token_logprobs([IDS, IDS[9:12], IDS[20:80]])
             whole = members.generate(PROMPTS, 9)
             stopped = members.generate(PROMPTS, 9, [f"<{whole[1][4]}>"])  # its text, on the second replica
-            return list(chain(*logprobs, *few)), whole, stopped
+            return list(chain(*logprobs, *few)), [passage.numpy() for passage in passages], whole, stopped
 
 
 def test_replicas_answer_as_one_model(
@@ -48,12 +49,14 @@ def test_replicas_answer_as_one_model(
 ) -> None:
     words = Tokenizer(models.WordLevel({f"<{number}>": number for number in range(VOCAB_SIZE)}))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    ((logprobs, texts, stopped),) = one_rank.run(answers, checkpoint, str(tmp_path))
-    (found, *found_texts), nothing = two_ranks.run(answers, checkpoint, str(tmp_path))
+    ((logprobs, passages, texts, stopped),) = one_rank.run(answers, checkpoint, str(tmp_path))
+    (found, found_passages, *found_texts), nothing = two_ranks.run(answers, checkpoint, str(tmp_path))
     stop = texts[1][4]
     assert stopped == [text[: text.index(stop) + 1] if stop in text else text for text in texts]
     assert nothing is None and len(set(logprobs)) == 5 and len(set(map(tuple, texts))) == 3
     np.testing.assert_allclose(found, logprobs, atol=1e-4)  # fp32, other products side by side
+    assert [len(passage) for passage in passages] == [89, 2, 59]
+    np.testing.assert_allclose(np.concatenate(found_passages), np.concatenate(passages), atol=1e-4)
     assert found_texts == [texts, stopped]
 
 
@@ -63,12 +66,15 @@ def test_who_fails_in_the_middle_of_a_call_waits_for_nobody(monkeypatch: pytest.
     monkeypatch.setattr(Crew, "dismiss", lambda _: dismissed.append(True))
     model = Mock(token_logprobs=Mock(side_effect=torch.OutOfMemoryError))
     alone = World(0, 1, 0, torch.device("cpu"))
-    with pytest.raises(torch.OutOfMemoryError), crew(model, Mock(), alone, Mock(size=1)) as members:
+    with pytest.raises(torch.OutOfMemoryError), crew(model, Mock(), alone, Mock(rank=0, size=1)) as members:
         assert members is not None
-        members.token_logprobs(IDS)
+        members.token_logprobs([IDS])
     assert not dismissed
-    with pytest.raises(ValueError, match="between"), crew(Mock(), Mock(), alone, Mock(size=1)) as members:
+    with (
+        pytest.raises(ValueError, match="between"),
+        crew(Mock(), Mock(), alone, Mock(rank=0, size=1)) as members,
+    ):
         assert members is not None
-        members.token_logprobs(IDS)
+        members.token_logprobs([IDS])
         raise ValueError("between two calls")
     assert dismissed == [True]

@@ -36,7 +36,7 @@ def answers(rank: int, checkpoint: str, layout: dict[str, Any], precision: str =
         with torch.inference_mode():
             model._read([IDS], [cache])
         return (
-            model.token_logprobs(IDS).cpu().numpy(),
+            model.token_logprobs([IDS])[0].numpy(),
             list(
                 chain(*model.continuation_logprobs([(IDS[:90], [IDS[90:], IDS[:3]]), (IDS[:2], [IDS[:3]])]))
             ),

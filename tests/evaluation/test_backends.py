@@ -62,7 +62,9 @@ def test_hf_logprobs_in_chunks_are_those_of_one_pass(
         logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     expected = logprobs[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
     with open_backend(hf_directory) as backend:
-        assert np.abs(backend.token_logprobs(ids) - expected).max() < LOGPROB_TOLERANCE
+        found, of_fewer = backend.token_logprobs([ids, ids[:30]])
+        assert np.abs(found - expected).max() < LOGPROB_TOLERANCE
+        assert np.abs(of_fewer - expected[:29]).max() < LOGPROB_TOLERANCE
         whole, after_one_token = backend.continuation_logprobs(
             [(ids[:60], [ids[60:], ids[60:70], [5]]), (ids[:1], [ids[1:11], ids[1:3]])]
         )
@@ -92,7 +94,7 @@ def test_rotation_by_the_length_is_not_of_a_chunks(
         logprobs = models[0](torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
         answer = models[1].generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, pad_token_id=1)
     expected = logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
-    assert np.abs(backends[0].token_logprobs(ids) - expected).max() < LOGPROB_TOLERANCE
+    assert np.abs(backends[0].token_logprobs([ids])[0] - expected).max() < LOGPROB_TOLERANCE
     assert backends[2]._generate_batch([ids], 8, ()) == [answer[0, len(ids) :].tolist()]
 
 
@@ -122,22 +124,24 @@ def test_megatron_equals_hf_token_by_token(
 ) -> None:
     monkeypatch.setattr(inference, "PREFILL_TOKENS", chunk_tokens)
     ids = torch.randint(2, 258, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    passages = [ids, ids[100:150], ids[7:9]]
     questions = [(ids[:200], [ids[200:], ids[:7]]), (ids[:1], [ids[:7]]), (ids[3:9], [ids[:2], [5], ids[:9]])]
     with open_backend(hf_directory, batch_size=3) as reference:
-        logprobs = reference.token_logprobs(ids)
+        logprobs = reference.token_logprobs(passages)
         answers = reference.continuation_logprobs(questions)
         texts = reference.generate(PROMPTS, 24)
         stops, length = reference.max_length, encode(reference.tokenizer, PROMPTS[2])
     for batch_size in (2, 3):
         with open_backend(checkpoint, batch_size=batch_size) as ours:
             assert ours.name == "megatron"
-            assert np.abs(ours.token_logprobs(ids) - logprobs).max() < LOGPROB_TOLERANCE
+            for mine, theirs in zip(ours.token_logprobs(passages), logprobs, strict=True):
+                assert np.abs(mine - theirs).max() < LOGPROB_TOLERANCE
             found = ours.continuation_logprobs(questions)
             assert list(chain(*found)) == pytest.approx(list(chain(*answers)), abs=5e-3)
             assert list(map(len, found)) == [2, 1, 3]
             assert ours.generate(PROMPTS, 24) == texts
             assert ours.max_length == stops and encode(ours.tokenizer, PROMPTS[2]) == length
-    assert logprobs.std() > 0.5, "a model that is certain of nothing would prove nothing"
+    assert logprobs[0].std() > 0.5, "a model that is certain of nothing would prove nothing"
 
 
 @pytest.mark.parametrize("kind", ["hf", "megatron"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -23,7 +24,7 @@ from megatron_prolong.cli.main import app
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation import in_training
 from megatron_prolong.evaluation.documents import Passage
-from megatron_prolong.evaluation.in_training import CheckpointEvaluation, _measured
+from megatron_prolong.evaluation.in_training import ATTEMPT, CheckpointEvaluation, _read
 from megatron_prolong.evaluation.megatron import open_megatron
 from megatron_prolong.recipe.schema import EvaluationSpec
 from megatron_prolong.runtime.watchdog import Watchdog
@@ -130,21 +131,23 @@ def test_only_what_is_not_measured_yet_is_measured(evaluated: Runs) -> None:
 def test_scores_of_other_questions_do_not_count(tmp_path: Path) -> None:
     about = {"model_identity": "x", "samples": 2, "tasks": ["ruler_vt/1024"]}
     path = tmp_path / "scores.json"
-    assert not _measured(path, about)
+    assert not _read(path, about)
     path.write_text(json.dumps({**about, "scores": {"ruler_vt/1024": 1.0}}))
-    assert _measured(path, about)
+    assert _read(path, about)["scores"] == {"ruler_vt/1024": 1.0}
     for changed in ({"model_identity": "y"}, {"samples": 3}, {"tasks": ["ruler_vt/1024", "ruler_vt/2048"]}):
-        assert not _measured(path, {**about, **changed})
+        assert not _read(path, {**about, **changed})
     for damaged in ("[1]", '{"samples"'):
         path.write_text(damaged)
-        assert not _measured(path, about)
+        assert not _read(path, about)
 
 
 def test_another_length_of_the_same_documents_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(in_training, "from_main", lambda value: value)
-    model = Mock(token_logprobs=lambda ids: np.full(len(ids), -len(ids)))
+    model = Mock(
+        token_logprobs=lambda sequences: [np.full(len(ids), -len(ids)) for ids in sequences], batch_size=2
+    )
     monkeypatch.setattr(in_training, "open_megatron", lambda *_, **__: nullcontext(model))
     found = []
     for lengths in ((64,), (128,), (16, 128)):
@@ -161,7 +164,8 @@ def test_a_defect_of_an_evaluation_ends_no_training(
 ) -> None:
     """But where other ranks wait in a call of the model, only its end tells them."""
     monkeypatch.setattr(in_training, "from_main", lambda value: value)
-    model = Mock(token_logprobs=Mock(side_effect=ValueError("a defect")), inference=Mock(midway=midway))
+    failing = Mock(side_effect=ValueError("a defect"))
+    model = Mock(token_logprobs=failing, inference=Mock(midway=midway), batch_size=1)
     watched = []
 
     def opened(*_: object, watchdog: Watchdog, **__: object) -> AbstractContextManager[Mock]:
@@ -174,11 +178,21 @@ def test_a_defect_of_an_evaluation_ends_no_training(
     measure = CheckpointEvaluation(
         spec, [], [Passage("a.txt", np.arange(64))], tmp_path, world, lambda: False
     )
-    with pytest.raises(ValueError, match="a defect") if ends else nullcontext():
-        assert measure(tmp_path / "stage" / "step") == {}
+    where = tmp_path / "stage" / "step"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="a defect") if ends else nullcontext():
+            assert measure(where) == {}
+        said = capsys.readouterr().err
+        assert ("not measured, training goes on: " in said and "a defect" in said) is not ends
+        assert (where / ATTEMPT).exists() is ends
+    assert watched == [f"the evaluation {where}"] * 2
+    assert measure(where) == {}, "a third start trains on"
+    assert len(watched) == 2 + (not ends)
     said = capsys.readouterr().err
-    assert ("not measured, training goes on: " in said and "a defect" in said) is not ends
-    assert watched == [f"the evaluation {tmp_path}/stage/step"]
+    assert ("2 starts have ended in it; remove attempt.json there, or change evaluation" in said) is ends
+    if ends:
+        with pytest.raises(ValueError, match="a defect"):
+            replace(measure, spec=spec.model_copy(update={"samples": 1}))(where)
 
 
 def test_every_pass_of_the_model_feeds_the_watchdog(evaluated: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +202,7 @@ def test_every_pass_of_the_model_feeds_the_watchdog(evaluated: Runs, monkeypatch
     with open_megatron(checkpoint, watchdog=Watchdog(rank=0)) as backend:
         assert backend is not None
         fed.clear()
-        backend.token_logprobs([1, 2, 3])
+        backend.token_logprobs([[1, 2, 3]])
         assert fed
 
 

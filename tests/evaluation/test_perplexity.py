@@ -26,8 +26,11 @@ class Known:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def token_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        return -(np.array(ids[1:], dtype=np.float32) + len(ids))
+    batch_size = 2
+
+    def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        assert len(sequences) <= self.batch_size
+        return [-(np.array(ids[1:], dtype=np.float32) + len(ids)) for ids in sequences]
 
 
 def test_losses_by_context_are_of_the_same_tokens_and_by_position_of_the_longest(

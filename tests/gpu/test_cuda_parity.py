@@ -68,7 +68,7 @@ def loss_and_gradients(hf, batch, world, precision: str):
 
     with megatron(Layout(), seed=1) as groups:
         model, weights = model_like(hf, precision)
-        loss, _ = forward_backward(model, [to_micro_batch(batch, groups, world)], groups)
+        loss, *_ = forward_backward(model, [to_micro_batch(batch, groups, world)], groups)
         return loss, {name: weight.main_grad.float().cpu() for name, weight in weights.items()}
 
 
@@ -129,7 +129,7 @@ def test_inference_against_transformers(kernels, world, tmp_path, monkeypatch):
     prompts = [torch.randint(0, 1000, (length,), generator=random).tolist() for length in (230, 3, 40)]
     with megatron(Layout(), seed=1) as groups, torch.no_grad():
         ours = inference.load_for_inference(tmp_path / "ours", Layout(), groups, world.device, "bf16")
-        logprobs = ours.token_logprobs(prompts[0]).cpu()
+        (logprobs,) = ours.token_logprobs(prompts[:1])
         answers = ours.generate(prompts, 12)
         expected = hf(torch.tensor(prompts[:1])).logits[0].log_softmax(-1)
         expected = expected[:-1].gather(1, torch.tensor(prompts[0][1:])[:, None])[:, 0]

@@ -29,7 +29,7 @@ def test_token_logprobs_in_chunks(models, monkeypatch):
     with torch.no_grad():
         logprobs = hf(ids[None]).logits[0].log_softmax(-1)
     expected = logprobs[:-1].gather(1, ids[1:, None])[:, 0]
-    torch.testing.assert_close(ours.token_logprobs(ids.tolist()), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(ours.token_logprobs([ids.tolist()])[0], expected, rtol=1e-4, atol=1e-3)
 
 
 def test_greedy_generation_of_prompts_of_different_lengths(models):
