@@ -133,7 +133,7 @@ def _train(load: Callable[[], Recipe]) -> None:
         recipe = together(load)
         evaluate = together(lambda: _ready(recipe, world, stop))
         try:
-            final = train_recipe(recipe, world, stop.agreed, evaluate)
+            final = train_recipe(recipe, world, stop, evaluate)
         except Preempted as event:
             if world.is_main:
                 print(f"{event}; continue with the same command")
@@ -199,7 +199,7 @@ def _ready(recipe: Recipe, world: World, stop: StopRequest) -> Evaluate | None:
         warn(left_out(spec.suite, spec.lengths, spec.tasks))
     held_out = read_held_out(spec, _tokenizer_directory(recipe)) if world.is_main else []
     out = recipe.run_dir / EVALUATION
-    return CheckpointEvaluation(spec, tasks, held_out, out, world, lambda: stop.received is not None)
+    return CheckpointEvaluation(spec, tasks, held_out, out, world, stop.asked)
 
 
 def _tokenizer_directory(recipe: Recipe) -> Path:

@@ -24,7 +24,8 @@ def forward_backward(
     batches: Sequence[MicroBatch],
     groups: ParallelGroups,
     computed: Callable[[], None] = lambda: None,
-) -> tuple[float, int]:
+    tell: Callable[[], Sequence[float]] = tuple,
+) -> tuple[float, int, list[float]]:
     """Run every micro-batch; afterwards gradients are those of the mean loss over the global batch's targets.
 
     `calculate_per_token_loss` makes Megatron sum the token losses and divide, once, by the number of targets of
@@ -32,9 +33,11 @@ def forward_backward(
 
     Args:
         computed: called when this rank has done its part, before it waits for the others' gradients.
+        tell: called after that, for what this rank has to tell the others: as many numbers as theirs.
 
     Returns:
-        The mean loss (NaN without a target) and the number of targets of the global batch, the same on every rank.
+        The mean loss (NaN without a target) and the number of targets of the global batch, and the sums over all
+        ranks of what they told; the same on every rank.
     """
 
     def finalize(*args: Any, **named: Any) -> None:
@@ -52,7 +55,7 @@ def forward_backward(
         micro_batch_size=1,
         forward_only=False,
     )
-    return _reduce(losses, groups, batches[0].tokens.device)
+    return _reduce(losses, tell, groups, batches[0].tokens.device)
 
 
 def _forward_step(
@@ -74,15 +77,24 @@ def _loss(num_targets: int, losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tenso
 
 
 def _reduce(
-    losses: list[tuple[Tensor, int]], groups: ParallelGroups, device: torch.device
-) -> tuple[float, int]:
-    """Sum over micro-batches, then over the ranks that saw other tokens, then hand on from the last stage."""
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    losses: list[tuple[Tensor, int]],
+    tell: Callable[[], Sequence[float]],
+    groups: ParallelGroups,
+    device: torch.device,
+) -> tuple[float, int, list[float]]:
+    """Sum over micro-batches, then over the ranks that saw other tokens, then hand on from the last stage.
+
+    What is told goes along: as a message of its own it would make all ranks wait for each other once more.
+    """
+    own = torch.zeros(2, dtype=torch.float64, device=device)
     for loss, num_targets in losses:
-        totals[0] += loss  # on the device: nothing waits for it
-        totals[1] += num_targets
+        own[0] += loss  # on the device: nothing waits for it
+        own[1] += num_targets
+    totals = torch.cat([own, own.new_tensor(tell())])
     # Only the last pipeline stage has losses: the sum over stages is a broadcast.
     for axis in (groups.dp_cp, groups.pp):
         dist.all_reduce(totals, group=axis.group)
-    num_targets = int(totals[1])
-    return float(totals[0]) / num_targets if num_targets else math.nan, num_targets
+    if groups.tp.size > 1:  # these ranks have the same losses
+        dist.all_reduce(totals[2:], group=groups.tp.group)
+    loss, targets, *told = totals.tolist()
+    return (loss / targets if targets else math.nan), int(targets), told

@@ -30,14 +30,18 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
+    def asked(self) -> bool:
+        """Whether this process was."""
+        return self.received is not None
+
     def agreed(self) -> bool:
-        """Whether any rank was asked. Collective: every rank gets the same answer at the same step.
+        """Whether any rank was asked. Collective: every rank gets the same answer at the same place.
 
         Through the CPU: for this alone NCCL would take memory for a group of all ranks.
         """
         if not dist.is_initialized():
-            return self.received is not None
-        asked = torch.tensor(int(self.received is not None))
+            return self.asked()
+        asked = torch.tensor(int(self.asked()))
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked.item())
 

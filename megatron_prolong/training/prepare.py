@@ -80,11 +80,27 @@ class StageRun:
 
         return stream(self.mixture, first_step, dealt)
 
-    def update(self, step: int, sequences: list[PackedSequence], assignment: Assignment) -> StepMetrics:
-        """Make update `step` (counted from 0) with its global batch. Collective."""
+    def update(
+        self,
+        step: int,
+        sequences: list[PackedSequence],
+        assignment: Assignment,
+        asked: Callable[[], bool] = lambda: False,
+    ) -> StepMetrics:
+        """Make update `step` (counted from 0) with its global batch. Collective.
+
+        Args:
+            asked: whether this rank was asked to stop; told[0] of the result is how many were.
+        """
         stage, recipe, lr = self.stage, self.recipe, learning_rate(self.stage, step)
         if stage.skips(step + 1):
             return StepMetrics(math.nan, math.nan, lr, 0, updated=False, wanted=False)
+
+        def tell() -> list[float]:
+            times = [0.0] * self.world.size
+            times[self.world.rank] = self.clock.seconds()
+            return [float(asked()), *times]
+
         self.clock.start()
         batches = micro_batches(
             sequences, assignment, self.groups, self.settings.layout, self.world.device,
@@ -92,10 +108,10 @@ class StageRun:
         )  # fmt: skip
         metrics = train_step(
             self.model, self.optimizer, batches, self.groups,
-            spec=recipe.optimizer, lr=lr, computed=self.clock.stop,
+            spec=recipe.optimizer, lr=lr, computed=self.clock.stop, tell=tell,
         )  # fmt: skip
         planned = [sum(plan.share.seconds for plan in plans) for plans in assignment]
-        self.stragglers.note(self.clock.seconds(), planned)
+        self.stragglers.note(metrics.told[1:], planned)
         return metrics
 
 

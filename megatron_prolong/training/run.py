@@ -24,6 +24,7 @@ from megatron_prolong.runtime.agreement import against_main, from_main, on_main,
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.runtime.publish import write_durably
+from megatron_prolong.runtime.signals import StopRequest
 from megatron_prolong.training.changes import changes_since_start, refuse_other_work, work_of
 from megatron_prolong.training.log import RunLog, open_log
 from megatron_prolong.training.prepare import StageInput
@@ -37,9 +38,7 @@ Evaluate = Callable[[Path], Mapping[str, float]]
 none when it has measured this checkpoint before."""
 
 
-def train(
-    recipe: Recipe, world: World, stop_requested: Callable[[], bool], evaluate: Evaluate | None = None
-) -> Path:
+def train(recipe: Recipe, world: World, stop: StopRequest, evaluate: Evaluate | None = None) -> Path:
     """Train every stage that is not done yet. Collective; returns the last stage's final checkpoint.
 
     Starting again after any interruption is the same call: finished stages are skipped, a begun one continues
@@ -58,7 +57,7 @@ def train(
         log = on_main(lambda: _open(recipe, stack))
         initial = previous = _initial_checkpoint(recipe)
         on_main(lambda: _write_sidecar(recipe, initial))
-        session = Session(recipe, world, log, stop_requested, recipe.run_dir / SIDECAR)
+        session = Session(recipe, world, log, stop, recipe.run_dir / SIDECAR)
         for stage in recipe.stages:
             for checkpoint in _pieces(session, stage, previous, initial):
                 if evaluate and _wants_evaluation(recipe, stage, checkpoint.step):
@@ -78,7 +77,7 @@ def _pieces(
             yield status.checkpoint
         if status.word == "done":
             return
-        if session.stop_requested():
+        if session.stop.agreed():
             raise Preempted(f"stopped at step {status.step} of stage {stage.name}")
         until = next(
             step
@@ -104,7 +103,7 @@ def _evaluate(session: Session, evaluate: Evaluate, stage: Stage, checkpoint: Ch
     scores = evaluate(checkpoint.directory)
     if session.log and scores:
         session.log.evaluation(stage.name, checkpoint.step, scores)
-    if session.stop_requested():
+    if session.stop.agreed():
         raise Preempted(f"stopped while evaluating step {checkpoint.step} of stage {stage.name}")
 
 

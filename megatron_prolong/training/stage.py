@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from megatron_prolong.runtime.full_gpu import naming_a_full_gpu
 from megatron_prolong.runtime.garbage import collected_by_hand
 from megatron_prolong.runtime.launch import World
 from megatron_prolong.runtime.lost_rank import naming_lost_ranks
+from megatron_prolong.runtime.signals import StopRequest
 from megatron_prolong.runtime.watchdog import Watchdog
 from megatron_prolong.training import guard
 from megatron_prolong.training.checkpoint import CheckpointWriter
@@ -50,14 +51,13 @@ class Session:
 
     Attributes:
         log: on the main rank only.
-        stop_requested: whether to save and stop. Collective.
         sidecar: the `hf/` directory (tokenizer, configs) that every checkpoint takes along.
     """
 
     recipe: Recipe
     world: World
     log: RunLog | None
-    stop_requested: Callable[[], bool]
+    stop: StopRequest
     sidecar: Path
 
 
@@ -119,7 +119,7 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
     )  # fmt: skip
     started = time.perf_counter()
     for step, (sequences, assignment) in writer.reading(run.batches(state.step)):
-        metrics = run.update(step, sequences, assignment)
+        metrics = run.update(step, sequences, assignment, session.stop.asked)
         gc.collect()  # all ranks are here at the same time
         seconds = time.perf_counter() - started
         before, state = state, state.after(stage, sequences, metrics)
@@ -141,7 +141,7 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
             if slow := run.stragglers.news():
                 log.event("slow_ranks", stage=stage.name, step=state.step, ranks=slow)
                 log.say(f"warning: {run.stragglers.describe(slow)}")
-        stopping = session.stop_requested()
+        stopping = bool(metrics.told[0]) if metrics.told else session.stop.agreed()
         if last or stopping or state.step % spec.every == 0:
             writer.save(run.model, run.optimizer, _manifest(run, state))
         if stopping and not last:

@@ -25,6 +25,7 @@ class StepMetrics:
         updated: False when a step without targets, or with a non-finite loss or gradient, left weights and moments
             alone.
         wanted: False where the recipe passes the step over (`skip_steps`).
+        told: sums over all ranks of what each had to tell; nothing where the step was passed over.
     """
 
     loss: float
@@ -33,6 +34,7 @@ class StepMetrics:
     num_targets: int
     updated: bool
     wanted: bool = True
+    told: Sequence[float] = ()
 
 
 def train_step(
@@ -44,17 +46,18 @@ def train_step(
     spec: OptimizerSpec,
     lr: float,
     computed: Callable[[], None] = lambda: None,
+    tell: Callable[[], Sequence[float]] = tuple,
 ) -> StepMetrics:
     """Accumulate the gradient of the global batch's mean loss and make one AdamW update. Collective.
 
     Args:
-        computed: see `forward_backward`.
+        computed, tell: see `forward_backward`.
     """
     model.zero_gradients()
     optimizer.zero_grad()
     set_hyperparameters(optimizer, spec, lr)
-    loss, num_targets = forward_backward(model, batches, groups, computed)
+    loss, num_targets, told = forward_backward(model, batches, groups, computed, tell)
     if not math.isfinite(loss):
-        return StepMetrics(loss, math.nan, lr, num_targets, updated=False)
+        return StepMetrics(loss, math.nan, lr, num_targets, updated=False, told=told)
     updated, grad_norm = update(optimizer, spec.clip)
-    return StepMetrics(loss, grad_norm, lr, num_targets, updated)
+    return StepMetrics(loss, grad_norm, lr, num_targets, updated, told=told)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
@@ -55,21 +54,16 @@ class Stragglers:
         dist.gather_object(own, places if world.is_main else None)
         return cls(places if world.is_main and world.size > 1 else [])
 
-    def note(self, seconds: float, planned: Sequence[float]) -> None:
-        """Take a step's times in. Collective.
+    def note(self, times: Sequence[float], costs: Sequence[float]) -> None:
+        """Take a step in.
 
         Args:
-            seconds: how long this rank was at it.
-            planned: what the step's documents cost each replica, in any unit.
+            times: how long each rank was at it, in seconds.
+            costs: what the step's documents were planned to cost each replica, in any unit.
         """
-        own = torch.tensor([seconds], dtype=torch.float64)  # on CPU: gloo
-        gathered = [torch.empty_like(own) for _ in self.places]
-        if dist.get_world_size() > 1:
-            dist.gather(own, gathered or None)
-        if self.places:
-            self._take(np.array([float(one) for one in gathered]), np.asarray(planned))
-
-    def _take(self, seconds: NDArray[np.float64], planned: NDArray[np.float64]) -> None:
+        if not self.places:
+            return
+        seconds, planned = np.asarray(times), np.asarray(costs)
         stages = np.array([place.stage for place in self.places])
         work = planned[[place.replica for place in self.places]]
         comparable = work >= work.max() / 2  # with little to do, fixed costs are most of the time

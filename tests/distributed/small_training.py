@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.distributed.distributed_c10d import _world
 
@@ -129,8 +130,10 @@ def train(rank: int, job: Job) -> Trained:
             multiple = TOKEN_MULTIPLE if job.precision == "fp8" else 1
             shared = micro_batches(sequences, assignment, groups, layout, device, token_multiple=multiple)
             plans += [batch.documents.context.plan for batch in shared if batch.documents.context]
-            metrics.append(train_step(model, optimizer, shared, groups, spec=spec, lr=1e-3))
-            assert metrics[-1].updated
+            tell = partial(list, [1.0, 0.1 * rank])
+            metrics.append(train_step(model, optimizer, shared, groups, spec=spec, lr=1e-3, tell=tell))
+            size = torch.distributed.get_world_size()
+            assert metrics[-1].updated and metrics[-1].told == pytest.approx([size, 0.05 * size * (size - 1)])
         assert not job.offload_activations or model.offload.num_parked_bytes > 0
         if job.save:
             save(Path(job.save), model, optimizer, rank)

@@ -66,7 +66,7 @@ def gradients(
             assignment = share_out(sequences, groups, SEQUENCE_LENGTH, COST)
             shared = micro_batches(sequences, assignment, groups, layout, torch.device("cpu"))
             model.zero_gradients()
-            loss, num_targets = forward_backward(model, shared, groups)
+            loss, num_targets, _ = forward_backward(model, shared, groups)
             weights = dict(model.bare_chunks[0].named_parameters())
             found.append(
                 (loss, num_targets, {name: w.main_grad.numpy().copy() for name, w in weights.items()})

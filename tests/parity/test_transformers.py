@@ -110,7 +110,9 @@ def test_loss_and_gradients(variant, recompute, world, groups):
     hf = reference_llama(**VARIANTS[variant])
     model = ours_from(hf, recompute, loss_chunk_tokens=100)
     batches = [random_batch(2), random_batch(3, lengths=(200, 304))]
-    loss, num_targets = forward_backward(model, [to_micro_batch(b, groups, world) for b in batches], groups)
+    loss, num_targets, _ = forward_backward(
+        model, [to_micro_batch(b, groups, world) for b in batches], groups
+    )
     expected = reference_loss(hf, batches)
     expected.backward()
     assert num_targets == sum(int((batch.labels_T != NO_LABEL).sum()) for batch in batches)

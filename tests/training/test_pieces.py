@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import re
+import signal
 import sys
 import threading
 import time
@@ -37,6 +38,7 @@ from megatron_prolong.recipe.schema import (
 )
 from megatron_prolong.recipe.shape import ModelShape
 from megatron_prolong.runtime.launch import World
+from megatron_prolong.runtime.signals import StopRequest
 from megatron_prolong.training import prepare, run
 from megatron_prolong.training import stage as stage_module
 from megatron_prolong.training.changes import changes_since_start
@@ -78,7 +80,9 @@ def recipe(root: Path) -> Recipe:
 
 
 def session(of: Recipe, log=None, stop=False) -> Session:
-    return Session(of, WORLD, log, lambda: stop, of.run_dir / "hf")
+    request = StopRequest()
+    request.received = signal.SIGTERM if stop else None
+    return Session(of, WORLD, log, request, of.run_dir / "hf")
 
 
 def save(stage_dir: Path, step: int) -> None:
@@ -138,14 +142,14 @@ def test_a_run_walks_its_stages_and_measures_what_is_to_be_measured(tmp_path, mo
 
     monkeypatch.setattr(run, "train_stage", train_stage)
     monkeypatch.setattr(run, "_write_sidecar", lambda *_: None)
-    assert run.train(of, WORLD, lambda: False, evaluate) == of.run_dir / "long/step_00000003"
+    assert run.train(of, WORLD, StopRequest(), evaluate) == of.run_dir / "long/step_00000003"
     assert trained == ["short 1-2", "short 2-4", "short 4-5", "long 5-2", "long 2-3"]
     assert measured == ["short 2", "short 4", "short 5", "long 2", "long 3"]
     lines = map(json.loads, (of.run_dir / "metrics.jsonl").read_text().splitlines())
     assert [(line["stage"], line["step"]) for line in lines] == [("long", 2), ("long", 3)]
     other = of.model_copy(update={"stages": [stage.model_copy(update={"seed": 7}) for stage in of.stages]})
     with pytest.raises(UserError, match=r"short\.seed: 42 → 7 \(the stage is at step 5\)"):
-        run.train(other, WORLD, lambda: False)
+        run.train(other, WORLD, StopRequest())
 
 
 def test_asked_to_stop_while_it_measures_it_stops_after_that(tmp_path):
@@ -321,9 +325,10 @@ def test_an_update_has_the_rate_of_its_step_and_times_each_ranks_own_part(tmp_pa
     stage = of.stages[0].model_copy(update={"skip_steps": "2", "precision": "fp8"})
     told = []
 
-    def train_step(*_, spec, lr, computed):
+    def train_step(*_, spec, lr, computed, tell):
         told.append((spec, lr))
         computed()
+        return StepMetrics(2.0, 1.0, lr, 3, updated=True, told=[3 * number for number in tell()])
 
     def micro_batches(*_, token_multiple):
         told.append(token_multiple)
@@ -339,12 +344,14 @@ def test_an_update_has_the_rate_of_its_step_and_times_each_ranks_own_part(tmp_pa
     monkeypatch.setattr(prepare, "train_step", train_step)
     stragglers = SimpleNamespace(note=lambda *found: told.append(found))
     at = prepare.StageRun(
-        of, stage, settings_of(of, stage), WORLD, None, None, None, None, None, clock, stragglers
-    )
-    at.update(0, [], plans)
-    assert told == ["start", TOKEN_MULTIPLE, (of.optimizer, learning_rate(stage, 0)), "stop", (9.0, [3, 4])]
+        of, stage, settings_of(of, stage), World(1, 3, 1, WORLD.device), None, None, None, None, None, clock,
+        stragglers,
+    )  # fmt: skip
+    assert at.update(0, [], plans, lambda: True).told[0] == 3
+    expected = ["start", TOKEN_MULTIPLE, (of.optimizer, learning_rate(stage, 0)), "stop"]
+    assert told == [*expected, ([0.0, 27.0, 0.0], [3, 4])]
     assert not at.update(1, [], plans).wanted and len(told) == 5
-    at.update(2, [], plans)
+    assert at.update(2, [], plans).told[0] == 0
     assert told[7] == (of.optimizer, learning_rate(stage, 2)) and told[7] != told[2]
 
 

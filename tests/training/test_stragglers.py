@@ -22,7 +22,7 @@ def found(seconds: np.ndarray[Any, Any], steps: int = WINDOW) -> tuple[dict[int,
     stragglers = Stragglers(PLACES)
     random = np.random.default_rng(0)
     for _ in range(steps):
-        stragglers._take(seconds * random.uniform(0.97, 1.03, 8), np.array(PLANNED))
+        stragglers.note((seconds * random.uniform(0.97, 1.03, 8)).tolist(), PLANNED)
     return stragglers.news(), stragglers
 
 
@@ -38,7 +38,7 @@ def test_a_slow_node_is_named_once() -> None:
     slow, stragglers = found(slower)
     assert set(slow) == {6, 7} and slow[6] == pytest.approx(1.4, abs=0.1)
     assert "1.4" in stragglers.describe(slow) and "(node3: rank 6, 7)" in stragglers.describe(slow)
-    stragglers._take(slower, np.array(PLANNED))
+    stragglers.note(slower.tolist(), PLANNED)
     assert stragglers.news() == {}
 
 
@@ -48,7 +48,7 @@ def test_a_rank_that_has_recovered_is_named_again_and_one_that_comes_near_is_not
     found = []
     for times in (1.4, 1.12, 1.4, 1.0, 1.4):
         for _ in range(WINDOW):
-            stragglers._take(USUAL * np.where(np.arange(8) == 6, times, 1.0), np.array(PLANNED))
+            stragglers.note((USUAL * np.where(np.arange(8) == 6, times, 1.0)).tolist(), PLANNED)
         found.append(list(stragglers.news()))
     assert found == [[6], [], [], [], [6]]
 
@@ -58,17 +58,17 @@ def test_it_takes_many_slow_steps() -> None:
     assert found(slower, WINDOW - 1)[0] == {}
     _, stragglers = found(USUAL)
     for _ in range(WINDOW // 2 - 1):
-        stragglers._take(slower, np.array(PLANNED))
+        stragglers.note(slower.tolist(), PLANNED)
     assert stragglers.news() == {}
     for _ in range(2):
-        stragglers._take(slower, np.array(PLANNED))
+        stragglers.note(slower.tolist(), PLANNED)
     assert set(stragglers.news()) == {4}
 
 
 def test_ranks_with_little_or_nothing_to_do_are_not_judged() -> None:
     stragglers = Stragglers(PLACES)
     for _ in range(WINDOW):
-        stragglers._take(np.full(8, 1.0), np.array([1.0, 1.0, 0.1, 0.0]))
+        stragglers.note([1.0] * 8, [1.0, 1.0, 0.1, 0.0])
     assert stragglers.news() == {} and stragglers.balance == 1.0
 
 
