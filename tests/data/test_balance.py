@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks.balance.fit import fit
 from benchmarks.balance.schemes import outcome_of
-from megatron_prolong.data.balance import CostModel, assign
+from megatron_prolong.data.balance import CostModel, assign, threshold
 from megatron_prolong.data.balance.micro_batches import fill_alike, fill_even
 from megatron_prolong.data.balance.threshold import NEVER, best_share
 from megatron_prolong.data.batch import collate_pieces
@@ -57,6 +57,8 @@ def test_every_document_exactly_once_within_the_budget(batch, layout, extra):
         for plan in plans:
             assert list(plan.documents) == sorted(plan.documents)
             assert plan.share.max_tokens <= budget
+        seconds = [plan.share.seconds for plan in plans]
+        assert seconds == sorted(seconds, reverse=True), "ranks are at the dearest at the same time"
     if equal:
         assert len({len(plans) for plans in assignment}) == 1
 
@@ -135,14 +137,49 @@ def test_context_parallelism_only_for_those_that_need_it():
     assert 700 < five.split_threshold_tokens <= 65_536
     one = best_share(np.array([524_288]), 8, 65_536, cost)
     assert one.split_threshold_tokens == 524_288 and one.max_tokens == 65_536
+    whole = best_share(np.array([40, 100, 60, 50]), 2, 250, CostModel(1.0, quadratic=1.0, exchange=1e6))
+    assert whole.owners == (1, 0, 1, 1)  # by work: 100² is most of it
 
 
 def test_equal_micro_batches_even_when_one_document_is_most_of_the_work():
-    batch = [np.array([8192]), np.full(512, 32), np.full(512, 32)]
+    batch = [np.array([8192]), np.full(512, 32), np.full(256, 64)]
     assignment = assign(batch, dp=3, cp=1, budget_tokens=8192, cost=COST, equal_micro_batches=True)
     counts = [len(plans) for plans in assignment]
     assert len(set(counts)) == 1 and counts[0] > 1
     assert all(plan.documents for plans in assignment for plan in plans)
+    given = [lengths_of(plan, batch).tolist() for plan in assignment[0]]
+    assert given == [[8192]] + [[32]] * (counts[0] - 1), "the shortest, as they add to the longest rank"
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_no_more_micro_batches_than_are_needed(equal):
+    def number(lengths, cp, budget_tokens):
+        batch = [np.array(lengths)]
+        (plans,) = assign(
+            batch, dp=1, cp=cp, budget_tokens=budget_tokens, cost=COST, equal_micro_batches=equal
+        )
+        return len(plans)
+
+    assert number([60] * 3, 1, 100) == 3  # two have room for as many tokens, but not for these documents
+    assert number([3] * 512, 8, 200) == 1  # 192 tokens a rank where all stay whole; split, each has 2
+
+
+def test_only_documents_that_must_be_split_count_their_exchange():
+    cost = CostModel(linear=1.0, quadratic=0.0, exchange=1.0)
+    batch = [np.array([100] + [60] * 5)]  # 50 + 50 seconds for the first, 30 for each of the others
+    assignment = assign(batch, dp=2, cp=2, budget_tokens=60, cost=cost)
+    dealt = [sorted(number for plan in plans for _, number in plan.documents) for plans in assignment]
+    assert dealt == [[0, 5], [1, 2, 3, 4]]
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=8), st.sampled_from([2, 4, 8]), st.integers(0, 300))
+def test_no_other_threshold_is_faster(documents, cp, extra):
+    lengths = np.array(documents)
+    budget = int(threshold.slice_tokens(lengths, cp).sum()) + extra
+    shares = [threshold._share(lengths, tokens, cp, COST) for tokens in (NEVER, *documents)]
+    fastest = min(share.seconds for share in shares if share.max_tokens <= budget)
+    assert best_share(lengths, cp, budget, COST).seconds <= fastest / (1 - threshold._GOOD_ENOUGH)
 
 
 def test_a_micro_batch_takes_whatever_still_fits_longest_first():
@@ -238,3 +275,5 @@ def test_cost_of_llama_3_8b_on_an_h100():
     assert cost.linear == pytest.approx(4 * 2 * 7.504e9 / 692e12, rel=0.01)  # 7.5B weights do matrix products
     assert cost.quadratic == pytest.approx(2 * 32 * 4096 * (2 / 539e12 + 2.5 / 516e12), rel=1e-6)
     assert cost.exchange == pytest.approx(32 * 4096 * 3 / 360e9, rel=1e-6)
+    assert cost.exchange_time(100, 1) == 0  # a rank has its own part
+    assert cost.exchange_time(100, 4) == pytest.approx(75 * cost.exchange)

@@ -17,7 +17,7 @@ _UNEVEN = 1.03
 
 def rank_tokens(lengths: Lengths, cp: int) -> NDArray[np.float64]:
     """Tokens that each document takes of a rank's budget, on average over the ranks."""
-    return np.minimum(slice_tokens(lengths, cp), lengths * (_UNEVEN if cp > 1 else 1) / cp)
+    return np.minimum(slice_tokens(lengths, cp), lengths * _UNEVEN / cp)
 
 
 def fill_alike(tokens: NDArray[np.float64], lengths: Lengths, budget_tokens: int) -> list[Indices]:

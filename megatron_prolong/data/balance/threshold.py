@@ -57,7 +57,7 @@ def best_share(lengths: Lengths, cp: int, budget_tokens: int, cost: CostModel) -
 def _candidates(ordered: Lengths, cp: int, budget_tokens: int, cost: CostModel) -> list[tuple[int, float]]:
     """Thresholds worth trying, with a lower bound of the time each can reach, most promising first.
 
-    Splitting everything always fits if anything does and is the last resort.
+    Splitting everything is always among them: it fits if anything does.
     """
     work = cost.work(ordered)
     if cp == 1:
@@ -78,8 +78,9 @@ def _candidates(ordered: Lengths, cp: int, budget_tokens: int, cost: CostModel) 
     order = np.argsort(bounds, kind="stable")
     order = order[fullest[order] <= budget_tokens][:_MOST_CANDIDATES]
     thresholds = np.where(num_split > 0, ordered[before], NEVER)
-    all_split = float(work.sum()) / cp + cost.exchange_time(ordered.sum(), cp)
-    return [*((int(thresholds[i]), float(bounds[i])) for i in order), (int(ordered[-1]), float(all_split))]
+    all_split = float(work.sum() / cp + cost.exchange_time(ordered.sum(), cp))
+    candidates = [(int(thresholds[i]), float(bounds[i])) for i in order]
+    return sorted([*candidates, (int(ordered[-1]), all_split)], key=lambda candidate: candidate[1])
 
 
 def _share(lengths: Lengths, threshold: int, cp: int, cost: CostModel) -> Share:
