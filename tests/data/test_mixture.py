@@ -191,6 +191,7 @@ def test_shards_that_every_rank_would_unpack_are_warned_of(small_disk: Path) -> 
     fields = {"name": "s", "sequence_length": 8, "batch_tokens": 32, "steps": 3, "lr": 1}
     stage = Stage(**fields, mixture={directory: 1.0})  # type: ignore[arg-type]
     assert check_shards([stage]) == []
+    MDSReader(directory)[0]  # one is unpacked, the others are not
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     (warning,) = check_shards([stage])
     assert warning.startswith(
@@ -209,6 +210,8 @@ def test_mock_is_random_tokens() -> None:
     assert len({tokens.tobytes() for tokens in packs}) == 6
     again = mock.read(mock.batch(0)[0]).tokens
     assert np.array_equal(again, packs[0])
+    other = Mixture("mock", sequence_length=16, batch_sequences=2, seed=2, num_steps=3, vocab_size=50)
+    assert other.read(other.batch(0)[0]).tokens.tobytes() not in {tokens.tobytes() for tokens in packs}
 
 
 def test_every_domain_that_cannot_be_used_is_named(tmp_path: Path, sources: Path) -> None:

@@ -24,6 +24,7 @@ def test_the_order_never_changes_between_releases() -> None:
     assert mix(42, 0, 1) == 13151335708014940318
     assert [Permutation(10, 42, 0, 1)[place] for place in range(10)] == [0, 9, 6, 3, 2, 7, 8, 1, 5, 4]
     # Where the halves of a place grow by one bit, and in between.
+    assert [Permutation(64, 42)[place] for place in range(6)] == [45, 2, 11, 62, 35, 12]
     assert [Permutation(65, 42)[place] for place in range(6)] == [3, 16, 1, 44, 2, 28]
     assert [Permutation(200, 42)[place] for place in range(6)] == [3, 66, 140, 91, 159, 28]
 

@@ -138,11 +138,13 @@ def test_nobody_waits_for_a_fault_to_pass_when_training_has_stopped(
 ) -> None:
     monkeypatch.setattr(passing, "WAITS_SECONDS", (600.0,))
     mixture = open_mixture(write_packs(tmp_path / "d", numbered_packs(10)))
-    read, of_step_0 = mixture.read, iter(range(4))
+    read = mixture.read
+    asked: list[SampleRef] = []
     failed = threading.Event()
 
     def read_step_0(ref: SampleRef) -> PackedSequence:
-        if next(of_step_0, None) is None:
+        asked.append(ref)
+        if len(asked) > 4:
             failed.set()
             raise STALE
         return read(ref)
@@ -152,6 +154,7 @@ def test_nobody_waits_for_a_fault_to_pass_when_training_has_stopped(
     next(batches)
     assert failed.wait(10)
     batches.close()
+    assert asked[4:] == mixture.batch(1)[:1] * 2, "tried once more, and no further step read"
     assert not readers()
 
 
