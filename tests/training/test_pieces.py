@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,7 +124,7 @@ def test_asked_to_stop_it_begins_no_further_piece(tmp_path, monkeypatch, one_ran
         next(pieces)
 
 
-def test_a_run_walks_its_stages_and_measures_what_is_to_be_measured(tmp_path, monkeypatch, one_rank):
+def test_a_run_walks_its_stages_and_measures_what_is_to_be_measured(tmp_path, monkeypatch, one_rank, capsys):
     """The first stage goes on from where it was stopped; what had been measured before is not told again."""
     short = {**recipe(tmp_path).stages[0].model_dump(), "mixture": "mock"}
     stages = [short, {**short, "name": "long", "steps": 3}]
@@ -150,6 +151,9 @@ def test_a_run_walks_its_stages_and_measures_what_is_to_be_measured(tmp_path, mo
     other = of.model_copy(update={"stages": [stage.model_copy(update={"seed": 7}) for stage in of.stages]})
     with pytest.raises(UserError, match=r"short\.seed: 42 → 7 \(the stage is at step 5\)"):
         run.train(other, WORLD, StopRequest())
+    clipped = of.model_copy(update={"optimizer": of.optimizer.model_copy(update={"clip": 0.5})})
+    run.train(clipped, WORLD, StopRequest())
+    assert "changed since the last start: optimizer.clip: 1.0 → 0.5\n" in capsys.readouterr().out
 
 
 def test_asked_to_stop_while_it_measures_it_stops_after_that(tmp_path):
@@ -249,6 +253,8 @@ def test_asked_to_stop_it_completes_what_it_saves(tmp_path, monkeypatch):
     told = walk(of, monkeypatch, [0.0], metrics, until=3, stop=True)
     assert told == [*STEP, "finished", "stopped after step 1 of stage short"]
     assert walk(of, monkeypatch, [0.0], metrics, until=1, stop=True) == [*STEP, "finished"]
+    of_another_rank = replace(metrics, told=[1.0, 2.0, 2.0])
+    assert walk(of, monkeypatch, [0.0], of_another_rank, until=3) == told
 
 
 def test_every_so_many_steps_and_the_last_are_shown_and_saved(tmp_path, monkeypatch):
@@ -270,13 +276,18 @@ def test_a_line_of_the_log_is_about_its_own_step_and_a_single_rank():
     at = SimpleNamespace(
         model=SimpleNamespace(shape=SHAPE),
         world=World(1, 4, 0, torch.device("cpu")),
-        stragglers=Stragglers([]),
+        stragglers=Stragglers([], balance=0.75),
     )
     sequence = PackedSequence(np.zeros(64, np.uint32), np.array([0, 20, 64]), None, Identity("data", "-", 0))
     metrics = StepMetrics(2.0, grad_norm=1.0, lr=1e-3, num_targets=3, updated=True)
-    before, after = (TrainState(stage="short", step=step, tokens=64 * step) for step in (7, 8))
+    before, after = (
+        TrainState("short", step, tokens=64 * step, skipped=step - 6, domain_tokens={"d": 64 * step})
+        for step in (7, 8)
+    )
     facts = stage_module._facts(at, before, after, metrics, [sequence], 2.0)
     assert (facts["tokens"], facts["tokens_per_second"]) == (512, 32)
+    assert (facts["valid_tokens"], facts["skipped"], facts["domains"]) == (3, 2, {"d": 512})
+    assert (facts["loss"], facts["grad_norm"], facts["lr"], facts["balance"]) == (2.0, 1.0, 1e-3, 0.75)
     assert facts["tflops_per_rank"] == pytest.approx(model_flops(SHAPE, 64, 20**2 + 44**2) / 2 / 4 / 1e12)
     assert 2**26 < facts["peak_memory_bytes"] < 2**40
 

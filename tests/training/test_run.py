@@ -42,6 +42,8 @@ def test_a_run_learns_and_walks_its_stages(workspace, undisturbed):
     assert rates[0] == 1e-2 and rates[-1] == pytest.approx(1e-3)  # one step of warmup; a tenth on the last
     kept = sorted(path.name for path in (workspace.root / "undisturbed/short").glob("step_*"))
     assert kept == ["step_00000003", "step_00000006"]
+    recipe = (workspace.root / "undisturbed/recipe.yaml").read_text()
+    assert (workspace.root / "undisturbed/short/step_00000003/recipe.yaml").read_text() == recipe
 
 
 @pytest.mark.parametrize("stage, step", [("short", 3), ("short", 6), ("long", 3)])
@@ -221,13 +223,13 @@ def test_a_stage_before_one_that_has_begun_is_not_trained(workspace, undisturbed
 def test_another_layout_continues_the_same_losses(workspace, undisturbed):
     """From a checkpoint of one process to two: pipeline stages, then context parallel; fp32 rounding only."""
     root = workspace.root
-    for name, overrides in {"pp": ["layout.pp=2"], "cp": ["layout.cp=2", "layout.cp_exchange=p2p"]}.items():
+    for name, layout in {"pp": "layout.pp=2", "cp": "stage.long.layout={cp: 2, cp_exchange: p2p}"}.items():
         run = f"resharded-{name}"
         shutil.copytree(root / "undisturbed", root / run)
         shutil.rmtree(root / run / "long")
         (root / run / "metrics.jsonl").unlink()
         (root / run / "recipe.yaml").unlink()
-        workspace.train(run, *overrides, "--processes", "2")
+        workspace.train(run, layout, "--processes", "2")
         losses = workspace.losses(run)
         assert losses.keys() == {("long", n) for n in range(1, 5)}
         for key, loss in losses.items():
