@@ -12,6 +12,7 @@ from megatron_prolong.convert import manifest
 from megatron_prolong.errors import UserError
 from megatron_prolong.recipe.schema import Recipe
 from megatron_prolong.runtime.packages import version_of
+from megatron_prolong.training import prepare
 from megatron_prolong.training.changes import refuse_changes, refuse_gaps, refuse_other_work, work_of
 from megatron_prolong.training.prepare import refuse_precision
 from megatron_prolong.training.run_directory import Checkpoint, StageStatus
@@ -179,7 +180,11 @@ def test_a_rank_that_has_other_kernels_than_rank_0_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="may have fp8")
-def test_a_precision_that_this_machine_lacks_is_refused_before_any_stage_trains(tmp_path):
+def test_a_precision_that_this_machine_lacks_is_refused_before_any_stage_trains(tmp_path, monkeypatch):
+    with_fp8 = recipe({"third": {"precision": "fp8"}}, run_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"stage third: precision: fp8 needs CUDA and Transformer Engine"):
-        refuse_precision(recipe({"third": {"precision": "fp8"}}, run_dir=str(tmp_path)))
+        refuse_precision(with_fp8)
     refuse_precision(recipe(run_dir=str(tmp_path)))
+    done = statuses(with_fp8, dict.fromkeys(STEPS, 10))
+    monkeypatch.setattr(prepare, "chain_status", lambda *_: done)
+    refuse_precision(with_fp8)

@@ -789,8 +789,11 @@ def test_a_batch_without_targets_leaves_the_weights_alone(trained):
     batch = collate_pieces([Piece(np.arange(1, 8, dtype=np.uint32), np.zeros(7, np.uint8))])
     micro = micro_batch(batch, groups=groups, layout=Layout(), device=torch.device("cpu"))
     before = numbers(model, optimizer)
-    metrics = train_step(model, optimizer, [micro], groups, spec=OptimizerSpec(), lr=1e-3)
+    metrics = train_step(
+        model, optimizer, [micro], groups, spec=OptimizerSpec(), lr=1e-3, tell=lambda: [1.0, 0.5]
+    )
     assert not metrics.updated and math.isnan(metrics.loss) and metrics.num_targets == 0
+    assert metrics.told == [1.0, 0.5]  # who was asked to stop, and how long the step took
     assert all(torch.equal(*pair) for pair in zip(before, numbers(model, optimizer), strict=True))
 
 

@@ -45,7 +45,7 @@ from megatron_prolong.training import stage as stage_module
 from megatron_prolong.training.changes import changes_since_start
 from megatron_prolong.training.log import open_log
 from megatron_prolong.training.prepare import StageInput, first_state
-from megatron_prolong.training.replay import _recorded, _start, parse_step
+from megatron_prolong.training.replay import Replayed, _recorded, _start, parse_step
 from megatron_prolong.training.run_directory import (
     MANIFEST,
     Checkpoint,
@@ -527,6 +527,9 @@ def test_what_is_in_the_way_of_the_initial_weights_is_not_deleted(tmp_path, monk
     monkeypatch.setattr(run, "to_megatron", lambda _, out: found.extend(out.iterdir()))
     run._write_initial(recipe(tmp_path), tmp_path / "initial")
     assert found == [tmp_path / "initial" / "theirs"]
+    (tmp_path / "initial" / MANIFEST).touch()
+    monkeypatch.setattr(run, "to_megatron", lambda *_: pytest.fail("converted again"))
+    run._write_initial(recipe(tmp_path), tmp_path / "initial")
 
 
 def test_a_damaged_recipe_of_the_run_says_where_another_is(tmp_path):
@@ -571,6 +574,15 @@ def test_a_step_is_made_again_from_the_newest_checkpoint_before_it(tmp_path):
         assert (start.checkpoint.step, start.optimizer, start.resume) == (expected, True, True)
     (of.run_dir / "short" / "latest").write_text("step_00000002\n")  # what came after it is given up
     assert _start(of, of.stages[0], 5).checkpoint.step == 2
+    (of.run_dir / "short" / "latest").write_text("step_00000004\n")
+    with pytest.raises(UserError, match="'step_00000004' is no checkpoint there"):
+        _start(of, of.stages[0], 5)
+
+
+def test_a_step_is_made_again_that_the_run_never_came_to():
+    found = StepMetrics(math.nan, math.nan, lr=1e-3, num_targets=0, updated=False)
+    lines = list(Replayed(7, found, [], None).lines())
+    assert lines == ["loss nan  grad norm nan  lr 0.001", "0 targets; the update was skipped", "samples:"]
 
 
 def test_the_only_stage_needs_no_name_where_a_step_is_chosen(tmp_path):
