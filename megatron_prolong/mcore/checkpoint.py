@@ -247,12 +247,22 @@ def load_weights_and_optimizer(directory: Path, model: StageModel, optimizer: Me
     state = _model_state(model)
     loaded = _read(directory, {**state, "optimizer": optimizer_state(optimizer, state)})
     _load_model(model, loaded)
-    loaded["optimizer"].pop("param_state", None)  # the distributed optimizer's shards, read into their places
-    groups = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(loaded["optimizer"])
-    # The groups are now the file's, which may be another Adam's and lack what this one reads in them.
-    for group, before in zip(optimizer.param_groups, groups, strict=True):
-        group.update({**before, **group})
+    found = loaded["optimizer"]
+    found.pop("param_state", None)  # the distributed optimizer's shards, read into their places
+    _take_settings(found.get("optimizer", found)["param_groups"], optimizer)
+    optimizer.load_state_dict(found)
+
+
+def _take_settings(saved: list[dict[str, Any]], optimizer: MegatronOptimizer) -> None:
+    """Give an optimizer's saved groups its settings of now: of theirs only the step count is of use.
+
+    Megatron finds a group in the file by such settings, since 0.19.2 by the learning rate of the stage too; and
+    another Adam's lack what this one reads in them. `wd_mult` tells ours apart (mcore/optimizer.py).
+    """
+    for group in saved:
+        for own in optimizer.param_groups:
+            if own["wd_mult"] == group["wd_mult"]:
+                group.update({key: own[key] for key in own.keys() - {"params", "step"}})
 
 
 def _model_state(model: StageModel) -> ShardedStateDict:
@@ -341,7 +351,9 @@ def _common_object(directory: Path, reader: _SafeReader) -> object:
     state: dict[str, Any] = {COMMON_STATE: io.BytesIO()}
     planner = _WeightsOnlyPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        torch.distributed.checkpoint.load(state, storage_reader=reader, planner=planner, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.distributed.checkpoint.load(state, storage_reader=reader, planner=planner, no_dist=True)
     except CheckpointException as error:
         raise _unreadable(directory, error) from error
     return state[COMMON_STATE][0]

@@ -683,14 +683,22 @@ def test_a_load_reads_a_rank_s_shards_only(trained, tmp_path, monkeypatch):
     load_weights_and_optimizer(tmp_path, model, optimizer)
 
 
-def test_groups_keep_what_the_adam_that_saved_them_did_not_have(trained, tmp_path):
-    """Transformer Engine's reads bias_correction in them; a checkpoint of PyTorch's kernels has none."""
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("bias_correction", True),  # Transformer Engine's Adam reads it; PyTorch's kernels save none
+        ("lr_mult", 0.5),  # by which Megatron finds a group, as since 0.19.2 by the learning rate
+        ("max_lr", 0.5),
+    ],
+)
+def test_groups_keep_their_own_settings(trained, tmp_path, name, own):
     model, optimizer, _ = trained
     save_weights_and_optimizer(tmp_path, model, optimizer)
     for group in optimizer.param_groups:
-        group["bias_correction"], group["step"] = True, 7
+        group[name], group["step"] = own, 7
     load_weights_and_optimizer(tmp_path, model, optimizer)
-    assert [(group["bias_correction"], group["step"]) for group in optimizer.param_groups] == [(True, 1)] * 2
+    assert [(group[name], group["step"]) for group in optimizer.param_groups] == [(own, 1)] * 2
+    assert [group["wd_mult"] for group in optimizer.param_groups] == [1.0, 0.0]
 
 
 def test_the_saves_of_a_stage_are_planned_once(trained, tmp_path, monkeypatch):
