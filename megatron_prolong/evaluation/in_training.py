@@ -140,7 +140,8 @@ def _begin(out: Path, about: Mapping[str, object]) -> bool:
     if attempts >= MOST_ATTEMPTS:
         _warn(
             out,
-            f"{attempts} starts have ended in it; remove {ATTEMPT} there, or change evaluation, to try again",
+            f"{attempts} starts have ended in it; while this is its stage's newest checkpoint, a start without "
+            f"{ATTEMPT} there, or with another evaluation, tries again",
         )
         return False
     try:
