@@ -101,6 +101,10 @@ def _pipeline(layout: Layout) -> Iterator[LayoutProblem]:
     for field in ("first_stage_layers", "last_stage_layers"):
         if getattr(layout, field) is not None and layout.pp == 1:
             yield LayoutProblem(field, "needs pp of at least 2: with pp 1 the one stage has every layer")
+    both = layout.first_stage_layers is not None and layout.last_stage_layers is not None
+    if both and layout.pp == 2 and layout.virtual_pp > 1:  # Megatron divides by the number of other stages
+        rule = "goes with first_stage_layers and virtual_pp only from pp 3 on; leave it out, it follows from them"
+        yield LayoutProblem("last_stage_layers", rule)
 
 
 def _tensor(layout: Layout, shape: ModelShape) -> Iterator[LayoutProblem]:

@@ -109,6 +109,8 @@ MISTAKES = [
      "layout.pp: found 2; must divide the model's 4 layers"),
     (["layout.pp=2", "layout.virtual_pp=2", "layout.last_stage_layers=1"], None,
      "layout.virtual_pp: found 2; must divide the 3 layers"),
+    (["layout.pp=2", "layout.virtual_pp=2", "layout.first_stage_layers=2", "layout.last_stage_layers=2"], None,
+     "layout.last_stage_layers: found 2; goes with first_stage_layers and virtual_pp only from pp 3 on"),
     (["recompute=block"], None, "recompute: found 'block'; must be none, selective, all_but_attention,"),
     (["layout.virtual_pp=2"], None, "layout.virtual_pp: found 2; needs pp of at least 2"),
     (["layout.pp=2", "layout.virtual_pp=4"], None, "layout.virtual_pp: found 4; must divide the 2 layers"),
