@@ -79,7 +79,7 @@ class PendingSave:
 
 
 class CheckpointWriter:
-    """Saves the checkpoints of one stage as RUN/STAGE/step_N. Every method is collective.
+    """Saves the checkpoints of one stage as RUN/STAGE/step_N. Every method but `writing` is collective.
 
     Args:
         stage_dir: RUN/STAGE.
@@ -127,9 +127,17 @@ class CheckpointWriter:
         if not self._spec.async_save:
             self.finish()
 
-    def poll(self) -> None:
-        """Complete the pending save if every rank has written its share."""
-        if self._pending is not None and _sum(int(self._pending.thread.is_alive())) == 0:
+    def writing(self) -> bool:
+        """Whether this rank's share is still being written. Not collective."""
+        return self._pending is not None and self._pending.thread.is_alive()
+
+    def poll(self, writing: float) -> None:
+        """Complete the pending save if every rank has written its share.
+
+        Args:
+            writing: how many ranks were `writing` when a step's loss was summed; so it takes no message of its own.
+        """
+        if writing == 0:
             self.finish()
 
     def reading(self, batches: Iterator[T]) -> Iterator[T]:

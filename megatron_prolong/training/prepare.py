@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -85,21 +85,21 @@ class StageRun:
         step: int,
         sequences: list[PackedSequence],
         assignment: Assignment,
-        asked: Callable[[], bool] = lambda: False,
+        tell: Callable[[], Sequence[float]] = tuple,
     ) -> StepMetrics:
         """Make update `step` (counted from 0) with its global batch. Collective.
 
         Args:
-            asked: whether this rank was asked to stop; told[0] of the result is how many were.
+            tell: see `forward_backward`; the ranks' times come after it in `told` of the result.
         """
         stage, recipe, lr = self.stage, self.recipe, learning_rate(self.stage, step)
         if stage.skips(step + 1):
             return StepMetrics(math.nan, math.nan, lr, 0, updated=False, wanted=False)
 
-        def tell() -> list[float]:
+        def tell_times_too() -> list[float]:
             times = [0.0] * self.world.size
             times[self.world.rank] = self.clock.seconds()
-            return [float(asked()), *times]
+            return [*tell(), *times]
 
         self.clock.start()
         batches = micro_batches(
@@ -108,10 +108,10 @@ class StageRun:
         )  # fmt: skip
         metrics = train_step(
             self.model, self.optimizer, batches, self.groups,
-            spec=recipe.optimizer, lr=lr, computed=self.clock.stop, tell=tell,
+            spec=recipe.optimizer, lr=lr, computed=self.clock.stop, tell=tell_times_too,
         )  # fmt: skip
         planned = [sum(plan.share.seconds for plan in plans) for plans in assignment]
-        self.stragglers.note(metrics.told[1:], planned)
+        self.stragglers.note(metrics.told[-self.world.size :], planned)
         return metrics
 
 

@@ -117,15 +117,20 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
         run.recipe.run_dir / stage.name, spec, session.sidecar, dump_recipe(run.recipe),
         report=(lambda facts: log.event("checkpoint", **facts)) if log else None,
     )  # fmt: skip
+
+    def tell() -> tuple[float, float]:
+        return session.stop.asked(), writer.writing()
+
     started = time.perf_counter()
     for step, (sequences, assignment) in writer.reading(run.batches(state.step)):
-        metrics = run.update(step, sequences, assignment, session.stop.asked)
+        metrics = run.update(step, sequences, assignment, tell)
+        asked, writing = metrics.told[:2] if metrics.told else (session.stop.agreed(), 1)
         gc.collect()  # all ranks are here at the same time
         seconds = time.perf_counter() - started
         before, state = state, state.after(stage, sequences, metrics)
         last = state.step == until
         watchdog.feed(state.step + 1)
-        writer.poll()
+        writer.poll(writing)
         try:
             guard.check(before, metrics, sequences)
         except UserError as error:  # all ranks judge the same numbers alike
@@ -141,10 +146,9 @@ def _walk(session: Session, run: StageRun, state: TrainState, until: int, watchd
             if slow := run.stragglers.news():
                 log.event("slow_ranks", stage=stage.name, step=state.step, ranks=slow)
                 log.say(f"warning: {run.stragglers.describe(slow)}")
-        stopping = bool(metrics.told[0]) if metrics.told else session.stop.agreed()
-        if last or stopping or state.step % spec.every == 0:
+        if last or asked or state.step % spec.every == 0:
             writer.save(run.model, run.optimizer, _manifest(run, state))
-        if stopping and not last:
+        if asked and not last:
             writer.finish()
             raise Preempted(f"stopped after step {state.step} of stage {stage.name}")
         if last:

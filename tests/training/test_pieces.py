@@ -193,7 +193,7 @@ def test_ranks_go_by_what_rank_0_sees_and_wait_for_its_conversion(tmp_path):
     torch.multiprocessing.spawn(_two_views, (str(tmp_path),), nprocs=2)
 
 
-STEP = ["collected", "polled", "5 s", "shown", "saved"]
+STEP = ["collected", "polled, 1 write", "5 s", "shown", "saved"]
 
 
 def walk(
@@ -215,7 +215,7 @@ def walk(
         take(100)
 
     writer = SimpleNamespace(
-        poll=lambda: told.append("polled") or take(50),
+        poll=lambda writing: told.append(f"polled, {writing:.0f} write") or take(50),
         finish=lambda: told.append("finished"),
         save=save,
         reading=lambda batches: batches,
@@ -253,8 +253,9 @@ def test_asked_to_stop_it_completes_what_it_saves(tmp_path, monkeypatch):
     told = walk(of, monkeypatch, [0.0], metrics, until=3, stop=True)
     assert told == [*STEP, "finished", "stopped after step 1 of stage short"]
     assert walk(of, monkeypatch, [0.0], metrics, until=1, stop=True) == [*STEP, "finished"]
-    of_another_rank = replace(metrics, told=[1.0, 2.0, 2.0])
-    assert walk(of, monkeypatch, [0.0], of_another_rank, until=3) == told
+    of_another_rank = replace(metrics, told=[1.0, 0.0, 2.0, 2.0])
+    of_it = walk(of, monkeypatch, [0.0], of_another_rank, until=3)
+    assert of_it == ["collected", "polled, 0 write", *told[2:]]
 
 
 def test_every_so_many_steps_and_the_last_are_shown_and_saved(tmp_path, monkeypatch):
@@ -268,7 +269,7 @@ def test_every_so_many_steps_and_the_last_are_shown_and_saved(tmp_path, monkeypa
 def test_a_run_that_goes_wrong_stops_and_completes_what_it_saved_before(tmp_path, monkeypatch):
     metrics = StepMetrics(math.nan, grad_norm=math.nan, lr=1e-3, num_targets=3, updated=False)
     told = walk(recipe(tmp_path), monkeypatch, [0.0], metrics, until=5)
-    assert told[:-1] == STEP * 4 + ["collected", "polled", "finished"]
+    assert told[:-1] == STEP * 4 + ["collected", "polled, 1 write", "finished"]
     assert told[-1].startswith("stage short: 5 steps in a row had no targets")
 
 
@@ -358,11 +359,11 @@ def test_an_update_has_the_rate_of_its_step_and_times_each_ranks_own_part(tmp_pa
         of, stage, settings_of(of, stage), World(1, 3, 1, WORLD.device), None, None, None, None, None, clock,
         stragglers,
     )  # fmt: skip
-    assert at.update(0, [], plans, lambda: True).told[0] == 3
+    assert at.update(0, [], plans, lambda: (True, 5)).told == [3, 15, 0, 27, 0]
     expected = ["start", TOKEN_MULTIPLE, (of.optimizer, learning_rate(stage, 0)), "stop"]
     assert told == [*expected, ([0.0, 27.0, 0.0], [3, 4])]
     assert not at.update(1, [], plans).wanted and len(told) == 5
-    assert at.update(2, [], plans).told[0] == 0
+    assert at.update(2, [], plans).told == [0, 27, 0]
     assert told[7] == (of.optimizer, learning_rate(stage, 2)) and told[7] != told[2]
 
 
