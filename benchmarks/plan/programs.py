@@ -68,7 +68,8 @@ class Sharded:
         layer = sum(layer_weights(job.shape, 1).values())
         gathered = 2 * layer * 2 + layer * 4  # two layers of bf16 weights (prefetch) and one of gradients
         vocabulary = job.vocab_rows * job.shape.hidden_size * (2 + 2 + 4)
-        inputs = 0 if self.offload_inputs else job.shape.num_layers * memory.kept_by_layer(job)
+        kept = job.shape.num_layers * memory.kept_by_layer(job, memory.GPU_KERNELS)
+        inputs = 0 if self.offload_inputs else kept
         logits = self.whole_logits * job.rank_tokens * job.vocab_rows
         loss = logits or memory.loss_working(job)
         working = max(self._layer_working(), loss)
@@ -76,12 +77,13 @@ class Sharded:
         return parts * (1 + gpu.fragmentation) + gpu.reserve_bytes
 
     def _layer_working(self) -> int:
-        job = self.job
+        job, kernels = self.job, memory.GPU_KERNELS
         if not self.tiled_mlp:
-            return memory.layer_working(job)
-        saved = memory.saved_by_layer(job)
-        attention = sum(saved.values()) - saved["fc1"] - saved["activation"] - memory.kept_by_layer(job)
-        return attention + memory.attention_gradients(job) + saved["residual"]
+            return memory.layer_working(job, kernels)
+        saved = memory.saved_by_layer(job, kernels)
+        attention = sum(saved.values()) - saved["fc1"] - saved["activation"]
+        attention -= memory.kept_by_layer(job, kernels)
+        return attention + memory.attention_gradients(job, kernels) + saved["residual"]
 
 
 def longest(program: Sharded, gpu: Gpu, host_limit: int = 2**26) -> int:

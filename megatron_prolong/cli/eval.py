@@ -78,7 +78,8 @@ def perplexity(
     from megatron_prolong.evaluation.backend import open_backend
     from megatron_prolong.evaluation.documents import check_documents, read_passages
     from megatron_prolong.evaluation.perplexity import Perplexity, measure
-    from megatron_prolong.evaluation.report import plot_perplexity, print_perplexity, write_json
+    from megatron_prolong.evaluation.report import plot_perplexity, print_perplexity
+    from megatron_prolong.runtime.strict_json import write_json
 
     def prepare() -> list[tuple[str, str]]:
         models = models_of(model, compare)
@@ -128,7 +129,8 @@ def needle(
     from megatron_prolong.evaluation import needle as needles
     from megatron_prolong.evaluation.backend import open_backend
     from megatron_prolong.evaluation.documents import read_text
-    from megatron_prolong.evaluation.report import plot_needle, print_needle, write_json
+    from megatron_prolong.evaluation.report import plot_needle, print_needle
+    from megatron_prolong.runtime.strict_json import write_json
 
     def prepare() -> tuple[list[float], str, list[tuple[str, str]]]:
         fractions, models = _depths(depths), models_of(model, compare)

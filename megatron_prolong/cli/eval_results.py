@@ -51,11 +51,11 @@ def judge(
 
 def report(results: Models, suite: str | None, out: Path | None, name: str = "suite") -> None:
     """Tables and notes on the terminal; with `out`, also NAME.json, NAME.png and NAME.html there."""
-    from megatron_prolong.evaluation.report import write_json
     from megatron_prolong.evaluation.suite_page import suite_page
     from megatron_prolong.evaluation.suite_plot import plot_suite
     from megatron_prolong.evaluation.suite_report import print_suite, summary
     from megatron_prolong.runtime.publish import write_durably
+    from megatron_prolong.runtime.strict_json import write_json
 
     print_suite(results, suite)
     if out is not None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_prolong.errors import UserError
-from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.results import read_whole, whole_result
 from megatron_prolong.evaluation.run import is_of
 from megatron_prolong.runtime.publish import is_disk_full
 from megatron_prolong.runtime.replace import replaced
+from megatron_prolong.runtime.strict_json import write_json
 
 T = TypeVar("T")
 

@@ -19,7 +19,6 @@ from megatron_prolong.evaluation.backend import Backend, Prompt, ScoringBackend,
 from megatron_prolong.evaluation.documents import Passage, check_documents, read_passages
 from megatron_prolong.evaluation.identity import data_identity, model_identity
 from megatron_prolong.evaluation.megatron import open_megatron
-from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.run import Settings
 from megatron_prolong.evaluation.suite import run_suite
 from megatron_prolong.evaluation.task import Inputs, Task
@@ -28,6 +27,7 @@ from megatron_prolong.recipe.shape import read_json
 from megatron_prolong.runtime.agreement import from_main
 from megatron_prolong.runtime.full_gpu import naming_a_full_gpu
 from megatron_prolong.runtime.launch import World
+from megatron_prolong.runtime.strict_json import write_json
 from megatron_prolong.runtime.watchdog import Watchdog
 
 SCORES = "scores.json"

@@ -21,11 +21,10 @@ import numpy as np
 from megatron_prolong.errors import UserError
 from megatron_prolong.evaluation.client import Client
 from megatron_prolong.evaluation.partial import open_to_add, sample_key
-from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.results import judged_path, read_whole, result_paths, whole_result
 from megatron_prolong.evaluation.text_metrics import parse_output
 from megatron_prolong.runtime.progress import track
-from megatron_prolong.runtime.strict_json import read_lines
+from megatron_prolong.runtime.strict_json import read_lines, write_json
 
 QUESTIONS = "narrativeqa_"
 SUMMARIES = ("infbench_sum_", "multi_lexsum_")

@@ -1,4 +1,4 @@
-"""Results of an evaluation on disk and on the screen: JSON, tables, and pictures."""
+"""Results of an evaluation on disk and on the screen: tables and pictures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,8 @@ from rich.table import Table
 from megatron_prolong.evaluation.needle import NeedleCell
 from megatron_prolong.evaluation.perplexity import Perplexity
 from megatron_prolong.recipe.numbers import format_count
-from megatron_prolong.runtime.publish import whole_file, write_durably
-from megatron_prolong.runtime.strict_json import dumps
+from megatron_prolong.runtime.publish import whole_file
 from megatron_prolong.runtime.terminal import print_table
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that a reader never sees half of. Dataclasses are allowed; NaN is written as null."""
-    write_durably(path, dumps(content, indent=2) + "\n")
 
 
 def print_perplexity(results: dict[str, Perplexity]) -> None:

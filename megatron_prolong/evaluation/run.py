@@ -19,13 +19,13 @@ from megatron_prolong.evaluation.backend import Backend, batches, declares
 from megatron_prolong.evaluation.identity import data_identity
 from megatron_prolong.evaluation.partial import Generated, PartialOutputs, sample_key
 from megatron_prolong.evaluation.prompts import Prepared, prepare, render
-from megatron_prolong.evaluation.report import write_json
 from megatron_prolong.evaluation.results import Result, judged_path, read_arguments, read_result
 from megatron_prolong.evaluation.task import Entails, Inputs, Row, Task
 from megatron_prolong.evaluation.tasks.long_documents import has_llama2
 from megatron_prolong.recipe.numbers import format_count
 from megatron_prolong.recipe.shape import read_json
 from megatron_prolong.runtime.progress import track
+from megatron_prolong.runtime.strict_json import write_json
 
 SHOWN_TOKENS = 500  # of the prompt's beginning and end, in the results
 

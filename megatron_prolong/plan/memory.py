@@ -110,7 +110,7 @@ def peak_memory(job: Job) -> RankMemory:
 # --- activations --------------------------------------------------------------------------------------------
 
 
-def saved_by_layer(job: Job, kernels: Kernels = GPU_KERNELS, fp8: bool = False) -> dict[str, int]:
+def saved_by_layer(job: Job, kernels: Kernels, fp8: bool = False) -> dict[str, int]:
     """Bytes that the backward of one layer needs, for one micro-batch, by tensor.
 
     t tokens of the rank, s of its residual stream (t/tp with sequence parallelism), h hidden, f ffn, N query
@@ -158,7 +158,7 @@ _PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
 _RECOMPUTED_MLP = ("fc1", "silu", "activation")
 
 
-def kept_by_chunk(job: Job, num_layers: int, kernels: Kernels = GPU_KERNELS) -> int:
+def kept_by_chunk(job: Job, num_layers: int, kernels: Kernels) -> int:
     """Bytes that a model chunk's layers keep from forward to backward, for one micro-batch."""
     recomputed = job.recomputed_layers(num_layers)
     whole = num_layers - recomputed
@@ -171,12 +171,12 @@ def kept_by_chunk(job: Job, num_layers: int, kernels: Kernels = GPU_KERNELS) -> 
     return kept + rotary_bytes(job) if recomputed else kept
 
 
-def kept_by_recomputed_layer(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+def kept_by_recomputed_layer(job: Job, kernels: Kernels) -> int:
     """Its input, and with all_but_attention what `kept_attention` says."""
     return job.residual_bytes + kept_attention(job, kernels)
 
 
-def kept_attention(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+def kept_attention(job: Job, kernels: Kernels) -> int:
     """What a recomputed layer keeps of its attention: the output, and inputs that an exchange made copies of."""
     if job.recompute != "all_but_attention":
         return 0
@@ -190,7 +190,7 @@ def kept_attention(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     return saved["attention"] + copied
 
 
-def kept_by_layer(job: Job, kernels: Kernels = GPU_KERNELS, fp8: bool = False) -> int:
+def kept_by_layer(job: Job, kernels: Kernels, fp8: bool = False) -> int:
     """Bytes that one layer keeps, for one micro-batch; with block:N, one behind the first N."""
     if recomputes_every_layer(job.recompute):
         return kept_by_recomputed_layer(job, kernels)
@@ -212,7 +212,7 @@ def in_flight(job: Job, pp_rank: int) -> int:
     return min(ahead + 1, job.micro_batches * v)
 
 
-def activation_bytes(job: Job, pp_rank: int, kernels: Kernels = GPU_KERNELS) -> int:
+def activation_bytes(job: Job, pp_rank: int, kernels: Kernels) -> int:
     """Bytes held for the backward at the peak of a step on pipeline stage `pp_rank`."""
     chunks, is_last = in_flight(job, pp_rank), pp_rank == job.layout.pp - 1
     chunk_layers = job.stage_layers[pp_rank] // job.layout.virtual_pp
@@ -231,7 +231,7 @@ def output_bytes(job: Job, pp_rank: int) -> int:
     return (held - is_last) * job.residual_bytes
 
 
-def parkable_by_chunk(job: Job, num_layers: int, kernels: Kernels = GPU_KERNELS) -> int:
+def parkable_by_chunk(job: Job, num_layers: int, kernels: Kernels) -> int:
     """What of `kept_by_chunk` can wait in host memory: not attention's outputs of recomputed layers."""
     stays = job.recomputed_layers(num_layers) * kept_attention(job, kernels)
     return kept_by_chunk(job, num_layers, kernels) - stays
@@ -250,7 +250,7 @@ def rotary_bytes(job: Job) -> int:
     return job.rank_tokens * job.shape.head_dim * 4
 
 
-def loss_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+def loss_bytes(job: Job, kernels: Kernels) -> int:
     """Saved by final norm, output layer and loss: no logits. The loss is one micro-batch at a time.
 
     Of all the rank's hidden states the gradient is saved, made in the forward.
@@ -263,13 +263,13 @@ def loss_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
 # --- working memory -----------------------------------------------------------------------------------------
 
 
-def layer_working(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+def layer_working(job: Job, kernels: Kernels) -> int:
     """While one layer runs backward, without a context-parallel exchange: its MLP first, then its attention."""
     mlp = recomputed_bytes(job, kernels) + job.residual_bytes + mlp_gradients(job)
     return max(mlp, attention_backward(job, kernels))
 
 
-def attention_backward(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+def attention_backward(job: Job, kernels: Kernels) -> int:
     """While a layer's attention runs backward; what its MLP kept is free by then."""
     saved = saved_by_layer(job, kernels)
     freed = sum(saved.get(name, 0) for name in _RECOMPUTED_MLP)
@@ -277,7 +277,7 @@ def attention_backward(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
     return recomputed_bytes(job, kernels) - freed + gradients
 
 
-def recomputed_bytes(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+def recomputed_bytes(job: Job, kernels: Kernels) -> int:
     """What one layer keeps for its backward only once that has begun.
 
     Of a block:N nothing at the peak: the layers behind it kept everything, and are through when it is recomputed.
@@ -313,7 +313,7 @@ def gathered_bytes(job: Job) -> int:
     return job.hidden_bytes if job.residual_tokens < job.rank_tokens else 0
 
 
-def attention_gradients(job: Job, kernels: Kernels = GPU_KERNELS) -> int:
+def attention_gradients(job: Job, kernels: Kernels) -> int:
     """Gradients of attention's output, queries, keys and values, and of the packed projections.
 
     All kernels sum those of queries in fp32. cuDNN and FlashAttention-2 make those of keys and values for every

@@ -10,10 +10,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_prolong.runtime.publish import write_durably
+
 
 def dumps(value: Any, indent: int | None = None) -> str:
     """JSON text of plain values and dataclasses."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file of `dumps` that a reader never sees half of."""
+    write_durably(path, dumps(value, indent=2) + "\n")
 
 
 def with_nan(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from plan_shapes import LLAMA3_8B, TINY
 
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.memory import (
+    GPU_KERNELS,
     activation_bytes,
     attention_gradients,
     gpu_kernels,
@@ -71,7 +72,7 @@ def test_one_layer_of_llama3_8b_by_hand() -> None:
     """t tokens, bf16, fused SwiGLU and norm: 2·t·(4h + Gd + (N+G)d + Nd + 3f + 4d) + 4·t·N + 8·t."""
     t, h, f, heads, groups, d = 65_536, 4096, 14336, 32, 8, 128
     elements = 4 * h + groups * d + (heads + groups) * d + heads * d + 3 * f + 4 * d
-    assert sum(saved_by_layer(JOB).values()) == 2 * t * elements + 4 * t * heads + 8 * t
+    assert sum(saved_by_layer(JOB, GPU_KERNELS).values()) == 2 * t * elements + 4 * t * heads + 8 * t
 
 
 def test_fp8_keeps_two_copies_of_the_weights_of_inner_layers_beside_or_instead_of_those_in_bf16() -> None:
@@ -135,19 +136,22 @@ def test_transformer_engine_takes_the_planned_memory(tokens, ranks, layout, opti
 
 
 def test_recompute_keeps_less_and_sequence_parallel_divides_the_residual_stream() -> None:
-    kept = {mode: kept_by_layer(replace(JOB, recompute=mode)) for mode in ("none", "selective", "full")}
+    kept = {
+        mode: kept_by_layer(replace(JOB, recompute=mode), GPU_KERNELS)
+        for mode in ("none", "selective", "full")
+    }
     assert kept["full"] == 65_536 * 4096 * 2 < kept["selective"] < kept["none"]
     split = replace(JOB, layout=Layout(tp=4))
-    assert kept_by_layer(split) * 4 == kept["full"]
+    assert kept_by_layer(split, GPU_KERNELS) * 4 == kept["full"]
     whole = replace(JOB, layout=Layout(tp=4, sequence_parallel=False))
-    assert kept_by_layer(whole) == kept["full"]
+    assert kept_by_layer(whole, GPU_KERNELS) == kept["full"]
 
 
 def test_recomputing_a_block_lies_between_none_and_full() -> None:
     """Of 32 layers: block:0 would be none, block:32 is full; in between, bytes go in steps of one layer."""
-    kept = {n: kept_by_chunk(replace(JOB, recompute=f"block:{n}"), 32) for n in (1, 16, 17, 32)}
-    assert kept[32] == kept_by_chunk(replace(JOB, recompute="full"), 32)
-    layer = kept_by_layer(replace(JOB, recompute="none"))
+    kept = {n: kept_by_chunk(replace(JOB, recompute=f"block:{n}"), 32, GPU_KERNELS) for n in (1, 16, 17, 32)}
+    assert kept[32] == kept_by_chunk(replace(JOB, recompute="full"), 32, GPU_KERNELS)
+    layer = kept_by_layer(replace(JOB, recompute="none"), GPU_KERNELS)
     assert kept[16] - kept[17] == layer - 65_536 * 4096 * 2 > 0
     assert kept[1] < 32 * layer
 
@@ -155,9 +159,10 @@ def test_recomputing_a_block_lies_between_none_and_full() -> None:
 def test_offloaded_activations_do_not_grow_with_the_layers() -> None:
     job = replace(JOB, recompute="full")
     deeper = replace(job, shape=replace(LLAMA3_8B, num_layers=64))
-    offloaded = activation_bytes(replace(job, offload=True), 0)
-    assert offloaded == activation_bytes(replace(deeper, offload=True), 0)
-    assert activation_bytes(job, 0) - offloaded == 30 * 65_536 * 4096 * 2  # of 32 layers, two are on the GPU
+    offloaded = activation_bytes(replace(job, offload=True), 0, GPU_KERNELS)
+    assert offloaded == activation_bytes(replace(deeper, offload=True), 0, GPU_KERNELS)
+    moved = activation_bytes(job, 0, GPU_KERNELS) - offloaded
+    assert moved == 30 * 65_536 * 4096 * 2  # of 32 layers, two are on the GPU
 
 
 def test_uneven_stages_hold_the_layers_they_are_given() -> None:
@@ -210,7 +215,7 @@ def test_an_exchange_that_repeats_key_value_heads_is_ours_on_transformer_engine_
 ) -> None:
     job = replace(JOB, transformer_engine=True, world_size=cp, layout=Layout(cp=cp, cp_exchange=exchange))
     assert (gpu_kernels(job).backward == "flash2") is ours
-    per_layer = saved_by_layer(job)
+    per_layer = saved_by_layer(job, GPU_KERNELS)
     heads = math.lcm(cp, 8) if exchange == "a2a" else 8
     assert per_layer["values"] == job.rank_tokens * heads * 128 * 2
 
@@ -218,7 +223,7 @@ def test_an_exchange_that_repeats_key_value_heads_is_ours_on_transformer_engine_
 def test_the_loss_is_on_the_last_stage_and_the_fullest_stage_counts() -> None:
     job = replace(JOB, sequence_length=4096, loss_chunk_tokens=4096, layout=Layout(pp=4))
     ranks = [rank_memory(job, rank) for rank in range(4)]
-    assert [rank.working for rank in ranks] == [layer_working(job)] * 3 + [loss_working(job)]
+    assert [rank.working for rank in ranks] == [layer_working(job, GPU_KERNELS)] * 3 + [loss_working(job)]
     assert ranks[3].working > ranks[0].working
     assert peak_memory(job).total == max(rank.total for rank in ranks) > min(rank.total for rank in ranks)
 
@@ -229,14 +234,16 @@ def test_what_an_exchange_keeps_is_kept_where_there_is_one() -> None:
         for cp in (1, 2)
     )
     assert (
-        saved_by_layer(alone[0]) == saved_by_layer(alone[1]) == saved_by_layer(replace(alone[0], mixed=False))
+        saved_by_layer(alone[0], GPU_KERNELS)
+        == saved_by_layer(alone[1], GPU_KERNELS)
+        == saved_by_layer(replace(alone[0], mixed=False), GPU_KERNELS)
     )
     output = split[0].rank_tokens * 32 * 128 * 2
     not_mixed, mixed = (
-        saved_by_layer(replace(split[0], mixed=mixed))["attention"] for mixed in (False, True)
+        saved_by_layer(replace(split[0], mixed=mixed), GPU_KERNELS)["attention"] for mixed in (False, True)
     )
     assert mixed - not_mixed == output
-    assert saved_by_layer(split[1])["attention"] - not_mixed == output
+    assert saved_by_layer(split[1], GPU_KERNELS)["attention"] - not_mixed == output
 
 
 def test_cudnns_backward_has_three_buffers_in_fp32() -> None:

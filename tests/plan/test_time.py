@@ -11,7 +11,7 @@ from megatron_prolong.plan.flops import model_flops
 from megatron_prolong.plan.hardware import find_gpu
 from megatron_prolong.plan.job import Job
 from megatron_prolong.plan.lengths import LONG_TOKENS, PROLONG_512K, BatchDocuments, single_document
-from megatron_prolong.plan.memory import kept_by_chunk, kept_by_layer, parked_bytes
+from megatron_prolong.plan.memory import GPU_KERNELS, kept_by_chunk, kept_by_layer, parked_bytes
 from megatron_prolong.plan.search import RECOMPUTE_MODES, evaluate
 from megatron_prolong.plan.time import RankLoads, Rates, mfu, rates, step_time, tokens_per_second_per_gpu
 from megatron_prolong.plan.volume import context_bytes
@@ -97,7 +97,8 @@ def test_copies_to_the_host_hide_behind_long_documents_only() -> None:
     parked = replace(JOB, offload=True, recompute="selective")
     assert step_time(parked, H100, BATCHES).offload == 0
     slow = H100.model_copy(update={"host_bandwidth": H100.host_bandwidth / 20})
-    copied, time = kept_by_chunk(parked, 32) / slow.host_bandwidth, step_time(parked, slow, BATCHES)
+    copied = kept_by_chunk(parked, 32, GPU_KERNELS) / slow.host_bandwidth
+    time = step_time(parked, slow, BATCHES)
     computed = time.matmul + time.attention + time.elementwise + time.tensor + time.context
     assert time.offload == pytest.approx(2 * copied * parked.micro_batches - computed) and time.offload > 0
     assert step_time(replace(parked, offload=False), slow, BATCHES).offload == 0
@@ -105,7 +106,7 @@ def test_copies_to_the_host_hide_behind_long_documents_only() -> None:
     staged = replace(parked, layout=Layout(tp=4, cp=2, pp=2))
     time = step_time(staged, H100, BATCHES)
     computed = time.matmul + time.attention + time.elementwise + time.tensor + time.context
-    bandwidth = kept_by_chunk(staged, 16) / (computed / staged.micro_batches / 2)
+    bandwidth = kept_by_chunk(staged, 16, GPU_KERNELS) / (computed / staged.micro_batches / 2)
     half = H100.model_copy(update={"host_bandwidth": bandwidth})
     assert step_time(staged, half, BATCHES).offload == pytest.approx(computed / 6)
 
@@ -114,7 +115,7 @@ def test_no_more_is_parked_than_half_of_a_nodes_memory() -> None:
     parked = replace(JOB, offload=True, recompute="none")
     found = evaluate(parked, H100, BATCHES)
     assert found.reason == "out of host memory: parks 318 GB for each GPU, of 125"
-    assert parked_bytes(parked, 0) == 32 * kept_by_layer(parked)
+    assert parked_bytes(parked, 0) == 32 * kept_by_layer(parked, GPU_KERNELS)
     roomy = H100.model_copy(update={"node_memory_bytes": 8e12})
     assert evaluate(parked, roomy, BATCHES).runs
 

@@ -4,8 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 
-from megatron_prolong.evaluation.report import write_json
-from megatron_prolong.runtime.strict_json import dumps, read_lines, with_nan
+from megatron_prolong.runtime.strict_json import dumps, read_lines, with_nan, write_json
 
 
 @dataclass
