@@ -65,3 +65,11 @@ def save_family(name: str, directory: Path, dtype: torch.dtype = torch.float32, 
     (directory / "tokenizer_config.json").write_text('{"model_max_length": 128}')
     (directory / "chat_template.jinja").write_text("{{ messages }}")
     return directory
+
+
+def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same names, dtypes and bits."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype, name
+        assert torch.equal(found[name], expected[name]), name

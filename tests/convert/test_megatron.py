@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from families import save_family
-from ranks import run_ranks
+from families import assert_same_weights, save_family
 from safetensors.torch import load_file
 
 from megatron_prolong.convert.to_hf import to_hf
 from megatron_prolong.convert.to_megatron import to_megatron
 from megatron_prolong.recipe.schema import Layout, OptimizerSpec
 from megatron_prolong.recipe.shape import read_shape
+from tests.ranks import run_ranks
 
 RANKS = 4
 # Name of the case -> (family, layout, dtype). The layouts leave 4, 1, 2 and 2 data-parallel ranks.
@@ -123,7 +123,4 @@ def test_megatron_loads_and_saves_the_same_weights(case: str, saved_by_megatron:
     to_hf(directory / "saved", directory / "exported")
     expected = load_file(directory / "original" / "model.safetensors")
     found = load_file(directory / "exported" / "model.safetensors")
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert found[name].dtype == expected[name].dtype, name
-        assert torch.equal(found[name], expected[name]), name
+    assert_same_weights(found, expected)

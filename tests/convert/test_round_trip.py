@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, LLAMA3_SCALING, save_family
+from families import FAMILIES, LLAMA3_SCALING, assert_same_weights, save_family
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -31,13 +31,6 @@ def _load(directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert found[name].dtype == expected[name].dtype, name
-        assert torch.equal(found[name], expected[name]), name
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_round_trip_is_bit_exact(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -48,7 +41,7 @@ def test_round_trip_is_bit_exact(family: str, dtype: torch.dtype, tmp_path: Path
     (original / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
     to_megatron(original, tmp_path / "megatron")
     to_hf(tmp_path / "megatron", tmp_path / "exported")
-    _assert_same_weights(_load(tmp_path / "exported"), _load(original))
+    assert_same_weights(_load(tmp_path / "exported"), _load(original))
     chat = ("chat_template.jinja", "additional_chat_templates/rag.jinja")
     for name in ("generation_config.json", "tokenizer_config.json", *chat):
         assert (tmp_path / "exported" / name).read_bytes() == (original / name).read_bytes()
@@ -79,7 +72,7 @@ def test_chunks_and_shards_of_any_size_give_the_same_files(
     to_megatron(original, tmp_path / "megatron")
     assert len(list((tmp_path / "megatron").glob("__0_[0-9]*.distcp"))) > 3
     to_hf(tmp_path / "megatron", tmp_path / "exported")
-    _assert_same_weights(_load(tmp_path / "exported"), _load(original))
+    assert_same_weights(_load(tmp_path / "exported"), _load(original))
     index = json.loads((tmp_path / "exported" / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in (tmp_path / "exported").glob("*.safetensors"))
     count = len(shards)
@@ -94,7 +87,7 @@ def test_chunks_and_shards_of_any_size_give_the_same_files(
     # Sharded in as well as out.
     to_megatron(tmp_path / "exported", tmp_path / "again")
     to_hf(tmp_path / "again", tmp_path / "exported-again")
-    _assert_same_weights(_load(tmp_path / "exported-again"), _load(original))
+    assert_same_weights(_load(tmp_path / "exported-again"), _load(original))
 
 
 def test_dtype_is_converted_as_torch_does(tmp_path: Path) -> None:
@@ -102,7 +95,7 @@ def test_dtype_is_converted_as_torch_does(tmp_path: Path) -> None:
     to_megatron(original, tmp_path / "megatron", dtype="bf16")
     to_hf(tmp_path / "megatron", tmp_path / "exported", dtype="fp32")
     expected = {name: tensor.bfloat16().float() for name, tensor in _load(original).items()}
-    _assert_same_weights(_load(tmp_path / "exported"), expected)
+    assert_same_weights(_load(tmp_path / "exported"), expected)
     assert [path.name for path in (tmp_path / "exported").glob("*.safetensors*")] == ["model.safetensors"]
     assert json.loads((tmp_path / "megatron" / "prolong.json").read_text())["dtype"] == "bfloat16"
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["torch_dtype"] == "float32"
@@ -136,7 +129,7 @@ def test_an_index_that_an_earlier_save_left_is_not_read(tmp_path: Path) -> None:
     (original / "model.safetensors.index.json").write_text(json.dumps(left))
     to_megatron(original, tmp_path / "megatron")
     to_hf(tmp_path / "megatron", tmp_path / "exported")
-    _assert_same_weights(_load(tmp_path / "exported"), _load(original))
+    assert_same_weights(_load(tmp_path / "exported"), _load(original))
 
 
 def test_legacy_bin_is_loaded_as_weights_only(tmp_path: Path) -> None:
@@ -151,7 +144,7 @@ def test_legacy_bin_is_loaded_as_weights_only(tmp_path: Path) -> None:
     (original / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     to_megatron(original, tmp_path / "megatron")
     to_hf(tmp_path / "megatron", tmp_path / "exported")
-    _assert_same_weights(_load(tmp_path / "exported"), tensors)
+    assert_same_weights(_load(tmp_path / "exported"), tensors)
 
     class Exploit:
         def __reduce__(self) -> tuple[object, ...]:
@@ -173,7 +166,7 @@ def test_a_legacy_bin_of_parameters(tmp_path: Path) -> None:
     torch.save(parameters, original / "pytorch_model.bin")
     to_megatron(original, tmp_path / "megatron")
     to_hf(tmp_path / "megatron", tmp_path / "exported")
-    _assert_same_weights(_load(tmp_path / "exported"), tensors)
+    assert_same_weights(_load(tmp_path / "exported"), tensors)
 
 
 def test_a_tied_head_and_old_rotary_buffers_in_the_file_are_ignored(tmp_path: Path) -> None:
@@ -186,7 +179,7 @@ def test_a_tied_head_and_old_rotary_buffers_in_the_file_are_ignored(tmp_path: Pa
     save_file({**tensors, **extra}, original / "model.safetensors", metadata={"format": "pt"})
     to_megatron(original, tmp_path / "megatron")
     to_hf(tmp_path / "megatron", tmp_path / "exported")
-    _assert_same_weights(_load(tmp_path / "exported"), tensors)
+    assert_same_weights(_load(tmp_path / "exported"), tensors)
 
 
 class TestRope:

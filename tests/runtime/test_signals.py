@@ -10,11 +10,11 @@ import threading
 import time
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from megatron_prolong.runtime import signals
 from megatron_prolong.runtime.signals import STOP_SIGNALS, StopRequest, stop_requests
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -116,15 +116,13 @@ def test_a_signal_before_the_processes_are_started_ends_their_launcher():
     assert done.returncode == 128 + signal.SIGTERM
 
 
-def _asked_on_rank_1(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _asked_on_rank_1() -> None:
     request = StopRequest()
     assert not request.agreed()
-    if rank == 1:
+    if dist.get_rank() == 1:
         request.received = signal.SIGTERM
     assert request.agreed()  # on both ranks
-    dist.destroy_process_group()
 
 
-def test_one_rank_asked_stops_all(tmp_path):
-    torch.multiprocessing.spawn(_asked_on_rank_1, (str(tmp_path / "store"),), nprocs=2)
+def test_one_rank_asked_stops_all():
+    run_ranks(2, _asked_on_rank_1)

@@ -17,7 +17,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -32,6 +31,7 @@ from megatron_prolong.runtime.lock import DirectoryLock
 from megatron_prolong.runtime.rendezvous import Rendezvous
 from megatron_prolong.runtime.signals import STOP_SIGNALS
 from megatron_prolong.training.checkpoint import verify_checkpoint
+from tests.ranks import run_ranks
 
 
 def test_a_directory_in_use_is_told_by_rank_0_alone(workspace) -> None:
@@ -305,16 +305,17 @@ def test_every_rank_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert (first, second) == (f"{said}, said here: True", f"{said}, said here: False")
 
 
-def wait_for_rank_0(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def wait_for_rank_0() -> None:
     patient = dist.new_group(backend="gloo")
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5))
-    assert on_main(lambda: time.sleep(2) or "converted", patient) == (None if rank else "converted")
+    assert on_main(lambda: time.sleep(2) or "converted", patient) == (
+        None if dist.get_rank() else "converted"
+    )
 
 
-def test_a_conversion_may_take_longer_than_a_collective(tmp_path: Path) -> None:
+def test_a_conversion_may_take_longer_than_a_collective() -> None:
     """In a group of its own, whose timeout is long."""
-    torch.multiprocessing.spawn(wait_for_rank_0, (str(tmp_path / "store"),), nprocs=2)
+    run_ranks(2, wait_for_rank_0)
 
 
 FAILS_ALONE = """

@@ -58,6 +58,7 @@ from megatron_prolong.training.stage import Preempted, Session
 from megatron_prolong.training.state import TrainState
 from megatron_prolong.training.step import StepMetrics
 from megatron_prolong.training.stragglers import Stragglers
+from tests.ranks import run_ranks
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 SHAPE = ModelShape(
@@ -170,10 +171,9 @@ def _slowly(init, tokenizer, directory: Path, seed: int) -> None:
     (directory.parent / "step_00000000").rename(directory)
 
 
-def _two_views(rank: int, root: str) -> None:
+def _two_views(root: str) -> None:
     """Rank 1's node has not seen yet that `latest` was replaced."""
-    dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
-    found = run._newest_checkpoint(Path(root, str(rank)))
+    found = run._newest_checkpoint(Path(root, str(dist.get_rank())))
     assert found is not None and found.step == 4
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
     run.write_initial = _slowly
@@ -183,14 +183,13 @@ def _two_views(rank: int, root: str) -> None:
     }  # fmt: skip
     fields = recipe(Path(root)).model_dump() | {"model": {"init": init, "tokenizer": root}}
     assert run._initial_checkpoint(Recipe.model_validate(fields)).step == 0
-    dist.destroy_process_group()
 
 
 def test_ranks_go_by_what_rank_0_sees_and_wait_for_its_conversion(tmp_path):
     for rank, step in enumerate((4, 2)):
         save(tmp_path / str(rank), step)
     (tmp_path / "run").mkdir()
-    torch.multiprocessing.spawn(_two_views, (str(tmp_path),), nprocs=2)
+    run_ranks(2, _two_views, str(tmp_path))
 
 
 STEP = ["collected", "polled, 1 write", "5 s", "shown", "saved"]
