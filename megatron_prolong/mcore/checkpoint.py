@@ -32,7 +32,10 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.fp8_utils import is_float8tensor
@@ -314,7 +317,13 @@ def _read(directory: Path, state: ShardedStateDict) -> dict[str, Any]:
     try:
         with warnings.catch_warnings(), replaced(without_code):
             warnings.simplefilter("ignore")
-            return dist_checkpointing.load(state, str(directory), strict=StrictHandling.RAISE_UNEXPECTED)
+            # Of the ranks that hold the same weights one reads each of them, and hands it on.
+            strategy = FullyParallelLoadStrategyWrapper(
+                serialization.get_default_load_sharded_strategy(str(directory)),
+                parallel_state.get_data_parallel_group(with_context_parallel=True),
+            )
+            strict = StrictHandling.RAISE_UNEXPECTED
+            return dist_checkpointing.load(state, str(directory), strategy, strict=strict)
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"checkpoint {directory} does not fit this model: {error}") from error
     except CheckpointException as error:  # on all ranks, with what any of them met

@@ -9,6 +9,7 @@ The weights in the file are those of the moment too, for who takes only them: an
 from __future__ import annotations
 
 import itertools
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_prolong.recipe.schema import Layout
 from megatron_prolong.recipe.shape import read_shape
+from megatron_prolong.runtime.replace import replaced
 
 LAYOUTS = {"": {}, "tp2 unsharded": {"tp": 2, "distributed_optimizer": False}, **test_layouts.LAYOUTS}
 QUICK = [
@@ -69,6 +71,34 @@ def test_continues_at_another_layout(request, tmp_path, one_rank, before, after,
         np.testing.assert_allclose(rank.losses, expected.losses[4:], rtol=1e-5)
         np.testing.assert_allclose(rank.grad_norms, expected.grad_norms[4:], rtol=1e-5)
     assert_equal_weights(assemble(ranks), expected_weights, 1e-5)
+
+
+def elements_read(rank: int, layout: dict[str, int], saved: str) -> int:
+    """How many numbers this rank reads from a checkpoint's files to load its weights."""
+    from megatron_prolong.mcore import checkpoint
+    from megatron_prolong.mcore.build import build_model
+    from megatron_prolong.mcore.groups import megatron
+
+    read: list[int] = []
+
+    class Counting(checkpoint._SafeReader):
+        def read_data(self, plan, planner):
+            read.extend(math.prod(item.lengths) for item in plan.items)
+            return super().read_data(plan, planner)
+
+    with megatron(Layout(**layout), seed=1), replaced([(checkpoint, "_SafeReader", Counting)]):
+        model = build_model(read_shape(Path(saved)), Layout(**layout), precision="fp32", training=False)
+        checkpoint.load_weights(Path(saved), model)
+    return sum(read)
+
+
+@pytest.mark.parametrize("layout", [{}, {"cp": 2}], ids=["dp2", "cp2"])
+def test_ranks_with_the_same_weights_share_out_the_reading(two_ranks, one_rank, checkpoint, layout):
+    """Or a file server would have to give as many copies as there are replicas, at every start."""
+    (whole,) = one_rank.run(elements_read, {}, checkpoint)
+    shares = two_ranks.run(elements_read, layout, checkpoint)
+    assert sum(shares) == whole > 100_000
+    assert max(shares) < 0.7 * whole
 
 
 def save_after_every_step(rank: int, job: Job, root: str) -> None:
