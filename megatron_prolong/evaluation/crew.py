@@ -20,6 +20,7 @@ from megatron_prolong.evaluation.ending import Ending
 from megatron_prolong.mcore.groups import Axis
 from megatron_prolong.mcore.inference import InferenceModel, Question
 from megatron_prolong.runtime.launch import World
+from megatron_prolong.runtime.watchdog import Watchdog
 
 # The others wait while the main rank prepares or scores a task, which may take long.
 PATIENCE = timedelta(days=7)
@@ -38,6 +39,7 @@ class Crew:
         ending: where its answers end.
         dp: the axis along which the model is repeated; the replicas share out what is asked.
         group: all ranks; None for a single one.
+        watchdog: fed with every call: one may leave nothing to do for this rank.
         midway: a call is under way, or an error has ended it.
     """
 
@@ -45,6 +47,7 @@ class Crew:
     ending: Ending
     dp: Axis
     group: dist.ProcessGroup | None
+    watchdog: Watchdog | None = None
     midway: bool = False
 
     def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -85,6 +88,8 @@ class Crew:
         return told[0]
 
     def _do(self, call: Call) -> Any:
+        if self.watchdog is not None:
+            self.watchdog.feed()
         method, arguments = call
         if method != "generate":
             return self._share_out(getattr(self.inference, method), *arguments)
@@ -107,10 +112,16 @@ class Crew:
 
 
 @contextmanager
-def crew(inference: InferenceModel, ending: Ending, world: World, dp: Axis) -> Iterator[Crew | None]:
+def crew(
+    inference: InferenceModel,
+    ending: Ending,
+    world: World,
+    dp: Axis,
+    watchdog: Watchdog | None = None,
+) -> Iterator[Crew | None]:
     """The model for the main rank to call; on every other rank, None once the main rank is done with it."""
     group = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None
-    members = Crew(inference, ending, dp, group)
+    members = Crew(inference, ending, dp, group, watchdog)
     if world.is_main:
         try:
             yield members

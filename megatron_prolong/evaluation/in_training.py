@@ -27,6 +27,7 @@ from megatron_prolong.recipe.shape import read_json
 from megatron_prolong.runtime.agreement import from_main
 from megatron_prolong.runtime.full_gpu import naming_a_full_gpu
 from megatron_prolong.runtime.launch import World
+from megatron_prolong.runtime.passing import patiently
 from megatron_prolong.runtime.strict_json import write_json
 from megatron_prolong.runtime.watchdog import Watchdog
 
@@ -61,16 +62,9 @@ class CheckpointEvaluation:
         Nothing elsewhere, when measured before, interrupted, or when MOST_ATTEMPTS starts have ended in it.
         """
         out = self.out / checkpoint.parent.name / checkpoint.name
-        identity = model_identity(checkpoint)
-        tasks = [f"{task.name}/{task.length}" for task in self.tasks]
-        if self.held_out:
-            tasks.append(self._loss_name)
-        data = [data_identity(task, self.spec.data) for task in self.tasks]
-        about = {"model_identity": identity, "data": data, "samples": self.spec.samples, "tasks": tasks}
-        if self.held_out:
-            about["held_out"] = [passage.name for passage in self.held_out]
         # Rank 0's answer: file systems show a new file to others late.
-        if not from_main(self.world.is_main and _begin(out, about)):
+        about = from_main(self._begin(checkpoint, out) if self.world.is_main else None)
+        if about is None:
             return {}
         full_gpu = partial(
             naming_a_full_gpu, lambda: str(out), "shorten evaluation.lengths, or leave evaluation out"
@@ -85,8 +79,8 @@ class CheckpointEvaluation:
             scores: dict[str, float] = {}
             try:
                 with full_gpu():
-                    found = self._scores(backend, identity, out)
-                write_json(out / SCORES, {**about, "scores": found})
+                    found = self._scores(backend, about["model_identity"], out)
+                _write(out / SCORES, {**about, "scores": found})
                 scores = found
             except _Interrupted:
                 pass
@@ -97,6 +91,40 @@ class CheckpointEvaluation:
             with suppress(OSError):
                 (out / ATTEMPT).unlink()
             return scores
+
+    def _begin(self, checkpoint: Path, out: Path) -> dict[str, Any] | None:
+        """What is to be measured, if it was not before and is not what seems to end every start."""
+        try:
+            about = self._about(checkpoint)
+            if _read(out / SCORES, about):
+                return None
+            attempts = _read(out / ATTEMPT, about).get("attempts", 0)
+            if attempts < MOST_ATTEMPTS:
+                _write(out / ATTEMPT, {**about, "attempts": attempts + 1})
+                return about
+        except (UserError, OSError) as error:
+            _warn(out, error)
+            return None
+        _warn(
+            out,
+            f"{attempts} starts have ended in it; while this is its stage's newest checkpoint, a start without "
+            f"{ATTEMPT} there, or with another evaluation, tries again",
+        )
+        return None
+
+    def _about(self, checkpoint: Path) -> dict[str, Any]:
+        """What two measurements share whose scores are the same."""
+        tasks = [f"{task.name}/{task.length}" for task in self.tasks]
+        about = {
+            "model_identity": model_identity(checkpoint),
+            "data": [data_identity(task, self.spec.data) for task in self.tasks],
+            "samples": self.spec.samples,
+            "tasks": tasks,
+        }
+        if self.held_out:
+            tasks.append(self._loss_name)
+            about["held_out"] = [passage.name for passage in self.held_out]
+        return about
 
     def _scores(self, backend: ScoringBackend, identity: str, out: Path) -> dict[str, float]:
         inputs = Inputs(self.spec.data, backend.tokenizer, max_samples=self.spec.samples)
@@ -132,24 +160,8 @@ def read_held_out(spec: EvaluationSpec, tokenizer: Path) -> list[Passage]:
     return read_passages(spec.held_out, load_tokenizer(tokenizer), longest, spec.samples, PASSAGES_SEED)
 
 
-def _begin(out: Path, about: Mapping[str, object]) -> bool:
-    """Whether to measure: not what was measured before, nor what seems to be what ends every start."""
-    if _read(out / SCORES, about):
-        return False
-    attempts = _read(out / ATTEMPT, about).get("attempts", 0)
-    if attempts >= MOST_ATTEMPTS:
-        _warn(
-            out,
-            f"{attempts} starts have ended in it; while this is its stage's newest checkpoint, a start without "
-            f"{ATTEMPT} there, or with another evaluation, tries again",
-        )
-        return False
-    try:
-        write_json(out / ATTEMPT, {**about, "attempts": attempts + 1})
-    except OSError as error:
-        _warn(out, error)
-        return False
-    return True
+def _write(file: Path, content: Mapping[str, object]) -> None:
+    patiently(lambda: write_json(file, content), f"writing {file}")
 
 
 def _read(file: Path, about: Mapping[str, object]) -> dict[str, Any]:

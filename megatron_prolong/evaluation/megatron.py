@@ -87,7 +87,7 @@ def open_megatron(
         batch_size: prompts decoded together by each replica of the model.
         cp: ranks that share each prompt: the work of reading it, and its keys and values.
         world: the job's ranks if torch.distributed is running already; else it is started and ended here.
-        watchdog: fed with every forward pass.
+        watchdog: fed with every forward pass, and with every call of the model.
 
     Yields:
         On the main rank the backend. On the others None, once the main rank is done with it.
@@ -104,7 +104,7 @@ def open_megatron(
         inference = load_for_inference(directory, layout, groups, world.device, precision)
         if watchdog is not None:
             watchdog.feed_with(inference.model.chunks)
-        members = stack.enter_context(crew(inference, _ending(directory), world, groups.dp))
+        members = stack.enter_context(crew(inference, _ending(directory), world, groups.dp, watchdog))
         if members is None:
             yield None
         else:

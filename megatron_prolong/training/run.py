@@ -100,6 +100,8 @@ def _wants_evaluation(recipe: Recipe, stage: Stage, step: int) -> bool:
 
 
 def _evaluate(session: Session, evaluate: Evaluate, stage: Stage, checkpoint: Checkpoint) -> None:
+    if session.stop.agreed():
+        raise Preempted(f"stopped before evaluating step {checkpoint.step} of stage {stage.name}")
     scores = evaluate(checkpoint.directory)
     if session.log and scores:
         session.log.evaluation(stage.name, checkpoint.step, scores)

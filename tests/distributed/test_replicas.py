@@ -78,3 +78,18 @@ def test_who_fails_in_the_middle_of_a_call_waits_for_nobody(monkeypatch: pytest.
         members.token_logprobs([IDS])
         raise ValueError("between two calls")
     assert dismissed == [True]
+
+
+def times_fed(rank: int) -> int:
+    """Of a watchdog, while only the first replica has something to answer."""
+    fed: list[bool] = []
+    model = Mock(token_logprobs=lambda sequences: [torch.zeros(1) for _ in sequences])
+    world, dp = World(rank, 2, rank, torch.device("cpu")), Mock(rank=rank, size=2)
+    with crew(model, Mock(), world, dp, Mock(feed=lambda: fed.append(True))) as members:
+        for _ in range(3 if members is not None else 0):
+            members.token_logprobs([IDS])
+    return len(fed)
+
+
+def test_a_replica_that_is_asked_nothing_is_not_taken_to_hang(two_ranks: RankPool) -> None:
+    assert two_ranks.run(times_fed) == [3, 3]

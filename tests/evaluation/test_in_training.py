@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from megatron_prolong.evaluation.documents import Passage
 from megatron_prolong.evaluation.in_training import ATTEMPT, CheckpointEvaluation, _read
 from megatron_prolong.evaluation.megatron import open_megatron
 from megatron_prolong.recipe.schema import EvaluationSpec
+from megatron_prolong.runtime import passing, strict_json
 from megatron_prolong.runtime.watchdog import Watchdog
 
 RECIPE = """\
@@ -194,6 +196,30 @@ def test_a_defect_of_an_evaluation_ends_no_training(
     if ends:
         with pytest.raises(ValueError, match="a defect"):
             replace(measure, spec=spec.model_copy(update={"samples": 1}))(where)
+
+
+@pytest.mark.parametrize(("number", "tries"), [(errno.ESTALE, 2), (errno.EACCES, 1)])
+def test_a_fault_of_the_file_server_that_passes_leaves_no_evaluation_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, tries: int
+) -> None:
+    monkeypatch.setattr(in_training, "from_main", lambda value: value)
+    monkeypatch.setattr(passing, "WAITS_SECONDS", (0.0,))
+    tried: list[Path] = []
+
+    def write_json(file: Path, content: object) -> None:
+        tried.append(file)
+        if len(tried) == 1:
+            raise OSError(number, "the file server")
+        strict_json.write_json(file, content)
+
+    monkeypatch.setattr(in_training, "write_json", write_json)
+    model = Mock(token_logprobs=lambda sequences: [np.zeros(63) for _ in sequences], batch_size=1)
+    monkeypatch.setattr(in_training, "open_megatron", lambda *_, **__: nullcontext(model))
+    spec = EvaluationSpec(lengths=(64,), suite="none", held_out=("a.txt",))
+    passages = [Passage("a.txt", np.arange(64))]
+    found = CheckpointEvaluation(spec, [], passages, tmp_path, Mock(), lambda: False)(tmp_path / "a" / "b")
+    assert found == ({"held_out_loss/64": 0.0} if tries == 2 else {})
+    assert [file.name for file in tried] == ([ATTEMPT, ATTEMPT, "scores.json"] if tries == 2 else [ATTEMPT])
 
 
 def test_every_pass_of_the_model_feeds_the_watchdog(evaluated: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,11 +157,20 @@ def test_a_run_walks_its_stages_and_measures_what_is_to_be_measured(tmp_path, mo
     assert "changed since the last start: optimizer.clip: 1.0 → 0.5\n" in capsys.readouterr().out
 
 
-def test_asked_to_stop_while_it_measures_it_stops_after_that(tmp_path):
+def test_asked_to_stop_it_measures_nothing_more(tmp_path):
     of = recipe(tmp_path)
     checkpoint = Checkpoint(Path("saved"), {"step": 2})
+    asked = session(of, stop=True)
+    with pytest.raises(Preempted, match="stopped before evaluating step 2 of stage short"):
+        run._evaluate(asked, lambda _: pytest.fail("an evaluation was begun"), of.stages[0], checkpoint)
+    meanwhile = session(of)
+
+    def evaluate(_):
+        meanwhile.stop.received = signal.SIGTERM
+        return {}
+
     with pytest.raises(Preempted, match="stopped while evaluating step 2 of stage short"):
-        run._evaluate(session(of, stop=True), lambda _: {}, of.stages[0], checkpoint)
+        run._evaluate(meanwhile, evaluate, of.stages[0], checkpoint)
 
 
 def _slowly(init, tokenizer, directory: Path, seed: int) -> None:
