@@ -41,14 +41,14 @@ SLOW = [
 ]  # fmt: skip
 
 
-def stored_weights(rank: int, saved: str) -> SimpleNamespace:
+def stored_weights(rank: int, saved: str, layout: Layout) -> SimpleNamespace:
     """What `assemble` takes, of the weights in a checkpoint."""
     from megatron_prolong.mcore.build import build_model
     from megatron_prolong.mcore.checkpoint import load_weights
     from megatron_prolong.mcore.groups import megatron
 
-    with megatron(Layout(), seed=1):
-        model = build_model(read_shape(Path(saved)), Layout(), precision="fp32", training=False)
+    with megatron(layout, seed=1):
+        model = build_model(read_shape(Path(saved)), layout, precision="fp32", training=False)
         load_weights(Path(saved), model)
         return SimpleNamespace(shards=shards_of(model))
 
@@ -65,7 +65,7 @@ def test_continues_at_another_layout(request, tmp_path, one_rank, before, after,
     saved.mkdir()
     ranks = pool_of(request, first).run(train, Job(first, checkpoint, last=4, save=str(saved)))
     np.testing.assert_allclose(ranks[0].losses, expected.losses[:4], rtol=1e-5)
-    assert_equal_weights(assemble(one_rank.run(stored_weights, str(saved))), assemble(ranks), 1e-7)
+    assert_equal_weights(assemble(one_rank.run(stored_weights, str(saved), Layout())), assemble(ranks), 1e-7)
     ranks = pool_of(request, second).run(train, Job(second, str(saved), first=4))
     for rank in ranks:
         np.testing.assert_allclose(rank.losses, expected.losses[4:], rtol=1e-5)
@@ -73,11 +73,9 @@ def test_continues_at_another_layout(request, tmp_path, one_rank, before, after,
     assert_equal_weights(assemble(ranks), expected_weights, 1e-5)
 
 
-def elements_read(rank: int, layout: dict[str, int], saved: str) -> int:
+def elements_read(rank: int, saved: str, layout: Layout) -> int:
     """How many numbers this rank reads from a checkpoint's files to load its weights."""
     from megatron_prolong.mcore import checkpoint
-    from megatron_prolong.mcore.build import build_model
-    from megatron_prolong.mcore.groups import megatron
 
     read: list[int] = []
 
@@ -86,17 +84,16 @@ def elements_read(rank: int, layout: dict[str, int], saved: str) -> int:
             read.extend(math.prod(item.lengths) for item in plan.items)
             return super().read_data(plan, planner)
 
-    with megatron(Layout(**layout), seed=1), replaced([(checkpoint, "_SafeReader", Counting)]):
-        model = build_model(read_shape(Path(saved)), Layout(**layout), precision="fp32", training=False)
-        checkpoint.load_weights(Path(saved), model)
+    with replaced([(checkpoint, "_SafeReader", Counting)]):
+        stored_weights(rank, saved, layout)
     return sum(read)
 
 
-@pytest.mark.parametrize("layout", [{}, {"cp": 2}], ids=["dp2", "cp2"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(cp=2)], ids=["dp2", "cp2"])
 def test_ranks_with_the_same_weights_share_out_the_reading(two_ranks, one_rank, checkpoint, layout):
     """Or a file server would have to give as many copies as there are replicas, at every start."""
-    (whole,) = one_rank.run(elements_read, {}, checkpoint)
-    shares = two_ranks.run(elements_read, layout, checkpoint)
+    (whole,) = one_rank.run(elements_read, checkpoint, Layout())
+    shares = two_ranks.run(elements_read, checkpoint, layout)
     assert sum(shares) == whole > 100_000
     assert max(shares) < 0.7 * whole
 
